@@ -1,0 +1,83 @@
+//! What a framework must offer to be measured.
+
+use std::fmt;
+
+use anyhow::Result;
+
+use crate::case::{BackendId, Case};
+use crate::fixture::{Fixture, Tensor};
+
+/// Why a case can't run here; shown as the row's reason.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unsupported(pub String);
+
+impl fmt::Display for Unsupported {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// A framework on a device that this machine has.
+pub trait Backend {
+    fn id(&self) -> BackendId;
+
+    /// Names and versions of what computes: framework, BLAS, driver, thread count.
+    fn versions(&self) -> Vec<(String, String)>;
+
+    /// Whether the case can run, else why not.
+    fn supports(&self, case: &Case) -> Result<(), Unsupported>;
+
+    /// Loads the fixture and returns the case, ready to step.
+    fn prepare(&self, fixture: &Fixture) -> Result<Box<dyn Prepared>>;
+
+    /// Waits until the device has nothing left to do.
+    fn synchronize(&self) -> Result<()>;
+
+    /// Bytes the device can hold, where the framework tells.
+    fn memory_total(&self) -> Option<u64>;
+
+    /// Frees cached memory and starts a new peak.
+    fn reset_peak_memory(&self) -> Result<()>;
+
+    /// The peak of the framework's own allocator in bytes since the reset, where it keeps one.
+    fn peak_memory(&self) -> Option<u64>;
+}
+
+/// A case loaded onto a device.
+pub trait Prepared {
+    /// Does one iteration and returns only when every result exists on the device.
+    fn step(&mut self) -> Result<()>;
+
+    /// The results of the last step as f32, for parity; untimed. Names: what the model
+    /// puts out (`out`, `selection`, `weights`, `logits`), `loss`, `grad/<parameter>`,
+    /// `grad/x`, and `param/<parameter>` where an optimizer ran.
+    fn outputs(&mut self) -> Result<Vec<Tensor>>;
+}
+
+/// A backend that this machine lacks.
+#[derive(Clone, Debug)]
+pub struct Absent {
+    pub id: BackendId,
+    pub reason: String,
+}
+
+/// What a framework finds at run time: each of its backends is in one of the two lists.
+#[derive(Default)]
+pub struct Found {
+    pub present: Vec<Box<dyn Backend>>,
+    pub absent: Vec<Absent>,
+}
+
+impl Found {
+    pub fn absent(&mut self, id: BackendId, reason: impl Into<String>) {
+        self.absent.push(Absent { id, reason: reason.into() });
+    }
+
+    pub fn backend(&self, id: BackendId) -> Option<&dyn Backend> {
+        self.present.iter().find(|b| b.id() == id).map(Box::as_ref)
+    }
+}
+
+/// Why no backend offers f16 training with AdamW.
+pub const NO_F16_ADAMW: &str =
+    "AdamW in pure f16 divides by zero: squared gradients and ε = 1e-8 underflow; use bf16 or amp";

@@ -1,0 +1,229 @@
+//! What every backend must pass before its figures mean anything. Each framework's
+//! package runs this on the backends that the machine has.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail, ensure};
+
+use crate::backend::{Backend, Found, Prepared};
+use crate::case::{Case, Compute, Family, Precision, Shape, Workload};
+use crate::fixture::Fixture;
+use crate::machine;
+use crate::parity;
+
+fn case(backend: &dyn Backend, workload: Workload, precision: Precision, shape: Shape) -> Case {
+    Case { workload, backend: backend.id(), precision, shape }
+}
+
+const F32: Precision = Precision::plain(Compute::F32);
+
+/// Every precision and recipe that the backend offers computes what the reference does.
+pub fn parity_holds(backend: &dyn Backend) -> Result<()> {
+    let mut proven = 0;
+    for &compute in Compute::ALL {
+        for precision in [Precision::plain(compute), Precision::opt(compute)] {
+            let like = case(backend, Workload::TrainStep, precision, Shape::tiny(Family::Indicator));
+            let forward = Case { workload: Workload::Forward, ..like };
+            if backend.supports(&forward).is_err() && backend.supports(&like).is_err() {
+                continue;
+            }
+            if let Some(mismatch) = parity::check(backend, like)? {
+                bail!("{mismatch}");
+            }
+            proven += 1;
+        }
+    }
+    ensure!(proven > 0, "{} supports no precision at all", backend.id());
+    Ok(())
+}
+
+/// A fixture that makes the backend compute something wrong, while the truth stays.
+type Sabotage = (&'static str, Workload, Shape, fn(&mut Fixture));
+
+/// Wrong kernels must be caught. Each is planted in what the backend is given: a scaled
+/// query projection is a wrong scale in attention, a zeroed bias a missing one.
+pub fn parity_catches_wrong_kernels(backend: &dyn Backend) -> Result<()> {
+    let indicator = Shape::tiny(Family::Indicator);
+    let gpt2 = Shape::tiny(Family::Gpt2);
+    let attention = Shape::attention_of(Family::Indicator, true, 2);
+    let feed_forward = Shape::feed_forward_of(Family::Indicator, true, 2);
+    let no_decay = |f: &mut Fixture| f.adamw.weight_decay = 0.0;
+    fn scale_queries(f: &mut Fixture, name: &str) {
+        f.edit_parameter(&format!("{name}.q.weight"), |w| w.iter_mut().for_each(|v| *v *= 1.1));
+        f.edit_parameter(&format!("{name}.q.bias"), |b| b.iter_mut().for_each(|v| *v *= 1.1));
+    }
+    let planted: [Sabotage; 7] = [
+        ("attention scale", Workload::Attention, attention, |f| scale_queries(f, "attention")),
+        ("attention scale", Workload::AttentionGrad, attention, |f| scale_queries(f, "attention")),
+        ("attention scale", Workload::ForwardBackward, indicator, |f| {
+            scale_queries(f, "blocks.1.attention");
+        }),
+        ("missing bias", Workload::FeedForward, feed_forward, |f| {
+            f.edit_parameter("feed-forward.up.bias", |b| b.fill(0.0));
+        }),
+        ("missing bias", Workload::Forward, gpt2, |f| {
+            f.edit_parameter("blocks.0.feed-forward.down.bias", |b| b.fill(0.0));
+        }),
+        ("weight decay", Workload::OptimizerStep, indicator, no_decay),
+        ("weight decay", Workload::TrainStep, indicator, no_decay),
+    ];
+    for (what, workload, shape, sabotage) in planted {
+        let case = case(backend, workload, F32, shape);
+        ensure!(parity::check_case(backend, case)?.is_none(), "{case} fails before it is sabotaged");
+        let truth = Fixture::for_parity(case);
+        let mut wrong = Fixture::for_parity(case);
+        sabotage(&mut wrong);
+        let caught = parity::compare(&truth, backend.prepare(&wrong)?.as_mut())?;
+        // A wrong decay is compared on the parameters that the backend started from.
+        ensure!(caught.is_some(), "a wrong {what} in {case} was not caught");
+    }
+    Ok(())
+}
+
+fn time(prepared: &mut dyn Prepared) -> Result<Duration> {
+    let start = Instant::now();
+    prepared.step()?;
+    Ok(start.elapsed())
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+/// Twice the work takes twice the time: a step that returned early would not.
+pub fn time_follows_work(backend: &dyn Backend) -> Result<()> {
+    let square = |chain| {
+        // On an accelerator small products measure launches.
+        let n = if backend.id().is_cpu() { 512 } else { 4096 };
+        let case = case(backend, Workload::MatmulPeak, F32, Shape::Square { n, chain });
+        backend.prepare(&Fixture::new(case))
+    };
+    let (mut once, mut twice) = (square(8)?, square(16)?);
+    let mut ratio = 0.0;
+    // Other work on the machine can spoil one attempt; a missing wait spoils all.
+    for _ in 0..5 {
+        let mut ratios = Vec::new();
+        for _ in 0..3 {
+            time(once.as_mut())?;
+            time(twice.as_mut())?;
+        }
+        for _ in 0..31 {
+            let one = time(once.as_mut())?;
+            let two = time(twice.as_mut())?;
+            ratios.push(two.as_secs_f64() / one.as_secs_f64());
+        }
+        ratio = median(ratios);
+        if (1.9..=2.1).contains(&ratio) {
+            return Ok(());
+        }
+    }
+    bail!("twice the work took {ratio:.2} times as long on {}", backend.id())
+}
+
+/// After `step()` the device is idle, and reading every result is copying alone.
+pub fn nothing_is_left_pending(backend: &dyn Backend) -> Result<()> {
+    let precision = F32;
+    let shape = Shape::model(Family::Indicator, 4);
+    let mut prepared = backend.prepare(&Fixture::new(case(backend, Workload::TrainStep, precision, shape)))?;
+    time(prepared.as_mut())?;
+    let (mut waits, mut reads) = (Vec::new(), Vec::new());
+    for _ in 0..5 {
+        let step = time(prepared.as_mut())?.as_secs_f64();
+        let start = Instant::now();
+        backend.synchronize()?;
+        waits.push(start.elapsed().as_secs_f64() / step);
+        // The first reading of an unevaluated result would compute it; the second copies.
+        let start = Instant::now();
+        prepared.outputs()?;
+        let first = start.elapsed();
+        let start = Instant::now();
+        prepared.outputs()?;
+        reads.push((first.as_secs_f64() - start.elapsed().as_secs_f64()) / step);
+    }
+    let (wait, read) = (median(waits), median(reads));
+    ensure!(wait < 0.05, "after a step {} still works for {:.0} % of it", backend.id(), wait * 100.0);
+    ensure!(read < 0.2, "reading results costs {} {:.0} % of a step", backend.id(), read * 100.0);
+    Ok(())
+}
+
+/// Two training steps on the same input draw different masks; two inference steps agree.
+pub fn dropout_is_random(backend: &dyn Backend) -> Result<()> {
+    for precision in [F32, Precision::opt(Compute::F32)] {
+        let shape = Shape::attention_of(Family::Indicator, true, 2);
+        let train = case(backend, Workload::AttentionGrad, precision, shape);
+        if backend.supports(&train).is_err() {
+            continue;
+        }
+        let gradient = |prepared: &mut dyn Prepared| -> Result<Vec<f32>> {
+            prepared.step()?;
+            Ok(prepared.outputs()?.swap_remove(0).data)
+        };
+        let mut with = backend.prepare(&Fixture::new(train))?;
+        let (a, b) = (gradient(with.as_mut())?, gradient(with.as_mut())?);
+        ensure!(a != b, "two steps of {train} drew the same dropout mask");
+        let mut without = backend.prepare(&Fixture::for_parity(train))?;
+        let (a, b) = (gradient(without.as_mut())?, gradient(without.as_mut())?);
+        ensure!(a == b, "{train} without dropout is not repeatable");
+    }
+    Ok(())
+}
+
+/// The resident size stays flat over 1,000 steps of every workload at its miniature shape.
+pub fn memory_does_not_grow(backend: &dyn Backend) -> Result<()> {
+    for case in crate::case::cases(crate::case::Set::Smoke) {
+        if case.backend != backend.id() || backend.supports(&case).is_err() {
+            continue;
+        }
+        // Half types run on the same code paths, slowly; f32 and the recipes cover them.
+        if case.precision.compute.is_half() {
+            continue;
+        }
+        let mut prepared = backend.prepare(&Fixture::new(case))?;
+        for _ in 0..100 {
+            prepared.step()?;
+        }
+        let before = machine::resident_bytes();
+        for _ in 0..1000 {
+            prepared.step()?;
+        }
+        let grown = machine::resident_bytes().saturating_sub(before);
+        // 2 kB a step would be a leak; allocators settle within less.
+        ensure!(grown < 2_000_000, "1,000 steps of {case} grew memory by {grown} bytes");
+    }
+    Ok(())
+}
+
+/// The other framework's libraries are not in this process.
+pub fn process_holds_one_framework(backend: &dyn Backend) -> Result<()> {
+    machine::assert_isolated(backend.id().framework())
+}
+
+/// Runs everything on every backend that was found, and says what ran.
+///
+/// # Panics
+/// On the first backend that fails, with the reason.
+pub fn assert_all(found: &Found) {
+    type Check = fn(&dyn Backend) -> Result<()>;
+    const CHECKS: &[(&str, Check)] = &[
+        ("the process holds one framework", process_holds_one_framework),
+        ("parity holds", parity_holds),
+        ("parity catches wrong kernels", parity_catches_wrong_kernels),
+        ("dropout is random", dropout_is_random),
+        ("nothing is left pending", nothing_is_left_pending),
+        ("time follows work", time_follows_work),
+        ("memory does not grow", memory_does_not_grow),
+    ];
+    for absent in &found.absent {
+        println!("{}: skipped, {}", absent.id, absent.reason);
+    }
+    for backend in &found.present {
+        for (name, check) in CHECKS {
+            let start = Instant::now();
+            if let Err(reason) = check(backend.as_ref()) {
+                panic!("{}: {name}: {reason:#}", backend.id());
+            }
+            println!("{}: {name} ({:.1} s)", backend.id(), start.elapsed().as_secs_f64());
+        }
+    }
+}

@@ -1,0 +1,9 @@
+pub mod backend;
+pub mod case;
+pub mod conformance;
+pub mod cost;
+pub mod fixture;
+pub mod machine;
+pub mod model;
+pub mod parity;
+pub mod reference;

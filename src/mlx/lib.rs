@@ -1,0 +1,117 @@
+//! The MLX backends: `mlx-rs` on CPU, Metal and CUDA.
+//!
+//! `net` is the models, `step` the workloads, `native` the little that Linux needs.
+
+mod library;
+mod net;
+mod step;
+
+use anyhow::Result;
+use mlx_rs::{Device, DeviceType, Dtype};
+use transformer_bench::backend::{Backend, Found, NO_F16_ADAMW, Prepared, Unsupported};
+use transformer_bench::case::{BackendId, Case, Compute, Workload};
+use transformer_bench::fixture::Fixture;
+
+/// MLX on one device.
+struct Mlx {
+    id: BackendId,
+}
+
+/// Finds the devices that this build of MLX and this machine offer.
+pub fn find() -> Found {
+    library::pin_precision();
+    let mut found = Found::default();
+    let gpu = library::gpu_available();
+    let missing = |cuda: bool| -> Option<String> {
+        let reason = match (cuda, cfg!(target_os = "macos")) {
+            (true, true) => "CUDA does not exist on macOS",
+            (false, false) => "Metal needs macOS on Apple silicon",
+            (true, false) if !library::built_with_cuda() => {
+                "this MLX is a CPU build (no NVIDIA driver when scripts/setup ran)"
+            }
+            _ if !gpu => "MLX sees no GPU on this machine",
+            _ => return None,
+        };
+        Some(reason.to_owned())
+    };
+    for (id, missing) in [
+        (BackendId::MlxCpu, None),
+        (BackendId::MlxMetal, missing(false)),
+        (BackendId::MlxCuda, missing(true)),
+    ] {
+        match missing {
+            None => found.present.push(Box::new(Mlx { id })),
+            Some(reason) => found.absent(id, reason),
+        }
+    }
+    found
+}
+
+impl Mlx {
+    fn device(&self) -> Device {
+        let kind = if self.id.is_cpu() { DeviceType::Cpu } else { DeviceType::Gpu };
+        Device::new(kind, 0)
+    }
+}
+
+impl Backend for Mlx {
+    fn id(&self) -> BackendId {
+        self.id
+    }
+
+    fn versions(&self) -> Vec<(String, String)> {
+        let mut all = vec![("MLX".to_owned(), library::version())];
+        all.extend(library::blas());
+        all
+    }
+
+    fn supports(&self, case: &Case) -> Result<(), Unsupported> {
+        let compute = case.precision.compute;
+        let no = |reason: &str| Err(Unsupported(reason.to_owned()));
+        if compute == Compute::F16
+            && matches!(case.workload, Workload::OptimizerStep | Workload::TrainStep)
+        {
+            return no(NO_F16_ADAMW);
+        }
+        if compute == Compute::Tf32 {
+            return no("MLX reads its TF32 switch once a process, and this one pins it off");
+        }
+        if compute == Compute::Amp
+            && matches!(case.workload, Workload::MatmulPeak | Workload::CopyPeak | Workload::OptimizerStep)
+        {
+            return no("amp changes nothing here: see f32 and bf16");
+        }
+        Ok(())
+    }
+
+    fn prepare(&self, fixture: &Fixture) -> Result<Box<dyn Prepared>> {
+        Device::set_default(&self.device());
+        Ok(Box::new(step::Step::new(fixture)?))
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        library::synchronize(self.id.is_cpu())
+    }
+
+    fn memory_total(&self) -> Option<u64> {
+        if self.id.is_cpu() { None } else { library::memory_total() }
+    }
+
+    fn reset_peak_memory(&self) -> Result<()> {
+        mlx_rs::memory::clear_cache()?;
+        Ok(mlx_rs::memory::reset_peak_memory()?)
+    }
+
+    fn peak_memory(&self) -> Option<u64> {
+        mlx_rs::memory::peak_memory().ok().map(|bytes| bytes as u64)
+    }
+}
+
+/// The type in which a precision stores parameters.
+fn dtype(compute: Compute) -> Dtype {
+    match compute {
+        Compute::Bf16 => Dtype::Bfloat16,
+        Compute::F16 => Dtype::Float16,
+        Compute::F32 | Compute::Tf32 | Compute::Amp => Dtype::Float32,
+    }
+}

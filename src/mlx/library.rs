@@ -1,0 +1,122 @@
+//! What this build of MLX is, through the parts of mlx-c that mlx-rs does not wrap.
+
+use std::ffi::{CStr, CString, c_char, c_int};
+
+use anyhow::{Result, ensure};
+
+/// MLX may round f32 products to TF32 on hardware that has it, and does by default. It
+/// reads the switch once, so this must come before anything else of MLX.
+pub fn pin_precision() {
+    // SAFETY: called at the start of a program, before it has other threads.
+    unsafe { std::env::set_var("MLX_ENABLE_TF32", "0") };
+}
+
+pub fn version() -> String {
+    // SAFETY: fills a fresh string and frees it.
+    unsafe {
+        let mut text = mlx_sys::mlx_string_new();
+        mlx_sys::mlx_version(&mut text);
+        let version = CStr::from_ptr(mlx_sys::mlx_string_data(text)).to_string_lossy().into_owned();
+        mlx_sys::mlx_string_free(text);
+        version
+    }
+}
+
+pub fn gpu_available() -> bool {
+    let mut available = false;
+    // SAFETY: writes one bool; the device is freed.
+    unsafe {
+        let device = mlx_sys::mlx_device_new_type(mlx_sys::mlx_device_type__MLX_GPU, 0);
+        let status = mlx_sys::mlx_device_is_available(&mut available, device);
+        mlx_sys::mlx_device_free(device);
+        status == 0 && available
+    }
+}
+
+pub fn built_with_cuda() -> bool {
+    let mut available = false;
+    // SAFETY: writes one bool.
+    unsafe { mlx_sys::mlx_cuda_is_available(&mut available) == 0 && available }
+}
+
+/// Waits for the device's default stream.
+pub fn synchronize(cpu: bool) -> Result<()> {
+    let kind = if cpu { mlx_sys::mlx_device_type__MLX_CPU } else { mlx_sys::mlx_device_type__MLX_GPU };
+    // SAFETY: fresh handles, freed here.
+    let status = unsafe {
+        let device = mlx_sys::mlx_device_new_type(kind, 0);
+        let mut stream = mlx_sys::mlx_stream_new();
+        let status = match mlx_sys::mlx_get_default_stream(&mut stream, device) {
+            0 => mlx_sys::mlx_synchronize(stream),
+            failed => failed,
+        };
+        mlx_sys::mlx_stream_free(stream);
+        mlx_sys::mlx_device_free(device);
+        status
+    };
+    ensure!(status == 0, "MLX could not wait for its device");
+    Ok(())
+}
+
+/// Bytes that the GPU can hold.
+pub fn memory_total() -> Option<u64> {
+    for key in ["max_recommended_working_set_size", "total_memory", "memory_size"] {
+        let key = CString::new(key).expect("no NUL");
+        // SAFETY: a fresh description of the device, asked for one number and freed.
+        unsafe {
+            let device = mlx_sys::mlx_device_new_type(mlx_sys::mlx_device_type__MLX_GPU, 0);
+            let mut info = mlx_sys::mlx_device_info_new();
+            let mut exists = false;
+            let mut size = 0;
+            let found = mlx_sys::mlx_device_info_get(&mut info, device) == 0
+                && mlx_sys::mlx_device_info_has_key(&mut exists, info, key.as_ptr()) == 0
+                && exists
+                && mlx_sys::mlx_device_info_get_size(&mut size, info, key.as_ptr()) == 0;
+            mlx_sys::mlx_device_info_free(info);
+            mlx_sys::mlx_device_free(device);
+            if found {
+                return Some(size as u64);
+            }
+        }
+    }
+    None
+}
+
+/// A function that the process may or may not hold.
+fn symbol(name: &str) -> Option<*mut libc::c_void> {
+    let name = CString::new(name).expect("no NUL");
+    // SAFETY: looks a name up among the loaded libraries.
+    let found = unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) };
+    (!found.is_null()).then_some(found)
+}
+
+/// The BLAS behind matrix products on the CPU, as it names itself.
+pub fn blas() -> Vec<(String, String)> {
+    let named = |value: String| ("MLX BLAS".to_owned(), value);
+    if cfg!(target_os = "macos") {
+        return vec![named("Accelerate".to_owned())];
+    }
+    for prefix in ["scipy_", ""] {
+        let (Some(config), Some(threads)) = (
+            symbol(&format!("{prefix}openblas_get_config")),
+            symbol(&format!("{prefix}openblas_get_num_threads")),
+        ) else {
+            continue;
+        };
+        // SAFETY: OpenBLAS's documented signatures; the string is static.
+        let (config, threads) = unsafe {
+            let config: extern "C" fn() -> *const c_char = std::mem::transmute(config);
+            let threads: extern "C" fn() -> c_int = std::mem::transmute(threads);
+            (CStr::from_ptr(config()).to_string_lossy().trim().to_owned(), threads())
+        };
+        // "OpenBLAS 0.3.34 NO_AFFINITY … SkylakeX MAX_THREADS=64": the flags say little.
+        let words: Vec<_> = config.split_whitespace().collect();
+        let core = words.iter().rev().find(|w| !w.contains('=') && !w.contains('_')).unwrap_or(&"");
+        let version = words.iter().take(2).copied().collect::<Vec<_>>().join(" ");
+        return vec![
+            named(format!("{version} ({core} kernels)")),
+            ("MLX BLAS threads".to_owned(), threads.to_string()),
+        ];
+    }
+    vec![named("the reference BLAS (slow: no optimised one was found at set-up)".to_owned())]
+}

@@ -1,0 +1,366 @@
+//! The workloads in MLX. Each is one function from arrays to arrays; the plain recipe
+//! calls it, the `-opt` recipe compiles it.
+
+use anyhow::{Context, Result};
+use half::{bf16, f16};
+use mlx_rs::error::Exception;
+use mlx_rs::random::{self, RandomState};
+use mlx_rs::transforms::compile::compile;
+use mlx_rs::transforms::{eval, value_and_grad_with_argnums, vjp};
+use mlx_rs::{Array, Dtype};
+use transformer_bench::backend::Prepared;
+use transformer_bench::case::{Case, Compute, Family, Shape, Workload};
+use transformer_bench::fixture::{AdamW, Fixture, Tensor as Named};
+use transformer_bench::model::{Attention, FeedForward, Gpt2, InOrder, Indicator};
+
+use crate::net::{self, Layers, scalar};
+
+type Function = Box<dyn FnMut(&[Array]) -> Result<Vec<Array>, Exception>>;
+
+/// A case on the default device.
+pub struct Step {
+    program: Program,
+    function: Function,
+    names: Vec<(String, Vec<usize>)>,
+    inputs: Vec<Array>,
+    parameters: Vec<Array>,
+    first: Vec<Array>,
+    second: Vec<Array>,
+    key: Array,
+    steps: i32,
+    adamw: AdamW,
+    /// The last step's results and gradients.
+    results: Vec<Array>,
+    gradients: Vec<Array>,
+}
+
+/// What the function needs to know beside its arguments.
+#[derive(Clone, Copy)]
+struct Program {
+    case: Case,
+    dropout: f64,
+    parameters: usize,
+    inputs: usize,
+}
+
+/// How many arrays of each sort a program returns.
+struct Returned {
+    results: usize,
+    gradients: usize,
+    /// Parameters and both moments.
+    updated: bool,
+}
+
+fn load(named: &Named, dtype: Dtype) -> Array {
+    let dims: Vec<i32> = named.dims.iter().map(|&d| d as i32).collect();
+    match dtype {
+        Dtype::Bfloat16 => {
+            Array::from_slice(&named.data.iter().map(|&v| bf16::from_f32(v)).collect::<Vec<_>>(), &dims)
+        }
+        Dtype::Float16 => {
+            Array::from_slice(&named.data.iter().map(|&v| f16::from_f32(v)).collect::<Vec<_>>(), &dims)
+        }
+        Dtype::Int32 => {
+            Array::from_slice(&named.data.iter().map(|&v| v as i32).collect::<Vec<_>>(), &dims)
+        }
+        _ => Array::from_slice(&named.data, &dims),
+    }
+}
+
+impl Step {
+    pub fn new(fixture: &Fixture) -> Result<Self> {
+        let case = fixture.case;
+        let dtype = crate::dtype(case.precision.compute);
+        let mut inputs: Vec<Array> = fixture
+            .inputs()
+            .iter()
+            .map(|named| match named.name.as_str() {
+                "tokens" | "next" => load(named, Dtype::Int32),
+                // The loss is in f32.
+                "usefulness" => load(named, Dtype::Float32),
+                _ => load(named, dtype),
+            })
+            .collect();
+        let parameters: Vec<Array> = fixture.parameters().iter().map(|p| load(p, dtype)).collect();
+        if case.workload == Workload::OptimizerStep {
+            inputs = fixture.gradients().iter().map(|g| load(g, dtype)).collect();
+        }
+        let zeros = |p: &Array| mlx_rs::ops::zeros_like(p);
+        let updates = matches!(case.workload, Workload::OptimizerStep | Workload::TrainStep);
+        let moments = if updates { &parameters[..] } else { &[] };
+        let first = moments.iter().map(zeros).collect::<Result<Vec<_>, _>>()?;
+        let second = moments.iter().map(zeros).collect::<Result<Vec<_>, _>>()?;
+        let program = Program {
+            case,
+            dropout: fixture.dropout,
+            parameters: parameters.len(),
+            inputs: inputs.len(),
+        };
+        let function: Function = if case.precision.opt {
+            Box::new(compile(move |args: &[Array]| program.run(args), None))
+        } else {
+            Box::new(move |args: &[Array]| program.run(args))
+        };
+        let key = random::key(1)?;
+        eval(inputs.iter().chain(&parameters).chain(&first).chain(&second).chain([&key]))?;
+        Ok(Self {
+            program,
+            function,
+            names: fixture.parameters().iter().map(|p| (p.name.clone(), p.dims.clone())).collect(),
+            inputs,
+            parameters,
+            first,
+            second,
+            key,
+            steps: 0,
+            adamw: fixture.adamw,
+            results: Vec::new(),
+            gradients: Vec::new(),
+        })
+    }
+}
+
+impl Program {
+    fn returned(&self) -> Returned {
+        let (results, gradients, updated) = match self.case.workload {
+            Workload::AttentionGrad | Workload::FeedForwardGrad => (0, 1 + self.parameters, false),
+            Workload::ForwardBackward => (1, self.parameters, false),
+            Workload::TrainStep => (1, self.parameters, true),
+            Workload::OptimizerStep => (0, 0, true),
+            Workload::Forward if matches!(self.case.shape, Shape::Model { family: Family::Indicator, .. }) => {
+                (2, 0, false)
+            }
+            _ => (1, 0, false),
+        };
+        Returned { results, gradients, updated }
+    }
+
+    /// Arguments: parameters, first and second moments where the workload has them,
+    /// inputs, random key, and AdamW's four numbers. Returns results, gradients, what
+    /// was updated, and the next key.
+    fn run(&self, args: &[Array]) -> Result<Vec<Array>, Exception> {
+        let (parameters, rest) = args.split_at(self.parameters);
+        let moments = if self.returned().updated { self.parameters } else { 0 };
+        let (first, rest) = rest.split_at(moments);
+        let (second, rest) = rest.split_at(moments);
+        let (inputs, rest) = rest.split_at(self.inputs);
+        let (key, numbers) = (&rest[0], &rest[1..]);
+        let case = self.case;
+        let train = case.workload.trains();
+        let layers = |key: &Array| Layers {
+            fused: case.precision.opt,
+            dropout: self.dropout,
+            train,
+            random: RandomState::from_key(key.clone()),
+        };
+        let next_key = |key: &Array| -> Result<Array, Exception> {
+            if train && self.dropout > 0.0 { Ok(random::split(key, 2)?.0) } else { Ok(key.clone()) }
+        };
+
+        let mut out = match case.workload {
+            Workload::MatmulPeak => {
+                let Shape::Square { chain, .. } = case.shape else { unreachable!("a square shape") };
+                let mut product = inputs[0].matmul(&inputs[1])?;
+                for _ in 1..chain {
+                    product = inputs[0].matmul(&product)?;
+                }
+                vec![product]
+            }
+            Workload::CopyPeak => vec![inputs[0].negative()?],
+            Workload::Forward | Workload::Attention | Workload::FeedForward => {
+                self.forward(parameters, inputs, &mut layers(key))?
+            }
+            Workload::AttentionGrad | Workload::FeedForwardGrad => {
+                let mut primals = vec![inputs[0].clone()];
+                primals.extend_from_slice(parameters);
+                let upstream = inputs[1].clone();
+                let key = key.clone();
+                // `vjp` takes no fallible function; a panic comes back as one.
+                let f = |a: &[Array]| -> Vec<Array> {
+                    let out = self.forward(&a[1..], &a[..1], &mut layers(&key)).expect("the forward pass");
+                    let last = out[0].as_dtype(upstream.dtype()).expect("a cast");
+                    vec![last]
+                };
+                vjp(f, &primals, std::slice::from_ref(&upstream))?.1
+            }
+            Workload::ForwardBackward | Workload::TrainStep => {
+                let everything: Vec<i32> = (0..self.parameters as i32).collect();
+                let f = |p: &[Array]| -> Result<Vec<Array>, Exception> {
+                    let out = self.forward(p, inputs, &mut layers(key))?;
+                    Ok(vec![match <[Array; 2]>::try_from(out) {
+                        Ok(two) => net::indicator_loss(&two, &inputs[2])?,
+                        Err(one) => net::gpt2_loss(&one[0], &inputs[1])?,
+                    }])
+                };
+                let (loss, gradients) = value_and_grad_with_argnums(f, &everything)(parameters)?;
+                loss.into_iter().chain(gradients).collect()
+            }
+            Workload::OptimizerStep => Vec::new(),
+        };
+        if self.returned().updated {
+            let gradients =
+                if case.workload == Workload::OptimizerStep { inputs } else { &out[1..] };
+            let updated = adamw(parameters, gradients, first, second, numbers)?;
+            out.extend(updated);
+        }
+        out.push(next_key(key)?);
+        Ok(out)
+    }
+
+    fn forward(
+        &self,
+        parameters: &[Array],
+        inputs: &[Array],
+        layers: &mut Layers,
+    ) -> Result<Vec<Array>, Exception> {
+        // Mixed precision written out: the parameters stay f32, their copies are bf16.
+        let amp = self.case.precision.compute == Compute::Amp;
+        let cast = |a: &Array| {
+            if amp && a.dtype() == Dtype::Float32 { a.as_dtype(Dtype::Bfloat16) } else { Ok(a.clone()) }
+        };
+        let parameters = parameters.iter().map(cast).collect::<Result<Vec<_>, _>>()?;
+        let x = cast(&inputs[0])?;
+        let mut source = InOrder(parameters.into_iter());
+        Ok(match self.case.shape {
+            Shape::Model { family: Family::Indicator, tiny, .. } => {
+                let sizes = Family::Indicator.sizes(tiny);
+                let model = Indicator::take(&mut source, &sizes);
+                layers.indicator(&x, &cast(&inputs[1])?, &model, &sizes)?.into()
+            }
+            Shape::Model { family: Family::Gpt2, tiny, .. } => {
+                let sizes = Family::Gpt2.sizes(tiny);
+                let model = Gpt2::take(&mut source, &sizes);
+                vec![layers.gpt2(&x, &model, &sizes)?]
+            }
+            Shape::Attention { heads, head_width, causal, .. } => {
+                let layer = Attention::take(&mut source, "", heads * head_width);
+                vec![layers.attention(&x, &layer, heads, causal)?]
+            }
+            Shape::FeedForward { width, hidden, tanh, .. } => {
+                let layer = FeedForward::take(&mut source, "", width, hidden);
+                vec![layers.feed_forward(&x, &layer, tanh)?]
+            }
+            Shape::Square { .. } | Shape::Buffer { .. } => unreachable!("peaks have no model"),
+        })
+    }
+}
+
+/// The numbers of AdamW's step `t`, in the parameters' type: decay factor, β1, β2, step
+/// size with the first bias correction, root of the second, ε.
+fn adamw_numbers(s: &AdamW, t: i32, dtype: Dtype) -> Vec<Array> {
+    let step_size = s.lr / (1.0 - s.beta1.powi(t));
+    let root = 1.0 / (1.0 - s.beta2.powi(t)).sqrt();
+    [1.0 - s.lr * s.weight_decay, s.beta1, 1.0 - s.beta1, s.beta2, 1.0 - s.beta2, step_size, root, s.eps]
+        .map(|value| scalar(value, dtype))
+        .into()
+}
+
+/// One AdamW step with bias correction, written as MLX's Python optimizer writes it
+/// (mlx-rs's own has no correction). Returns parameters, then both moments.
+fn adamw(
+    parameters: &[Array],
+    gradients: &[Array],
+    first: &[Array],
+    second: &[Array],
+    numbers: &[Array],
+) -> Result<Vec<Array>, Exception> {
+    let [decay, beta1, rest1, beta2, rest2, step_size, root, eps] = numbers else {
+        unreachable!("eight numbers");
+    };
+    let (mut p_new, mut m_new, mut v_new) = (Vec::new(), Vec::new(), Vec::new());
+    for i in 0..parameters.len() {
+        let g = &gradients[i];
+        let m = first[i].multiply(beta1)?.add(g.multiply(rest1)?)?;
+        let v = second[i].multiply(beta2)?.add(g.square()?.multiply(rest2)?)?;
+        let denominator = v.sqrt()?.multiply(root)?.add(eps)?;
+        let update = m.multiply(step_size)?.divide(denominator)?;
+        p_new.push(parameters[i].multiply(decay)?.subtract(update)?);
+        m_new.push(m);
+        v_new.push(v);
+    }
+    p_new.append(&mut m_new);
+    p_new.append(&mut v_new);
+    Ok(p_new)
+}
+
+impl Prepared for Step {
+    fn step(&mut self) -> Result<()> {
+        let returned = self.program.returned();
+        self.results.clear();
+        self.gradients.clear();
+        let mut args = self.parameters.clone();
+        if returned.updated {
+            // The old state must have no other owner, so that its memory can be reused.
+            self.parameters.clear();
+            args.append(&mut self.first);
+            args.append(&mut self.second);
+        }
+        args.extend(self.inputs.iter().cloned());
+        args.push(self.key.clone());
+        if returned.updated {
+            self.steps += 1;
+            let dtype = args[0].dtype();
+            args.extend(adamw_numbers(&self.adamw, self.steps, dtype));
+        }
+        let out = (self.function)(&args)?;
+        drop(args);
+        let mut out = out.into_iter();
+        let mut take = |count: usize| out.by_ref().take(count).collect::<Vec<_>>();
+        self.results = take(returned.results);
+        self.gradients = take(returned.gradients);
+        if returned.updated {
+            self.parameters = take(self.program.parameters);
+            self.first = take(self.program.parameters);
+            self.second = take(self.program.parameters);
+        }
+        self.key = take(1).pop().context("the program returns a key last")?;
+        // Everything at once: evaluated one by one, shared work could run twice, and
+        // what is left out would not run at all.
+        eval(
+            self.results
+                .iter()
+                .chain(&self.gradients)
+                .chain(&self.parameters)
+                .chain(&self.first)
+                .chain(&self.second)
+                .chain([&self.key]),
+        )?;
+        Ok(())
+    }
+
+    fn outputs(&mut self) -> Result<Vec<Named>> {
+        let read = |name: String, dims: &[usize], array: &Array| -> Result<Named> {
+            let flat = array.as_dtype(Dtype::Float32)?.reshape(&[-1])?;
+            // A strided result is laid out row-major by a copy.
+            let flat = flat.add(Array::from_f32(0.0))?;
+            flat.eval()?;
+            Ok(Named { name, dims: dims.to_vec(), data: flat.try_as_slice::<f32>()?.to_vec() })
+        };
+        let names: &[&str] = match (self.program.case.workload, self.program.case.shape) {
+            (Workload::ForwardBackward | Workload::TrainStep, _) => &["loss"],
+            (_, Shape::Model { family: Family::Indicator, .. }) => &["selection", "weights"],
+            (_, Shape::Model { family: Family::Gpt2, .. }) => &["logits"],
+            _ => &["out"],
+        };
+        let mut all = Vec::new();
+        let dims_of = |a: &Array| a.shape().iter().map(|&d| d as usize).collect::<Vec<_>>();
+        for (name, array) in names.iter().zip(&self.results) {
+            all.push(read((*name).to_owned(), &dims_of(array), array)?);
+        }
+        let mut gradients = self.gradients.iter();
+        if self.gradients.len() > self.program.parameters
+            && let Some(x) = gradients.next()
+        {
+            all.push(read("grad/x".to_owned(), &dims_of(x), x)?);
+        }
+        for ((name, dims), gradient) in self.names.iter().zip(gradients) {
+            all.push(read(format!("grad/{name}"), dims, gradient)?);
+        }
+        if self.program.returned().updated {
+            for ((name, dims), parameter) in self.names.iter().zip(&self.parameters) {
+                all.push(read(format!("param/{name}"), dims, parameter)?);
+            }
+        }
+        Ok(all)
+    }
+}

@@ -1,0 +1,12 @@
+//! Runs the conformance suite on every MLX backend of this machine, one after the
+//! other: timings must not share the cores with other tests.
+
+use transformer_bench::case::BackendId;
+use transformer_bench::conformance;
+
+#[test]
+fn every_backend_conforms() {
+    let found = transformer_bench_mlx::find();
+    assert!(found.backend(BackendId::MlxCpu).is_some(), "mlx-cpu must run everywhere");
+    conformance::assert_all(&found);
+}

@@ -1,0 +1,19 @@
+//! Compiles the C++ extension against the libtorch that tch is built with.
+
+fn main() {
+    println!("cargo:rerun-if-changed=native/extension.cpp");
+    println!("cargo:rerun-if-env-changed=LIBTORCH");
+    let Some(libtorch) = std::env::var_os("LIBTORCH") else {
+        panic!("LIBTORCH is not set: run ./scripts/setup once, it writes .cargo/config.toml");
+    };
+    let include = std::path::Path::new(&libtorch).join("include");
+    cc::Build::new()
+        .cpp(true)
+        .std("c++20")
+        .opt_level(2)
+        .warnings(false)
+        .include(&include)
+        .include(include.join("torch/csrc/api/include"))
+        .file("native/extension.cpp")
+        .compile("transformer_bench_torch");
+}

@@ -1,0 +1,115 @@
+//! The PyTorch backends: libtorch through `tch` on CPU, MPS and CUDA.
+//!
+//! `extension` wraps what tch lacks, `net` is the models, `step` the workloads.
+
+mod extension;
+mod net;
+mod step;
+
+use anyhow::Result;
+use tch::{Device, Kind};
+use transformer_bench::backend::{Backend, Found, Prepared, Unsupported};
+use transformer_bench::case::{BackendId, Case, Compute, Workload};
+use transformer_bench::fixture::Fixture;
+
+/// PyTorch on one device.
+struct Torch {
+    id: BackendId,
+    device: Device,
+}
+
+/// Finds the devices that this libtorch and this machine offer.
+pub fn find() -> Found {
+    let mut found = Found::default();
+    let mut offer = |id, device, missing: Option<String>| match missing {
+        None => found.present.push(Box::new(Torch { id, device })),
+        Some(reason) => found.absent(id, reason),
+    };
+    offer(BackendId::TorchCpu, Device::Cpu, None);
+    offer(BackendId::TorchMps, Device::Mps, mps_missing());
+    offer(BackendId::TorchCuda, Device::Cuda(0), cuda_missing());
+    found
+}
+
+fn mps_missing() -> Option<String> {
+    if cfg!(not(target_os = "macos")) {
+        return Some("MPS needs macOS on Apple silicon".to_owned());
+    }
+    (!tch::utils::has_mps()).then(|| "this Mac offers libtorch no MPS device".to_owned())
+}
+
+fn cuda_missing() -> Option<String> {
+    if cfg!(target_os = "macos") {
+        return Some("CUDA does not exist on macOS".to_owned());
+    }
+    if let Err(reason) = extension::load_cuda() {
+        return Some(reason);
+    }
+    (!tch::Cuda::is_available()).then(|| "libtorch sees no NVIDIA GPU with a working driver".to_owned())
+}
+
+impl Backend for Torch {
+    fn id(&self) -> BackendId {
+        self.id
+    }
+
+    fn versions(&self) -> Vec<(String, String)> {
+        let mut all = vec![
+            ("PyTorch".to_owned(), extension::version()),
+            ("PyTorch threads".to_owned(), tch::get_num_threads().to_string()),
+        ];
+        all.extend(extension::configuration());
+        all
+    }
+
+    fn supports(&self, case: &Case) -> Result<(), Unsupported> {
+        let compute = case.precision.compute;
+        let no = |reason: &str| Err(Unsupported(reason.to_owned()));
+        if compute == Compute::F16
+            && matches!(case.workload, Workload::OptimizerStep | Workload::TrainStep)
+        {
+            return no(transformer_bench::backend::NO_F16_ADAMW);
+        }
+        if compute == Compute::Tf32 && self.id != BackendId::TorchCuda {
+            return no("TF32 is a format of NVIDIA's tensor cores");
+        }
+        if compute == Compute::Amp
+            && matches!(case.workload, Workload::MatmulPeak | Workload::CopyPeak | Workload::OptimizerStep)
+        {
+            return no("amp changes nothing here: see f32 and bf16");
+        }
+        Ok(())
+    }
+
+    fn prepare(&self, fixture: &Fixture) -> Result<Box<dyn Prepared>> {
+        extension::allow_tf32(fixture.case.precision.compute == Compute::Tf32)?;
+        tch::manual_seed(1);
+        extension::caught(|| step::Step::new(self.device, fixture).map(|s| Box::new(s) as Box<dyn Prepared>))
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        extension::synchronize(self.device)
+    }
+
+    fn memory_total(&self) -> Option<u64> {
+        extension::memory_total(self.device)
+    }
+
+    fn reset_peak_memory(&self) -> Result<()> {
+        extension::reset_peak_memory(self.device);
+        Ok(())
+    }
+
+    fn peak_memory(&self) -> Option<u64> {
+        extension::peak_memory(self.device)
+    }
+}
+
+/// The type in which a precision stores parameters.
+fn kind(compute: Compute) -> Kind {
+    match compute {
+        Compute::Bf16 => Kind::BFloat16,
+        Compute::F16 => Kind::Half,
+        Compute::F32 | Compute::Tf32 | Compute::Amp => Kind::Float,
+    }
+}

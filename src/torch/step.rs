@@ -1,0 +1,293 @@
+//! The workloads in tch: what one iteration runs, and what it leaves for parity.
+
+use anyhow::{Context, Result};
+use tch::{Device, Kind, Tensor};
+use transformer_bench::backend::Prepared;
+use transformer_bench::case::{Case, Compute, Family, Shape, Workload};
+use transformer_bench::fixture::{AdamW, Fixture, Tensor as Named};
+use transformer_bench::model::{Attention, FeedForward, Gpt2, InOrder, Indicator};
+
+use crate::extension::{self, Moments};
+use crate::net::{self, Recipe};
+
+/// Where a parameter lies: whole in its own leaf, or some rows of a packed one.
+struct Place {
+    name: String,
+    dims: Vec<usize>,
+    leaf: usize,
+    row: i64,
+    packed: bool,
+}
+
+/// What the case computes forward, with its parameters.
+enum Net {
+    Indicator(Indicator<Tensor>),
+    Gpt2(Gpt2<Tensor>),
+    Attention { layer: Attention<Tensor>, heads: usize, causal: bool },
+    FeedForward { layer: FeedForward<Tensor>, tanh: bool },
+    Square { chain: usize },
+    Buffer,
+}
+
+/// A case on a device.
+pub struct Step {
+    case: Case,
+    device: Device,
+    recipe: Recipe,
+    net: Net,
+    inputs: Vec<Tensor>,
+    /// The tensors that gradients are taken by and the optimizer moves.
+    leaves: Vec<Tensor>,
+    places: Vec<Place>,
+    adamw: AdamW,
+    moments: Option<Moments>,
+    fixed_gradients: Vec<Tensor>,
+    /// The last step's results.
+    results: Vec<Tensor>,
+    gradients: Vec<Tensor>,
+}
+
+fn load(named: &Named, device: Device, kind: Kind) -> Tensor {
+    let dims: Vec<i64> = named.dims.iter().map(|&d| d as i64).collect();
+    Tensor::from_slice(&named.data).view(dims.as_slice()).to_device(device).to_kind(kind)
+}
+
+impl Step {
+    pub fn new(device: Device, fixture: &Fixture) -> Result<Self> {
+        let case = fixture.case;
+        let kind = crate::kind(case.precision.compute);
+        let train = case.workload.trains();
+        let recipe = Recipe { fused: case.precision.opt, dropout: fixture.dropout, train };
+
+        let inputs = fixture
+            .inputs()
+            .iter()
+            .map(|named| {
+                let kind = match named.name.as_str() {
+                    "tokens" | "next" => Kind::Int64,
+                    // The loss is in f32.
+                    "usefulness" => Kind::Float,
+                    _ => kind,
+                };
+                load(named, device, kind)
+            })
+            .collect();
+
+        let (leaves, places) = pack(fixture.parameters(), device, kind, recipe.fused);
+        let leaves: Vec<Tensor> = leaves.into_iter().map(|t| t.set_requires_grad(train)).collect();
+        let mut source = InOrder(places.iter().map(|place| leaves[place.leaf].shallow_clone()));
+        let net = match case.shape {
+            Shape::Model { family: Family::Indicator, tiny, .. } => {
+                Net::Indicator(Indicator::take(&mut source, &Family::Indicator.sizes(tiny)))
+            }
+            Shape::Model { family: Family::Gpt2, tiny, .. } => {
+                Net::Gpt2(Gpt2::take(&mut source, &Family::Gpt2.sizes(tiny)))
+            }
+            Shape::Attention { heads, head_width, causal, .. } => {
+                Net::Attention { layer: Attention::take(&mut source, "", heads * head_width), heads, causal }
+            }
+            Shape::FeedForward { width, hidden, tanh, .. } => {
+                Net::FeedForward { layer: FeedForward::take(&mut source, "", width, hidden), tanh }
+            }
+            Shape::Square { chain, .. } => Net::Square { chain },
+            Shape::Buffer { .. } => Net::Buffer,
+        };
+        let optimizes = matches!(case.workload, Workload::OptimizerStep | Workload::TrainStep);
+        let moments = optimizes.then(|| Moments::new(&leaves, case.precision.opt));
+        let fixed_gradients = if case.workload == Workload::OptimizerStep {
+            pack(fixture.gradients(), device, kind, recipe.fused).0
+        } else {
+            Vec::new()
+        };
+        let mut step = Self {
+            case,
+            device,
+            recipe,
+            net,
+            inputs,
+            leaves,
+            places,
+            adamw: fixture.adamw,
+            moments,
+            fixed_gradients,
+            results: Vec::new(),
+            gradients: Vec::new(),
+        };
+        if let Workload::CopyPeak = case.workload {
+            // The destination exists before the clock runs, as a caching allocator's would.
+            step.results = vec![step.inputs[0].empty_like()];
+        }
+        if train && !case.workload.takes_model() {
+            step.inputs[0] = step.inputs[0].set_requires_grad(true);
+        }
+        extension::synchronize(device)?;
+        Ok(step)
+    }
+
+    /// What the model puts out.
+    fn forward(&self) -> Vec<Tensor> {
+        let x = &self.inputs[0];
+        match (&self.net, self.case.shape) {
+            (Net::Indicator(p), Shape::Model { family, tiny, .. }) => {
+                self.recipe.indicator(x, &self.inputs[1], p, &family.sizes(tiny)).into()
+            }
+            (Net::Gpt2(p), Shape::Model { family, tiny, .. }) => {
+                vec![self.recipe.gpt2(x, p, &family.sizes(tiny))]
+            }
+            (Net::Attention { layer, heads, causal }, _) => {
+                vec![self.recipe.attention(x, layer, *heads, *causal)]
+            }
+            (Net::FeedForward { layer, tanh }, _) => vec![self.recipe.feed_forward(x, layer, *tanh)],
+            (Net::Square { chain }, _) => {
+                let first = x.matmul(&self.inputs[1]);
+                vec![(1..*chain).fold(first, |product, _| x.matmul(&product))]
+            }
+            _ => unreachable!("the net was made for the shape"),
+        }
+    }
+
+    fn loss(&self) -> Tensor {
+        let out = self.forward();
+        match &self.net {
+            Net::Indicator(_) => {
+                let [selection, weights] = <[Tensor; 2]>::try_from(out).expect("two heads");
+                net::indicator_loss(&[selection, weights], &self.inputs[2])
+            }
+            _ => net::gpt2_loss(&out[0], &self.inputs[1]),
+        }
+    }
+
+    fn run(&mut self) -> Result<()> {
+        // What the last step left is freed first, as a training loop's variables are.
+        self.gradients.clear();
+        let amp = self.case.precision.compute == Compute::Amp;
+        match self.case.workload {
+            Workload::CopyPeak => {
+                let _ = self.inputs[0].neg_out(&self.results[0]);
+            }
+            Workload::Forward | Workload::Attention | Workload::FeedForward | Workload::MatmulPeak => {
+                self.results.clear();
+                self.results = tch::no_grad(|| extension::autocast(self.device, amp, || self.forward()))?;
+            }
+            Workload::AttentionGrad | Workload::FeedForwardGrad => {
+                let out = extension::autocast(self.device, amp, || self.forward())?;
+                let inputs: Vec<Tensor> =
+                    self.inputs[..1].iter().chain(&self.leaves).map(Tensor::shallow_clone).collect();
+                let upstream = self.inputs[1].to_kind(out[0].kind());
+                self.gradients = extension::gradients(&out[0], Some(&upstream), &inputs)?;
+            }
+            Workload::ForwardBackward | Workload::TrainStep => {
+                let loss = extension::autocast(self.device, amp, || self.loss())?;
+                self.gradients = extension::gradients(&loss, None, &self.leaves)?;
+                self.results = vec![loss.detach()];
+                if let Some(moments) = &mut self.moments {
+                    moments.apply(&self.adamw, &self.leaves, &self.gradients)?;
+                }
+            }
+            Workload::OptimizerStep => {
+                let moments = self.moments.as_mut().context("no optimizer")?;
+                moments.apply(&self.adamw, &self.leaves, &self.fixed_gradients)?;
+            }
+        }
+        extension::synchronize(self.device)
+    }
+
+    /// A leaf's part that belongs to a parameter, as f32 on the host.
+    fn read(&self, name: String, dims: &[usize], tensor: &Tensor) -> Result<Named> {
+        let flat = tensor.detach().to_device(Device::Cpu).to_kind(Kind::Float).contiguous().view([-1]);
+        Ok(Named { name, dims: dims.to_vec(), data: Vec::<f32>::try_from(flat)? })
+    }
+
+    fn read_parameters(&self, prefix: &str, leaves: &[Tensor]) -> Result<Vec<Named>> {
+        self.places
+            .iter()
+            .map(|place| {
+                let leaf = &leaves[place.leaf];
+                let rows = if place.packed {
+                    leaf.narrow(0, place.row, place.dims[0] as i64)
+                } else {
+                    leaf.shallow_clone()
+                };
+                self.read(format!("{prefix}/{}", place.name), &place.dims, &rows)
+            })
+            .collect()
+    }
+}
+
+/// Loads tensors that follow the parameters' order. With `fused`, the rows of q, k and v
+/// of one attention share a leaf, so that one product projects all three.
+fn pack(all: &[Named], device: Device, kind: Kind, fused: bool) -> (Vec<Tensor>, Vec<Place>) {
+    let part = |name: &str| {
+        let (head, kind) = name.rsplit_once('.').unwrap_or((name, ""));
+        let (owner, letter) = head.rsplit_once('.').unwrap_or(("", head));
+        (fused && owner.ends_with("attention") && matches!(letter, "q" | "k" | "v"))
+            .then(|| format!("{owner}.qkv.{kind}"))
+    };
+    let mut leaves: Vec<Vec<Tensor>> = Vec::new();
+    let mut packs: Vec<(String, usize)> = Vec::new();
+    let mut places = Vec::new();
+    for named in all {
+        let tensor = load(named, device, kind);
+        let pack_name = part(&named.name);
+        let known = pack_name.as_ref().and_then(|p| packs.iter().find(|(n, _)| n == p));
+        let leaf = match known {
+            Some(&(_, leaf)) => leaf,
+            None => {
+                leaves.push(Vec::new());
+                if let Some(name) = &pack_name {
+                    packs.push((name.clone(), leaves.len() - 1));
+                }
+                leaves.len() - 1
+            }
+        };
+        let row = leaves[leaf].iter().map(|t| t.size()[0]).sum();
+        leaves[leaf].push(tensor);
+        places.push(Place {
+            name: named.name.clone(),
+            dims: named.dims.clone(),
+            leaf,
+            row,
+            packed: pack_name.is_some(),
+        });
+    }
+    let leaves = leaves
+        .into_iter()
+        .map(|mut parts| if parts.len() == 1 { parts.remove(0) } else { Tensor::cat(&parts, 0) })
+        .collect();
+    (leaves, places)
+}
+
+impl Prepared for Step {
+    fn step(&mut self) -> Result<()> {
+        extension::caught(|| self.run())
+    }
+
+    fn outputs(&mut self) -> Result<Vec<Named>> {
+        let mut all = Vec::new();
+        let names: &[&str] = match (&self.net, self.case.workload) {
+            (_, Workload::ForwardBackward | Workload::TrainStep) => &["loss"],
+            (Net::Indicator(_), _) => &["selection", "weights"],
+            (Net::Gpt2(_), _) => &["logits"],
+            _ => &["out"],
+        };
+        for (name, tensor) in names.iter().zip(&self.results) {
+            let dims: Vec<usize> = tensor.size().iter().map(|&d| d as usize).collect();
+            all.push(self.read((*name).to_owned(), &dims, tensor)?);
+        }
+        match self.case.workload {
+            Workload::AttentionGrad | Workload::FeedForwardGrad => {
+                let dims: Vec<usize> = self.inputs[0].size().iter().map(|&d| d as usize).collect();
+                all.push(self.read("grad/x".to_owned(), &dims, &self.gradients[0])?);
+                all.extend(self.read_parameters("grad", &self.gradients[1..])?);
+            }
+            Workload::ForwardBackward | Workload::TrainStep => {
+                all.extend(self.read_parameters("grad", &self.gradients)?);
+            }
+            _ => {}
+        }
+        if self.moments.is_some() {
+            all.extend(self.read_parameters("param", &self.leaves)?);
+        }
+        Ok(all)
+    }
+}

@@ -1,0 +1,12 @@
+//! Runs the conformance suite on every PyTorch backend of this machine, one after the
+//! other: timings must not share the cores with other tests.
+
+use transformer_bench::case::BackendId;
+use transformer_bench::conformance;
+
+#[test]
+fn every_backend_conforms() {
+    let found = transformer_bench_torch::find();
+    assert!(found.backend(BackendId::TorchCpu).is_some(), "torch-cpu must run everywhere");
+    conformance::assert_all(&found);
+}
