@@ -1,1 +1,7 @@
-fn main(){}
+//! Every MLX case of the suite.
+
+mod harness;
+
+fn main() -> std::process::ExitCode {
+    harness::main(transformer_bench::case::Framework::Mlx, transformer_bench_mlx::find)
+}

@@ -1,1 +1,7 @@
-fn main(){}
+//! Every PyTorch case of the suite.
+
+mod harness;
+
+fn main() -> std::process::ExitCode {
+    harness::main(transformer_bench::case::Framework::Torch, transformer_bench_torch::find)
+}

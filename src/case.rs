@@ -67,18 +67,12 @@ named! {
 impl Workload {
     /// Whether dropout is part of the work.
     pub fn trains(self) -> bool {
-        matches!(
-            self,
-            Self::AttentionGrad | Self::FeedForwardGrad | Self::ForwardBackward | Self::TrainStep
-        )
+        matches!(self, Self::AttentionGrad | Self::FeedForwardGrad | Self::ForwardBackward | Self::TrainStep)
     }
 
     /// Whether the shape is a whole model.
     pub fn takes_model(self) -> bool {
-        matches!(
-            self,
-            Self::Forward | Self::ForwardBackward | Self::OptimizerStep | Self::TrainStep
-        )
+        matches!(self, Self::Forward | Self::ForwardBackward | Self::OptimizerStep | Self::TrainStep)
     }
 }
 
@@ -483,10 +477,9 @@ fn shapes(set: Set, workload: Workload, backend: BackendId) -> Vec<Shape> {
         OptimizerStep if set == Set::Full => {
             vec![Shape::model(Family::Indicator, 16), Shape::model(Family::Gpt2, 8)]
         }
-        Forward | ForwardBackward | OptimizerStep | TrainStep => sizes
-            .iter()
-            .map(|&(family, batch)| Shape::Model { family, tiny, batch })
-            .collect(),
+        Forward | ForwardBackward | OptimizerStep | TrainStep => {
+            sizes.iter().map(|&(family, batch)| Shape::Model { family, tiny, batch }).collect()
+        }
         MatmulPeak => {
             let n: &[usize] = match (set, backend.is_cpu()) {
                 (Set::Smoke, _) => &[64],

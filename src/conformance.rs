@@ -125,7 +125,8 @@ pub fn time_follows_work(backend: &dyn Backend) -> Result<()> {
 pub fn nothing_is_left_pending(backend: &dyn Backend) -> Result<()> {
     let precision = F32;
     let shape = Shape::model(Family::Indicator, 4);
-    let mut prepared = backend.prepare(&Fixture::new(case(backend, Workload::TrainStep, precision, shape)))?;
+    let mut prepared =
+        backend.prepare(&Fixture::new(case(backend, Workload::TrainStep, precision, shape)))?;
     time(prepared.as_mut())?;
     let (mut waits, mut reads) = (Vec::new(), Vec::new());
     for _ in 0..5 {

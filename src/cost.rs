@@ -113,7 +113,7 @@ pub fn bytes(case: &Case) -> u64 {
         (Workload::OptimizerStep, shape) => {
             7 * (model::parameter_count(shape) * case.precision.compute.parameter_bytes()) as u64
         }
-        (_, Shape::Buffer { mib }) => 2 * (mib as u64) << 20,
+        (_, Shape::Buffer { mib }) => (2 * mib as u64) << 20,
         _ => 0,
     }
 }

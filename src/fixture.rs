@@ -32,8 +32,7 @@ pub struct AdamW {
 
 impl AdamW {
     /// What the timed workloads train with.
-    pub const TRAINING: Self =
-        Self { lr: 2e-4, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 1e-5 };
+    pub const TRAINING: Self = Self { lr: 2e-4, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 1e-5 };
 
     /// Large enough that a dropped or misplaced term shows in one step.
     pub const PARITY: Self = Self { lr: 0.1, weight_decay: 0.5, ..Self::TRAINING };
@@ -155,8 +154,7 @@ impl Fixture {
         let compute = self.case.precision.compute;
         let make = |name: &str, dims: &[usize], value: &dyn Fn(&mut Draw) -> f32| {
             let mut draw = Draw::new(&format!("input {name}"));
-            let mut data: Vec<f32> =
-                (0..dims.iter().product()).map(|_| value(&mut draw)).collect();
+            let mut data: Vec<f32> = (0..dims.iter().product()).map(|_| value(&mut draw)).collect();
             if !matches!(name, "tokens" | "next") {
                 round_to(compute, &mut data);
             }
@@ -175,10 +173,7 @@ impl Fixture {
             Shape::Model { family: Family::Gpt2, tiny, batch } => {
                 let s = Family::Gpt2.sizes(tiny);
                 let token = |draw: &mut Draw| (draw.unit() * s.vocabulary as f32).floor();
-                vec![
-                    make("tokens", &[batch, s.tokens], &token),
-                    make("next", &[batch, s.tokens], &token),
-                ]
+                vec![make("tokens", &[batch, s.tokens], &token), make("next", &[batch, s.tokens], &token)]
             }
             Shape::Attention { batch, heads, tokens, head_width, .. } => {
                 let dims = [batch, tokens, heads * head_width];
@@ -209,11 +204,7 @@ pub fn parity_cases(like: Case) -> Vec<Case> {
         .into_iter()
         .filter(|c| c.backend == like.backend && c.precision == Case::smoke_precision())
         .map(|c| Case { precision: like.precision, ..c })
-        .chain([Case {
-            workload: Workload::MatmulPeak,
-            shape: Shape::Square { n: 64, chain: 3 },
-            ..like
-        }])
+        .chain([Case { workload: Workload::MatmulPeak, shape: Shape::Square { n: 64, chain: 3 }, ..like }])
         .collect()
 }
 

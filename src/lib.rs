@@ -7,3 +7,5 @@ pub mod machine;
 pub mod model;
 pub mod parity;
 pub mod reference;
+pub mod report;
+pub mod results;

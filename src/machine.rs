@@ -124,8 +124,7 @@ pub fn loaded_libraries() -> Vec<String> {
         return (0..unsafe { _dyld_image_count() })
             .filter_map(|i| unsafe {
                 let name = _dyld_get_image_name(i);
-                (!name.is_null())
-                    .then(|| std::ffi::CStr::from_ptr(name).to_string_lossy().into_owned())
+                (!name.is_null()).then(|| std::ffi::CStr::from_ptr(name).to_string_lossy().into_owned())
             })
             .collect();
     }

@@ -107,8 +107,7 @@ pub fn compare(truth: &Fixture, prepared: &mut dyn Prepared) -> Result<Option<Mi
             .iter()
             .find(|t| t.name == want.name)
             .map_or(f64::INFINITY, |t| error(&t.data, &want.data, floor));
-        // Written so that NaN fails.
-        if !(error <= allowed) {
+        if error.is_nan() || error > allowed {
             return Ok(Some(Mismatch { case, tensor: want.name.clone(), error, allowed }));
         }
     }

@@ -7,7 +7,7 @@
 use crate::case::{Family, Shape, Sizes, Workload};
 use crate::fixture::{AdamW, Fixture, Tensor};
 use crate::model::{
-    self, Attention, Block, FeedForward, Gpt2, Head, InOrder, Indicator, Linear, Norm, NORM_EPS,
+    self, Attention, Block, FeedForward, Gpt2, Head, InOrder, Indicator, Linear, NORM_EPS, Norm,
 };
 
 /// A scalar on the tape.
@@ -243,10 +243,7 @@ impl Tape {
     }
 
     fn add_rows(&mut self, a: &[Vec<Var>], b: &[Vec<Var>]) -> Vec<Vec<Var>> {
-        a.iter()
-            .zip(b)
-            .map(|(a, b)| a.iter().zip(b).map(|(&x, &y)| self.add(x, y)).collect())
-            .collect()
+        a.iter().zip(b).map(|(a, b)| a.iter().zip(b).map(|(&x, &y)| self.add(x, y)).collect()).collect()
     }
 
     fn norm_rows(&mut self, x: &[Vec<Var>], layer: &Norm<Vec<Var>>) -> Vec<Vec<Var>> {
@@ -269,8 +266,7 @@ impl Tape {
         let attended = self.attention(&normed, &b.attention, heads, true);
         let x = self.add_rows(x, &attended);
         let normed = self.norm_rows(&x, &b.norm2);
-        let fed: Vec<_> =
-            normed.iter().map(|row| self.feed_forward(row, &b.feed_forward, true)).collect();
+        let fed: Vec<_> = normed.iter().map(|row| self.feed_forward(row, &b.feed_forward, true)).collect();
         self.add_rows(&x, &fed)
     }
 
@@ -319,8 +315,7 @@ impl Tape {
         let (mut bce, mut squares, mut chosen) = (Vec::new(), Vec::new(), Vec::new());
         for ((selection, weights), useful) in rows.iter().zip(usefulness) {
             let probability: Vec<_> = selection.iter().map(|&s| self.sigmoid(s)).collect();
-            let raw: Vec<_> =
-                useful.iter().zip(&probability).map(|(&u, &p)| self.mul(u, p)).collect();
+            let raw: Vec<_> = useful.iter().zip(&probability).map(|(&u, &p)| self.mul(u, p)).collect();
             let total = self.sum(&raw);
             let total = self.shift(total, 1e-8);
             for n in 0..selection.len() {
@@ -452,8 +447,7 @@ pub fn expected(fixture: &Fixture) -> Vec<Expected> {
         (_, Shape::FeedForward { width, hidden, tanh, .. }) => {
             let layer = FeedForward::take(&mut source, "", width, hidden);
             let x = leaves(t, fixture.input("x"));
-            let out: Vec<Var> =
-                x.chunks(width).flat_map(|row| t.feed_forward(row, &layer, tanh)).collect();
+            let out: Vec<Var> = x.chunks(width).flat_map(|row| t.feed_forward(row, &layer, tanh)).collect();
             inputs.push(("x", x));
             loss = upstream(t, fixture, &out);
             results.push(("out", out));
@@ -578,7 +572,9 @@ mod tests {
     #[test]
     fn gelu_agrees_with_published_values() {
         let mut tape = Tape::default();
-        for (x, exact, tanh) in [(1.0, 0.841_344_746, 0.841_191_990_7), (-0.5, -0.154_268_769_4, -0.154_285_989)] {
+        for (x, exact, tanh) in
+            [(1.0, 0.841_344_746, 0.841_191_990_7), (-0.5, -0.154_268_769_4, -0.154_285_989)]
+        {
             let a = tape.leaf(x);
             let (e, t) = (tape.gelu(a, false), tape.gelu(a, true));
             assert!((tape.get(e) - exact).abs() < 1e-8);

@@ -69,7 +69,13 @@ impl Layers {
     }
 
     /// x [B, N, D] → [B, N, D]
-    pub fn attention(&mut self, x: &Array, a: &Attention<Array>, heads: usize, causal: bool) -> Result<Array> {
+    pub fn attention(
+        &mut self,
+        x: &Array,
+        a: &Attention<Array>,
+        heads: usize,
+        causal: bool,
+    ) -> Result<Array> {
         let &[b, n, d] = x.shape() else { unreachable!("x is [B, N, D]") };
         let (heads, each) = (heads as i32, d / heads as i32);
         let split = |y: Array| y.reshape(&[b, n, heads, each])?.transpose_axes(&[0, 2, 1, 3]);

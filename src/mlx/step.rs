@@ -60,9 +60,7 @@ fn load(named: &Named, dtype: Dtype) -> Array {
         Dtype::Float16 => {
             Array::from_slice(&named.data.iter().map(|&v| f16::from_f32(v)).collect::<Vec<_>>(), &dims)
         }
-        Dtype::Int32 => {
-            Array::from_slice(&named.data.iter().map(|&v| v as i32).collect::<Vec<_>>(), &dims)
-        }
+        Dtype::Int32 => Array::from_slice(&named.data.iter().map(|&v| v as i32).collect::<Vec<_>>(), &dims),
         _ => Array::from_slice(&named.data, &dims),
     }
 }
@@ -90,12 +88,8 @@ impl Step {
         let moments = if updates { &parameters[..] } else { &[] };
         let first = moments.iter().map(zeros).collect::<Result<Vec<_>, _>>()?;
         let second = moments.iter().map(zeros).collect::<Result<Vec<_>, _>>()?;
-        let program = Program {
-            case,
-            dropout: fixture.dropout,
-            parameters: parameters.len(),
-            inputs: inputs.len(),
-        };
+        let program =
+            Program { case, dropout: fixture.dropout, parameters: parameters.len(), inputs: inputs.len() };
         let function: Function = if case.precision.opt {
             Box::new(compile(move |args: &[Array]| program.run(args), None))
         } else {
@@ -127,7 +121,9 @@ impl Program {
             Workload::ForwardBackward => (1, self.parameters, false),
             Workload::TrainStep => (1, self.parameters, true),
             Workload::OptimizerStep => (0, 0, true),
-            Workload::Forward if matches!(self.case.shape, Shape::Model { family: Family::Indicator, .. }) => {
+            Workload::Forward
+                if matches!(self.case.shape, Shape::Model { family: Family::Indicator, .. }) =>
+            {
                 (2, 0, false)
             }
             _ => (1, 0, false),
@@ -198,8 +194,7 @@ impl Program {
             Workload::OptimizerStep => Vec::new(),
         };
         if self.returned().updated {
-            let gradients =
-                if case.workload == Workload::OptimizerStep { inputs } else { &out[1..] };
+            let gradients = if case.workload == Workload::OptimizerStep { inputs } else { &out[1..] };
             let updated = adamw(parameters, gradients, first, second, numbers)?;
             out.extend(updated);
         }

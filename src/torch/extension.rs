@@ -35,7 +35,8 @@ unsafe extern "C" {
     fn tb_allow_tf32(allow: bool) -> c_int;
     fn tb_autocast_begin(device: c_int) -> c_int;
     fn tb_autocast_end(device: c_int) -> c_int;
-    fn tb_gradients(root: Raw, upstream: Raw, inputs: *const Raw, count: usize, gradients: *mut Raw) -> c_int;
+    fn tb_gradients(root: Raw, upstream: Raw, inputs: *const Raw, count: usize, gradients: *mut Raw)
+    -> c_int;
     fn tb_adamw(
         parameters: *const Raw,
         gradients: *const Raw,
@@ -154,9 +155,10 @@ pub fn configuration() -> Vec<(String, String)> {
     }
     if let Some((_, rest)) = text.split_once("BLAS_INFO=") {
         let name = rest.split([',', ' ', '\n']).next().unwrap_or("").to_uppercase();
-        let full = text.lines().map(|l| l.trim_start_matches([' ', '-'])).find(|l| {
-            l.to_uppercase().contains("MATH KERNEL") && name == "MKL"
-        });
+        let full = text
+            .lines()
+            .map(|l| l.trim_start_matches([' ', '-']))
+            .find(|l| l.to_uppercase().contains("MATH KERNEL") && name == "MKL");
         all.push(("PyTorch BLAS".to_owned(), full.map_or(name, str::to_owned)));
     }
     all
@@ -197,7 +199,13 @@ pub fn gradients(root: &Tensor, upstream: Option<&Tensor>, inputs: &[Tensor]) ->
     let from = upstream.map_or(std::ptr::null_mut(), |t| t.as_ptr().cast_mut().cast());
     // SAFETY: all tensors outlive the call; on success every slot holds an owned tensor.
     checked(unsafe {
-        tb_gradients(root.as_ptr().cast_mut().cast(), from, raw(inputs).as_ptr(), inputs.len(), out.as_mut_ptr())
+        tb_gradients(
+            root.as_ptr().cast_mut().cast(),
+            from,
+            raw(inputs).as_ptr(),
+            inputs.len(),
+            out.as_mut_ptr(),
+        )
     })?;
     // SAFETY: owned tensors, each taken once.
     Ok(out.into_iter().map(|t| unsafe { Tensor::from_ptr(t.cast()) }).collect())

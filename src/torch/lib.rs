@@ -65,9 +65,7 @@ impl Backend for Torch {
     fn supports(&self, case: &Case) -> Result<(), Unsupported> {
         let compute = case.precision.compute;
         let no = |reason: &str| Err(Unsupported(reason.to_owned()));
-        if compute == Compute::F16
-            && matches!(case.workload, Workload::OptimizerStep | Workload::TrainStep)
-        {
+        if compute == Compute::F16 && matches!(case.workload, Workload::OptimizerStep | Workload::TrainStep) {
             return no(transformer_bench::backend::NO_F16_ADAMW);
         }
         if compute == Compute::Tf32 && self.id != BackendId::TorchCuda {

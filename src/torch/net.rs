@@ -91,7 +91,13 @@ impl Recipe {
     }
 
     /// values [B, N], market [B, 10] → selection logits and weights, both [B, N]
-    pub fn indicator(&self, values: &Tensor, market: &Tensor, p: &Indicator<Tensor>, s: &Sizes) -> [Tensor; 2] {
+    pub fn indicator(
+        &self,
+        values: &Tensor,
+        market: &Tensor,
+        p: &Indicator<Tensor>,
+        s: &Sizes,
+    ) -> [Tensor; 2] {
         let tokens = linear(&values.unsqueeze(-1), &p.value); // [B, N, D]
         let mut x = tokens + linear(market, &p.market).unsqueeze(1) + &p.position;
         for block in &p.blocks {

@@ -1,0 +1,321 @@
+//! What both bench targets share: which cases run, in what order, and what is kept.
+//!
+//! For each selected case: parity of its backend and precision, once; the fixture; one
+//! step alone, from which the plan is made; Criterion's samples; the record. Records
+//! are written after every case, so a run that is killed keeps what it has.
+
+mod options;
+mod timing;
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use criterion::{BenchmarkId, Criterion, SamplingMode, Throughput};
+use transformer_bench::backend::{Backend, Found};
+use transformer_bench::case::{BackendId, Case, Framework, Precision, cases};
+use transformer_bench::cost::{self, Work};
+use transformer_bench::fixture::Fixture;
+use transformer_bench::machine::{self, Machine};
+use transformer_bench::parity;
+use transformer_bench::results::{self, Part, Record, Results, Status};
+
+use options::{Options, criterion_folder};
+use timing::Plan;
+
+/// Runs a framework's cases.
+pub fn main(framework: Framework, find: fn() -> Found) -> ExitCode {
+    match run(framework, find) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(reason) => {
+            eprintln!("error: {reason:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// True unless a case failed.
+fn run(framework: Framework, find: fn() -> Found) -> Result<bool> {
+    let set = std::env::var("TRANSFORMER_BENCH_SET").ok();
+    let options = Options::read(std::env::args().skip(1), set)?;
+    let home = criterion_home();
+    let selected: Vec<Case> = cases(options.set)
+        .into_iter()
+        .filter(|c| c.backend.framework() == framework && options.selects(c))
+        .collect();
+    if options.list {
+        selected.iter().for_each(|case| println!("{case}: benchmark"));
+        return Ok(true);
+    }
+    let found = find();
+    machine::assert_isolated(framework)?;
+    let present: Vec<Case> =
+        selected.iter().copied().filter(|c| found.backend(c.backend).is_some()).collect();
+    options.check_baseline(&home, &present)?;
+
+    let mut machine = Machine::read();
+    for backend in &found.present {
+        for entry in backend.versions() {
+            if !machine.versions.contains(&entry) {
+                machine.versions.push(entry);
+            }
+        }
+    }
+    let mut suite = Suite {
+        criterion: Criterion::default().configure_from_args().without_plots(),
+        home,
+        options,
+        found,
+        machine,
+        proven: HashMap::new(),
+    };
+
+    let mut records = Vec::new();
+    let started = Instant::now();
+    for (index, case) in selected.iter().enumerate() {
+        let place = format!("[{}/{}]", index + 1, selected.len());
+        records.extend(suite.measure(case, &place, started));
+        if !suite.options.test && !suite.options.profile && !suite.options.load_baseline {
+            suite.save(framework, &records)?;
+        }
+    }
+    suite.criterion.final_summary();
+    if suite.options.test {
+        let count = |status| records.iter().filter(|r| r.status == status).count();
+        println!(
+            "{framework}: {} cases ran, {} failed, {} skipped",
+            count(Status::Measured),
+            count(Status::Error) + count(Status::ParityFailed) + count(Status::TooSlow),
+            count(Status::Skipped)
+        );
+    }
+    Ok(!records.iter().any(|r| matches!(r.status, Status::Error | Status::ParityFailed)))
+}
+
+/// Criterion's folder; set so that both know it.
+fn criterion_home() -> PathBuf {
+    if let Some(home) = std::env::var_os("CRITERION_HOME") {
+        return home.into();
+    }
+    let home = results::target_folder().join("criterion");
+    // SAFETY: no other thread runs yet.
+    unsafe { std::env::set_var("CRITERION_HOME", &home) };
+    home
+}
+
+struct Suite {
+    criterion: Criterion,
+    home: PathBuf,
+    options: Options,
+    found: Found,
+    machine: Machine,
+    /// Parity, once for each backend and precision; the text says what failed.
+    proven: HashMap<(BackendId, Precision), Result<(), (Status, String)>>,
+}
+
+impl Suite {
+    fn save(&self, framework: Framework, records: &[Record]) -> Result<()> {
+        let part = Part {
+            framework: framework.to_string(),
+            set: self.options.set.to_string(),
+            filter: self.options.filter_text(),
+            results: Results { machine: self.machine.clone(), cases: records.to_vec() },
+        };
+        let text = serde_json::to_string_pretty(&part)?;
+        results::write_whole(&results::part_path(&results::folder(), framework), &text)
+    }
+
+    /// None where the case was only profiled.
+    fn measure(&mut self, case: &Case, place: &str, started: Instant) -> Option<Record> {
+        let Some(backend) = self.found.present.iter().find(|b| b.id() == case.backend) else {
+            let absent = self.found.absent.iter().find(|a| a.id == case.backend);
+            let reason = absent.map_or_else(|| "not found".to_owned(), |a| a.reason.clone());
+            return Some(self.told(place, Record::without(case, Status::Skipped, reason)));
+        };
+        let backend = backend.as_ref();
+        let fits = backend.supports(case).map_err(|u| u.to_string()).and_then(|()| self.fits(backend, case));
+        if let Err(reason) = fits {
+            return Some(self.told(place, Record::without(case, Status::Skipped, reason)));
+        }
+        let pair = (case.backend, case.precision);
+        let proof = self.proven.entry(pair).or_insert_with(|| {
+            eprintln!("{place} parity of {} in {}", case.backend, case.precision);
+            match parity::check(backend, *case) {
+                Ok(None) => Ok(()),
+                Ok(Some(mismatch)) => Err((Status::ParityFailed, mismatch.to_string())),
+                Err(error) => Err((Status::Error, format!("parity could not be checked: {error:#}"))),
+            }
+        });
+        if let Err((status, reason)) = proof.clone() {
+            return Some(self.told(place, Record::without(case, status, reason)));
+        }
+        let record = sample(&mut self.criterion, &self.options, backend, case, place, started)
+            .unwrap_or_else(|error| Some(Record::without(case, Status::Error, format!("{error:#}"))))?;
+        let record = if record.status == Status::Measured && !self.options.test {
+            match figures(&self.home, case, record) {
+                Ok(record) => self.within_peak(backend, case, record),
+                Err(error) => Record::without(case, Status::Error, format!("{error:#}")),
+            }
+        } else {
+            record
+        };
+        if matches!(record.status, Status::Error) && !self.options.test {
+            // Samples of a case that failed must not be compared with.
+            let _ = std::fs::remove_dir_all(criterion_folder(&self.home, case).join("new"));
+        }
+        Some(self.told(place, record))
+    }
+
+    /// Cases that can't fit are refused before anything is allocated.
+    fn fits(&self, backend: &dyn Backend, case: &Case) -> Result<(), String> {
+        let need = cost::memory_estimate(case) as f64 / 1e9;
+        let have = backend.memory_total().unwrap_or(self.machine.memory_bytes) as f64 / 1e9;
+        if need > 0.85 * have {
+            return Err(format!("needs about {need:.0} GB of memory and {have:.0} GB is there"));
+        }
+        Ok(())
+    }
+
+    /// A time that no hardware could reach is an error of the clock or of the wait.
+    fn within_peak(&self, backend: &dyn Backend, case: &Case, record: Record) -> Record {
+        let ceiling = machine::flops_ceiling(backend.id(), case.precision.compute, &self.machine);
+        if let (Some(ceiling), Some(median)) = (ceiling, record.median_ns) {
+            let rate = cost::flops(case) as f64 / (median * 1e-9);
+            if rate > ceiling {
+                let reason = format!(
+                    "implies {:.2} TFLOP/s, and this hardware reaches at most {:.2}: the time is wrong",
+                    rate / 1e12,
+                    ceiling / 1e12
+                );
+                return Record::without(case, Status::Error, reason);
+            }
+        }
+        record
+    }
+
+    /// Prints what became of a case where Criterion does not.
+    fn told(&self, place: &str, record: Record) -> Record {
+        match record.status {
+            Status::Measured => {}
+            Status::Skipped if self.options.test => println!("{}: skipped, {}", record.id, record.reason),
+            status => {
+                let word = serde_json::to_value(status).ok();
+                let word = word.as_ref().and_then(|w| w.as_str()).unwrap_or("error");
+                eprintln!("{place} {}: {word}, {}", record.id, record.reason);
+            }
+        }
+        record
+    }
+}
+
+/// Runs a case under Criterion. None where only a profile or a loaded baseline was asked for.
+fn sample(
+    criterion: &mut Criterion,
+    options: &Options,
+    backend: &dyn Backend,
+    case: &Case,
+    place: &str,
+    started: Instant,
+) -> Result<Option<Record>> {
+    if options.load_baseline {
+        criterion.benchmark_group(case.workload.id()).bench_function(benchmark_id(case), |_| {});
+        return Ok(None);
+    }
+    backend.reset_peak_memory()?;
+    machine::reset_resident_peak();
+    let fixture = Fixture::new(*case);
+    let mut prepared = backend.prepare(&fixture)?;
+    let mut step = timing::time(prepared.as_mut(), 1)?;
+    // The first step also loads kernels and fills caches; a second one tells more, where
+    // it is cheap.
+    if step < Duration::from_secs(2) {
+        step = timing::time(prepared.as_mut(), 1)?.min(step);
+    }
+    let Some(plan) = Plan::new(step, options.set, case.workload) else {
+        let mut record =
+            Record::without(case, Status::TooSlow, format!("too slow: {:.1} s a step", step.as_secs_f64()));
+        record.median_ns = Some(step.as_nanos() as f64);
+        record.samples = Some(1);
+        return Ok(Some(record));
+    };
+    if !options.test {
+        eprintln!(
+            "{place} {case}: {} samples, about {:.0} s ({:.0} s since the start)",
+            plan.samples,
+            plan.duration(step).as_secs_f64().ceil(),
+            started.elapsed().as_secs_f64()
+        );
+    }
+
+    let mut group = criterion.benchmark_group(case.workload.id());
+    group.sampling_mode(SamplingMode::Flat);
+    if !options.own_samples {
+        group.sample_size(plan.samples);
+    }
+    if !options.own_times {
+        group.measurement_time(plan.measurement).warm_up_time(plan.warm_up);
+    }
+    group.throughput(match cost::work(case) {
+        Work::Bytes(bytes) => Throughput::Bytes(bytes),
+        Work::Samples(count) | Work::Flops(count) => Throughput::Elements(count),
+    });
+    let mut failed = None;
+    let mut peak_rss = None;
+    group.bench_function(benchmark_id(case), |bencher| {
+        bencher.iter_custom(|iterations| {
+            if failed.is_some() {
+                return Duration::from_secs(1);
+            }
+            let elapsed = timing::time(prepared.as_mut(), iterations);
+            peak_rss = machine::resident_peak_bytes();
+            // Criterion can't be stopped; the figures are thrown away below.
+            elapsed.unwrap_or_else(|error| {
+                failed = Some(error);
+                Duration::from_secs(1)
+            })
+        });
+    });
+    group.finish();
+    if let Some(error) = failed {
+        return Err(error);
+    }
+    if options.profile {
+        return Ok(None);
+    }
+    let mut record = Record::without(case, Status::Measured, "");
+    record.peak_bytes = backend.peak_memory();
+    record.rss_peak_bytes = peak_rss;
+    Ok(Some(record))
+}
+
+fn benchmark_id(case: &Case) -> BenchmarkId {
+    BenchmarkId::new(format!("{}/{}", case.backend, case.precision), case.shape)
+}
+
+/// Fills a record from the files that Criterion has written.
+fn figures(home: &Path, case: &Case, mut record: Record) -> Result<Record> {
+    let folder = criterion_folder(home, case).join("new");
+    let read = |name: &str| -> Result<serde_json::Value> {
+        let path = folder.join(name);
+        let text = std::fs::read_to_string(&path)
+            .with_context(|| format!("Criterion left no {}: is the disk full?", path.display()))?;
+        serde_json::from_str(&text).with_context(|| format!("{} is damaged", path.display()))
+    };
+    let estimates = read("estimates.json")?;
+    let median = &estimates["median"];
+    let number = |value: &serde_json::Value| value.as_f64().context("Criterion's estimates have no median");
+    let point = number(&median["point_estimate"])?;
+    let interval = &median["confidence_interval"];
+    let work = cost::work(case);
+    record.median_ns = Some(point);
+    record.ci_ns = Some([number(&interval["lower_bound"])?, number(&interval["upper_bound"])?]);
+    record.samples = read("sample.json")?["times"].as_array().map(|times| times.len() as u64);
+    record.throughput = Some(results::Throughput {
+        value: work.amount() as f64 / (point * 1e-9),
+        unit: work.unit().to_owned(),
+    });
+    Ok(record)
+}

@@ -1,0 +1,66 @@
+//! The one timing loop, and the plan that is made from a case's first step.
+
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use transformer_bench::backend::Prepared;
+use transformer_bench::case::{Set, Workload};
+
+/// Times `iterations` steps as one stretch: a step returns only when its results exist,
+/// so nothing of one leaks into the next.
+pub fn time(prepared: &mut dyn Prepared, iterations: u64) -> Result<Duration> {
+    let start = Instant::now();
+    for _ in 0..iterations {
+        prepared.step()?;
+    }
+    Ok(start.elapsed())
+}
+
+/// How a case is sampled. Sampling is flat: every sample holds equally many steps.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Plan {
+    pub samples: usize,
+    pub measurement: Duration,
+    pub warm_up: Duration,
+}
+
+/// Criterion takes no fewer.
+const FEWEST: usize = 10;
+const MOST: usize = 100;
+
+/// Seconds that a case should take, and at most may.
+fn budget(set: Set, workload: Workload) -> (f64, f64) {
+    match (set, workload) {
+        (Set::Smoke, _) => (0.1, 60.0),
+        // The headline rows get the most samples.
+        (Set::Quick, Workload::TrainStep) => (12.0, 30.0),
+        (Set::Quick, _) => (2.5, 25.0),
+        (Set::Full, Workload::TrainStep) => (20.0, 120.0),
+        (Set::Full, _) => (5.0, 60.0),
+    }
+}
+
+impl Plan {
+    /// From the time of a step; None where ten samples and a warm-up do not fit.
+    pub fn new(step: Duration, set: Set, workload: Workload) -> Option<Self> {
+        let (target, limit) = budget(set, workload);
+        let step = step.as_secs_f64();
+        if (FEWEST + 1) as f64 * step > limit {
+            return None;
+        }
+        let samples = ((target / step) as usize).clamp(FEWEST, MOST);
+        let each = (target / (samples as f64 * step)).floor().max(1.0);
+        Some(Self {
+            samples,
+            // Criterion rounds the steps a sample up; half a step less makes it `each`.
+            measurement: Duration::from_secs_f64((each - 0.5) * samples as f64 * step),
+            // At least a step; Criterion doubles until the time is over.
+            warm_up: Duration::from_secs_f64((0.1 * target).min(0.3)),
+        })
+    }
+
+    /// About how long the case will take.
+    pub fn duration(&self, step: Duration) -> Duration {
+        self.measurement.max(self.samples as u32 * step) + self.warm_up.max(step)
+    }
+}

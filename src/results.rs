@@ -1,0 +1,224 @@
+//! The record of a run: what each case gave, or why it gave nothing. Written by the
+//! harness, one file a framework, and merged into `results.json`.
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+
+use crate::case::{Case, Framework, Set};
+use crate::machine::Machine;
+
+/// What became of a case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Status {
+    Measured,
+    Skipped,
+    TooSlow,
+    ParityFailed,
+    Error,
+}
+
+/// Work over the median time.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Throughput {
+    pub value: f64,
+    /// `samples/s`, `FLOP/s` or `B/s`
+    pub unit: String,
+}
+
+/// One case of a run. Times are nanoseconds an iteration.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    pub id: String,
+    pub workload: String,
+    pub backend: String,
+    pub precision: String,
+    pub shape: String,
+    pub status: Status,
+    /// Empty where the case was measured.
+    pub reason: String,
+    pub median_ns: Option<f64>,
+    /// 95 % interval of the median.
+    pub ci_ns: Option<[f64; 2]>,
+    pub samples: Option<u64>,
+    pub throughput: Option<Throughput>,
+    /// Peak of the framework's own allocator.
+    pub peak_bytes: Option<u64>,
+    /// Peak of the process's resident size, everything in it included.
+    pub rss_peak_bytes: Option<u64>,
+}
+
+impl Record {
+    /// A case without a figure.
+    pub fn without(case: &Case, status: Status, reason: impl Into<String>) -> Self {
+        Self {
+            id: case.to_string(),
+            workload: case.workload.to_string(),
+            backend: case.backend.to_string(),
+            precision: case.precision.to_string(),
+            shape: case.shape.to_string(),
+            status,
+            reason: reason.into(),
+            median_ns: None,
+            ci_ns: None,
+            samples: None,
+            throughput: None,
+            peak_bytes: None,
+            rss_peak_bytes: None,
+        }
+    }
+}
+
+/// Everything that a run left.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Results {
+    pub machine: Machine,
+    pub cases: Vec<Record>,
+}
+
+/// The part of one framework, with the set that it ran.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Part {
+    pub framework: String,
+    pub set: String,
+    /// The run's filter, empty for all.
+    pub filter: String,
+    #[serde(flatten)]
+    pub results: Results,
+}
+
+/// Writes a file whole or not at all.
+pub fn write_whole(path: &Path, text: &str) -> Result<()> {
+    let folder = path.parent().context("a file lies in a folder")?;
+    let partial = path.with_extension("partial");
+    let write = || -> std::io::Result<()> {
+        fs::create_dir_all(folder)?;
+        let mut file = fs::File::create(&partial)?;
+        file.write_all(text.as_bytes())?;
+        file.sync_all()?;
+        fs::rename(&partial, path)
+    };
+    write().map_err(|error| {
+        let _ = fs::remove_file(&partial);
+        anyhow::anyhow!(
+            "{} could not be written: {error}; what was there before is untouched",
+            path.display()
+        )
+    })
+}
+
+/// Where a run's files lie: `target/transformer-bench` of the target folder in use.
+pub fn folder() -> PathBuf {
+    target_folder().join("transformer-bench")
+}
+
+/// Cargo's target folder: this executable lies in `<target>/<profile>/[deps/]`.
+pub fn target_folder() -> PathBuf {
+    let exe = std::env::current_exe().unwrap_or_default();
+    exe.ancestors()
+        .find(|folder| folder.join("CACHEDIR.TAG").exists())
+        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("target"), Path::to_path_buf)
+}
+
+pub fn part_path(folder: &Path, framework: Framework) -> PathBuf {
+    folder.join("run").join(format!("{framework}.json"))
+}
+
+fn read_part(path: &Path) -> Result<Part> {
+    let text = fs::read_to_string(path).with_context(|| format!("{} could not be read", path.display()))?;
+    serde_json::from_str(&text)
+        .with_context(|| format!("{} is damaged: run ./scripts/bench again", path.display()))
+}
+
+/// Reads the parts of the last run and merges them in the order of the table.
+pub fn merge(folder: &Path) -> Result<(Results, Vec<Part>)> {
+    let mut parts = Vec::new();
+    for &framework in Framework::ALL {
+        let path = part_path(folder, framework);
+        if path.exists() {
+            parts.push(read_part(&path)?);
+        }
+    }
+    let Some(first) = parts.first() else {
+        bail!("no run to report in {}: run ./scripts/bench first", folder.display());
+    };
+    let mut machine = first.results.machine.clone();
+    for part in &parts[1..] {
+        let other = &part.results.machine;
+        if (&other.commit, &other.cpu) != (&machine.commit, &machine.cpu) {
+            bail!("the frameworks' parts come from different runs: run ./scripts/bench again");
+        }
+        machine.versions.extend(other.versions.iter().cloned());
+    }
+    let mut cases: Vec<Record> = parts.iter().flat_map(|p| p.results.cases.clone()).collect();
+    let order: Vec<String> =
+        Set::ALL.iter().rev().flat_map(|&set| crate::case::cases(set)).map(|c| c.to_string()).collect();
+    cases.sort_by_key(|r| order.iter().position(|id| *id == r.id).unwrap_or(usize::MAX));
+    Ok((Results { machine, cases }, parts))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn scratch(name: &str) -> PathBuf {
+        let folder = std::env::temp_dir().join(format!("transformer-bench-{}-{name}", std::process::id()));
+        let _ = fs::remove_dir_all(&folder);
+        folder
+    }
+
+    fn part(framework: Framework, id: &str) -> Part {
+        let case: Case = id.parse().unwrap();
+        Part {
+            framework: framework.to_string(),
+            set: "quick".to_owned(),
+            filter: String::new(),
+            results: Results {
+                machine: Machine::default(),
+                cases: vec![Record::without(&case, Status::Skipped, "not here")],
+            },
+        }
+    }
+
+    #[test]
+    fn parts_merge_in_the_order_of_the_table() {
+        let folder = scratch("merge");
+        for (framework, id) in [
+            (Framework::Torch, "train-step/torch-cpu/f32/indicator-b16"),
+            (Framework::Mlx, "attention/mlx-cpu/f32/b16-h8-n111-d32"),
+        ] {
+            let text = serde_json::to_string(&part(framework, id)).unwrap();
+            write_whole(&part_path(&folder, framework), &text).unwrap();
+        }
+        let (results, parts) = merge(&folder).unwrap();
+        assert_eq!(parts.len(), 2);
+        assert!(results.cases[0].id.starts_with("attention/"));
+        let json = serde_json::to_value(&results).unwrap();
+        assert_eq!(json["cases"][1]["status"], "skipped");
+        fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[test]
+    fn an_empty_folder_and_a_damaged_part_say_what_to_do() {
+        let folder = scratch("damaged");
+        assert!(merge(&folder).unwrap_err().to_string().contains("scripts/bench"));
+        write_whole(&part_path(&folder, Framework::Mlx), "{\"machine\":").unwrap();
+        assert!(merge(&folder).unwrap_err().to_string().contains("damaged"));
+        fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[test]
+    fn a_failed_write_leaves_the_old_file() {
+        let folder = scratch("write");
+        let path = folder.join("a.json");
+        write_whole(&path, "old").unwrap();
+        fs::create_dir(path.with_extension("partial")).unwrap();
+        assert!(write_whole(&path, "new").unwrap_err().to_string().contains("untouched"));
+        assert_eq!(fs::read_to_string(&path).unwrap(), "old");
+        fs::remove_dir_all(folder).unwrap();
+    }
+}
