@@ -6,6 +6,7 @@
 
 mod options;
 mod timing;
+mod worker;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -39,6 +40,11 @@ pub fn main(framework: Framework, find: fn() -> Found) -> ExitCode {
 
 /// True unless a case failed.
 fn run(framework: Framework, find: fn() -> Found) -> Result<bool> {
+    if let Some(id) = worker::requested(std::env::args().skip(1)) {
+        let found = find();
+        machine::assert_isolated(framework)?;
+        return worker::serve(&found, &id).map(|()| true);
+    }
     let set = std::env::var("TRANSFORMER_BENCH_SET").ok();
     let options = Options::read(std::env::args().skip(1), set)?;
     let home = criterion_home();
@@ -229,12 +235,14 @@ fn sample(
     let fixture = Fixture::new(*case);
     let mut prepared = backend.prepare(&fixture)?;
     let mut step = timing::time(prepared.as_mut(), 1)?;
-    // The first step also loads kernels and fills caches; a second one tells more, where
-    // it is cheap.
-    if step < Duration::from_secs(2) {
+    let mut plan = Plan::new(step, options.set, case.workload);
+    // The first step also loads kernels, compiles and fills caches. A second one tells
+    // more, and decides where the first alone would call the case too slow.
+    if step < Plan::limit(options.set, case.workload) {
         step = timing::time(prepared.as_mut(), 1)?.min(step);
+        plan = Plan::new(step, options.set, case.workload);
     }
-    let Some(plan) = Plan::new(step, options.set, case.workload) else {
+    let Some(plan) = plan else {
         let mut record =
             Record::without(case, Status::TooSlow, format!("too slow: {:.1} s a step", step.as_secs_f64()));
         record.median_ns = Some(step.as_nanos() as f64);

@@ -33,14 +33,19 @@ fn budget(set: Set, workload: Workload) -> (f64, f64) {
     match (set, workload) {
         (Set::Smoke, _) => (0.1, 60.0),
         // The headline rows get the most samples.
-        (Set::Quick, Workload::TrainStep) => (12.0, 30.0),
-        (Set::Quick, _) => (2.5, 25.0),
+        (Set::Quick, Workload::TrainStep) => (12.0, 45.0),
+        (Set::Quick, _) => (2.5, 35.0),
         (Set::Full, Workload::TrainStep) => (20.0, 120.0),
         (Set::Full, _) => (5.0, 60.0),
     }
 }
 
 impl Plan {
+    /// The longest that a case may take.
+    pub fn limit(set: Set, workload: Workload) -> Duration {
+        Duration::from_secs_f64(budget(set, workload).1)
+    }
+
     /// From the time of a step; None where ten samples and a warm-up do not fit.
     pub fn new(step: Duration, set: Set, workload: Workload) -> Option<Self> {
         let (target, limit) = budget(set, workload);
