@@ -181,6 +181,21 @@ pub fn flops_ceiling(backend: BackendId, compute: Compute, machine: &Machine) ->
     }
 }
 
+/// Refuses a time that the hardware can't have reached: the clock or the wait is wrong.
+pub fn check_rate(flops: u64, median_ns: f64, ceiling: Option<f64>) -> Result<()> {
+    let rate = flops as f64 / (median_ns * 1e-9);
+    if let Some(ceiling) = ceiling
+        && rate > ceiling
+    {
+        bail!(
+            "implies {:.2} TFLOP/s, and this hardware reaches at most {:.2}: the time is wrong",
+            rate / 1e12,
+            ceiling / 1e12
+        );
+    }
+    Ok(())
+}
+
 /// The dense peak of an NVIDIA GPU in FLOP/s, from its data sheet.
 pub fn dense_peak(gpu: &str, compute: Compute) -> Option<f64> {
     // (name, f32, tf32, bf16 and f16), in TFLOP/s
@@ -232,6 +247,17 @@ mod tests {
         drop(large);
         reset_resident_peak();
         assert!(resident_peak_bytes().unwrap() + (150 << 20) < with);
+    }
+
+    #[test]
+    fn a_time_beyond_the_hardware_is_an_error() {
+        let machine = Machine { cores: 2, ..Machine::default() };
+        let ceiling = flops_ceiling(BackendId::TorchCpu, Compute::F32, &machine);
+        // 2·1024³ FLOPs: 300 GFLOP/s is fast on two cores, 200 TFLOP/s is no CPU.
+        assert!(check_rate(2 << 30, 7e6, ceiling).is_ok());
+        let error = check_rate(2 << 30, 1e4, ceiling).unwrap_err().to_string();
+        assert!(error.contains("TFLOP/s") && error.contains("wrong"), "{error}");
+        assert!(check_rate(2 << 30, 1.0, None).is_ok());
     }
 
     #[test]

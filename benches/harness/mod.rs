@@ -161,10 +161,8 @@ impl Suite {
         let record = sample(&mut self.criterion, &self.options, backend, case, place, started)
             .unwrap_or_else(|error| Some(Record::without(case, Status::Error, format!("{error:#}"))))?;
         let record = if record.status == Status::Measured && !self.options.test {
-            match figures(&self.home, case, record) {
-                Ok(record) => self.within_peak(backend, case, record),
-                Err(error) => Record::without(case, Status::Error, format!("{error:#}")),
-            }
+            figures(&self.home, case, record, &self.machine)
+                .unwrap_or_else(|error| Record::without(case, Status::Error, format!("{error:#}")))
         } else {
             record
         };
@@ -183,23 +181,6 @@ impl Suite {
             return Err(format!("needs about {need:.0} GB of memory and {have:.0} GB is there"));
         }
         Ok(())
-    }
-
-    /// A time that no hardware could reach is an error of the clock or of the wait.
-    fn within_peak(&self, backend: &dyn Backend, case: &Case, record: Record) -> Record {
-        let ceiling = machine::flops_ceiling(backend.id(), case.precision.compute, &self.machine);
-        if let (Some(ceiling), Some(median)) = (ceiling, record.median_ns) {
-            let rate = cost::flops(case) as f64 / (median * 1e-9);
-            if rate > ceiling {
-                let reason = format!(
-                    "implies {:.2} TFLOP/s, and this hardware reaches at most {:.2}: the time is wrong",
-                    rate / 1e12,
-                    ceiling / 1e12
-                );
-                return Record::without(case, Status::Error, reason);
-            }
-        }
-        record
     }
 
     /// Prints what became of a case where Criterion does not.
@@ -304,7 +285,7 @@ fn benchmark_id(case: &Case) -> BenchmarkId {
 }
 
 /// Fills a record from the files that Criterion has written.
-fn figures(home: &Path, case: &Case, mut record: Record) -> Result<Record> {
+fn figures(home: &Path, case: &Case, mut record: Record, machine: &Machine) -> Result<Record> {
     let folder = criterion_folder(home, case).join("new");
     let read = |name: &str| -> Result<serde_json::Value> {
         let path = folder.join(name);
@@ -316,6 +297,8 @@ fn figures(home: &Path, case: &Case, mut record: Record) -> Result<Record> {
     let median = &estimates["median"];
     let number = |value: &serde_json::Value| value.as_f64().context("Criterion's estimates have no median");
     let point = number(&median["point_estimate"])?;
+    let ceiling = machine::flops_ceiling(case.backend, case.precision.compute, machine);
+    machine::check_rate(cost::flops(case), point, ceiling)?;
     let interval = &median["confidence_interval"];
     let work = cost::work(case);
     record.median_ns = Some(point);

@@ -1,10 +1,11 @@
 //! Compiles the C++ extension against the libtorch that tch is built with.
 
 fn main() {
-    println!("cargo:rerun-if-changed=native/extension.cpp");
-    println!("cargo:rerun-if-env-changed=LIBTORCH");
+    println!("cargo::rerun-if-changed=native/extension.cpp");
+    println!("cargo::rerun-if-env-changed=LIBTORCH");
     let Some(libtorch) = std::env::var_os("LIBTORCH") else {
-        panic!("LIBTORCH is not set: run ./scripts/setup once, it writes .cargo/config.toml");
+        println!("cargo::error=the frameworks are not set up: run ./scripts/setup once, then this again");
+        return;
     };
     let include = std::path::Path::new(&libtorch).join("include");
     cc::Build::new()
