@@ -53,7 +53,9 @@ impl Machine {
         } else if cfg!(target_os = "macos") {
             gpus.push(format!("{cpu} GPU"));
         }
-        let root = env!("CARGO_MANIFEST_DIR");
+        // An executable may have been carried to another machine.
+        let built = env!("CARGO_MANIFEST_DIR");
+        let root = if Path::new(built).exists() { built } else { "." };
         let commit = output("git", &["-C", root, "rev-parse", "--short=12", "HEAD"]);
         let dirty = output("git", &["-C", root, "status", "--porcelain", "--untracked-files=no"]);
         Self {

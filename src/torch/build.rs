@@ -7,14 +7,28 @@ fn main() {
         println!("cargo::error=the frameworks are not set up: run ./scripts/setup once, then this again");
         return;
     };
-    let include = std::path::Path::new(&libtorch).join("include");
-    cc::Build::new()
+    let libtorch = std::path::Path::new(&libtorch);
+    let include = libtorch.join("include");
+    let mut build = cc::Build::new();
+    build
         .cpp(true)
         .std("c++20")
         .opt_level(2)
         .warnings(false)
         .include(&include)
         .include(include.join("torch/csrc/api/include"))
-        .file("native/extension.cpp")
-        .compile("transformer_bench_torch");
+        .file("native/extension.cpp");
+    println!("cargo::rerun-if-env-changed=TRANSFORMER_BENCH_CUDA_INCLUDE");
+    if libtorch.join("lib/libtorch_cuda.so").exists() {
+        match std::env::var_os("TRANSFORMER_BENCH_CUDA_INCLUDE") {
+            Some(cuda) => {
+                build.define("TB_CUDA", None).include(cuda);
+                println!("cargo::rustc-link-lib=c10_cuda");
+            }
+            None => {
+                println!("cargo::warning=no CUDA headers: built without CUDA graphs; run ./scripts/setup")
+            }
+        }
+    }
+    build.compile("transformer_bench_torch");
 }

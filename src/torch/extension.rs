@@ -56,6 +56,13 @@ unsafe extern "C" {
         count: usize,
         setting: Setting,
     ) -> c_int;
+    fn tb_graph_new(out: *mut *mut c_void) -> c_int;
+    fn tb_graph_free(graph: *mut c_void);
+    fn tb_graph_enter(graph: *mut c_void) -> c_int;
+    fn tb_graph_begin(graph: *mut c_void) -> c_int;
+    fn tb_graph_end(graph: *mut c_void) -> c_int;
+    fn tb_graph_leave(graph: *mut c_void) -> c_int;
+    fn tb_graph_replay(graph: *mut c_void) -> c_int;
     fn tb_peak_memory(device: c_int, bytes: *mut u64) -> c_int;
     fn tb_reset_peak_memory(device: c_int) -> c_int;
     fn tb_memory_total(device: c_int, bytes: *mut u64) -> c_int;
@@ -229,6 +236,12 @@ impl Moments {
         Self { first: zeros(), second: zeros(), step: 0, device_steps }
     }
 
+    /// Everything that a step changes beside the parameters.
+    pub fn state(&self) -> Vec<Tensor> {
+        let steps = self.device_steps.iter().flatten();
+        self.first.iter().chain(&self.second).chain(steps).map(Tensor::shallow_clone).collect()
+    }
+
     /// One AdamW step in place.
     pub fn apply(&mut self, setting: &AdamW, parameters: &[Tensor], gradients: &[Tensor]) -> Result<()> {
         let count = parameters.len();
@@ -263,6 +276,42 @@ impl Moments {
                 }
             }
         })
+    }
+}
+
+/// A recorded CUDA graph.
+pub struct Graph(*mut c_void);
+
+impl Graph {
+    /// Runs `warm_up` and then records `body` on a stream of their own.
+    pub fn record(warm_up: impl FnOnce() -> Result<()>, body: impl FnOnce() -> Result<()>) -> Result<Self> {
+        let mut handle = std::ptr::null_mut();
+        // SAFETY: writes one pointer, owned by the value made here.
+        checked(unsafe { tb_graph_new(&mut handle) })?;
+        let graph = Self(handle);
+        // SAFETY (here and below): the handle is live.
+        checked(unsafe { tb_graph_enter(graph.0) })?;
+        let recorded = warm_up().and_then(|()| {
+            checked(unsafe { tb_graph_begin(graph.0) })?;
+            let done = caught(body);
+            // Ended also after a failure: nothing else runs during a recording.
+            let ended = checked(unsafe { tb_graph_end(graph.0) });
+            done.and(ended)
+        });
+        let left = checked(unsafe { tb_graph_leave(graph.0) });
+        recorded.and(left).map(|()| graph)
+    }
+
+    pub fn replay(&self) -> Result<()> {
+        // SAFETY: the handle is live.
+        checked(unsafe { tb_graph_replay(self.0) })
+    }
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        // SAFETY: owned, freed once.
+        unsafe { tb_graph_free(self.0) };
     }
 }
 

@@ -7,7 +7,7 @@ use transformer_bench::case::{Case, Compute, Family, Shape, Workload};
 use transformer_bench::fixture::{AdamW, Fixture, Tensor as Named};
 use transformer_bench::model::{Attention, FeedForward, Gpt2, InOrder, Indicator};
 
-use crate::extension::{self, Moments};
+use crate::extension::{self, Graph, Moments};
 use crate::net::{self, Recipe};
 
 /// Where a parameter lies: whole in its own leaf, or some rows of a packed one.
@@ -45,7 +45,12 @@ pub struct Step {
     /// The last step's results.
     results: Vec<Tensor>,
     gradients: Vec<Tensor>,
+    /// The step as one launch, where the recipe and the device have it.
+    graph: Option<Graph>,
 }
+
+/// Steps before a recording: cuBLAS and the allocator settle in the first.
+const WARM_UP: usize = 3;
 
 fn load(named: &Named, device: Device, kind: Kind) -> Tensor {
     let dims: Vec<i64> = named.dims.iter().map(|&d| d as i64).collect();
@@ -112,6 +117,7 @@ impl Step {
             fixed_gradients,
             results: Vec::new(),
             gradients: Vec::new(),
+            graph: None,
         };
         if let Workload::CopyPeak = case.workload {
             // The destination exists before the clock runs, as a caching allocator's would.
@@ -120,8 +126,38 @@ impl Step {
         if train && !case.workload.takes_model() {
             step.inputs[0] = step.inputs[0].set_requires_grad(true);
         }
+        if case.precision.opt && matches!(device, Device::Cuda(_)) {
+            step.graph = Some(step.record().context("recording the step as a CUDA graph")?);
+        }
         extension::synchronize(device)?;
         Ok(step)
+    }
+
+    /// Records the step. What the warm-up changes is put back, so that the first replay
+    /// is the first step.
+    fn record(&mut self) -> Result<Graph> {
+        let state: Vec<Tensor> = self
+            .leaves
+            .iter()
+            .map(Tensor::detach)
+            .chain(self.moments.iter().flat_map(Moments::state))
+            .collect();
+        let before: Vec<Tensor> = state.iter().map(Tensor::copy).collect();
+        let this = std::cell::RefCell::new(self);
+        Graph::record(
+            || {
+                for _ in 0..WARM_UP {
+                    this.borrow_mut().compute()?;
+                }
+                tch::no_grad(|| {
+                    for (mut now, before) in state.into_iter().zip(&before) {
+                        now.copy_(before);
+                    }
+                });
+                Ok(())
+            },
+            || this.borrow_mut().compute(),
+        )
     }
 
     /// What the model puts out.
@@ -157,7 +193,8 @@ impl Step {
         }
     }
 
-    fn run(&mut self) -> Result<()> {
+    /// Everything that one iteration launches.
+    fn compute(&mut self) -> Result<()> {
         // What the last step left is freed first, as a training loop's variables are.
         self.gradients.clear();
         let amp = self.case.precision.compute == Compute::Amp;
@@ -189,7 +226,7 @@ impl Step {
                 moments.apply(&self.adamw, &self.leaves, &self.fixed_gradients)?;
             }
         }
-        extension::synchronize(self.device)
+        Ok(())
     }
 
     /// A leaf's part that belongs to a parameter, as f32 on the host.
@@ -259,7 +296,11 @@ fn pack(all: &[Named], device: Device, kind: Kind, fused: bool) -> (Vec<Tensor>,
 
 impl Prepared for Step {
     fn step(&mut self) -> Result<()> {
-        extension::caught(|| self.run())
+        match &self.graph {
+            Some(graph) => graph.replay()?,
+            None => extension::caught(|| self.compute())?,
+        }
+        extension::synchronize(self.device)
     }
 
     fn outputs(&mut self) -> Result<Vec<Named>> {
