@@ -137,27 +137,59 @@ impl Compute {
     }
 }
 
-/// A number format and a recipe: plain, or with everything the framework offers
-/// that keeps the mathematics (`-opt`).
+named! {
+    /// How the step is written: the plain way, with one optimisation, or with all.
+    Recipe, "recipe", {
+        /// As a newcomer writes it.
+        Plain => "plain",
+        /// Fused attention, and one product for q, k and v where the framework gains by it.
+        Attention => "attention",
+        /// The optimizer in one kernel.
+        Optimizer => "optimizer",
+        /// The whole step compiled, or captured and replayed.
+        Captured => "captured",
+        /// Everything the framework offers that keeps the mathematics.
+        Opt => "opt",
+    }
+}
+
+impl Recipe {
+    pub fn fused_attention(self) -> bool {
+        matches!(self, Self::Attention | Self::Opt)
+    }
+
+    pub fn fused_optimizer(self) -> bool {
+        matches!(self, Self::Optimizer | Self::Opt)
+    }
+
+    pub fn captured(self) -> bool {
+        matches!(self, Self::Captured | Self::Opt)
+    }
+}
+
+/// A number format and a recipe, which an id names behind a hyphen unless it is plain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Precision {
     pub compute: Compute,
-    pub opt: bool,
+    pub recipe: Recipe,
 }
 
 impl Precision {
     pub const fn plain(compute: Compute) -> Self {
-        Self { compute, opt: false }
+        Self { compute, recipe: Recipe::Plain }
     }
 
     pub const fn opt(compute: Compute) -> Self {
-        Self { compute, opt: true }
+        Self { compute, recipe: Recipe::Opt }
     }
 }
 
 impl fmt::Display for Precision {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}{}", self.compute, if self.opt { "-opt" } else { "" })
+        match self.recipe {
+            Recipe::Plain => write!(f, "{}", self.compute),
+            recipe => write!(f, "{}-{recipe}", self.compute),
+        }
     }
 }
 
@@ -165,11 +197,13 @@ impl FromStr for Precision {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let (compute, opt) = match text.strip_suffix("-opt") {
-            Some(plain) => (plain, true),
-            None => (text, false),
+        let Some((compute, recipe)) = text.split_once('-') else {
+            return Ok(Self::plain(text.parse()?));
         };
-        Ok(Self { compute: compute.parse()?, opt })
+        match recipe.parse()? {
+            Recipe::Plain => Err(format!("'{text}': the plain recipe has no suffix")),
+            recipe => Ok(Self { compute: compute.parse()?, recipe }),
+        }
     }
 }
 
@@ -424,14 +458,17 @@ named! {
     }
 }
 
+/// The batch that the headline tables stand for.
+pub const HEADLINE_BATCH: usize = 16;
+
 /// The table of cases, in the order in which they run. Every backend is listed
 /// whether or not this machine has it.
 pub fn cases(set: Set) -> Vec<Case> {
     let mut all = Vec::new();
     for &workload in Workload::ALL {
         for &backend in BackendId::ALL {
-            for precision in precisions(set, workload) {
-                for shape in shapes(set, workload, backend) {
+            for shape in shapes(set, workload, backend) {
+                for precision in precisions(set, workload, backend, shape) {
                     all.push(Case { workload, backend, precision, shape });
                 }
             }
@@ -440,32 +477,68 @@ pub fn cases(set: Set) -> Vec<Case> {
     all
 }
 
-fn precisions(set: Set, workload: Workload) -> Vec<Precision> {
+fn precisions(set: Set, workload: Workload, backend: BackendId, shape: Shape) -> Vec<Precision> {
     use Compute::*;
-    let mut list = vec![Precision::plain(F32)];
-    if set != Set::Quick {
-        list.extend([Precision::plain(Bf16), Precision::plain(F16)]);
+    let headline = shape == Shape::model(Family::Indicator, HEADLINE_BATCH);
+    let gpt2 = matches!(shape, Shape::Model { family: Family::Gpt2, .. });
+    let quick = set == Set::Quick;
+    // Its forward and backward pass in f32 take long and answer nothing quickly.
+    let mut list = if quick && gpt2 { vec![] } else { vec![Precision::plain(F32)] };
+    if !quick || (!backend.is_cpu() && matches!(workload, Workload::TrainStep | Workload::MatmulPeak)) {
+        list.push(Precision::plain(Bf16));
     }
-    if workload == Workload::TrainStep || (set != Set::Quick && workload.trains()) {
-        list.extend([Precision::opt(F32), Precision::plain(Amp), Precision::opt(Amp)]);
+    if !quick {
+        list.push(Precision::plain(F16));
     }
+    if workload == Workload::TrainStep || (!quick && workload.trains()) {
+        list.extend([Precision::plain(Amp), Precision::opt(Amp)]);
+        if !(quick && gpt2) {
+            list.push(Precision::opt(F32));
+        }
+        if !quick || !backend.is_cpu() {
+            list.push(Precision::opt(Bf16));
+        }
+    }
+    if !quick && matches!(workload, Workload::TrainStep | Workload::MatmulPeak) {
+        list.push(Precision::plain(Tf32));
+        if workload == Workload::TrainStep {
+            list.push(Precision::opt(Tf32));
+        }
+    }
+    // What each optimisation brings alone.
+    if workload == Workload::TrainStep && (headline && !quick || set == Set::Smoke) {
+        for compute in [F32, Amp] {
+            for recipe in [Recipe::Attention, Recipe::Optimizer, Recipe::Captured] {
+                list.push(Precision { compute, recipe });
+            }
+        }
+    }
+    list.sort();
     list
 }
 
 fn shapes(set: Set, workload: Workload, backend: BackendId) -> Vec<Shape> {
     use Workload::*;
     let tiny = set == Set::Smoke;
-    let sizes: Vec<(Family, usize)> = match set {
+    let mut sizes: Vec<(Family, usize)> = match set {
         Set::Smoke => vec![(Family::Indicator, 2), (Family::Gpt2, 2)],
-        Set::Quick => vec![(Family::Indicator, 16)],
+        Set::Quick => vec![(Family::Indicator, HEADLINE_BATCH)],
         Set::Full => vec![
             (Family::Indicator, 1),
-            (Family::Indicator, 16),
+            (Family::Indicator, HEADLINE_BATCH),
             (Family::Indicator, 64),
             (Family::Indicator, 256),
             (Family::Gpt2, 8),
         ],
     };
+    if workload == TrainStep {
+        match set {
+            // The sweep over batches.
+            Set::Full => sizes.insert(1, (Family::Indicator, 4)),
+            Set::Quick if !backend.is_cpu() => sizes.push((Family::Gpt2, 8)),
+            _ => {}
+        }
+    }
     match workload {
         Attention | AttentionGrad => {
             sizes.iter().map(|&(family, batch)| Shape::attention_of(family, tiny, batch)).collect()
@@ -475,7 +548,7 @@ fn shapes(set: Set, workload: Workload, backend: BackendId) -> Vec<Shape> {
         }
         // The optimizer's work does not depend on the batch.
         OptimizerStep if set == Set::Full => {
-            vec![Shape::model(Family::Indicator, 16), Shape::model(Family::Gpt2, 8)]
+            vec![Shape::model(Family::Indicator, HEADLINE_BATCH), Shape::model(Family::Gpt2, 8)]
         }
         Forward | ForwardBackward | OptimizerStep | TrainStep => {
             sizes.iter().map(|&(family, batch)| Shape::Model { family, tiny, batch }).collect()
@@ -541,6 +614,8 @@ mod tests {
             ("train/torch-cpu/f32/indicator-b16", "unknown workload"),
             ("train-step/torch/f32/indicator-b16", "unknown backend"),
             ("train-step/torch-cpu/f64/indicator-b16", "unknown precision"),
+            ("train-step/torch-cpu/f32-fast/indicator-b16", "unknown recipe"),
+            ("train-step/torch-cpu/f32-plain/indicator-b16", "no suffix"),
             ("train-step/torch-cpu/f32/indicator-b0", "at least 1"),
             ("train-step/torch-cpu/f32/bert-b1", "unknown model"),
             ("train-step/torch-cpu/f32/indicator-b1-t7", "unknown shape"),

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail, ensure};
 
 use crate::backend::{Backend, Found, Prepared};
-use crate::case::{Case, Compute, Family, Precision, Shape, Workload};
+use crate::case::{Case, Compute, Family, Precision, Recipe, Shape, Workload};
 use crate::fixture::Fixture;
 use crate::machine;
 use crate::parity;
@@ -21,7 +21,12 @@ const F32: Precision = Precision::plain(Compute::F32);
 pub fn parity_holds(backend: &dyn Backend) -> Result<()> {
     let mut proven = 0;
     for &compute in Compute::ALL {
-        for precision in [Precision::plain(compute), Precision::opt(compute)] {
+        for &recipe in Recipe::ALL {
+            // A single optimisation is the same code in every number format.
+            if compute != Compute::F32 && !matches!(recipe, Recipe::Plain | Recipe::Opt) {
+                continue;
+            }
+            let precision = Precision { compute, recipe };
             let like = case(backend, Workload::TrainStep, precision, Shape::tiny(Family::Indicator));
             let forward = Case { workload: Workload::Forward, ..like };
             if backend.supports(&forward).is_err() && backend.supports(&like).is_err() {
@@ -170,14 +175,42 @@ pub fn dropout_is_random(backend: &dyn Backend) -> Result<()> {
     Ok(())
 }
 
+/// A known amount, allocated on the device and read back as the peak, within 1 %: a
+/// buffer and its copy, and on a CPU without an allocator's peak the host's fixture too.
+pub fn memory_is_counted(backend: &dyn Backend) -> Result<()> {
+    let mib = 256;
+    let case = case(backend, Workload::CopyPeak, F32, Shape::Buffer { mib });
+    backend.reset_peak_memory()?;
+    machine::reset_resident_peak();
+    let before = machine::resident_bytes();
+    let fixture = Fixture::new(case);
+    let mut prepared = backend.prepare(&fixture)?;
+    prepared.step()?;
+    let (found, buffers) = match backend.peak_memory() {
+        Some(peak) => (peak, 2),
+        // Elsewhere than on Linux the resident peak can't be reset.
+        None if cfg!(not(target_os = "linux")) => return Ok(()),
+        None => (machine::resident_peak_bytes().unwrap_or(0) - before, 3),
+    };
+    let expected = (buffers * mib) << 20;
+    let error = found as f64 / expected as f64 - 1.0;
+    ensure!(
+        error.abs() < 0.01,
+        "{} holds {buffers} buffers of {mib} MiB and reports {found} bytes, {:+.1} % off",
+        backend.id(),
+        error * 100.0
+    );
+    Ok(())
+}
+
 /// The resident size stays flat over 1,000 steps of every workload at its miniature shape.
 pub fn memory_does_not_grow(backend: &dyn Backend) -> Result<()> {
     for case in crate::case::cases(crate::case::Set::Smoke) {
         if case.backend != backend.id() || backend.supports(&case).is_err() {
             continue;
         }
-        // Half types run on the same code paths, slowly; f32 and the recipes cover them.
-        if case.precision.compute.is_half() {
+        // Half types and single optimisations run on the same code paths.
+        if case.precision.compute.is_half() || !matches!(case.precision.recipe, Recipe::Plain | Recipe::Opt) {
             continue;
         }
         let mut prepared = backend.prepare(&Fixture::new(case))?;
@@ -210,6 +243,7 @@ pub fn assert_all(found: &Found) {
         ("the process holds one framework", process_holds_one_framework),
         ("parity holds", parity_holds),
         ("parity catches wrong kernels", parity_catches_wrong_kernels),
+        ("memory is counted", memory_is_counted),
         ("dropout is random", dropout_is_random),
         ("nothing is left pending", nothing_is_left_pending),
         ("time follows work", time_follows_work),

@@ -159,7 +159,7 @@ impl Suite {
             return Some(self.told(place, Record::without(case, status, reason)));
         }
         let record = sample(&mut self.criterion, &self.options, backend, case, place, started)
-            .unwrap_or_else(|error| Some(Record::without(case, Status::Error, format!("{error:#}"))))?;
+            .unwrap_or_else(|error| Some(failure(case, &error)))?;
         let record = if record.status == Status::Measured && !self.options.test {
             figures(&self.home, case, record, &self.machine)
                 .unwrap_or_else(|error| Record::without(case, Status::Error, format!("{error:#}")))
@@ -217,9 +217,9 @@ fn sample(
     let mut prepared = backend.prepare(&fixture)?;
     let mut step = timing::time(prepared.as_mut(), 1)?;
     let mut plan = Plan::new(step, options.set, case.workload);
-    // The first step also loads kernels, compiles and fills caches. A second one tells
-    // more, and decides where the first alone would call the case too slow.
-    if step < Plan::limit(options.set, case.workload) {
+    // The first step also loads kernels, compiles and fills caches: a second one tells
+    // more, unless the first was hopeless.
+    if step < Plan::limit(options.set, case.workload) / 4 {
         step = timing::time(prepared.as_mut(), 1)?.min(step);
         plan = Plan::new(step, options.set, case.workload);
     }
@@ -278,6 +278,16 @@ fn sample(
     record.peak_bytes = backend.peak_memory();
     record.rss_peak_bytes = peak_rss;
     Ok(Some(record))
+}
+
+/// A case that can't fit says so, and is no failure of the suite.
+fn failure(case: &Case, error: &anyhow::Error) -> Record {
+    let text = format!("{error:#}");
+    let lower = text.to_lowercase();
+    if ["out of memory", "can't allocate memory", "unable to allocate"].iter().any(|w| lower.contains(w)) {
+        return Record::without(case, Status::Skipped, format!("out of memory: {text}"));
+    }
+    Record::without(case, Status::Error, text)
 }
 
 fn benchmark_id(case: &Case) -> BenchmarkId {

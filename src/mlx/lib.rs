@@ -9,7 +9,7 @@ mod step;
 use anyhow::Result;
 use mlx_rs::{Device, DeviceType, Dtype};
 use transformer_bench::backend::{Backend, Found, NO_F16_ADAMW, Prepared, Unsupported};
-use transformer_bench::case::{BackendId, Case, Compute, Workload};
+use transformer_bench::case::{BackendId, Case, Compute, Recipe, Workload};
 use transformer_bench::fixture::Fixture;
 
 /// MLX on one device.
@@ -70,6 +70,15 @@ impl Backend for Mlx {
         let no = |reason: &str| Err(Unsupported(reason.to_owned()));
         if compute == Compute::F16 && matches!(case.workload, Workload::OptimizerStep | Workload::TrainStep) {
             return no(NO_F16_ADAMW);
+        }
+        match case.precision.recipe {
+            Recipe::Optimizer => return no("MLX has no fused optimizer: compiling the step fuses it"),
+            Recipe::Attention if case.dropout() > 0.0 => {
+                return no(
+                    "MLX's fused attention has no dropout on the weights, and this model trains with it",
+                );
+            }
+            _ => {}
         }
         if compute == Compute::Tf32 {
             return no("MLX reads its TF32 switch once a process, and this one pins it off");

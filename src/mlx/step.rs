@@ -90,7 +90,7 @@ impl Step {
         let second = moments.iter().map(zeros).collect::<Result<Vec<_>, _>>()?;
         let program =
             Program { case, dropout: fixture.dropout, parameters: parameters.len(), inputs: inputs.len() };
-        let function: Function = if case.precision.opt {
+        let function: Function = if case.precision.recipe.captured() {
             Box::new(compile(move |args: &[Array]| program.run(args), None))
         } else {
             Box::new(move |args: &[Array]| program.run(args))
@@ -144,7 +144,7 @@ impl Program {
         let case = self.case;
         let train = case.workload.trains();
         let layers = |key: &Array| Layers {
-            fused: case.precision.opt,
+            fused: case.precision.recipe.fused_attention(),
             dropout: self.dropout,
             train,
             random: RandomState::from_key(key.clone()),

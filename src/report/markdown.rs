@@ -2,9 +2,13 @@
 
 use std::fmt::Write;
 
-use super::{HEADLINE_SHAPE, find, headlines, measured, reason};
-use crate::case::{Case, Shape};
+use super::{
+    HEADLINE_SHAPE, Measured, Sweep, Utilisation, ablation, all_measured, batches, find, headlines, measured,
+    measured_peak, reason, utilisation,
+};
+use crate::case::{BackendId, Case, Family, Shape, Workload};
 use crate::results::{Part, Record, Results, Status};
+use crate::{cost, machine};
 
 /// A Markdown table whose columns line up as plain text too.
 fn table(out: &mut String, header: &[&str], rows: &[Vec<String>]) {
@@ -122,6 +126,87 @@ fn memory_table(out: &mut String, results: &Results) {
     table(out, &["", "allocator peak", "resident peak", "note"], &rows);
 }
 
+fn ablation_table(out: &mut String, all: &[Measured<'_>]) {
+    let rows: Vec<_> = ablation(all)
+        .into_iter()
+        .map(|(m, speed)| {
+            vec![
+                m.case.backend.to_string(),
+                m.case.shape.to_string(),
+                m.case.precision.to_string(),
+                time(m.median_ns),
+                format!("{speed:.2}×"),
+            ]
+        })
+        .collect();
+    if !rows.is_empty() {
+        out.push_str("## What each optimisation brings to a training step\n\n");
+        table(out, &["backend", "shape", "recipe", "median", "against f32"], &rows);
+    }
+}
+
+fn batch_table(out: &mut String, all: &[Measured<'_>]) {
+    let rows: Vec<_> = batches(all)
+        .into_iter()
+        .map(|Sweep { backend, precision, speeds }| {
+            let best = speeds.iter().max_by(|a, b| a.1.total_cmp(&b.1)).expect("more than one");
+            let list: Vec<_> =
+                speeds.iter().map(|(batch, speed)| format!("{batch}: {}", digits(*speed))).collect();
+            vec![backend.to_string(), precision.to_string(), list.join(", "), format!("{}", best.0)]
+        })
+        .collect();
+    if !rows.is_empty() {
+        out.push_str("## Batch size: samples/s of a training step\n\n");
+        table(out, &["backend", "precision", "samples/s by batch", "best batch"], &rows);
+    }
+}
+
+fn percent(part: Utilisation) -> String {
+    match part {
+        Utilisation::Of(part) => format!("{:.1} %", part * 100.0),
+        Utilisation::Unknown => "n/a".to_owned(),
+        Utilisation::Impossible(part) => format!("error: {:.0} % can't be", part * 100.0),
+    }
+}
+
+fn gpt2_table(out: &mut String, results: &Results, all: &[Measured<'_>]) {
+    let rows: Vec<_> = all
+        .iter()
+        .filter_map(|m| {
+            let Shape::Model { family: Family::Gpt2, tiny: false, batch } = m.case.shape else { return None };
+            if !matches!(m.case.workload, Workload::TrainStep | Workload::Forward | Workload::ForwardBackward)
+            {
+                return None;
+            }
+            let seconds = m.median_ns * 1e-9;
+            let tokens = (batch * Family::Gpt2.sizes(false).tokens) as f64 / seconds;
+            let rate = cost::flops(&m.case) as f64 / seconds;
+            let compute = m.case.precision.compute;
+            let gpu = matches!(m.case.backend, BackendId::TorchCuda | BackendId::MlxCuda);
+            let sheet = results.machine.gpus.first().filter(|_| gpu);
+            let sheet = sheet.and_then(|gpu| machine::dense_peak(gpu, compute));
+            let own = measured_peak(all, m.case.backend, compute);
+            Some(vec![
+                m.case.to_string(),
+                time(m.median_ns),
+                prefixed(tokens),
+                digits(rate / 1e12),
+                percent(utilisation(rate, sheet)),
+                percent(utilisation(rate, own)),
+            ])
+        })
+        .collect();
+    if !rows.is_empty() {
+        out.push_str("## GPT-2 small, 1024 tokens\n\n");
+        out.push_str(
+            "Model FLOPs utilisation: against the data sheet's dense peak, and against the best\n\
+             `matmul-peak` of the same backend and format in this run.\n\n",
+        );
+        let header = ["case", "median", "tokens/s", "TFLOP/s", "of the data sheet", "of matmul-peak"];
+        table(out, &header, &rows);
+    }
+}
+
 /// Samples of a case as words: what was measured, or why not.
 fn case_row(record: &Record) -> Vec<String> {
     let median = record.median_ns.filter(|_| record.status == Status::Measured);
@@ -160,6 +245,10 @@ pub fn render(results: &Results, parts: &[Part]) -> String {
 
     speed_table(&mut out, results);
     memory_table(&mut out, results);
+    let all = all_measured(results);
+    ablation_table(&mut out, &all);
+    batch_table(&mut out, &all);
+    gpt2_table(&mut out, results, &all);
 
     let (shown, missing): (Vec<&Record>, Vec<&Record>) =
         results.cases.iter().partition(|r| r.status == Status::Measured);
@@ -199,6 +288,7 @@ pub fn render(results: &Results, parts: &[Part]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::tests::record;
     use super::*;
     use crate::machine::Machine;
 
@@ -210,16 +300,6 @@ mod tests {
         assert_eq!(digits(0.012345), "0.0123");
         assert_eq!(prefixed(2.5e9), "2.50 G");
         assert_eq!(time(1.5e6), "1.50 ms");
-    }
-
-    fn record(id: &str, median: f64) -> Record {
-        let case: Case = id.parse().unwrap();
-        let mut record = Record::without(&case, Status::Measured, "");
-        record.median_ns = Some(median);
-        record.ci_ns = Some([0.9 * median, 1.1 * median]);
-        record.samples = Some(20);
-        record.rss_peak_bytes = Some(500_000_000);
-        record
     }
 
     #[test]

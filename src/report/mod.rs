@@ -2,7 +2,8 @@
 
 pub mod markdown;
 
-use crate::case::{BackendId, Case, Compute, Family, Precision, Shape, Workload};
+use crate::case::{self, BackendId, Case, Compute, Family, Precision, Shape, Workload};
+use crate::cost;
 use crate::results::{Record, Results, Status};
 
 /// A row of the headline tables.
@@ -12,7 +13,7 @@ pub struct Headline {
 }
 
 /// The shape that the headline tables stand for.
-pub const HEADLINE_SHAPE: Shape = Shape::model(Family::Indicator, 16);
+pub const HEADLINE_SHAPE: Shape = Shape::model(Family::Indicator, case::HEADLINE_BATCH);
 
 /// The rows, always all of them; the first that was measured is 1.0×.
 pub fn headlines() -> Vec<Headline> {
@@ -58,5 +59,156 @@ pub fn reason(record: Option<&Record>) -> String {
     match record {
         Some(record) => record.reason.clone(),
         None => "not part of this run".to_owned(),
+    }
+}
+
+/// A measured case of a run.
+pub struct Measured<'a> {
+    pub case: Case,
+    pub record: &'a Record,
+    pub median_ns: f64,
+}
+
+/// Every measured case whose id this version of the suite knows.
+pub fn all_measured(results: &Results) -> Vec<Measured<'_>> {
+    results
+        .cases
+        .iter()
+        .filter_map(|record| {
+            let case = record.id.parse().ok()?;
+            let (record, median_ns, _) = measured(Some(record))?;
+            Some(Measured { case, record, median_ns })
+        })
+        .collect()
+}
+
+/// What each optimisation brings to the training step: rows of a recipe with its time
+/// and its speed against the plain recipe in f32 of the same backend and shape.
+pub fn ablation<'a>(all: &'a [Measured<'a>]) -> Vec<(&'a Measured<'a>, f64)> {
+    let steps = all.iter().filter(|m| m.case.workload == Workload::TrainStep);
+    let mut rows = Vec::new();
+    for plain in steps.clone().filter(|m| m.case.precision == Precision::plain(Compute::F32)) {
+        let same = steps
+            .clone()
+            .filter(|m| m.case.backend == plain.case.backend && m.case.shape == plain.case.shape);
+        let same: Vec<_> = same.map(|m| (m, plain.median_ns / m.median_ns)).collect();
+        // A row alone compares with nothing.
+        if same.len() > 1 {
+            rows.extend(same);
+        }
+    }
+    rows
+}
+
+/// The training step's speed over batch sizes.
+pub struct Sweep {
+    pub backend: BackendId,
+    pub precision: Precision,
+    /// (batch, samples/s), by batch.
+    pub speeds: Vec<(usize, f64)>,
+}
+
+/// Every backend and precision that was measured at more than one batch.
+pub fn batches(all: &[Measured<'_>]) -> Vec<Sweep> {
+    let mut sweeps: Vec<Sweep> = Vec::new();
+    for m in all.iter().filter(|m| m.case.workload == Workload::TrainStep) {
+        if let Shape::Model { family: Family::Indicator, tiny: false, batch } = m.case.shape {
+            let Case { backend, precision, .. } = m.case;
+            let speed = (batch, batch as f64 / m.median_ns * 1e9);
+            match sweeps.iter_mut().find(|s| (s.backend, s.precision) == (backend, precision)) {
+                Some(sweep) => sweep.speeds.push(speed),
+                None => sweeps.push(Sweep { backend, precision, speeds: vec![speed] }),
+            }
+        }
+    }
+    sweeps.retain(|sweep| sweep.speeds.len() > 1);
+    sweeps.iter_mut().for_each(|sweep| sweep.speeds.sort_by_key(|s| s.0));
+    sweeps
+}
+
+/// How much of a peak a rate is; over 100 % can't be, and is told as the error it is.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Utilisation {
+    Of(f64),
+    /// Nothing is known to compare with.
+    Unknown,
+    Impossible(f64),
+}
+
+pub fn utilisation(flops_per_s: f64, peak: Option<f64>) -> Utilisation {
+    match peak.map(|peak| flops_per_s / peak) {
+        None => Utilisation::Unknown,
+        Some(part) if part <= 1.0 => Utilisation::Of(part),
+        Some(part) => Utilisation::Impossible(part),
+    }
+}
+
+/// The best rate that the run's own matrix products reached on a backend in a format, in
+/// FLOP/s. Mixed precision multiplies in bf16.
+pub fn measured_peak(all: &[Measured<'_>], backend: BackendId, compute: Compute) -> Option<f64> {
+    let compute = if compute == Compute::Amp { Compute::Bf16 } else { compute };
+    all.iter()
+        .filter(|m| m.case.workload == Workload::MatmulPeak && m.case.backend == backend)
+        .filter(|m| m.case.precision.compute == compute)
+        .map(|m| cost::flops(&m.case) as f64 / m.median_ns * 1e9)
+        .max_by(f64::total_cmp)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::Machine;
+
+    pub(super) fn record(id: &str, median: f64) -> Record {
+        let case: Case = id.parse().unwrap();
+        let mut record = Record::without(&case, Status::Measured, "");
+        record.median_ns = Some(median);
+        record.ci_ns = Some([0.9 * median, 1.1 * median]);
+        record
+    }
+
+    #[test]
+    fn optimisations_are_compared_with_plain_f32() {
+        let results = Results {
+            machine: Machine::default(),
+            cases: vec![
+                record("train-step/torch-cuda/f32/indicator-b16", 10e6),
+                record("train-step/torch-cuda/f32-captured/indicator-b16", 5e6),
+                record("train-step/mlx-cuda/f32/indicator-b16", 7e6),
+            ],
+        };
+        let all = all_measured(&results);
+        let rows = ablation(&all);
+        assert_eq!(rows.len(), 2);
+        assert_eq!(rows[1].1, 2.0);
+    }
+
+    #[test]
+    fn the_sweep_is_sorted_by_batch() {
+        let results = Results {
+            machine: Machine::default(),
+            cases: vec![
+                record("train-step/mlx-cpu/f32/indicator-b64", 64e9),
+                record("train-step/mlx-cpu/f32/indicator-b4", 2e9),
+                record("train-step/torch-cpu/f32/indicator-b4", 2e9),
+            ],
+        };
+        let all = all_measured(&results);
+        let sweeps = batches(&all);
+        assert_eq!(sweeps.len(), 1);
+        assert_eq!(sweeps[0].speeds, [(4, 2.0), (64, 1.0)]);
+    }
+
+    #[test]
+    fn over_a_hundred_percent_is_an_error() {
+        assert_eq!(utilisation(5e14, Some(1e15)), Utilisation::Of(0.5));
+        assert_eq!(utilisation(2e15, Some(1e15)), Utilisation::Impossible(2.0));
+        assert_eq!(utilisation(1.0, None), Utilisation::Unknown);
+        let peak = record("matmul-peak/torch-cuda/bf16/n8192", 2.0 * 8192f64.powi(3) / 700e12 * 1e9);
+        let results = Results { machine: Machine::default(), cases: vec![peak] };
+        let all = all_measured(&results);
+        let found = measured_peak(&all, BackendId::TorchCuda, Compute::Amp).unwrap();
+        assert!((found / 700e12 - 1.0).abs() < 1e-9);
+        assert_eq!(measured_peak(&all, BackendId::TorchCuda, Compute::F32), None);
     }
 }

@@ -242,6 +242,11 @@ impl Moments {
         self.first.iter().chain(&self.second).chain(steps).map(Tensor::shallow_clone).collect()
     }
 
+    /// Counts from the first step again; the tensors are the caller's to put back.
+    pub fn restart(&mut self) {
+        self.step = 0;
+    }
+
     /// One AdamW step in place.
     pub fn apply(&mut self, setting: &AdamW, parameters: &[Tensor], gradients: &[Tensor]) -> Result<()> {
         let count = parameters.len();

@@ -9,7 +9,7 @@ mod step;
 use anyhow::Result;
 use tch::{Device, Kind};
 use transformer_bench::backend::{Backend, Found, Prepared, Unsupported};
-use transformer_bench::case::{BackendId, Case, Compute, Workload};
+use transformer_bench::case::{BackendId, Case, Compute, Recipe, Workload};
 use transformer_bench::fixture::Fixture;
 
 /// PyTorch on one device.
@@ -67,6 +67,9 @@ impl Backend for Torch {
         let no = |reason: &str| Err(Unsupported(reason.to_owned()));
         if compute == Compute::F16 && matches!(case.workload, Workload::OptimizerStep | Workload::TrainStep) {
             return no(transformer_bench::backend::NO_F16_ADAMW);
+        }
+        if case.precision.recipe == Recipe::Captured && self.id != BackendId::TorchCuda {
+            return no("libtorch captures steps on CUDA alone, and has no torch.compile");
         }
         if compute == Compute::Tf32 && self.id != BackendId::TorchCuda {
             return no("TF32 is a format of NVIDIA's tensor cores");

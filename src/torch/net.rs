@@ -136,6 +136,6 @@ pub fn indicator_loss([selection, weights]: &[Tensor; 2], usefulness: &Tensor) -
 
 /// Next-token cross-entropy in f32: logits [B, T, V], next [B, T]
 pub fn gpt2_loss(logits: &Tensor, next: &Tensor) -> Tensor {
-    let rows = logits.flatten(0, 1).to_kind(Kind::Float);
-    rows.cross_entropy_loss(&next.flatten(0, 1), None::<&Tensor>, Reduction::Mean, -100, 0.0)
+    // Asked for f32, log_softmax reads half types itself: no copy of the logits.
+    logits.flatten(0, 1).log_softmax(-1, Kind::Float).nll_loss(&next.flatten(0, 1))
 }

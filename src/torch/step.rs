@@ -62,7 +62,8 @@ impl Step {
         let case = fixture.case;
         let kind = crate::kind(case.precision.compute);
         let train = case.workload.trains();
-        let recipe = Recipe { fused: case.precision.opt, dropout: fixture.dropout, train };
+        let wanted = case.precision.recipe;
+        let recipe = Recipe { fused: wanted.fused_attention(), dropout: fixture.dropout, train };
 
         let inputs = fixture
             .inputs()
@@ -98,7 +99,7 @@ impl Step {
             Shape::Buffer { .. } => Net::Buffer,
         };
         let optimizes = matches!(case.workload, Workload::OptimizerStep | Workload::TrainStep);
-        let moments = optimizes.then(|| Moments::new(&leaves, case.precision.opt));
+        let moments = optimizes.then(|| Moments::new(&leaves, wanted.fused_optimizer()));
         let fixed_gradients = if case.workload == Workload::OptimizerStep {
             pack(fixture.gradients(), device, kind, recipe.fused).0
         } else {
@@ -126,7 +127,7 @@ impl Step {
         if train && !case.workload.takes_model() {
             step.inputs[0] = step.inputs[0].set_requires_grad(true);
         }
-        if case.precision.opt && matches!(device, Device::Cuda(_)) {
+        if wanted.captured() && matches!(device, Device::Cuda(_)) {
             step.graph = Some(step.record().context("recording the step as a CUDA graph")?);
         }
         extension::synchronize(device)?;
@@ -147,17 +148,32 @@ impl Step {
         Graph::record(
             || {
                 for _ in 0..WARM_UP {
-                    this.borrow_mut().compute()?;
+                    let mut this = this.borrow_mut();
+                    this.passes()?;
+                    this.update()?;
                 }
                 tch::no_grad(|| {
                     for (mut now, before) in state.into_iter().zip(&before) {
                         now.copy_(before);
                     }
                 });
+                if let Some(moments) = &mut this.borrow_mut().moments {
+                    moments.restart();
+                }
                 Ok(())
             },
-            || this.borrow_mut().compute(),
+            || {
+                let mut this = this.borrow_mut();
+                this.passes()?;
+                if this.records_update() { this.update() } else { Ok(()) }
+            },
         )
+    }
+
+    /// The plain optimizer counts its steps on the host, so a recording would repeat the
+    /// first for ever: it runs behind the replay.
+    fn records_update(&self) -> bool {
+        self.case.precision.recipe.fused_optimizer()
     }
 
     /// What the model puts out.
@@ -182,8 +198,8 @@ impl Step {
         }
     }
 
-    fn loss(&self) -> Tensor {
-        let out = self.forward();
+    /// The loss of what the model put out, in f32 whatever the model computed in.
+    fn loss(&self, out: Vec<Tensor>) -> Tensor {
         match &self.net {
             Net::Indicator(_) => {
                 let [selection, weights] = <[Tensor; 2]>::try_from(out).expect("two heads");
@@ -193,8 +209,8 @@ impl Step {
         }
     }
 
-    /// Everything that one iteration launches.
-    fn compute(&mut self) -> Result<()> {
+    /// One iteration without its optimizer.
+    fn passes(&mut self) -> Result<()> {
         // What the last step left is freed first, as a training loop's variables are.
         self.gradients.clear();
         let amp = self.case.precision.compute == Compute::Amp;
@@ -214,19 +230,24 @@ impl Step {
                 self.gradients = extension::gradients(&out[0], Some(&upstream), &inputs)?;
             }
             Workload::ForwardBackward | Workload::TrainStep => {
-                let loss = extension::autocast(self.device, amp, || self.loss())?;
+                let out = extension::autocast(self.device, amp, || self.forward())?;
+                let loss = self.loss(out);
                 self.gradients = extension::gradients(&loss, None, &self.leaves)?;
                 self.results = vec![loss.detach()];
-                if let Some(moments) = &mut self.moments {
-                    moments.apply(&self.adamw, &self.leaves, &self.gradients)?;
-                }
             }
-            Workload::OptimizerStep => {
-                let moments = self.moments.as_mut().context("no optimizer")?;
-                moments.apply(&self.adamw, &self.leaves, &self.fixed_gradients)?;
-            }
+            Workload::OptimizerStep => {}
         }
         Ok(())
+    }
+
+    /// The optimizer's part, where the workload has one.
+    fn update(&mut self) -> Result<()> {
+        let Some(moments) = &mut self.moments else { return Ok(()) };
+        let gradients = match self.case.workload {
+            Workload::OptimizerStep => &self.fixed_gradients,
+            _ => &self.gradients,
+        };
+        moments.apply(&self.adamw, &self.leaves, gradients)
     }
 
     /// A leaf's part that belongs to a parameter, as f32 on the host.
@@ -297,8 +318,13 @@ fn pack(all: &[Named], device: Device, kind: Kind, fused: bool) -> (Vec<Tensor>,
 impl Prepared for Step {
     fn step(&mut self) -> Result<()> {
         match &self.graph {
-            Some(graph) => graph.replay()?,
-            None => extension::caught(|| self.compute())?,
+            Some(graph) => {
+                graph.replay()?;
+                if !self.records_update() {
+                    self.update()?;
+                }
+            }
+            None => extension::caught(|| self.passes().and_then(|()| self.update()))?,
         }
         extension::synchronize(self.device)
     }

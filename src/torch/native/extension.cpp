@@ -12,7 +12,9 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <ATen/detail/MPSHooksInterface.h>
+#include <c10/core/AutogradState.h>
 #include <c10/core/CachingDeviceAllocator.h>
+#include <c10/util/ScopeExit.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/version.h>
 
@@ -122,6 +124,12 @@ int tb_autocast_end(int device) {
 int tb_gradients(at::Tensor* root, at::Tensor* upstream, at::Tensor** inputs, size_t count,
                  at::Tensor** gradients) {
   return guarded([&] {
+    // On the calling thread: handing each backward pass to the engine's own thread and
+    // freeing there what this one allocated costs more than it brings.
+    auto& state = c10::AutogradState::get_tls_state();
+    const bool threads = state.get_multithreading_enabled();
+    state.set_multithreading_enabled(false);
+    auto restore = c10::make_scope_exit([&] { state.set_multithreading_enabled(threads); });
     torch::autograd::variable_list upstreams;
     if (upstream) upstreams.push_back(*upstream);
     auto all = torch::autograd::grad({*root}, list(inputs, count), upstreams);
