@@ -1,7 +1,7 @@
 //! Compiles the C++ extension against the libtorch that tch is built with.
 
 fn main() {
-    println!("cargo::rerun-if-changed=native/extension.cpp");
+    println!("cargo::rerun-if-changed=native");
     println!("cargo::rerun-if-env-changed=LIBTORCH");
     let Some(libtorch) = std::env::var_os("LIBTORCH") else {
         println!("cargo::error=the frameworks are not set up: run ./scripts/setup once, then this again");
@@ -17,7 +17,8 @@ fn main() {
         .warnings(false)
         .include(&include)
         .include(include.join("torch/csrc/api/include"))
-        .file("native/extension.cpp");
+        .file("native/extension.cpp")
+        .file("native/graph.cpp");
     println!("cargo::rerun-if-env-changed=TRANSFORMER_BENCH_CUDA_INCLUDE");
     if libtorch.join("lib/libtorch_cuda.so").exists() {
         match std::env::var_os("TRANSFORMER_BENCH_CUDA_INCLUDE") {

@@ -1,4 +1,4 @@
-//! The safe side of `native/extension.cpp`.
+//! The safe side of `native/`.
 
 use std::cell::Cell;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
@@ -35,6 +35,8 @@ unsafe extern "C" {
     fn tb_allow_tf32(allow: bool) -> c_int;
     fn tb_autocast_begin(device: c_int) -> c_int;
     fn tb_autocast_end(device: c_int) -> c_int;
+    fn tb_side_linear(x: Raw, weight: Raw, bias: Raw, half: bool, out: *mut Raw) -> c_int;
+    fn tb_join(device: c_int) -> c_int;
     fn tb_gradients(root: Raw, upstream: Raw, inputs: *const Raw, count: usize, gradients: *mut Raw)
     -> c_int;
     fn tb_adamw(
@@ -198,6 +200,23 @@ pub fn autocast<T>(device: Device, on: bool, body: impl FnOnce() -> T) -> Result
     checked(unsafe { tb_autocast_begin(code(device)) })?;
     let _end = End(code(device));
     Ok(body())
+}
+
+/// x·weightᵀ + bias, whose parameter gradients are computed on a second stream. What
+/// follows [`join`] sees them.
+pub fn side_linear(x: &Tensor, weight: &Tensor, bias: &Tensor, half: bool) -> Result<Tensor> {
+    let mut out = std::ptr::null_mut();
+    let raw = |t: &Tensor| t.as_ptr().cast_mut().cast();
+    // SAFETY: all tensors outlive the call; on success the slot holds an owned tensor.
+    checked(unsafe { tb_side_linear(raw(x), raw(weight), raw(bias), half, &mut out) })?;
+    // SAFETY: owned, taken once.
+    Ok(unsafe { Tensor::from_ptr(out.cast()) })
+}
+
+/// The device's current stream waits for the second one.
+pub fn join(device: Device) -> Result<()> {
+    // SAFETY: no pointers.
+    checked(unsafe { tb_join(code(device)) })
 }
 
 /// d(root)/d(inputs); `upstream` arrives at the root, or 1 where it is a scalar.

@@ -6,17 +6,23 @@ use transformer_bench::model::{
     Attention, Block, FeedForward, Gpt2, Head, Indicator, Linear, NORM_EPS, Norm,
 };
 
+use crate::extension;
+
 /// How the layers are written.
 #[derive(Clone, Copy, Debug)]
 pub struct Recipe {
     /// One q-k-v projection and scaled_dot_product_attention.
     pub fused: bool,
+    /// Parameter gradients of linear layers on a second stream, in bf16 or as stored.
+    pub side: Option<Side>,
     pub dropout: f64,
     pub train: bool,
 }
 
-fn linear(x: &Tensor, layer: &Linear<Tensor>) -> Tensor {
-    x.linear(&layer.weight, Some(&layer.bias))
+/// What linear layers on two streams compute in.
+#[derive(Clone, Copy, Debug)]
+pub struct Side {
+    pub half: bool,
 }
 
 fn norm(x: &Tensor, layer: &Norm<Tensor>) -> Tensor {
@@ -25,6 +31,15 @@ fn norm(x: &Tensor, layer: &Norm<Tensor>) -> Tensor {
 }
 
 impl Recipe {
+    fn linear(&self, x: &Tensor, layer: &Linear<Tensor>) -> Tensor {
+        match self.side {
+            Some(Side { half }) => {
+                extension::side_linear(x, &layer.weight, &layer.bias, half).expect("a linear layer")
+            }
+            None => x.linear(&layer.weight, Some(&layer.bias)),
+        }
+    }
+
     fn drop(&self, x: Tensor) -> Tensor {
         if self.train && self.dropout > 0.0 { x.dropout(self.dropout, true) } else { x }
     }
@@ -36,7 +51,7 @@ impl Recipe {
         let split = |y: Tensor| y.view([b, n, heads, each]).transpose(1, 2);
         let mixed = if self.fused {
             // q holds the packed [3·D, D] projection.
-            let parts = linear(x, &a.q).split(d, -1);
+            let parts = self.linear(x, &a.q).split(d, -1);
             let [q, k, v] = &parts[..] else { panic!("the packed projection has three parts") };
             let p = if self.train { self.dropout } else { 0.0 };
             Tensor::scaled_dot_product_attention(
@@ -50,9 +65,9 @@ impl Recipe {
                 false,
             )
         } else {
-            let q = split(linear(x, &a.q));
-            let k = split(linear(x, &a.k));
-            let v = split(linear(x, &a.v));
+            let q = split(self.linear(x, &a.q));
+            let k = split(self.linear(x, &a.k));
+            let v = split(self.linear(x, &a.v));
             let mut scores = q.matmul(&k.transpose(-2, -1)) / (each as f64).sqrt(); // [B, H, N, N]
             if causal {
                 let future = Tensor::ones([n, n], (Kind::Bool, x.device())).triu(1);
@@ -60,13 +75,13 @@ impl Recipe {
             }
             self.drop(scores.softmax(-1, None::<Kind>)).matmul(&v)
         };
-        linear(&mixed.transpose(1, 2).reshape([b, n, d]), &a.o)
+        self.linear(&mixed.transpose(1, 2).reshape([b, n, d]), &a.o)
     }
 
     /// x [.., D] → [.., D]
     pub fn feed_forward(&self, x: &Tensor, f: &FeedForward<Tensor>, tanh: bool) -> Tensor {
-        let hidden = linear(x, &f.up).gelu(if tanh { "tanh" } else { "none" });
-        linear(&self.drop(hidden), &f.down)
+        let hidden = self.linear(x, &f.up).gelu(if tanh { "tanh" } else { "none" });
+        self.linear(&self.drop(hidden), &f.down)
     }
 
     fn block(&self, x: Tensor, b: &Block<Tensor>, heads: usize, family: Family) -> Tensor {
@@ -87,7 +102,7 @@ impl Recipe {
     }
 
     fn head(&self, x: &Tensor, h: &Head<Tensor>) -> Tensor {
-        linear(&self.drop(linear(x, &h.hidden).relu()), &h.out).squeeze_dim(-1)
+        self.linear(&self.drop(self.linear(x, &h.hidden).relu()), &h.out).squeeze_dim(-1)
     }
 
     /// values [B, N], market [B, 10] → selection logits and weights, both [B, N]
@@ -98,8 +113,8 @@ impl Recipe {
         p: &Indicator<Tensor>,
         s: &Sizes,
     ) -> [Tensor; 2] {
-        let tokens = linear(&values.unsqueeze(-1), &p.value); // [B, N, D]
-        let mut x = tokens + linear(market, &p.market).unsqueeze(1) + &p.position;
+        let tokens = self.linear(&values.unsqueeze(-1), &p.value); // [B, N, D]
+        let mut x = tokens + self.linear(market, &p.market).unsqueeze(1) + &p.position;
         for block in &p.blocks {
             x = self.block(x, block, s.heads, Family::Indicator);
         }

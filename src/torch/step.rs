@@ -8,7 +8,7 @@ use transformer_bench::fixture::{AdamW, Fixture, Tensor as Named};
 use transformer_bench::model::{Attention, FeedForward, Gpt2, InOrder, Indicator};
 
 use crate::extension::{self, Graph, Moments};
-use crate::net::{self, Recipe};
+use crate::net::{self, Recipe, Side};
 
 /// Where a parameter lies: whole in its own leaf, or some rows of a packed one.
 struct Place {
@@ -63,7 +63,14 @@ impl Step {
         let kind = crate::kind(case.precision.compute);
         let train = case.workload.trains();
         let wanted = case.precision.recipe;
-        let recipe = Recipe { fused: wanted.fused_attention(), dropout: fixture.dropout, train };
+        let captured = wanted.captured() && matches!(device, Device::Cuda(_));
+        let recipe = Recipe {
+            fused: wanted.fused_attention(),
+            // A recording keeps both streams; without one the launches would cost more.
+            side: (captured && train).then_some(Side { half: case.precision.compute == Compute::Amp }),
+            dropout: fixture.dropout,
+            train,
+        };
 
         let inputs = fixture
             .inputs()
@@ -127,7 +134,7 @@ impl Step {
         if train && !case.workload.takes_model() {
             step.inputs[0] = step.inputs[0].set_requires_grad(true);
         }
-        if wanted.captured() && matches!(device, Device::Cuda(_)) {
+        if captured {
             step.graph = Some(step.record().context("recording the step as a CUDA graph")?);
         }
         extension::synchronize(device)?;
@@ -228,11 +235,13 @@ impl Step {
                     self.inputs[..1].iter().chain(&self.leaves).map(Tensor::shallow_clone).collect();
                 let upstream = self.inputs[1].to_kind(out[0].kind());
                 self.gradients = extension::gradients(&out[0], Some(&upstream), &inputs)?;
+                extension::join(self.device)?;
             }
             Workload::ForwardBackward | Workload::TrainStep => {
                 let out = extension::autocast(self.device, amp, || self.forward())?;
                 let loss = self.loss(out);
                 self.gradients = extension::gradients(&loss, None, &self.leaves)?;
+                extension::join(self.device)?;
                 self.results = vec![loss.detach()];
             }
             Workload::OptimizerStep => {}

@@ -1,6 +1,6 @@
 // What tch does not wrap: device-independent synchronisation and memory statistics,
 // autocast with a device and a type, matmul precision, gradients from a given upstream
-// gradient, and AdamW as torch.optim writes it. One file serves every device: all of
+// gradient, and AdamW as torch.optim writes it. This file serves every device: all of
 // it is in libtorch_cpu, which reaches CUDA and MPS through their hooks.
 //
 // Every function returns 0, or -1 with the reason in tb_last_error().
@@ -14,39 +14,20 @@
 #include <ATen/detail/MPSHooksInterface.h>
 #include <c10/core/AutogradState.h>
 #include <c10/core/CachingDeviceAllocator.h>
+#include <c10/core/Event.h>
+#include <c10/core/StreamGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/ScopeExit.h>
 #include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/version.h>
 
-#include <string>
+#include <optional>
 #include <vector>
 
-// The headers of CUDA graphs need CUDA's own, so they are built only where libtorch
-// has CUDA; scripts/test checks the types everywhere.
-#ifdef TB_CUDA
-#include <ATen/cuda/CUDAGraph.h>
-#include <c10/cuda/CUDAStream.h>
-
-#include <memory>
-#include <optional>
-#endif
+#include "guarded.hpp"
 
 namespace {
-
-thread_local std::string last_error;
-
-template <typename F>
-int guarded(F&& body) {
-  try {
-    body();
-    return 0;
-  } catch (const c10::Error& error) {
-    last_error = error.what_without_backtrace();
-  } catch (const std::exception& error) {
-    last_error = error.what();
-  }
-  return -1;
-}
 
 std::vector<at::Tensor> list(at::Tensor** tensors, size_t count) {
   std::vector<at::Tensor> all;
@@ -67,6 +48,59 @@ c10::DeviceType device_type(int device) {
 }
 
 using Stat = c10::CachingAllocator::StatType;
+
+// A second stream for work that nothing waits for until the step's end.
+struct Side {
+  std::optional<c10::Stream> stream;
+  // What the side stream reads; kept from reuse until the main stream has waited for it.
+  std::vector<at::Tensor> held;
+};
+thread_local Side side;
+
+void wait_for(c10::Stream waiting, c10::Stream earlier) {
+  c10::Event event(earlier.device_type());
+  event.record(earlier);
+  event.block(waiting);
+}
+
+// A linear layer whose weight and bias gradients run beside the rest of the backward
+// pass: only the input's gradient is on the way to the layer below. With few rows one
+// product leaves most of a GPU idle, so two at a time take little more than one.
+// Needs tb_join before the gradients are read.
+struct SideLinear : torch::autograd::Function<SideLinear> {
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x,
+                            const at::Tensor& weight, const at::Tensor& bias, bool half) {
+    auto cast = [&](const at::Tensor& t) { return half ? t.to(at::kBFloat16) : t; };
+    auto input = cast(x), matrix = cast(weight);
+    ctx->save_for_backward({input, matrix});
+    ctx->saved_data["x"] = x.scalar_type();
+    ctx->saved_data["weight"] = weight.scalar_type();
+    return at::linear(input, matrix, cast(bias));
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 torch::autograd::variable_list gradients) {
+    auto saved = ctx->get_saved_variables();
+    auto gradient = gradients[0].contiguous();
+    auto g = gradient.flatten(0, -2), x = saved[0].flatten(0, -2);
+    c10::impl::VirtualGuardImpl device(gradient.device().type());
+    const auto main = device.getStream(gradient.device());
+    if (!side.stream) side.stream = device.getNewStream(gradient.device());
+    wait_for(*side.stream, main);
+    side.held.insert(side.held.end(), {gradient, g, x});
+    at::Tensor weight, bias, input;
+    {
+      c10::StreamGuard on_side(*side.stream);
+      const auto type = ctx->saved_data["weight"].toScalarType();
+      weight = g.t().mm(x).to(type);
+      bias = g.sum(0).to(type);
+    }
+    if (ctx->needs_input_grad(0)) {
+      input = at::matmul(gradient, saved[1]).to(ctx->saved_data["x"].toScalarType());
+    }
+    return {input, weight, bias, at::Tensor()};
+  }
+};
 
 }  // namespace
 
@@ -116,6 +150,21 @@ int tb_autocast_end(int device) {
   return guarded([&] {
     at::autocast::set_autocast_enabled(device_type(device), false);
     if (at::autocast::decrement_nesting() == 0) at::autocast::clear_cache();
+  });
+}
+
+// x·weightᵀ + bias through SideLinear; `half` computes in bf16 whatever the inputs are.
+int tb_side_linear(at::Tensor* x, at::Tensor* weight, at::Tensor* bias, bool half, at::Tensor** out) {
+  return guarded([&] { *out = new at::Tensor(SideLinear::apply(*x, *weight, *bias, half)); });
+}
+
+// Makes the current stream wait for what SideLinear has started.
+int tb_join(int device) {
+  return guarded([&] {
+    if (!side.stream) return;
+    c10::impl::VirtualGuardImpl guard(device_type(device));
+    wait_for(guard.getStream(side.stream->device()), *side.stream);
+    side.held.clear();
   });
 }
 
@@ -204,72 +253,5 @@ int tb_memory_total(int device, uint64_t* bytes) {
     *bytes = at::getDeviceAllocator(device_type(device))->getMemoryInfo(0).second;
   });
 }
-
-// CUDA graphs: what a stream is given between begin and end is recorded, and replayed
-// with one launch. Work before the recording runs on the same side stream, as PyTorch's
-// notes on CUDA graphs ask for.
-#ifdef TB_CUDA
-
-struct tb_graph {
-  at::cuda::CUDAGraph graph;
-  at::cuda::CUDAStream side = at::cuda::getStreamFromPool();
-  std::optional<at::cuda::CUDAStream> before;
-};
-
-int tb_graph_new(tb_graph** out) {
-  return guarded([&] { *out = new tb_graph(); });
-}
-
-void tb_graph_free(tb_graph* g) {
-  guarded([&] { delete g; });
-}
-
-// Makes the side stream current, after all earlier work.
-int tb_graph_enter(tb_graph* g) {
-  return guarded([&] {
-    at::detail::getCUDAHooks().deviceSynchronize(0);
-    g->before = at::cuda::getCurrentCUDAStream();
-    at::cuda::setCurrentCUDAStream(g->side);
-  });
-}
-
-int tb_graph_begin(tb_graph* g) {
-  return guarded([&] { g->graph.capture_begin(); });
-}
-
-int tb_graph_end(tb_graph* g) {
-  return guarded([&] { g->graph.capture_end(); });
-}
-
-int tb_graph_leave(tb_graph* g) {
-  return guarded([&] {
-    at::detail::getCUDAHooks().deviceSynchronize(0);
-    if (g->before) at::cuda::setCurrentCUDAStream(*g->before);
-    g->before.reset();
-  });
-}
-
-int tb_graph_replay(tb_graph* g) {
-  return guarded([&] { g->graph.replay(); });
-}
-
-#else
-
-struct tb_graph {};
-
-static int tb_no_graphs() {
-  last_error = "this libtorch was built without CUDA graphs";
-  return -1;
-}
-
-int tb_graph_new(tb_graph**) { return tb_no_graphs(); }
-void tb_graph_free(tb_graph*) {}
-int tb_graph_enter(tb_graph*) { return tb_no_graphs(); }
-int tb_graph_begin(tb_graph*) { return tb_no_graphs(); }
-int tb_graph_end(tb_graph*) { return tb_no_graphs(); }
-int tb_graph_leave(tb_graph*) { return tb_no_graphs(); }
-int tb_graph_replay(tb_graph*) { return tb_no_graphs(); }
-
-#endif
 
 }  // extern "C"
