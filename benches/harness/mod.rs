@@ -82,8 +82,8 @@ fn run(framework: Framework, find: fn() -> Found) -> Result<bool> {
     let mut records = Vec::new();
     let started = Instant::now();
     for (index, case) in selected.iter().enumerate() {
-        let place = format!("[{}/{}]", index + 1, selected.len());
-        records.extend(suite.measure(case, &place, started));
+        let place = format!("[{}/{}{}]", index + 1, selected.len(), left(started, &present, case));
+        records.extend(suite.measure(case, &place));
         if !suite.options.test && !suite.options.profile && !suite.options.load_baseline {
             suite.save(framework, &records)?;
         }
@@ -99,6 +99,18 @@ fn run(framework: Framework, find: fn() -> Found) -> Result<bool> {
         );
     }
     Ok(!records.iter().any(|r| matches!(r.status, Status::Error | Status::ParityFailed)))
+}
+
+/// About how long the cases from this one on will take, at the pace so far: `, 2 min left`.
+fn left(started: Instant, present: &[Case], case: &Case) -> String {
+    match present.iter().position(|c| c == case) {
+        Some(done) if done > 0 => {
+            let each = started.elapsed().as_secs_f64() / done as f64;
+            let left = each * (present.len() - done) as f64;
+            if left < 90.0 { format!(", {left:.0} s left") } else { format!(", {:.0} min left", left / 60.0) }
+        }
+        _ => String::new(),
+    }
 }
 
 /// Criterion's folder; set so that both know it.
@@ -135,7 +147,7 @@ impl Suite {
     }
 
     /// None where the case was only profiled.
-    fn measure(&mut self, case: &Case, place: &str, started: Instant) -> Option<Record> {
+    fn measure(&mut self, case: &Case, place: &str) -> Option<Record> {
         let Some(backend) = self.found.present.iter().find(|b| b.id() == case.backend) else {
             let absent = self.found.absent.iter().find(|a| a.id == case.backend);
             let reason = absent.map_or_else(|| "not found".to_owned(), |a| a.reason.clone());
@@ -158,7 +170,7 @@ impl Suite {
         if let Err((status, reason)) = proof.clone() {
             return Some(self.told(place, Record::without(case, status, reason)));
         }
-        let record = sample(&mut self.criterion, &self.options, backend, case, place, started)
+        let record = sample(&mut self.criterion, &self.options, backend, case, place)
             .unwrap_or_else(|error| Some(failure(case, &error)))?;
         let record = if record.status == Status::Measured && !self.options.test {
             figures(&self.home, case, record, &self.machine)
@@ -205,7 +217,6 @@ fn sample(
     backend: &dyn Backend,
     case: &Case,
     place: &str,
-    started: Instant,
 ) -> Result<Option<Record>> {
     if options.load_baseline {
         criterion.benchmark_group(case.workload.id()).bench_function(benchmark_id(case), |_| {});
@@ -232,10 +243,9 @@ fn sample(
     };
     if !options.test {
         eprintln!(
-            "{place} {case}: {} samples, about {:.0} s ({:.0} s since the start)",
+            "{place} {case}: {} samples, about {:.0} s",
             plan.samples,
-            plan.duration(step).as_secs_f64().ceil(),
-            started.elapsed().as_secs_f64()
+            plan.duration(step).as_secs_f64().ceil()
         );
     }
 

@@ -65,6 +65,7 @@ unsafe extern "C" {
     fn tb_graph_end(graph: *mut c_void) -> c_int;
     fn tb_graph_leave(graph: *mut c_void) -> c_int;
     fn tb_graph_replay(graph: *mut c_void) -> c_int;
+    fn tb_drop_workspaces() -> c_int;
     fn tb_peak_memory(device: c_int, bytes: *mut u64) -> c_int;
     fn tb_reset_peak_memory(device: c_int) -> c_int;
     fn tb_memory_total(device: c_int, bytes: *mut u64) -> c_int;
@@ -353,7 +354,10 @@ pub fn peak_memory(device: Device) -> Option<u64> {
 pub fn reset_peak_memory(device: Device) {
     if device != Device::Cpu {
         // SAFETY: no pointers. A device without statistics has nothing to reset.
-        unsafe { tb_reset_peak_memory(code(device)) };
+        unsafe {
+            tb_drop_workspaces();
+            tb_reset_peak_memory(code(device));
+        }
     }
 }
 
