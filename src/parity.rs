@@ -5,8 +5,8 @@ use std::fmt;
 use anyhow::{Context, Result};
 
 use crate::backend::{Backend, Prepared};
-use crate::case::{Case, Compute, Precision, Workload};
-use crate::fixture::{self, Fixture, Tensor};
+use crate::case::{self, Case, Compute, Precision, Set, Shape, Workload};
+use crate::fixture::{Fixture, Tensor};
 use crate::reference::{self, Expected};
 
 /// Steps of the optimizer workload in a parity run: enough that a wrong bias
@@ -121,9 +121,21 @@ pub fn check_case(backend: &dyn Backend, case: Case) -> Result<Option<Mismatch>>
     compare(&fixture, prepared.as_mut())
 }
 
+/// The cases that prove a backend and precision: every workload at its miniature shapes.
+fn proofs(like: Case) -> Vec<Case> {
+    let plain = Precision::plain(Compute::F32);
+    let chain = Shape::Square { n: 64, chain: 3 };
+    case::cases(Set::Smoke)
+        .into_iter()
+        .filter(|c| c.backend == like.backend && c.precision == plain)
+        .map(|c| Case { precision: like.precision, ..c })
+        .chain([Case { workload: Workload::MatmulPeak, shape: chain, ..like }])
+        .collect()
+}
+
 /// Proves every workload that the backend supports in the precision of `like`.
 pub fn check(backend: &dyn Backend, like: Case) -> Result<Option<Mismatch>> {
-    for case in fixture::parity_cases(like) {
+    for case in proofs(like) {
         if backend.supports(&case).is_ok()
             && let Some(mismatch) = check_case(backend, case)?
         {
@@ -136,6 +148,16 @@ pub fn check(backend: &dyn Backend, like: Case) -> Result<Option<Mismatch>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_workload_is_proven() {
+        let like = "train-step/mlx-cpu/bf16/indicator-b16".parse::<Case>().unwrap();
+        let all = proofs(like);
+        for &workload in Workload::ALL {
+            assert!(all.iter().any(|c| c.workload == workload), "{workload}");
+        }
+        assert!(all.iter().all(|c| c.backend == like.backend && c.precision == like.precision));
+    }
 
     #[test]
     fn nan_and_missing_values_are_errors() {
