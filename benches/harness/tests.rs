@@ -38,7 +38,7 @@ mod options_tests {
     fn a_filter_that_matches_nothing_is_refused_with_a_hint() {
         let none = read("--bench train-stepp").unwrap_err().to_string();
         assert!(none.contains("no case") && none.contains("--list"), "{none}");
-        let larger = read("--bench gpt2-b8").unwrap_err().to_string();
+        let larger = read("--bench indicator-b64").unwrap_err().to_string();
         assert!(larger.contains("--full"), "{larger}");
         assert!(read("--bench [").unwrap_err().to_string().contains("regular expression"));
         let set = Options::read(["--bench".to_owned()].into_iter(), Some("huge".to_owned()));
