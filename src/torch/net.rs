@@ -10,7 +10,7 @@ use crate::extension;
 
 /// How the layers are written.
 #[derive(Clone, Copy, Debug)]
-pub struct Recipe {
+pub struct Layers {
     /// One q-k-v projection and scaled_dot_product_attention.
     pub fused: bool,
     /// Parameter gradients of linear layers on a second stream, in bf16 or as stored.
@@ -30,7 +30,7 @@ fn norm(x: &Tensor, layer: &Norm<Tensor>) -> Tensor {
     x.layer_norm([width], Some(&layer.weight), Some(&layer.bias), NORM_EPS, true)
 }
 
-impl Recipe {
+impl Layers {
     fn linear(&self, x: &Tensor, layer: &Linear<Tensor>) -> Tensor {
         match self.side {
             Some(Side { half }) => {

@@ -8,7 +8,7 @@ use transformer_bench::fixture::{AdamW, Fixture, Tensor as Named};
 use transformer_bench::model::{Attention, FeedForward, Gpt2, InOrder, Indicator};
 
 use crate::extension::{self, Graph, Moments};
-use crate::net::{self, Recipe, Side};
+use crate::net::{self, Layers, Side};
 
 /// Where a parameter lies: whole in its own leaf, or some rows of a packed one.
 struct Place {
@@ -33,7 +33,7 @@ enum Net {
 pub struct Step {
     case: Case,
     device: Device,
-    recipe: Recipe,
+    layers: Layers,
     net: Net,
     inputs: Vec<Tensor>,
     /// The tensors that gradients are taken by and the optimizer moves.
@@ -64,7 +64,7 @@ impl Step {
         let train = case.workload.trains();
         let wanted = case.precision.recipe;
         let captured = wanted.captured() && matches!(device, Device::Cuda(_));
-        let recipe = Recipe {
+        let layers = Layers {
             fused: wanted.fused_attention(),
             // A recording keeps both streams; without one the launches would cost more.
             side: (captured && train).then_some(Side { half: case.precision.compute == Compute::Amp }),
@@ -86,7 +86,7 @@ impl Step {
             })
             .collect();
 
-        let (leaves, places) = pack(fixture.parameters(), device, kind, recipe.fused);
+        let (leaves, places) = pack(fixture.parameters(), device, kind, layers.fused);
         let leaves: Vec<Tensor> = leaves.into_iter().map(|t| t.set_requires_grad(train)).collect();
         let mut source = InOrder(places.iter().map(|place| leaves[place.leaf].shallow_clone()));
         let net = match case.shape {
@@ -108,14 +108,14 @@ impl Step {
         let optimizes = matches!(case.workload, Workload::OptimizerStep | Workload::TrainStep);
         let moments = optimizes.then(|| Moments::new(&leaves, wanted.fused_optimizer()));
         let fixed_gradients = if case.workload == Workload::OptimizerStep {
-            pack(fixture.gradients(), device, kind, recipe.fused).0
+            pack(fixture.gradients(), device, kind, layers.fused).0
         } else {
             Vec::new()
         };
         let mut step = Self {
             case,
             device,
-            recipe,
+            layers,
             net,
             inputs,
             leaves,
@@ -188,15 +188,15 @@ impl Step {
         let x = &self.inputs[0];
         match (&self.net, self.case.shape) {
             (Net::Indicator(p), Shape::Model { family, tiny, .. }) => {
-                self.recipe.indicator(x, &self.inputs[1], p, &family.sizes(tiny)).into()
+                self.layers.indicator(x, &self.inputs[1], p, &family.sizes(tiny)).into()
             }
             (Net::Gpt2(p), Shape::Model { family, tiny, .. }) => {
-                vec![self.recipe.gpt2(x, p, &family.sizes(tiny))]
+                vec![self.layers.gpt2(x, p, &family.sizes(tiny))]
             }
             (Net::Attention { layer, heads, causal }, _) => {
-                vec![self.recipe.attention(x, layer, *heads, *causal)]
+                vec![self.layers.attention(x, layer, *heads, *causal)]
             }
-            (Net::FeedForward { layer, tanh }, _) => vec![self.recipe.feed_forward(x, layer, *tanh)],
+            (Net::FeedForward { layer, tanh }, _) => vec![self.layers.feed_forward(x, layer, *tanh)],
             (Net::Square { chain }, _) => {
                 let first = x.matmul(&self.inputs[1]);
                 vec![(1..*chain).fold(first, |product, _| x.matmul(&product))]
