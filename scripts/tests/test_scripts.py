@@ -81,17 +81,24 @@ class Setup(unittest.TestCase):
         self.assertEqual(built, again)
 
     def test_a_wrong_libtorch_of_ones_own(self):
-        with mock.patch.dict(os.environ, {"LIBTORCH": str(self.folder)}):
-            self.stops("libtorch_cpu", self.setup.user_libtorch, "2.13.0")
+        own = str(self.folder)
+        self.stops("libtorch_cpu", self.setup.user_libtorch, own, "2.13.0")
         (self.folder / "lib").mkdir()
         (self.folder / "lib/libtorch_cpu.so").touch()
         (self.folder / "include/torch").mkdir(parents=True)
         (self.folder / "build-version").write_text("2.4.0+cu121\n")
-        with mock.patch.dict(os.environ, {"LIBTORCH": str(self.folder)}):
-            self.stops("2.4.0", self.setup.user_libtorch, "2.13.0")
+        self.stops("2.4.0", self.setup.user_libtorch, own, "2.13.0")
         (self.folder / "build-version").write_text("2.13.0+cpu\n")
-        with mock.patch.dict(os.environ, {"LIBTORCH": str(self.folder)}):
-            self.assertEqual(self.setup.user_libtorch("2.13.0"), self.folder.resolve())
+        self.assertEqual(self.setup.user_libtorch(own, "2.13.0"), self.folder.resolve())
+        self.assertIsNone(self.setup.user_libtorch(None, "2.13.0"))
+
+    def test_a_libtorch_of_ones_own_is_remembered(self):
+        self.setup.STAMP.write_text('{"inputs": {"libtorch": "/opt/libtorch"}}')
+        with mock.patch.dict(os.environ):
+            os.environ.pop("LIBTORCH", None)
+            self.assertEqual(self.setup.inputs(False)["libtorch"], "/opt/libtorch")
+            os.environ["LIBTORCH"] = ""
+            self.assertIsNone(self.setup.inputs(False)["libtorch"])
 
     def test_a_cargo_configuration_of_ones_own_is_kept(self):
         own = self.folder / "config.toml"
