@@ -4,7 +4,7 @@ use std::fmt;
 
 use anyhow::Result;
 
-use crate::case::{BackendId, Case};
+use crate::case::{BackendId, Case, Compute, Workload};
 use crate::fixture::{Fixture, Tensor};
 
 /// Why a case can't run here; shown as the row's reason.
@@ -78,6 +78,21 @@ impl Found {
     }
 }
 
-/// Why no backend offers f16 training with AdamW.
-pub const NO_F16_ADAMW: &str =
-    "AdamW in pure f16 divides by zero: squared gradients and ε = 1e-8 underflow; use bf16 or amp";
+/// Refuses what no backend can offer, whatever its framework.
+pub fn meaningful(case: &Case) -> Result<(), Unsupported> {
+    let no = |reason: &str| Err(Unsupported(reason.to_owned()));
+    match case.precision.compute {
+        Compute::F16 if case.workload.optimizes() => {
+            no("AdamW in pure f16 divides by zero: squared gradients and ε = 1e-8 underflow; use bf16 or amp")
+        }
+        Compute::Amp
+            if matches!(
+                case.workload,
+                Workload::MatmulPeak | Workload::CopyPeak | Workload::OptimizerStep
+            ) =>
+        {
+            no("amp changes nothing here: see f32 and bf16")
+        }
+        _ => Ok(()),
+    }
+}

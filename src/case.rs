@@ -70,6 +70,11 @@ impl Workload {
         matches!(self, Self::AttentionGrad | Self::FeedForwardGrad | Self::ForwardBackward | Self::TrainStep)
     }
 
+    /// Whether AdamW is part of the work.
+    pub fn optimizes(self) -> bool {
+        matches!(self, Self::OptimizerStep | Self::TrainStep)
+    }
+
     /// Whether the shape is a whole model.
     pub fn takes_model(self) -> bool {
         matches!(self, Self::Forward | Self::ForwardBackward | Self::OptimizerStep | Self::TrainStep)

@@ -8,8 +8,8 @@ mod step;
 
 use anyhow::Result;
 use mlx_rs::{Device, DeviceType, Dtype};
-use transformer_bench::backend::{Backend, Found, NO_F16_ADAMW, Prepared, Unsupported};
-use transformer_bench::case::{BackendId, Case, Compute, Recipe, Workload};
+use transformer_bench::backend::{Backend, Found, Prepared, Unsupported};
+use transformer_bench::case::{BackendId, Case, Compute, Recipe};
 use transformer_bench::fixture::Fixture;
 
 /// MLX on one device.
@@ -68,9 +68,7 @@ impl Backend for Mlx {
     fn supports(&self, case: &Case) -> Result<(), Unsupported> {
         let compute = case.precision.compute;
         let no = |reason: &str| Err(Unsupported(reason.to_owned()));
-        if compute == Compute::F16 && matches!(case.workload, Workload::OptimizerStep | Workload::TrainStep) {
-            return no(NO_F16_ADAMW);
-        }
+        transformer_bench::backend::meaningful(case)?;
         match case.precision.recipe {
             Recipe::Optimizer => return no("MLX has no fused optimizer: compiling the step fuses it"),
             Recipe::Attention if case.dropout() > 0.0 => {
@@ -82,11 +80,6 @@ impl Backend for Mlx {
         }
         if compute == Compute::Tf32 {
             return no("MLX reads its TF32 switch once a process, and this one pins it off");
-        }
-        if compute == Compute::Amp
-            && matches!(case.workload, Workload::MatmulPeak | Workload::CopyPeak | Workload::OptimizerStep)
-        {
-            return no("amp changes nothing here: see f32 and bf16");
         }
         Ok(())
     }

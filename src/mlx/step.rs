@@ -69,23 +69,20 @@ impl Step {
     pub fn new(fixture: &Fixture) -> Result<Self> {
         let case = fixture.case;
         let dtype = crate::dtype(case.precision.compute);
-        let mut inputs: Vec<Array> = fixture
-            .inputs()
-            .iter()
-            .map(|named| match named.name.as_str() {
+        let parameters: Vec<Array> = fixture.parameters().iter().map(|p| load(p, dtype)).collect();
+        let inputs: Vec<Array> = if case.workload == Workload::OptimizerStep {
+            fixture.gradients().iter().map(|g| load(g, dtype)).collect()
+        } else {
+            let input = |named: &Named| match named.name.as_str() {
                 "tokens" | "next" => load(named, Dtype::Int32),
                 // The loss is in f32.
                 "usefulness" => load(named, Dtype::Float32),
                 _ => load(named, dtype),
-            })
-            .collect();
-        let parameters: Vec<Array> = fixture.parameters().iter().map(|p| load(p, dtype)).collect();
-        if case.workload == Workload::OptimizerStep {
-            inputs = fixture.gradients().iter().map(|g| load(g, dtype)).collect();
-        }
+            };
+            fixture.inputs().iter().map(input).collect()
+        };
         let zeros = |p: &Array| mlx_rs::ops::zeros_like(p);
-        let updates = matches!(case.workload, Workload::OptimizerStep | Workload::TrainStep);
-        let moments = if updates { &parameters[..] } else { &[] };
+        let moments = if case.workload.optimizes() { &parameters[..] } else { &[] };
         let first = moments.iter().map(zeros).collect::<Result<Vec<_>, _>>()?;
         let second = moments.iter().map(zeros).collect::<Result<Vec<_>, _>>()?;
         let program =

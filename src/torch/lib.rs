@@ -9,7 +9,7 @@ mod step;
 use anyhow::Result;
 use tch::{Device, Kind};
 use transformer_bench::backend::{Backend, Found, Prepared, Unsupported};
-use transformer_bench::case::{BackendId, Case, Compute, Recipe, Workload};
+use transformer_bench::case::{BackendId, Case, Compute, Recipe};
 use transformer_bench::fixture::Fixture;
 
 /// PyTorch on one device.
@@ -65,19 +65,12 @@ impl Backend for Torch {
     fn supports(&self, case: &Case) -> Result<(), Unsupported> {
         let compute = case.precision.compute;
         let no = |reason: &str| Err(Unsupported(reason.to_owned()));
-        if compute == Compute::F16 && matches!(case.workload, Workload::OptimizerStep | Workload::TrainStep) {
-            return no(transformer_bench::backend::NO_F16_ADAMW);
-        }
+        transformer_bench::backend::meaningful(case)?;
         if case.precision.recipe == Recipe::Captured && self.id != BackendId::TorchCuda {
             return no("libtorch captures steps on CUDA alone, and has no torch.compile");
         }
         if compute == Compute::Tf32 && self.id != BackendId::TorchCuda {
             return no("TF32 is a format of NVIDIA's tensor cores");
-        }
-        if compute == Compute::Amp
-            && matches!(case.workload, Workload::MatmulPeak | Workload::CopyPeak | Workload::OptimizerStep)
-        {
-            return no("amp changes nothing here: see f32 and bf16");
         }
         Ok(())
     }

@@ -105,8 +105,7 @@ impl Step {
             Shape::Square { chain, .. } => Net::Square { chain },
             Shape::Buffer { .. } => Net::Buffer,
         };
-        let optimizes = matches!(case.workload, Workload::OptimizerStep | Workload::TrainStep);
-        let moments = optimizes.then(|| Moments::new(&leaves, wanted.fused_optimizer()));
+        let moments = case.workload.optimizes().then(|| Moments::new(&leaves, wanted.fused_optimizer()));
         let fixed_gradients = if case.workload == Workload::OptimizerStep {
             pack(fixture.gradients(), device, kind, layers.fused).0
         } else {
