@@ -4,7 +4,7 @@ use std::fmt;
 
 use anyhow::Result;
 
-use crate::case::{BackendId, Case, Compute, Workload};
+use crate::case::{BackendId, Case, Compute, Framework, Workload};
 use crate::fixture::{Fixture, Tensor};
 
 /// Why a case can't run here; shown as the row's reason.
@@ -76,6 +76,20 @@ impl Found {
     pub fn backend(&self, id: BackendId) -> Option<&dyn Backend> {
         self.present.iter().find(|b| b.id() == id).map(Box::as_ref)
     }
+}
+
+/// Set to 1 in a process that measures MLX in TF32: MLX reads its own switch once a
+/// process, so those cases have one to themselves.
+pub const TF32_PROCESS: &str = "TRANSFORMER_BENCH_TF32";
+
+/// Whether this is such a process.
+pub fn is_tf32_process() -> bool {
+    std::env::var_os(TF32_PROCESS).is_some_and(|v| v == "1")
+}
+
+/// Whether a case can only run in such a process.
+pub fn needs_tf32_process(case: &Case) -> bool {
+    case.backend.framework() == Framework::Mlx && case.precision.compute == Compute::Tf32
 }
 
 /// Refuses what no backend can offer, whatever its framework.

@@ -167,6 +167,10 @@ impl Recipe {
         matches!(self, Self::Optimizer | Self::Opt)
     }
 
+    pub fn fused_loss(self) -> bool {
+        matches!(self, Self::Opt)
+    }
+
     pub fn captured(self) -> bool {
         matches!(self, Self::Captured | Self::Opt)
     }

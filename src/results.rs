@@ -124,8 +124,10 @@ pub fn target_folder() -> PathBuf {
         .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("target"), Path::to_path_buf)
 }
 
-pub fn part_path(folder: &Path, framework: Framework) -> PathBuf {
-    folder.join("run").join(format!("{framework}.json"))
+/// A framework's part of a run, or that of the process that measures it in TF32.
+pub fn part_path(folder: &Path, framework: Framework, tf32: bool) -> PathBuf {
+    let tf32 = if tf32 { "-tf32" } else { "" };
+    folder.join("run").join(format!("{framework}{tf32}.json"))
 }
 
 fn read_part(path: &Path) -> Result<Part> {
@@ -138,9 +140,11 @@ fn read_part(path: &Path) -> Result<Part> {
 pub fn merge(folder: &Path) -> Result<(Results, Vec<Part>)> {
     let mut parts = Vec::new();
     for &framework in Framework::ALL {
-        let path = part_path(folder, framework);
-        if path.exists() {
-            parts.push(read_part(&path)?);
+        for tf32 in [false, true] {
+            let path = part_path(folder, framework, tf32);
+            if path.exists() {
+                parts.push(read_part(&path)?);
+            }
         }
     }
     let Some(first) = parts.first() else {
@@ -152,7 +156,11 @@ pub fn merge(folder: &Path) -> Result<(Results, Vec<Part>)> {
         if (&other.commit, &other.cpu) != (&machine.commit, &machine.cpu) {
             bail!("the frameworks' parts come from different runs: run ./scripts/bench again");
         }
-        machine.versions.extend(other.versions.iter().cloned());
+        for entry in &other.versions {
+            if !machine.versions.contains(entry) {
+                machine.versions.push(entry.clone());
+            }
+        }
     }
     let mut cases: Vec<Record> = parts.iter().flat_map(|p| p.results.cases.clone()).collect();
     let order: Vec<String> =
@@ -192,7 +200,7 @@ mod tests {
             (Framework::Mlx, "attention/mlx-cpu/f32/b16-h8-n111-d32"),
         ] {
             let text = serde_json::to_string(&part(framework, id)).unwrap();
-            write_whole(&part_path(&folder, framework), &text).unwrap();
+            write_whole(&part_path(&folder, framework, false), &text).unwrap();
         }
         let (results, parts) = merge(&folder).unwrap();
         assert_eq!(parts.len(), 2);
@@ -206,7 +214,7 @@ mod tests {
     fn an_empty_folder_and_a_damaged_part_say_what_to_do() {
         let folder = scratch("damaged");
         assert!(merge(&folder).unwrap_err().to_string().contains("scripts/bench"));
-        write_whole(&part_path(&folder, Framework::Mlx), "{\"machine\":").unwrap();
+        write_whole(&part_path(&folder, Framework::Mlx, false), "{\"machine\":").unwrap();
         assert!(merge(&folder).unwrap_err().to_string().contains("damaged"));
         fs::remove_dir_all(folder).unwrap();
     }

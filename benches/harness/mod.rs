@@ -13,9 +13,9 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use criterion::{BenchmarkId, Criterion, SamplingMode, Throughput};
-use transformer_bench::backend::{Backend, Found};
+use transformer_bench::backend::{self, Backend, Found};
 use transformer_bench::case::{BackendId, Case, Framework, Precision, cases};
 use transformer_bench::cost::{self, Work};
 use transformer_bench::fixture::Fixture;
@@ -41,6 +41,10 @@ pub fn main(framework: Framework, find: fn() -> Found) -> ExitCode {
 /// True unless a case failed.
 fn run(framework: Framework, find: fn() -> Found) -> Result<bool> {
     if let Some(id) = worker::requested(std::env::args().skip(1)) {
+        if id.parse().is_ok_and(|case| backend::needs_tf32_process(&case)) {
+            // SAFETY: no other thread runs yet.
+            unsafe { std::env::set_var(backend::TF32_PROCESS, "1") };
+        }
         let found = find();
         machine::assert_isolated(framework)?;
         return worker::serve(&found, &id).map(|()| true);
@@ -58,6 +62,12 @@ fn run(framework: Framework, find: fn() -> Found) -> Result<bool> {
     }
     let found = find();
     machine::assert_isolated(framework)?;
+    let apart = |case: &Case| {
+        backend::needs_tf32_process(case) && !case.backend.is_cpu() && found.backend(case.backend).is_some()
+    };
+    let (apart, selected): (Vec<Case>, Vec<Case>) = selected.into_iter().partition(apart);
+    let (selected, child) =
+        if backend::is_tf32_process() { (apart, false) } else { (selected, !apart.is_empty()) };
     let present: Vec<Case> =
         selected.iter().copied().filter(|c| found.backend(c.backend).is_some()).collect();
     options.check_baseline(&home, &present)?;
@@ -79,12 +89,15 @@ fn run(framework: Framework, find: fn() -> Found) -> Result<bool> {
         proven: HashMap::new(),
     };
 
+    if suite.writes() && !backend::is_tf32_process() {
+        let _ = std::fs::remove_file(results::part_path(&results::folder(), framework, true));
+    }
     let mut records = Vec::new();
     let started = Instant::now();
     for (index, case) in selected.iter().enumerate() {
         let place = format!("[{}/{}{}]", index + 1, selected.len(), left(started, &present, case));
         records.extend(suite.measure(case, &place));
-        if !suite.options.test && !suite.options.profile && !suite.options.load_baseline {
+        if suite.writes() {
             suite.save(framework, &records)?;
         }
     }
@@ -98,7 +111,22 @@ fn run(framework: Framework, find: fn() -> Found) -> Result<bool> {
             count(Status::Skipped)
         );
     }
-    Ok(!records.iter().any(|r| matches!(r.status, Status::Error | Status::ParityFailed)))
+    let passed = !records.iter().any(|r| matches!(r.status, Status::Error | Status::ParityFailed));
+    Ok(if child { tf32_process()? && passed } else { passed })
+}
+
+/// Runs what needs TF32 switched on from the start; true unless a case failed.
+fn tf32_process() -> Result<bool> {
+    let status = std::process::Command::new(std::env::current_exe()?)
+        .args(std::env::args_os().skip(1))
+        .env(backend::TF32_PROCESS, "1")
+        .status()
+        .context("the process for the tf32 cases did not start")?;
+    match status.code() {
+        Some(0) => Ok(true),
+        Some(1) => Ok(false),
+        _ => bail!("the process for the tf32 cases ended with {status}"),
+    }
 }
 
 /// About how long the cases from this one on will take, at the pace so far: `, 2 min left`.
@@ -135,6 +163,11 @@ struct Suite {
 }
 
 impl Suite {
+    /// Whether the run leaves records.
+    fn writes(&self) -> bool {
+        !self.options.test && !self.options.profile && !self.options.load_baseline
+    }
+
     fn save(&self, framework: Framework, records: &[Record]) -> Result<()> {
         let part = Part {
             framework: framework.to_string(),
@@ -143,7 +176,10 @@ impl Suite {
             results: Results { machine: self.machine.clone(), cases: records.to_vec() },
         };
         let text = serde_json::to_string_pretty(&part)?;
-        results::write_whole(&results::part_path(&results::folder(), framework), &text)
+        results::write_whole(
+            &results::part_path(&results::folder(), framework, backend::is_tf32_process()),
+            &text,
+        )
     }
 
     /// None where the case was only profiled.

@@ -8,7 +8,7 @@ mod step;
 
 use anyhow::Result;
 use mlx_rs::{Device, DeviceType, Dtype};
-use transformer_bench::backend::{Backend, Found, Prepared, Unsupported};
+use transformer_bench::backend::{self, Backend, Found, Prepared, Unsupported};
 use transformer_bench::case::{BackendId, Case, Compute, Recipe};
 use transformer_bench::fixture::Fixture;
 
@@ -68,7 +68,7 @@ impl Backend for Mlx {
     fn supports(&self, case: &Case) -> Result<(), Unsupported> {
         let compute = case.precision.compute;
         let no = |reason: &str| Err(Unsupported(reason.to_owned()));
-        transformer_bench::backend::meaningful(case)?;
+        backend::meaningful(case)?;
         match case.precision.recipe {
             Recipe::Optimizer => return no("MLX has no fused optimizer: compiling the step fuses it"),
             Recipe::Attention if case.dropout() > 0.0 => {
@@ -78,8 +78,11 @@ impl Backend for Mlx {
             }
             _ => {}
         }
-        if compute == Compute::Tf32 {
-            return no("MLX reads its TF32 switch once a process, and this one pins it off");
+        if compute == Compute::Tf32 && self.id.is_cpu() {
+            return no("MLX has TF32 on GPUs alone");
+        }
+        if (compute == Compute::Tf32) != backend::is_tf32_process() {
+            return no("MLX reads its TF32 switch once a process, and this one has it the other way");
         }
         Ok(())
     }

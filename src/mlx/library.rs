@@ -7,8 +7,9 @@ use anyhow::{Result, ensure};
 /// MLX may round f32 products to TF32 on hardware that has it, and does by default. It
 /// reads the switch once, so this must come before anything else of MLX.
 pub fn pin_precision() {
+    let on = if transformer_bench::backend::is_tf32_process() { "1" } else { "0" };
     // SAFETY: called at the start of a program, before it has other threads.
-    unsafe { std::env::set_var("MLX_ENABLE_TF32", "0") };
+    unsafe { std::env::set_var("MLX_ENABLE_TF32", on) };
 }
 
 pub fn version() -> String {

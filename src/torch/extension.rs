@@ -35,7 +35,9 @@ unsafe extern "C" {
     fn tb_allow_tf32(allow: bool) -> c_int;
     fn tb_autocast_begin(device: c_int) -> c_int;
     fn tb_autocast_end(device: c_int) -> c_int;
-    fn tb_side_linear(x: Raw, weight: Raw, bias: Raw, half: bool, out: *mut Raw) -> c_int;
+    fn tb_side_linear(x: Raw, weight: Raw, bias: Raw, out: *mut Raw) -> c_int;
+    fn tb_linear_cross_entropy(hidden: Raw, weight: Raw, target: Raw, out: *mut Raw) -> c_int;
+    fn tb_copy(to: *const Raw, from: *const Raw, count: usize) -> c_int;
     fn tb_join(device: c_int) -> c_int;
     fn tb_gradients(root: Raw, upstream: Raw, inputs: *const Raw, count: usize, gradients: *mut Raw)
     -> c_int;
@@ -203,15 +205,33 @@ pub fn autocast<T>(device: Device, on: bool, body: impl FnOnce() -> T) -> Result
     Ok(body())
 }
 
-/// x·weightᵀ + bias, whose parameter gradients are computed on a second stream. What
-/// follows [`join`] sees them.
-pub fn side_linear(x: &Tensor, weight: &Tensor, bias: &Tensor, half: bool) -> Result<Tensor> {
+/// One tensor as the result of a function of three.
+fn made(call: impl FnOnce(Raw, Raw, Raw, *mut Raw) -> c_int, [a, b, c]: [&Tensor; 3]) -> Result<Tensor> {
     let mut out = std::ptr::null_mut();
     let raw = |t: &Tensor| t.as_ptr().cast_mut().cast();
-    // SAFETY: all tensors outlive the call; on success the slot holds an owned tensor.
-    checked(unsafe { tb_side_linear(raw(x), raw(weight), raw(bias), half, &mut out) })?;
-    // SAFETY: owned, taken once.
+    checked(call(raw(a), raw(b), raw(c), &mut out))?;
+    // SAFETY: after success the slot holds an owned tensor, taken once.
     Ok(unsafe { Tensor::from_ptr(out.cast()) })
+}
+
+/// x·weightᵀ + bias, whose parameter gradients are computed on a second stream. What
+/// follows [`join`] sees them.
+pub fn side_linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
+    // SAFETY: all tensors outlive the call.
+    made(|x, weight, bias, out| unsafe { tb_side_linear(x, weight, bias, out) }, [x, weight, bias])
+}
+
+/// Mean cross-entropy in f32 of hidden [M, D] · weightᵀ [D, V] against target [M].
+pub fn linear_cross_entropy(hidden: &Tensor, weight: &Tensor, target: &Tensor) -> Result<Tensor> {
+    // SAFETY: all tensors outlive the call.
+    made(|h, w, t, out| unsafe { tb_linear_cross_entropy(h, w, t, out) }, [hidden, weight, target])
+}
+
+/// Copies values pairwise, converting where the types differ; records no gradient.
+pub fn copy(to: &[Tensor], from: &[Tensor]) -> Result<()> {
+    assert_eq!(to.len(), from.len());
+    // SAFETY: two lists of equally many live tensors.
+    checked(unsafe { tb_copy(raw(to).as_ptr(), raw(from).as_ptr(), to.len()) })
 }
 
 /// The device's current stream waits for the second one.

@@ -13,16 +13,10 @@ use crate::extension;
 pub struct Layers {
     /// One q-k-v projection and scaled_dot_product_attention.
     pub fused: bool,
-    /// Parameter gradients of linear layers on a second stream, in bf16 or as stored.
-    pub side: Option<Side>,
+    /// Parameter gradients of linear layers on a second stream.
+    pub side: bool,
     pub dropout: f64,
     pub train: bool,
-}
-
-/// What linear layers on two streams compute in.
-#[derive(Clone, Copy, Debug)]
-pub struct Side {
-    pub half: bool,
 }
 
 fn norm(x: &Tensor, layer: &Norm<Tensor>) -> Tensor {
@@ -32,12 +26,10 @@ fn norm(x: &Tensor, layer: &Norm<Tensor>) -> Tensor {
 
 impl Layers {
     fn linear(&self, x: &Tensor, layer: &Linear<Tensor>) -> Tensor {
-        match self.side {
-            Some(Side { half }) => {
-                extension::side_linear(x, &layer.weight, &layer.bias, half).expect("a linear layer")
-            }
-            None => x.linear(&layer.weight, Some(&layer.bias)),
+        if self.side {
+            return extension::side_linear(x, &layer.weight, &layer.bias).expect("a linear layer");
         }
+        x.linear(&layer.weight, Some(&layer.bias))
     }
 
     fn drop(&self, x: Tensor) -> Tensor {
@@ -122,13 +114,24 @@ impl Layers {
         [self.head(&x, &p.selection), self.head(&x, &p.allocation).softmax(-1, None::<Kind>)]
     }
 
-    /// tokens [B, T] → logits [B, T, V]
-    pub fn gpt2(&self, tokens: &Tensor, p: &Gpt2<Tensor>, s: &Sizes) -> Tensor {
+    /// tokens [B, T] → what the tied embedding turns into logits [B, T, D]
+    fn gpt2_hidden(&self, tokens: &Tensor, p: &Gpt2<Tensor>, s: &Sizes) -> Tensor {
         let mut x = Tensor::embedding(&p.token, tokens, -1, false, false) + &p.position; // [B, T, D]
         for block in &p.blocks {
             x = self.block(x, block, s.heads, Family::Gpt2);
         }
-        norm(&x, &p.norm).linear(&p.token, None::<&Tensor>)
+        norm(&x, &p.norm)
+    }
+
+    /// tokens [B, T] → logits [B, T, V]
+    pub fn gpt2(&self, tokens: &Tensor, p: &Gpt2<Tensor>, s: &Sizes) -> Tensor {
+        self.gpt2_hidden(tokens, p, s).linear(&p.token, None::<&Tensor>)
+    }
+
+    /// The same with its loss: tokens and next [B, T] → cross-entropy, logits never kept
+    pub fn gpt2_with_loss(&self, tokens: &Tensor, next: &Tensor, p: &Gpt2<Tensor>, s: &Sizes) -> Tensor {
+        let hidden = self.gpt2_hidden(tokens, p, s).flatten(0, 1);
+        extension::linear_cross_entropy(&hidden, &p.token, &next.flatten(0, 1)).expect("a loss")
     }
 }
 

@@ -8,7 +8,7 @@ use transformer_bench::fixture::{AdamW, Fixture, Tensor as Named};
 use transformer_bench::model::{Attention, FeedForward, Gpt2, InOrder, Indicator};
 
 use crate::extension::{self, Graph, Moments};
-use crate::net::{self, Layers, Side};
+use crate::net::{self, Layers};
 
 /// Where a parameter lies: whole in its own leaf, or some rows of a packed one.
 struct Place {
@@ -38,6 +38,9 @@ pub struct Step {
     inputs: Vec<Tensor>,
     /// The tensors that gradients are taken by and the optimizer moves.
     leaves: Vec<Tensor>,
+    /// bf16 copies of the leaves, made anew in every step; where they exist, the net
+    /// computes with them and gradients are taken by them.
+    copies: Vec<Tensor>,
     places: Vec<Place>,
     adamw: AdamW,
     moments: Option<Moments>,
@@ -67,7 +70,7 @@ impl Step {
         let layers = Layers {
             fused: wanted.fused_attention(),
             // A recording keeps both streams; without one the launches would cost more.
-            side: (captured && train).then_some(Side { half: case.precision.compute == Compute::Amp }),
+            side: captured && train,
             dropout: fixture.dropout,
             train,
         };
@@ -88,7 +91,15 @@ impl Step {
 
         let (leaves, places) = pack(fixture.parameters(), device, kind, layers.fused);
         let leaves: Vec<Tensor> = leaves.into_iter().map(|t| t.set_requires_grad(train)).collect();
-        let mut source = InOrder(places.iter().map(|place| leaves[place.leaf].shallow_clone()));
+        // Autocast casts at every operation and leaves the residual stream in f32; one cast
+        // of everything moves fewer bytes.
+        let copies: Vec<Tensor> = if case.precision.compute == Compute::Amp && wanted.captured() && train {
+            leaves.iter().map(|l| l.detach().to_kind(Kind::BFloat16).set_requires_grad(true)).collect()
+        } else {
+            Vec::new()
+        };
+        let computes = if copies.is_empty() { &leaves } else { &copies };
+        let mut source = InOrder(places.iter().map(|place| computes[place.leaf].shallow_clone()));
         let net = match case.shape {
             Shape::Model { family: Family::Indicator, tiny, .. } => {
                 Net::Indicator(Indicator::take(&mut source, &Family::Indicator.sizes(tiny)))
@@ -118,6 +129,7 @@ impl Step {
             net,
             inputs,
             leaves,
+            copies,
             places,
             adamw: fixture.adamw,
             moments,
@@ -182,12 +194,26 @@ impl Step {
         self.case.precision.recipe.fused_optimizer()
     }
 
+    /// An input in the type of the copies, where there are any.
+    fn narrow(&self, index: usize) -> Tensor {
+        let input = &self.inputs[index];
+        if self.copies.is_empty() || input.kind() != Kind::Float {
+            return input.shallow_clone();
+        }
+        input.to_kind(Kind::BFloat16)
+    }
+
+    /// What gradients are taken by, beside the inputs.
+    fn computes(&self) -> &[Tensor] {
+        if self.copies.is_empty() { &self.leaves } else { &self.copies }
+    }
+
     /// What the model puts out.
     fn forward(&self) -> Vec<Tensor> {
-        let x = &self.inputs[0];
+        let x = &self.narrow(0);
         match (&self.net, self.case.shape) {
             (Net::Indicator(p), Shape::Model { family, tiny, .. }) => {
-                self.layers.indicator(x, &self.inputs[1], p, &family.sizes(tiny)).into()
+                self.layers.indicator(x, &self.narrow(1), p, &family.sizes(tiny)).into()
             }
             (Net::Gpt2(p), Shape::Model { family, tiny, .. }) => {
                 vec![self.layers.gpt2(x, p, &family.sizes(tiny))]
@@ -204,42 +230,57 @@ impl Step {
         }
     }
 
-    /// The loss of what the model put out, in f32 whatever the model computed in.
-    fn loss(&self, out: Vec<Tensor>) -> Tensor {
-        match &self.net {
+    /// Forward pass and loss, which is in f32 whatever the model computes in.
+    fn loss(&self) -> Result<Tensor> {
+        if let (Net::Gpt2(p), Shape::Model { family, tiny, .. }) = (&self.net, self.case.shape)
+            && self.case.precision.recipe.fused_loss()
+        {
+            return self.forwarding(|| {
+                self.layers.gpt2_with_loss(&self.inputs[0], &self.inputs[1], p, &family.sizes(tiny))
+            });
+        }
+        let out = self.forwarding(|| self.forward())?;
+        Ok(match &self.net {
             Net::Indicator(_) => {
                 let [selection, weights] = <[Tensor; 2]>::try_from(out).expect("two heads");
                 net::indicator_loss(&[selection, weights], &self.inputs[2])
             }
             _ => net::gpt2_loss(&out[0], &self.inputs[1]),
-        }
+        })
+    }
+
+    /// Runs `body` under autocast where amp is made that way.
+    fn forwarding<T>(&self, body: impl FnOnce() -> T) -> Result<T> {
+        let autocast = self.case.precision.compute == Compute::Amp && self.copies.is_empty();
+        extension::autocast(self.device, autocast, body)
     }
 
     /// One iteration without its optimizer.
     fn passes(&mut self) -> Result<()> {
         // What the last step left is freed first, as a training loop's variables are.
         self.gradients.clear();
-        let amp = self.case.precision.compute == Compute::Amp;
+        if !self.copies.is_empty() {
+            extension::copy(&self.copies, &self.leaves)?;
+        }
         match self.case.workload {
             Workload::CopyPeak => {
                 let _ = self.inputs[0].neg_out(&self.results[0]);
             }
             Workload::Forward | Workload::Attention | Workload::FeedForward | Workload::MatmulPeak => {
                 self.results.clear();
-                self.results = tch::no_grad(|| extension::autocast(self.device, amp, || self.forward()))?;
+                self.results = tch::no_grad(|| self.forwarding(|| self.forward()))?;
             }
             Workload::AttentionGrad | Workload::FeedForwardGrad => {
-                let out = extension::autocast(self.device, amp, || self.forward())?;
+                let out = self.forwarding(|| self.forward())?;
                 let inputs: Vec<Tensor> =
-                    self.inputs[..1].iter().chain(&self.leaves).map(Tensor::shallow_clone).collect();
+                    self.inputs[..1].iter().chain(self.computes()).map(Tensor::shallow_clone).collect();
                 let upstream = self.inputs[1].to_kind(out[0].kind());
                 self.gradients = extension::gradients(&out[0], Some(&upstream), &inputs)?;
                 extension::join(self.device)?;
             }
             Workload::ForwardBackward | Workload::TrainStep => {
-                let out = extension::autocast(self.device, amp, || self.forward())?;
-                let loss = self.loss(out);
-                self.gradients = extension::gradients(&loss, None, &self.leaves)?;
+                let loss = self.loss()?;
+                self.gradients = extension::gradients(&loss, None, self.computes())?;
                 extension::join(self.device)?;
                 self.results = vec![loss.detach()];
             }

@@ -1,6 +1,7 @@
 // What tch does not wrap: device-independent synchronisation and memory statistics,
 // autocast with a device and a type, matmul precision, gradients from a given upstream
-// gradient, and AdamW as torch.optim writes it. This file serves every device: all of
+// gradient, AdamW as torch.optim writes it, and two layers with backward passes of their
+// own. This file serves every device: all of
 // it is in libtorch_cpu, which reaches CUDA and MPS through their hooks.
 //
 // Every function returns 0, or -1 with the reason in tb_last_error().
@@ -69,13 +70,9 @@ void wait_for(c10::Stream waiting, c10::Stream earlier) {
 // Needs tb_join before the gradients are read.
 struct SideLinear : torch::autograd::Function<SideLinear> {
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x,
-                            const at::Tensor& weight, const at::Tensor& bias, bool half) {
-    auto cast = [&](const at::Tensor& t) { return half ? t.to(at::kBFloat16) : t; };
-    auto input = cast(x), matrix = cast(weight);
-    ctx->save_for_backward({input, matrix});
-    ctx->saved_data["x"] = x.scalar_type();
-    ctx->saved_data["weight"] = weight.scalar_type();
-    return at::linear(input, matrix, cast(bias));
+                            const at::Tensor& weight, const at::Tensor& bias) {
+    ctx->save_for_backward({x, weight});
+    return at::linear(x, weight, bias);
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
@@ -91,16 +88,50 @@ struct SideLinear : torch::autograd::Function<SideLinear> {
     at::Tensor weight, bias, input;
     {
       c10::StreamGuard on_side(*side.stream);
-      const auto type = ctx->saved_data["weight"].toScalarType();
-      weight = g.t().mm(x).to(type);
-      bias = g.sum(0).to(type);
+      weight = g.t().mm(x);
+      bias = g.sum(0);
     }
-    if (ctx->needs_input_grad(0)) {
-      input = at::matmul(gradient, saved[1]).to(ctx->saved_data["x"].toScalarType());
-    }
-    return {input, weight, bias, at::Tensor()};
+    if (ctx->needs_input_grad(0)) input = at::matmul(gradient, saved[1]);
+    return {input, weight, bias};
   }
 };
+
+// Mean cross-entropy of hidden·weightᵀ, [M, D] and [V, D], against target [M], in f32.
+// The logits' gradient, softmax − one-hot, is written in the forward pass as soon as the
+// log-probabilities are there: the backward pass then reads nothing in f32, and the
+// [M, V] arrays live for a moment. Taking log_softmax's and nll_loss's own backward
+// moves about twice the bytes.
+struct LinearCrossEntropy : torch::autograd::Function<LinearCrossEntropy> {
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& hidden,
+                            const at::Tensor& weight, const at::Tensor& target) {
+    auto log_p = at::log_softmax(hidden.mm(weight.t()), -1, at::kFloat);
+    auto loss = at::nll_loss(log_p, target);
+    auto slope = at::empty(log_p.sizes(), hidden.options());
+    at::exp_out(slope, log_p);
+    auto one = at::full({1, 1}, -1, hidden.options()).expand({target.size(0), 1});
+    slope.scatter_add_(1, target.unsqueeze(1), one);
+    ctx->save_for_backward({hidden, weight, slope});
+    return loss;
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 torch::autograd::variable_list gradients) {
+    auto saved = ctx->get_saved_variables();
+    const auto &hidden = saved[0], &weight = saved[1], &slope = saved[2];
+    auto scale = (gradients[0] / hidden.size(0)).to(hidden.scalar_type());
+    return {slope.mm(weight).mul_(scale), slope.t().mm(hidden * scale), at::Tensor()};
+  }
+};
+
+// The gradients in the parameters' type, converted in one launch where they are not.
+std::vector<at::Tensor> in_type_of(const std::vector<at::Tensor>& parameters,
+                                   std::vector<at::Tensor> gradients) {
+  if (gradients.empty() || gradients[0].scalar_type() == parameters[0].scalar_type()) return gradients;
+  std::vector<at::Tensor> converted;
+  for (const auto& p : parameters) converted.push_back(at::empty_like(p));
+  at::_foreach_copy_(converted, gradients);
+  return converted;
+}
 
 }  // namespace
 
@@ -153,9 +184,21 @@ int tb_autocast_end(int device) {
   });
 }
 
-// x·weightᵀ + bias through SideLinear; `half` computes in bf16 whatever the inputs are.
-int tb_side_linear(at::Tensor* x, at::Tensor* weight, at::Tensor* bias, bool half, at::Tensor** out) {
-  return guarded([&] { *out = new at::Tensor(SideLinear::apply(*x, *weight, *bias, half)); });
+// x·weightᵀ + bias through SideLinear.
+int tb_side_linear(at::Tensor* x, at::Tensor* weight, at::Tensor* bias, at::Tensor** out) {
+  return guarded([&] { *out = new at::Tensor(SideLinear::apply(*x, *weight, *bias)); });
+}
+
+int tb_linear_cross_entropy(at::Tensor* hidden, at::Tensor* weight, at::Tensor* target, at::Tensor** out) {
+  return guarded([&] { *out = new at::Tensor(LinearCrossEntropy::apply(*hidden, *weight, *target)); });
+}
+
+// Copies each tensor's values into another's, converting where the types differ.
+int tb_copy(at::Tensor** to, at::Tensor** from, size_t count) {
+  return guarded([&] {
+    at::NoGradGuard no_grad;
+    at::_foreach_copy_(list(to, count), list(from, count));
+  });
 }
 
 // Makes the current stream wait for what SideLinear has started.
@@ -195,8 +238,9 @@ int tb_adamw(at::Tensor** parameters, at::Tensor** gradients, at::Tensor** first
     const double correction1 = 1 - std::pow(s.beta1, step);
     const double root2 = std::sqrt(1 - std::pow(s.beta2, step));
     const double decay = 1 - s.lr * s.weight_decay;
+    auto all = in_type_of(list(parameters, count), list(gradients, count));
     if (foreach) {
-      auto p = list(parameters, count), g = list(gradients, count);
+      auto p = list(parameters, count), g = all;
       auto m = list(first, count), v = list(second, count);
       at::_foreach_mul_(p, decay);
       at::_foreach_lerp_(m, g, 1 - s.beta1);
@@ -209,7 +253,7 @@ int tb_adamw(at::Tensor** parameters, at::Tensor** gradients, at::Tensor** first
       return;
     }
     for (size_t i = 0; i < count; ++i) {
-      auto &p = *parameters[i], &g = *gradients[i], &m = *first[i], &v = *second[i];
+      auto &p = *parameters[i], &g = all[i], &m = *first[i], &v = *second[i];
       p.mul_(decay);
       m.lerp_(g, 1 - s.beta1);
       v.mul_(s.beta2).addcmul_(g, g, 1 - s.beta2);
@@ -225,7 +269,8 @@ int tb_fused_adamw(at::Tensor** parameters, at::Tensor** gradients, at::Tensor**
     at::NoGradGuard no_grad;
     auto t = list(steps, count);
     at::_foreach_add_(t, 1);
-    at::_fused_adamw_(list(parameters, count), list(gradients, count), list(first, count),
+    auto p = list(parameters, count);
+    at::_fused_adamw_(p, in_type_of(p, list(gradients, count)), list(first, count),
                       list(second, count), {}, t, s.lr, s.beta1, s.beta2, s.weight_decay, s.eps,
                       /*amsgrad=*/false, /*maximize=*/false);
   });
