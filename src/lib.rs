@@ -22,10 +22,13 @@
 //! - *parity*: the proof that a backend computes what the f64 reference does
 
 pub mod backend;
+pub mod baseline;
 pub mod case;
+pub mod compare;
 pub mod conformance;
 pub mod cost;
 pub mod fixture;
+pub mod interleave;
 pub mod machine;
 pub mod model;
 pub mod parity;

@@ -26,6 +26,15 @@ pub struct Machine {
     pub dirty: bool,
     /// Framework, BLAS and thread counts, by name, from the backends themselves.
     pub versions: Vec<(String, String)>,
+    /// How this program was built.
+    #[serde(default)]
+    pub profile: String,
+    /// What governs clocks and power, where the system tells.
+    #[serde(default)]
+    pub power: Vec<(String, String)>,
+    /// Environment variables that the frameworks and their libraries read.
+    #[serde(default)]
+    pub environment: Vec<(String, String)>,
 }
 
 fn output(program: &str, arguments: &[&str]) -> Option<String> {
@@ -69,8 +78,120 @@ impl Machine {
             dirty: commit.is_some() && dirty.is_some(),
             commit: commit.unwrap_or_else(|| "unknown".to_owned()),
             versions: Vec::new(),
+            profile: if cfg!(debug_assertions) { "debug" } else { "release" }.to_owned(),
+            power: power(),
+            environment: environment(),
         }
     }
+
+    /// A readable name for the hardware, `[a-z0-9-]+`: the GPU where there is one.
+    pub fn slug(&self) -> String {
+        let name = match self.gpus.first() {
+            Some(gpu) => gpu.trim_start_matches("NVIDIA ").to_owned(),
+            None => format!("{} {} cores", self.cpu, self.cores),
+        };
+        let mut slug = String::new();
+        for c in name.to_lowercase().replace("(r)", " ").replace("(tm)", " ").chars() {
+            match c {
+                c if c.is_ascii_alphanumeric() => slug.push(c),
+                _ if !slug.is_empty() && !slug.ends_with('-') => slug.push('-'),
+                _ => {}
+            }
+        }
+        let slug = slug.trim_end_matches('-');
+        if slug.is_empty() { "unknown".to_owned() } else { slug.to_owned() }
+    }
+
+    /// What makes figures of two machines incomparable, a line each: everything but the
+    /// commit.
+    pub fn differences(&self, other: &Machine) -> Vec<String> {
+        let mut all = Vec::new();
+        let mut differ = |what: &str, a: String, b: String| {
+            if a != b {
+                let word = |text: String| if text.is_empty() { "none".to_owned() } else { text };
+                all.push(format!("{what}: {} / {}", word(a), word(b)));
+            }
+        };
+        differ("CPU", self.cpu.clone(), other.cpu.clone());
+        differ("cores", self.cores.to_string(), other.cores.to_string());
+        // Kernels reserve a little more or less from boot to boot.
+        let gib = |bytes: u64| format!("{} GiB", (bytes as f64 / (1u64 << 30) as f64).round());
+        differ("memory", gib(self.memory_bytes), gib(other.memory_bytes));
+        differ("architecture", self.arch.clone(), other.arch.clone());
+        differ("system", self.os.clone(), other.os.clone());
+        differ("GPU", self.gpus.join(", "), other.gpus.join(", "));
+        differ("driver", self.driver.clone(), other.driver.clone());
+        differ("build profile", self.profile.clone(), other.profile.clone());
+        for (what, ours, theirs) in [
+            ("", &self.versions, &other.versions),
+            ("power: ", &self.power, &other.power),
+            ("environment: ", &self.environment, &other.environment),
+        ] {
+            let of = |list: &[(String, String)], name: &str| {
+                list.iter().find(|(n, _)| n == name).map(|(_, v)| v.clone()).unwrap_or_default()
+            };
+            let names: std::collections::BTreeSet<&String> =
+                ours.iter().chain(theirs.iter()).map(|(name, _)| name).collect();
+            for name in names {
+                differ(&format!("{what}{name}"), of(ours, name), of(theirs, name));
+            }
+        }
+        all
+    }
+}
+
+/// Clock governor, turbo and energy preference; on NVIDIA the power limit; on a Mac
+/// whether it runs on battery or saves power.
+fn power() -> Vec<(String, String)> {
+    let mut all = Vec::new();
+    let mut keep = |name: &str, value: Option<String>| {
+        if let Some(value) = value.map(|v| v.trim().to_owned()).filter(|v| !v.is_empty()) {
+            all.push((name.to_owned(), value));
+        }
+    };
+    let cpufreq = "/sys/devices/system/cpu/cpu0/cpufreq";
+    keep("governor", fs::read_to_string(format!("{cpufreq}/scaling_governor")).ok());
+    keep("energy preference", fs::read_to_string(format!("{cpufreq}/energy_performance_preference")).ok());
+    keep("no turbo", fs::read_to_string("/sys/devices/system/cpu/intel_pstate/no_turbo").ok());
+    let query = ["--query-gpu=power.limit,clocks.max.sm,mig.mode.current", "--format=csv,noheader"];
+    keep("GPU power limit, maximum clock, MIG", output("nvidia-smi", &query).map(|t| t.replace('\n', "; ")));
+    if cfg!(target_os = "macos") {
+        let source = output("pmset", &["-g", "batt"]).unwrap_or_default();
+        keep("source", source.lines().next().map(str::to_owned));
+        let saving = output("pmset", &["-g"]).unwrap_or_default();
+        let saving = saving.lines().find(|l| l.contains("lowpowermode"));
+        keep("low power mode", saving.and_then(|l| l.split_whitespace().last()).map(str::to_owned));
+    }
+    all
+}
+
+fn environment() -> Vec<(String, String)> {
+    const READ: &[&str] = &[
+        "OMP_",
+        "KMP_",
+        "GOMP_",
+        "MKL_",
+        "OPENBLAS_",
+        "VECLIB_",
+        "PYTORCH_",
+        "TORCH_",
+        "MLX_",
+        "CUDA_",
+        "CUBLAS_",
+        "CUDNN_",
+        "NVIDIA_TF32_OVERRIDE",
+        "MALLOC_",
+        "DNNL_",
+        "ONEDNN_",
+        "ATEN_",
+    ];
+    let mut all: Vec<(String, String)> = std::env::vars()
+        .filter(|(name, _)| READ.iter().any(|prefix| name.starts_with(prefix)))
+        // Set by this program itself, from the precision that it measures.
+        .filter(|(name, _)| name != "MLX_ENABLE_TF32")
+        .collect();
+    all.sort();
+    all
 }
 
 /// Bytes that this process holds in memory now; 0 where the system does not tell.
@@ -231,6 +352,81 @@ mod tests {
         assert!(!machine.cpu.is_empty() && !machine.os.is_empty(), "{machine:?}");
         assert!(!loaded_libraries().is_empty());
         assert!(resident_bytes() > 1 << 16);
+    }
+
+    #[test]
+    fn every_difference_that_matters_is_named() {
+        let base = Machine {
+            cpu: "Xeon".to_owned(),
+            cores: 2,
+            memory_bytes: 8 << 30,
+            os: "Linux 1".to_owned(),
+            arch: "x86_64".to_owned(),
+            gpus: vec!["NVIDIA H100 80GB HBM3".to_owned()],
+            driver: "NVIDIA 1".to_owned(),
+            commit: "a".to_owned(),
+            dirty: false,
+            versions: [
+                "PyTorch",
+                "PyTorch threads",
+                "PyTorch BLAS",
+                "PyTorch instruction set",
+                "MLX",
+                "MLX BLAS",
+                "MLX BLAS threads",
+            ]
+            .map(|name| (name.to_owned(), "1".to_owned()))
+            .into(),
+            profile: "release".to_owned(),
+            power: ["governor", "no turbo", "GPU power limit, maximum clock, MIG"]
+                .map(|name| (name.to_owned(), "1".to_owned()))
+                .into(),
+            environment: vec![("OMP_NUM_THREADS".to_owned(), "1".to_owned())],
+        };
+        assert!(base.differences(&base).is_empty());
+        assert!(base.differences(&Machine { commit: "b".to_owned(), ..base.clone() }).is_empty());
+        let mut seeded: Vec<(String, Machine)> = Vec::new();
+        let mut plant = |name: &str, edit: &dyn Fn(&mut Machine)| {
+            let mut other = base.clone();
+            edit(&mut other);
+            seeded.push((name.to_owned(), other));
+        };
+        plant("CPU", &|m| m.cpu.push('2'));
+        plant("cores", &|m| m.cores = 4);
+        plant("memory", &|m| m.memory_bytes *= 2);
+        plant("system", &|m| m.os.push('2'));
+        plant("architecture", &|m| m.arch = "aarch64".to_owned());
+        plant("GPU", &|m| m.gpus[0] = "NVIDIA H200".to_owned());
+        plant("GPU", &|m| m.gpus.push("NVIDIA H100 80GB HBM3".to_owned()));
+        plant("GPU", &|m| m.gpus.clear());
+        plant("driver", &|m| m.driver.push('2'));
+        plant("build profile", &|m| m.profile = "debug".to_owned());
+        for i in 0..base.versions.len() {
+            plant(&base.versions[i].0, &|m| m.versions[i].1.push('2'));
+        }
+        plant("MLX", &|m| m.versions.retain(|(name, _)| name != "MLX"));
+        for i in 0..base.power.len() {
+            plant(&base.power[i].0, &|m| m.power[i].1.push('2'));
+        }
+        plant("OMP_NUM_THREADS", &|m| m.environment[0].1 = "2".to_owned());
+        plant("OMP_NUM_THREADS", &|m| m.environment.clear());
+        plant("MKL_NUM_THREADS", &|m| m.environment.push(("MKL_NUM_THREADS".to_owned(), "1".to_owned())));
+        assert!(seeded.len() >= 20);
+        for (name, other) in seeded {
+            let found = base.differences(&other);
+            assert_eq!(found.len(), 1, "{name}: {found:?}");
+            assert!(found[0].contains(&name), "{name}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn slugs_are_readable() {
+        let mut machine =
+            Machine { cpu: "Intel(R) Xeon(R) Processor".to_owned(), cores: 2, ..Machine::default() };
+        assert_eq!(machine.slug(), "intel-xeon-processor-2-cores");
+        machine.gpus.push("NVIDIA H100 80GB HBM3".to_owned());
+        assert_eq!(machine.slug(), "h100-80gb-hbm3");
+        assert_eq!(Machine::default().slug(), "0-cores");
     }
 
     #[test]

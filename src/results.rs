@@ -111,9 +111,11 @@ pub fn write_whole(path: &Path, text: &str) -> Result<()> {
     })
 }
 
-/// Where a run's files lie: `target/transformer-bench` of the target folder in use.
+/// Where a run's files lie: `target/transformer-bench` of the target folder in use, or
+/// what TRANSFORMER_BENCH_RESULTS says.
 pub fn folder() -> PathBuf {
-    target_folder().join("transformer-bench")
+    std::env::var_os("TRANSFORMER_BENCH_RESULTS")
+        .map_or_else(|| target_folder().join("transformer-bench"), PathBuf::from)
 }
 
 /// Cargo's target folder: this executable lies in `<target>/<profile>/[deps/]`.
@@ -122,6 +124,18 @@ pub fn target_folder() -> PathBuf {
     exe.ancestors()
         .find(|folder| folder.join("CACHEDIR.TAG").exists())
         .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("target"), Path::to_path_buf)
+}
+
+/// Where Criterion keeps its files.
+pub fn criterion_home() -> PathBuf {
+    std::env::var_os("CRITERION_HOME").map_or_else(|| target_folder().join("criterion"), PathBuf::from)
+}
+
+/// Where Criterion keeps a case: group, function and value, with `/` made `_`.
+pub fn criterion_folder(home: &Path, case: &Case) -> PathBuf {
+    home.join(case.workload.id())
+        .join(format!("{}_{}", case.backend, case.precision))
+        .join(case.shape.to_string())
 }
 
 /// A framework's part of a run, or that of the process that measures it in TF32.

@@ -21,9 +21,9 @@ use transformer_bench::cost::{self, Work};
 use transformer_bench::fixture::Fixture;
 use transformer_bench::machine::{self, Machine};
 use transformer_bench::parity;
-use transformer_bench::results::{self, Part, Record, Results, Status};
+use transformer_bench::results::{self, Part, Record, Results, Status, criterion_folder};
 
-use options::{Options, criterion_folder};
+use options::Options;
 use timing::Plan;
 
 /// Runs a framework's cases.
@@ -40,14 +40,15 @@ pub fn main(framework: Framework, find: fn() -> Found) -> ExitCode {
 
 /// True unless a case failed.
 fn run(framework: Framework, find: fn() -> Found) -> Result<bool> {
-    if let Some(id) = worker::requested(std::env::args().skip(1)) {
-        if id.parse().is_ok_and(|case| backend::needs_tf32_process(&case)) {
+    if let Some(first) = worker::requested(std::env::args().skip(1)) {
+        let case = first.as_deref().and_then(|id| id.parse().ok());
+        if case.is_some_and(|case| backend::needs_tf32_process(&case)) {
             // SAFETY: no other thread runs yet.
             unsafe { std::env::set_var(backend::TF32_PROCESS, "1") };
         }
         let found = find();
         machine::assert_isolated(framework)?;
-        return worker::serve(&found, &id).map(|()| true);
+        return worker::serve(&found, framework, first).map(|()| true);
     }
     let set = std::env::var("TRANSFORMER_BENCH_SET").ok();
     let options = Options::read(std::env::args().skip(1), set)?;
@@ -72,20 +73,12 @@ fn run(framework: Framework, find: fn() -> Found) -> Result<bool> {
         selected.iter().copied().filter(|c| found.backend(c.backend).is_some()).collect();
     options.check_baseline(&home, &present)?;
 
-    let mut machine = Machine::read();
-    for backend in &found.present {
-        for entry in backend.versions() {
-            if !machine.versions.contains(&entry) {
-                machine.versions.push(entry);
-            }
-        }
-    }
     let mut suite = Suite {
         criterion: Criterion::default().configure_from_args().without_plots(),
         home,
         options,
+        machine: machine_of(&found),
         found,
-        machine,
         proven: HashMap::new(),
     };
 
@@ -129,6 +122,17 @@ fn tf32_process() -> Result<bool> {
     }
 }
 
+/// The machine with the versions of what was found.
+fn machine_of(found: &Found) -> Machine {
+    let mut machine = Machine::read();
+    for entry in found.present.iter().flat_map(|backend| backend.versions()) {
+        if !machine.versions.contains(&entry) {
+            machine.versions.push(entry);
+        }
+    }
+    machine
+}
+
 /// About how long the cases from this one on will take, at the pace so far: `, 2 min left`.
 fn left(started: Instant, present: &[Case], case: &Case) -> String {
     match present.iter().position(|c| c == case) {
@@ -143,10 +147,7 @@ fn left(started: Instant, present: &[Case], case: &Case) -> String {
 
 /// Criterion's folder; set so that both know it.
 fn criterion_home() -> PathBuf {
-    if let Some(home) = std::env::var_os("CRITERION_HOME") {
-        return home.into();
-    }
-    let home = results::target_folder().join("criterion");
+    let home = results::criterion_home();
     // SAFETY: no other thread runs yet.
     unsafe { std::env::set_var("CRITERION_HOME", &home) };
     home

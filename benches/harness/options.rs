@@ -6,6 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use regex::Regex;
 use transformer_bench::case::{Case, Set, cases};
+use transformer_bench::results::criterion_folder;
 
 /// Criterion's options that are followed by a value.
 const WITH_VALUE: &[&str] = &[
@@ -51,6 +52,11 @@ pub struct Options {
     /// A baseline that must be there.
     pub baseline: Option<String>,
     pub load_baseline: bool,
+}
+
+/// A filter over ids.
+pub fn pattern(text: &str) -> Result<Regex> {
+    Regex::new(text).with_context(|| format!("'{text}' is no regular expression"))
 }
 
 impl Options {
@@ -99,13 +105,8 @@ impl Options {
             options.set = set.parse().map_err(anyhow::Error::msg).context("TRANSFORMER_BENCH_SET")?;
         }
         if let Some(pattern) = pattern {
-            options.filter = if exact {
-                Filter::Exact(pattern)
-            } else {
-                Filter::Pattern(
-                    Regex::new(&pattern).with_context(|| format!("'{pattern}' is no regular expression"))?,
-                )
-            };
+            options.filter =
+                if exact { Filter::Exact(pattern) } else { Filter::Pattern(self::pattern(&pattern)?) };
         }
         options.check_filter()?;
         Ok(options)
@@ -158,11 +159,4 @@ impl Options {
         }
         Ok(())
     }
-}
-
-/// Where Criterion keeps a case: group, function and value, with `/` made `_`.
-pub fn criterion_folder(home: &Path, case: &Case) -> std::path::PathBuf {
-    home.join(case.workload.id())
-        .join(format!("{}_{}", case.backend, case.precision))
-        .join(case.shape.to_string())
 }

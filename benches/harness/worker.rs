@@ -1,39 +1,170 @@
-//! `--worker ID`: steps of one case on request, so that another program can interleave
-//! them with its own. Reads a number of steps a line, answers with nanoseconds.
+//! `--worker [ID]`: times steps on request, so that another program can interleave them
+//! with those of another process. It reads a line and answers with one:
+//!
+//! | line | answer |
+//! | --- | --- |
+//! | `cases SET FILTER` | the ids of the set that can run here and that the regular expression matches, joined by spaces |
+//! | `machine` | the machine and the versions, as JSON |
+//! | `case ID` | `ready` once the case has been prepared and has done a step, or `failed: ` and why |
+//! | a number | the nanoseconds that so many steps of the case took, or `failed: ` and why |
+//!
+//! With an ID it starts as after `case ID`, and ends where that fails.
 
 use std::io::{BufRead, Write};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use transformer_bench::backend::Found;
-use transformer_bench::case::Case;
+use transformer_bench::backend::{Found, Prepared, is_tf32_process, needs_tf32_process};
+use transformer_bench::case::{Case, Framework, cases};
 use transformer_bench::fixture::Fixture;
 
-use super::timing;
+use super::{options, timing};
 
-/// The case that `--worker` names, if it is there.
-pub fn requested(mut arguments: impl Iterator<Item = String>) -> Option<String> {
-    arguments.find(|a| a == "--worker").and_then(|_| arguments.next())
+/// Makes every step take this share longer, by arithmetic that is thrown away: for
+/// proving that comparisons find what they should.
+const SLOWDOWN: &str = "TRANSFORMER_BENCH_SLOWDOWN";
+
+/// The case of a worker's first line; None where this is no worker.
+pub fn requested(arguments: impl Iterator<Item = String>) -> Option<Option<String>> {
+    let mut arguments = arguments.skip_while(|a| a != "--worker");
+    arguments.next().map(|_| arguments.next())
 }
 
-pub fn serve(found: &Found, id: &str) -> Result<()> {
-    let case: Case = id.parse().map_err(anyhow::Error::msg)?;
-    let Some(backend) = found.backend(case.backend) else {
-        let reason = found.absent.iter().find(|a| a.id == case.backend).map(|a| a.reason.as_str());
-        bail!("{}: {}", case.backend, reason.unwrap_or("not a backend of this executable"));
+struct Worker<'a> {
+    found: &'a Found,
+    framework: Framework,
+    slowdown: f64,
+    current: Option<Box<dyn Prepared>>,
+}
+
+pub fn serve(found: &Found, framework: Framework, first: Option<String>) -> Result<()> {
+    let slowdown = match std::env::var(SLOWDOWN) {
+        Ok(text) => text.parse().with_context(|| format!("{SLOWDOWN}: '{text}' is no number"))?,
+        Err(_) => 0.0,
     };
-    if let Err(reason) = backend.supports(&case) {
-        bail!("{case}: {reason}");
+    let mut worker = Worker { found, framework, slowdown, current: None };
+    if let Some(id) = first {
+        worker.load(&id)?;
+        say("ready")?;
     }
-    let mut prepared = backend.prepare(&Fixture::new(case))?;
-    prepared.step()?;
-    let mut output = std::io::stdout().lock();
-    writeln!(output, "ready")?;
-    output.flush()?;
     for line in std::io::stdin().lock().lines() {
         let line = line?;
-        let steps = line.trim().parse().with_context(|| format!("'{line}' is no number of steps"))?;
-        writeln!(output, "{}", timing::time(prepared.as_mut(), steps)?.as_nanos())?;
-        output.flush()?;
+        match worker.answer(line.trim()) {
+            Ok(text) => say(&text)?,
+            Err(error) => say(&format!("failed: {}", format!("{error:#}").replace('\n', " ")))?,
+        }
     }
     Ok(())
+}
+
+fn say(line: &str) -> Result<()> {
+    let mut output = std::io::stdout().lock();
+    writeln!(output, "{line}")?;
+    Ok(output.flush()?)
+}
+
+impl Worker<'_> {
+    fn answer(&mut self, line: &str) -> Result<String> {
+        if let Ok(steps) = line.parse() {
+            return Ok(self.time(steps)?.as_nanos().to_string());
+        }
+        match line.split_once(' ').unwrap_or((line, "")) {
+            ("case", id) => self.load(id).map(|()| "ready".to_owned()),
+            ("cases", rest) => {
+                let (set, filter) = rest.split_once(' ').unwrap_or((rest, ""));
+                self.cases(set, filter)
+            }
+            ("machine", "") => Ok(serde_json::to_string(&super::machine_of(self.found))?),
+            _ => bail!("'{line}' is no request"),
+        }
+    }
+
+    fn cases(&self, set: &str, filter: &str) -> Result<String> {
+        let set = set.parse().map_err(anyhow::Error::msg)?;
+        let filter = options::pattern(filter)?;
+        let runs = |case: &Case| {
+            case.backend.framework() == self.framework
+                && filter.is_match(&case.to_string())
+                && needs_tf32_process(case) == is_tf32_process()
+                && self.found.backend(case.backend).is_some_and(|b| b.supports(case).is_ok())
+        };
+        let ids: Vec<String> = cases(set).into_iter().filter(runs).map(|c| c.to_string()).collect();
+        Ok(ids.join(" "))
+    }
+
+    fn load(&mut self, id: &str) -> Result<()> {
+        // Freed first: two cases may not fit side by side.
+        self.current = None;
+        let case: Case = id.parse().map_err(anyhow::Error::msg)?;
+        let Some(backend) = self.found.backend(case.backend) else {
+            let reason = self.found.absent.iter().find(|a| a.id == case.backend).map(|a| a.reason.as_str());
+            bail!("{}: {}", case.backend, reason.unwrap_or("not a backend of this executable"));
+        };
+        if let Err(reason) = backend.supports(&case) {
+            bail!("{case}: {reason}");
+        }
+        backend.reset_peak_memory()?;
+        let mut prepared = backend.prepare(&Fixture::new(case))?;
+        prepared.step()?;
+        if self.slowdown > 0.0 {
+            prepared = Box::new(Slowed::new(prepared, self.slowdown)?);
+        }
+        self.current = Some(prepared);
+        Ok(())
+    }
+
+    fn time(&mut self, steps: u64) -> Result<Duration> {
+        let prepared = self.current.as_mut().context("no case: say 'case ID' first")?;
+        timing::time(prepared.as_mut(), steps)
+    }
+}
+
+/// A case whose every step does extra work.
+struct Slowed {
+    inner: Box<dyn Prepared>,
+    rounds: u64,
+}
+
+/// Real arithmetic, a chain that no compiler can shorten.
+fn work(rounds: u64) {
+    let mut x = 1.0f64;
+    for i in 0..rounds {
+        x = std::hint::black_box(x * 0.999_999 + i as f64 * 1e-9);
+    }
+    std::hint::black_box(x);
+}
+
+impl Slowed {
+    /// Extra work of `share` of a step, from the fastest of some steps: others may have
+    /// been disturbed.
+    fn new(mut inner: Box<dyn Prepared>, share: f64) -> Result<Self> {
+        let mut fastest = Duration::MAX;
+        let start = Instant::now();
+        for count in 0.. {
+            if count >= 3 && start.elapsed() > Duration::from_millis(150) {
+                break;
+            }
+            fastest = fastest.min(timing::time(inner.as_mut(), 1)?);
+        }
+        const TRIAL: u64 = 200_000;
+        let trial = (0..5).map(|_| {
+            let start = Instant::now();
+            work(TRIAL);
+            start.elapsed()
+        });
+        let each = trial.min().unwrap_or_default().as_secs_f64() / TRIAL as f64;
+        Ok(Self { inner, rounds: (fastest.as_secs_f64() * share / each).round() as u64 })
+    }
+}
+
+impl Prepared for Slowed {
+    fn step(&mut self) -> Result<()> {
+        self.inner.step()?;
+        work(self.rounds);
+        Ok(())
+    }
+
+    fn outputs(&mut self) -> Result<Vec<transformer_bench::fixture::Tensor>> {
+        self.inner.outputs()
+    }
 }

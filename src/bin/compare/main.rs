@@ -1,0 +1,400 @@
+//! `scripts/compare`: is one side slower than the other?
+
+mod output;
+mod sides;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use clap::{Parser, ValueEnum};
+use transformer_bench::case::{BackendId, Case, Framework, Set};
+use transformer_bench::compare::{self, THRESHOLD, Verdict};
+use transformer_bench::interleave::{self, Row, Side, Threads, Worker};
+use transformer_bench::machine::Machine;
+use transformer_bench::{baseline, results};
+
+use output::{Line, Report};
+use sides::{Source, Spec};
+
+/// Says whether HEAD is slower than BASE, case by case, in a way that can block a merge.
+///
+/// BASE and HEAD are each a git revision, a saved baseline (baseline:NAME), executables
+/// built elsewhere (dir:PATH), or the working tree (worktree, the default for HEAD).
+/// Two that can run do so in turns, in fresh processes; the checkout stays as it is.
+///
+/// Exit codes: 0 no regression, 1 a regression, 2 wrong input, 3 not measured well enough.
+#[derive(Parser)]
+#[command(
+    name = "scripts/compare",
+    after_help = "Examples:
+  scripts/compare main                          the working tree against main
+  scripts/compare v1.0 v1.1 'train-step/.*/f32/'
+  scripts/compare baseline:nightly              now against a saved baseline
+  scripts/compare --backends torch-cpu mlx-cpu  which framework is faster
+  scripts/compare worktree --env OMP_NUM_THREADS=1 --threads all
+                                                what a setting brings"
+)]
+struct Arguments {
+    /// The side that is compared with; with --backends the one whose backends are taken
+    base: Option<String>,
+    /// The side that is judged, or the filter
+    head: Option<String>,
+    /// A regular expression over ids: workload/backend/precision/shape
+    filter: Option<String>,
+    /// `same` means certainly within this many per cent
+    #[arg(long, value_name = "PER CENT", default_value_t = 100.0 * THRESHOLD)]
+    threshold: f64,
+    /// Which cases
+    #[arg(long, default_value = "quick", value_parser = |text: &str| text.parse::<Set>())]
+    set: Set,
+    /// Compare two backends of one side
+    #[arg(long, num_args = 2, value_names = ["A", "B"], value_parser = |text: &str| text.parse::<BackendId>())]
+    backends: Option<Vec<BackendId>>,
+    /// An environment variable for HEAD alone
+    #[arg(long, value_name = "NAME=VALUE")]
+    env: Vec<String>,
+    /// CPU backends on one pinned thread, or on all as a user's run; default: one, and all
+    /// with --backends, --env or a baseline
+    #[arg(long)]
+    threads: Option<ThreadsArgument>,
+    /// Stop after so many minutes; what is undecided then is unclear
+    #[arg(long, value_name = "MINUTES", default_value_t = 30.0)]
+    budget: f64,
+    /// Fail with 3 where a case stays unclear
+    #[arg(long)]
+    strict: bool,
+    /// Compare with a baseline although machine or versions differ; the result says so
+    #[arg(long)]
+    anyway: bool,
+    /// Markdown, for a pull request
+    #[arg(long, conflicts_with = "json")]
+    markdown: bool,
+    /// JSON on standard output
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum ThreadsArgument {
+    One,
+    All,
+}
+
+fn main() -> ExitCode {
+    interleave::catch_interrupts();
+    let arguments = Arguments::parse();
+    match run(&arguments) {
+        Ok(code) => ExitCode::from(code),
+        Err(_) if interleave::interrupted() => {
+            eprintln!("compare: interrupted; nothing is left behind");
+            ExitCode::from(130)
+        }
+        Err(reason) => {
+            eprintln!("compare: {reason:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> Result<u8> {
+    ensure!(
+        arguments.threshold.is_finite() && arguments.threshold > 0.0 && arguments.threshold <= 100.0,
+        "--threshold {}: per cent, over 0 and up to 100",
+        arguments.threshold
+    );
+    ensure!(
+        arguments.budget.is_finite() && arguments.budget > 0.0,
+        "--budget {}: minutes, over 0",
+        arguments.budget
+    );
+    let spec = Spec::read(
+        arguments.base.as_deref(),
+        arguments.head.as_deref(),
+        arguments.filter.as_deref(),
+        arguments.backends.is_some(),
+    )?;
+    regex::Regex::new(&spec.filter).with_context(|| format!("'{}' is no regular expression", spec.filter))?;
+    let environment: Vec<(String, String)> = arguments
+        .env
+        .iter()
+        .map(|text| {
+            let (name, value) = text.split_once('=').with_context(|| format!("--env {text}: NAME=VALUE"))?;
+            Ok((name.to_owned(), value.to_owned()))
+        })
+        .collect::<Result<_>>()?;
+    let as_users = arguments.backends.is_some() || !environment.is_empty();
+    let threads = match arguments.threads {
+        Some(ThreadsArgument::One) => Threads::One,
+        Some(ThreadsArgument::All) => Threads::All,
+        None if as_users => Threads::All,
+        None => Threads::One,
+    };
+
+    let report = match (&spec.base, &spec.head) {
+        (Source::Past(base), Source::Past(head)) => {
+            ensure!(environment.is_empty(), "--env needs a side that runs");
+            two_pasts(arguments, &spec, &load(base)?, &load(head)?)?
+        }
+        (Source::Past(base), _) => against(arguments, &spec, &load(base)?, environment, false)?,
+        (_, Source::Past(head)) => against(arguments, &spec, &load(head)?, environment, true)?,
+        _ => in_turns(arguments, &spec, environment, threads)?,
+    };
+    report.show(arguments.json, arguments.markdown);
+    let kept = results::folder().join("comparison.json");
+    results::write_whole(&kept, &serde_json::to_string_pretty(&report.json())?)?;
+    Ok(report.exit_code(arguments.strict))
+}
+
+fn load(name: &str) -> Result<baseline::Baseline> {
+    baseline::read(&baseline::root(), name, &Machine::read().slug())
+}
+
+/// What each side can run, asked of each of its executables. The first side's machine too.
+fn offered(side: &Side, set: Set, filter: &str) -> Result<Vec<Case>> {
+    let mut all = Vec::new();
+    for &framework in side.executables.keys() {
+        let mut worker = Worker::start(side, framework, false)?;
+        all.extend(worker.cases(set, filter).with_context(|| format!("{}, {framework}", side.name))?);
+    }
+    Ok(all)
+}
+
+fn nothing(spec: &Spec, set: Set) -> anyhow::Error {
+    let hint = spec.filter_hint.clone().unwrap_or_default();
+    anyhow!(
+        "no case of the {set} set that can run here matches '{}'{hint}: cargo bench -- --list shows ids",
+        spec.filter
+    )
+}
+
+fn in_turns(
+    arguments: &Arguments,
+    spec: &Spec,
+    environment: Vec<(String, String)>,
+    threads: Threads,
+) -> Result<Report> {
+    let mut base = sides::build(&spec.base)?;
+    let mut head = if spec.head == spec.base { base.clone() } else { sides::build(&spec.head)? };
+    let mut notes = sides::harness_notes(&spec.base, &spec.head)?;
+    if !environment.is_empty() {
+        let text: Vec<String> = environment.iter().map(|(k, v)| format!("{k}={v}")).collect();
+        head.name = format!("{} with {}", head.name, text.join(" "));
+        head.environment = environment;
+    }
+    let mut lines: Vec<Line> = Vec::new();
+    let pairs: Vec<(Case, Case)> = if let Some(backends) = &arguments.backends {
+        let (a, b) = (backends[0], backends[1]);
+        base.name = a.to_string();
+        head.name = b.to_string();
+        let offered = offered(&base, arguments.set, &spec.filter)?;
+        let of = |backend| offered.iter().filter(move |c: &&Case| c.backend == backend);
+        for (backend, present) in [(a, of(a).count()), (b, of(b).count())] {
+            ensure!(present > 0, "{backend} has no such case here: cargo bench -- --test says why");
+        }
+        let twin = |case: &Case| Case { backend: b, ..*case };
+        let both = of(a).filter(|c| of(b).any(|d| *d == twin(c)));
+        lines
+            .extend(of(a).filter(|c| !of(b).any(|d| *d == twin(c))).map(|c| Line::without(c, Verdict::Gone)));
+        both.map(|c| (*c, twin(c))).collect()
+    } else {
+        let (old, new) =
+            (offered(&base, arguments.set, &spec.filter)?, offered(&head, arguments.set, &spec.filter)?);
+        lines.extend(old.iter().filter(|c| !new.contains(c)).map(|c| Line::without(c, Verdict::Gone)));
+        lines.extend(new.iter().filter(|c| !old.contains(c)).map(|c| Line::without(c, Verdict::New)));
+        old.iter().filter(|c| new.contains(c)).map(|c| (*c, *c)).collect()
+    };
+    if pairs.is_empty() && lines.is_empty() {
+        return Err(nothing(spec, arguments.set));
+    }
+    let threshold = arguments.threshold / 100.0;
+    let rule = interleave::rule(threshold, pairs.len());
+    let mut rows: Vec<Row> = pairs.into_iter().map(|(a, b)| Row::new(a, b, rule)).collect();
+    let start = Instant::now();
+    let until = start + Duration::from_secs_f64(60.0 * arguments.budget);
+    let sides = [base, head];
+    interleave::decide(&sides, &mut rows, threads, until, |round, open| {
+        eprintln!("round {round}: {open} of the cases open, {:.0} s so far", start.elapsed().as_secs_f64());
+    })?;
+    if Instant::now() >= until {
+        notes.push(format!("stopped at the budget of {} min", arguments.budget));
+    }
+    if threads == Threads::One && rows.iter().any(|r| r.base.backend.is_cpu()) {
+        notes.push(
+            "CPU backends ran on one thread, both sides on the same core: --threads all for all".to_owned(),
+        );
+    }
+    let names = sides.map(|s| s.name);
+    lines.extend(rows.iter().map(|row| Line::of(row, &names)));
+    Ok(Report::new(names, lines, notes, arguments.threshold, start.elapsed()))
+}
+
+/// Differences that forbid comparing, or notes where the user wants it anyway.
+fn comparable(base: &Machine, head: &Machine, anyway: bool) -> Result<Vec<String>> {
+    let mut differences = base.differences(head);
+    for (machine, what) in [(base, "the baseline"), (head, "HEAD")] {
+        if machine.dirty && std::ptr::eq(machine, base) {
+            differences
+                .push(format!("dirty tree: {what} was taken with uncommitted changes at {}", machine.commit));
+        }
+    }
+    if differences.is_empty() {
+        return Ok(Vec::new());
+    }
+    if anyway {
+        return Ok(differences
+            .into_iter()
+            .map(|d| format!("compared anyway, although they differ: {d}"))
+            .collect());
+    }
+    bail!("the two can't be compared (baseline / now; --anyway does): {}", differences.join("; "))
+}
+
+/// A baseline against a side that runs now.
+fn against(
+    arguments: &Arguments,
+    spec: &Spec,
+    past: &baseline::Baseline,
+    environment: Vec<(String, String)>,
+    reversed: bool,
+) -> Result<Report> {
+    ensure!(arguments.backends.is_none(), "--backends compares two backends of one side, without a baseline");
+    let mut now = sides::build(if reversed { &spec.base } else { &spec.head })?;
+    now.environment = environment;
+    let mut machine: Option<Machine> = None;
+    for &framework in now.executables.keys() {
+        if !past.selections.iter().any(|s| s.framework == framework.id()) {
+            continue;
+        }
+        let found = Worker::start(&now, framework, false)?.machine()?;
+        match &mut machine {
+            None => machine = Some(found),
+            Some(all) => {
+                let known = all.versions.clone();
+                all.versions.extend(found.versions.into_iter().filter(|v| !known.contains(v)));
+            }
+        }
+    }
+    let machine = machine.context("the baseline is of no framework that is built here")?;
+    let mut notes = comparable(&past.machine, &machine, arguments.anyway)?;
+    notes.push("a baseline is one process of another time: the band holds its wandering, and that between processes now".to_owned());
+
+    // The baseline says which cases; the set of this run only names new ones.
+    let filter = regex::Regex::new(&spec.filter)?;
+    let sets: Vec<Set> = past.selections.iter().filter_map(|s| s.set.parse().ok()).collect();
+    let set = sets.iter().copied().max().unwrap_or(arguments.set);
+    let offered = offered(&now, set, &spec.filter)?;
+    let covered = |case: &Case| {
+        past.selections.iter().any(|s| {
+            s.framework == case.backend.framework().id()
+                && regex::Regex::new(&s.filter).is_ok_and(|f| f.is_match(&case.to_string()))
+        })
+    };
+    let mut lines = Vec::new();
+    let mut both = Vec::new();
+    for kept in &past.cases {
+        let id = &kept.record.id;
+        if !filter.is_match(id) || past.case(id).is_none() {
+            continue;
+        }
+        match offered.iter().find(|c| c.to_string() == *id) {
+            Some(case) => both.push(*case),
+            None => lines.push(Line::named(id, if reversed { Verdict::New } else { Verdict::Gone })),
+        }
+    }
+    let fresh = offered.iter().filter(|c| covered(c) && past.case(&c.to_string()).is_none());
+    lines.extend(fresh.map(|c| Line::without(c, if reversed { Verdict::Gone } else { Verdict::New })));
+    if both.is_empty() && lines.is_empty() {
+        return Err(nothing(spec, set));
+    }
+    let start = Instant::now();
+    let until = start + Duration::from_secs_f64(60.0 * arguments.budget);
+    let levels =
+        interleave::levels(&now, &both, until, |round| eprintln!("process {round} of each backend"))?;
+    for case in both {
+        let id = case.to_string();
+        let kept = past.case(&id).context("taken from the baseline")?;
+        let base = compare::past(&kept.samples());
+        lines.push(match (base, &levels[&id]) {
+            (Some(base), Ok(head)) if head.len() >= 2 => {
+                let (verdict, estimate) = compare::against_past(&base, head, arguments.threshold / 100.0);
+                let (verdict, estimate) =
+                    if reversed { mirrored(verdict, estimate) } else { (verdict, estimate) };
+                let mut times = [base.level.exp(), compare::midmean(head).exp()];
+                if reversed {
+                    times.reverse();
+                }
+                Line::judged(&case, verdict, estimate, times, head.len())
+            }
+            (_, Err(reason)) => Line::failed(&case, reason),
+            _ => Line::without(&case, Verdict::Unclear),
+        });
+    }
+    let mut names = [format!("baseline {}", past_name(spec)), now.name];
+    if reversed {
+        names.reverse();
+    }
+    Ok(Report::new(names, lines, notes, arguments.threshold, start.elapsed()))
+}
+
+fn past_name(spec: &Spec) -> String {
+    match (&spec.base, &spec.head) {
+        (Source::Past(name), _) | (_, Source::Past(name)) => name.clone(),
+        _ => String::new(),
+    }
+}
+
+fn mirrored(verdict: Verdict, e: compare::Estimate) -> (Verdict, compare::Estimate) {
+    let verdict = match verdict {
+        Verdict::Slower => Verdict::Faster,
+        Verdict::Faster => Verdict::Slower,
+        other => other,
+    };
+    (verdict, compare::Estimate { ratio: 1.0 / e.ratio, ci: [1.0 / e.ci[1], 1.0 / e.ci[0]] })
+}
+
+fn two_pasts(
+    arguments: &Arguments,
+    spec: &Spec,
+    base: &baseline::Baseline,
+    head: &baseline::Baseline,
+) -> Result<Report> {
+    let mut notes = comparable(&base.machine, &head.machine, arguments.anyway)?;
+    notes.push("both are baselines, taken at different times: nothing was measured now".to_owned());
+    let filter = regex::Regex::new(&spec.filter)?;
+    let mut lines: BTreeMap<String, Line> = BTreeMap::new();
+    for kept in base.cases.iter().chain(&head.cases).filter(|k| filter.is_match(&k.record.id)) {
+        let id = kept.record.id.clone();
+        let (Some(a), Some(b)) = (base.case(&id), head.case(&id)) else {
+            if kept.record.status == results::Status::Measured {
+                let verdict = if base.case(&id).is_some() { Verdict::Gone } else { Verdict::New };
+                lines.insert(id.clone(), Line::named(&id, verdict));
+            }
+            continue;
+        };
+        let case: Case = id.parse().map_err(anyhow::Error::msg)?;
+        let line = match (compare::past(&a.samples()), compare::past(&b.samples())) {
+            (Some(a), Some(b)) => {
+                let (verdict, estimate) = compare::pasts(&a, &b, arguments.threshold / 100.0);
+                Line::judged(&case, verdict, estimate, [a.level.exp(), b.level.exp()], 1)
+            }
+            _ => Line::without(&case, Verdict::Unclear),
+        };
+        lines.insert(id, line);
+    }
+    if lines.is_empty() {
+        return Err(nothing(spec, arguments.set));
+    }
+    let names = [&spec.base, &spec.head].map(|s| match s {
+        Source::Past(name) => format!("baseline {name}"),
+        _ => String::new(),
+    });
+    Ok(Report::new(names, lines.into_values().collect(), notes, arguments.threshold, Duration::ZERO))
+}
+
+/// The executables of a folder.
+fn executables(folder: &std::path::Path) -> BTreeMap<Framework, PathBuf> {
+    Framework::ALL.iter().map(|&f| (f, folder.join(f.id()))).filter(|(_, path)| path.is_file()).collect()
+}

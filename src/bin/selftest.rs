@@ -1,0 +1,320 @@
+//! `scripts/selftest`: how often comparisons are wrong on this machine, found by trying.
+
+use std::collections::BTreeMap;
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::Parser;
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{Rng, SeedableRng};
+use statrs::distribution::{Beta, ContinuousCDF};
+use transformer_bench::case::{Case, Framework, Set};
+use transformer_bench::compare::{THRESHOLD, Verdict};
+use transformer_bench::interleave::{self, Row, Side, Threads, Worker, go_on};
+use transformer_bench::results;
+
+/// Compares this suite with itself, and with itself deliberately slowed, many times, and
+/// counts the wrong answers.
+///
+/// Extra arithmetic in each step makes it slower by 1, 2, 5 and 10 per cent. A third of
+/// the comparisons of equal sides run beside loads that go on and off on every core.
+/// Criterion's own comparison of the same equal code is counted beside it.
+#[derive(Parser)]
+#[command(
+    name = "scripts/selftest",
+    after_help = "Examples:
+  scripts/selftest --minutes 60
+  scripts/selftest --minutes 60 --write   puts the table into README.md"
+)]
+struct Arguments {
+    /// About how long to go on
+    #[arg(long, default_value_t = 30.0)]
+    minutes: f64,
+    /// A regular expression over ids
+    #[arg(default_value = "")]
+    filter: String,
+    /// Take the executables DIR/torch and DIR/mlx, built elsewhere
+    #[arg(long, value_name = "DIR")]
+    executables: PathBuf,
+    /// Cases a comparison
+    #[arg(long, default_value_t = 12)]
+    cases: usize,
+    /// Write the table between the marks in README.md
+    #[arg(long)]
+    write: bool,
+}
+
+/// What is compared with the plain side.
+#[derive(Clone, Copy, Debug, PartialEq, PartialOrd)]
+struct Kind {
+    slowdown: f64,
+    loaded: bool,
+}
+
+#[derive(Default)]
+struct Count {
+    trials: u64,
+    slower: u64,
+    faster: u64,
+    unclear: u64,
+    same: u64,
+    /// Measured ratios less one, to show that the extra work was what it should be.
+    excess: Vec<f64>,
+    seconds: f64,
+}
+
+/// Goes on and off on every core while it lives.
+struct Load(Arc<AtomicBool>);
+
+impl Load {
+    fn start() -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        for index in 0..std::thread::available_parallelism().map_or(1, usize::from) {
+            let stop = Arc::clone(&stop);
+            std::thread::spawn(move || {
+                let mut random = ChaCha8Rng::seed_from_u64(index as u64);
+                while !stop.load(Ordering::Relaxed) {
+                    let busy = Instant::now() + Duration::from_millis(u64::from(random.next_u32() % 300));
+                    while Instant::now() < busy {
+                        std::hint::spin_loop();
+                    }
+                    std::thread::sleep(Duration::from_millis(u64::from(random.next_u32() % 300)));
+                }
+            });
+        }
+        Self(stop)
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+fn main() -> ExitCode {
+    interleave::catch_interrupts();
+    match run(&Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) if interleave::interrupted() => ExitCode::from(130),
+        Err(reason) => {
+            eprintln!("selftest: {reason:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> Result<()> {
+    ensure!(
+        arguments.minutes.is_finite() && arguments.minutes > 0.0,
+        "--minutes {}: over 0",
+        arguments.minutes
+    );
+    let folder = std::fs::canonicalize(&arguments.executables)
+        .with_context(|| format!("{} is not there", arguments.executables.display()))?;
+    let executables: BTreeMap<Framework, PathBuf> =
+        Framework::ALL.iter().map(|&f| (f, folder.join(f.id()))).filter(|(_, path)| path.is_file()).collect();
+    ensure!(!executables.is_empty(), "{} holds no executable torch or mlx", folder.display());
+    let plain = Side { name: "plain".to_owned(), executables, environment: Vec::new() };
+    let mut cases: Vec<Case> = Vec::new();
+    for &framework in plain.executables.keys() {
+        cases.extend(Worker::start(&plain, framework, false)?.cases(Set::Smoke, &arguments.filter)?);
+    }
+    ensure!(!cases.is_empty(), "no case matches '{}'", arguments.filter);
+
+    let kinds = [
+        Kind { slowdown: 0.0, loaded: false },
+        Kind { slowdown: 0.02, loaded: false },
+        Kind { slowdown: 0.0, loaded: true },
+        Kind { slowdown: 0.05, loaded: false },
+        Kind { slowdown: 0.0, loaded: false },
+        Kind { slowdown: 0.10, loaded: false },
+        Kind { slowdown: 0.02, loaded: true },
+        Kind { slowdown: 0.01, loaded: false },
+    ];
+    let mut counts: Vec<(Kind, Count)> = Vec::new();
+    let mut criterion = (0, 0);
+    let mut random = ChaCha8Rng::seed_from_u64(std::process::id().into());
+    let start = Instant::now();
+    let end = start + Duration::from_secs_f64(60.0 * arguments.minutes);
+    for turn in 0.. {
+        if Instant::now() >= end {
+            break;
+        }
+        let kind = kinds[turn % kinds.len()];
+        let picked: Vec<Case> =
+            (0..arguments.cases).map(|_| cases[random.next_u32() as usize % cases.len()]).collect();
+        let slot = match counts.iter().position(|(k, _)| *k == kind) {
+            Some(slot) => slot,
+            None => {
+                counts.push((kind, Count::default()));
+                counts.len() - 1
+            }
+        };
+        trial(&plain, kind, &picked, &mut counts[slot].1)?;
+        if turn % kinds.len() == 1 {
+            for case in &picked[..2.min(picked.len())] {
+                if let Some(called) = criterions_own(&plain, case)? {
+                    criterion.0 += u64::from(called);
+                    criterion.1 += 1;
+                }
+            }
+        }
+        if std::io::stderr().is_terminal() || turn % kinds.len() == 0 {
+            eprintln!(
+                "{:.0} min: {} comparisons",
+                start.elapsed().as_secs_f64() / 60.0,
+                counts.iter().map(|c| c.1.trials).sum::<u64>()
+            );
+        }
+    }
+    counts.sort_by(|a, b| a.0.partial_cmp(&b.0).expect("numbers"));
+    let table = table(&counts, criterion);
+    print!("{table}");
+    if arguments.write { insert(Path::new("README.md"), &table) } else { Ok(()) }
+}
+
+fn trial(plain: &Side, kind: Kind, cases: &[Case], count: &mut Count) -> Result<()> {
+    let mut head = plain.clone();
+    head.name = "slowed".to_owned();
+    if kind.slowdown > 0.0 {
+        head.environment.push(("TRANSFORMER_BENCH_SLOWDOWN".to_owned(), kind.slowdown.to_string()));
+    }
+    let rule = interleave::rule(THRESHOLD, cases.len());
+    let mut rows: Vec<Row> = cases.iter().map(|c| Row::new(*c, *c, rule)).collect();
+    let _load = kind.loaded.then(Load::start);
+    let start = Instant::now();
+    interleave::decide(
+        &[plain.clone(), head],
+        &mut rows,
+        Threads::One,
+        start + Duration::from_secs(3600),
+        |_, _| (),
+    )?;
+    count.seconds += start.elapsed().as_secs_f64();
+    for row in rows {
+        let verdict = row.verdict().unwrap_or(Verdict::Unclear);
+        if let Some((_, reason)) = &row.failed {
+            bail!("{} failed: {reason}", row.base);
+        }
+        count.trials += 1;
+        match verdict {
+            Verdict::Slower => count.slower += 1,
+            Verdict::Faster => count.faster += 1,
+            Verdict::Same => count.same += 1,
+            _ => count.unclear += 1,
+        }
+        if matches!(verdict, Verdict::Faster) || (verdict == Verdict::Slower && kind.slowdown == 0.0) {
+            eprintln!("called {}: {} {:?}", verdict.id(), row.base, row.estimate());
+        }
+        count.excess.extend(row.estimate().map(|e| e.ratio - 1.0));
+    }
+    Ok(())
+}
+
+/// Whether Criterion with its defaults calls a second run of the same code changed; None
+/// where it says nothing.
+fn criterions_own(side: &Side, case: &Case) -> Result<Option<bool>> {
+    let home = results::folder().join("selftest-criterion");
+    let _ = std::fs::remove_dir_all(&home);
+    let mut said = None;
+    for _ in 0..2 {
+        go_on()?;
+        let framework = case.backend.framework();
+        let done = Command::new(&side.executables[&framework])
+            .args([
+                "--bench",
+                "--exact",
+                &case.to_string(),
+                "--sample-size",
+                "100",
+                "--warm-up-time",
+                "1",
+                "--measurement-time",
+                "3",
+            ])
+            .env("CRITERION_HOME", &home)
+            .env("TRANSFORMER_BENCH_SET", "smoke")
+            // Records of this run belong nowhere.
+            .env("TRANSFORMER_BENCH_RESULTS", &home)
+            .stderr(Stdio::null())
+            .output()?;
+        let text = String::from_utf8_lossy(&done.stdout).into_owned();
+        said = if text.contains("Performance has") {
+            Some(true)
+        } else if text.contains("No change in performance") || text.contains("Change within noise") {
+            Some(false)
+        } else {
+            None
+        };
+    }
+    let _ = std::fs::remove_dir_all(&home);
+    Ok(said)
+}
+
+/// 95 % interval of a share (Clopper and Pearson, Biometrika 1934), in per cent.
+fn interval(hits: u64, trials: u64) -> String {
+    let (k, n) = (hits as f64, trials as f64);
+    let bound = |a: f64, b: f64, p: f64| Beta::new(a, b).map_or(f64::NAN, |d| d.inverse_cdf(p));
+    let low = if hits == 0 { 0.0 } else { bound(k, n - k + 1.0, 0.025) };
+    let high = if hits == trials { 1.0 } else { bound(k + 1.0, n - k, 0.975) };
+    format!("{:.1} % ({:.1} to {:.1})", 100.0 * k / n, 100.0 * low, 100.0 * high)
+}
+
+fn table(counts: &[(Kind, Count)], criterion: (u64, u64)) -> String {
+    let mut text = String::from(
+        "| head is slower by | machine | comparisons | called slower | called faster | same | unclear | median found | time a case |\n\
+         | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n",
+    );
+    for (kind, c) in counts {
+        let mut excess = c.excess.clone();
+        excess.sort_by(f64::total_cmp);
+        text.push_str(&format!(
+            "| {} % | {} | {} | {} | {} | {} | {} | {:+.2} % | {:.1} s |\n",
+            100.0 * kind.slowdown,
+            if kind.loaded { "loaded" } else { "as it was" },
+            c.trials,
+            interval(c.slower, c.trials),
+            interval(c.faster, c.trials),
+            c.same,
+            c.unclear,
+            100.0 * excess.get(excess.len() / 2).copied().unwrap_or(f64::NAN),
+            c.seconds / c.trials as f64,
+        ));
+    }
+    if criterion.1 > 0 {
+        text.push_str(&format!(
+            "\nCriterion's own comparison of two runs of the same code called {} of {} different: {}.\n",
+            criterion.0,
+            criterion.1,
+            interval(criterion.0, criterion.1)
+        ));
+    }
+    text
+}
+
+fn insert(path: &Path, table: &str) -> Result<()> {
+    const MARKS: [&str; 2] = ["<!-- selftest -->", "<!-- end of selftest -->"];
+    let text = std::fs::read_to_string(path)?;
+    let (before, rest) = text.split_once(MARKS[0]).context("README.md has no selftest mark")?;
+    let (_, after) = rest.split_once(MARKS[1]).context("README.md has no end mark")?;
+    results::write_whole(path, &format!("{before}{}\n{table}{}{after}", MARKS[0], MARKS[1]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_have_the_published_intervals() {
+        // 0 of 30: 1 − 0.025^(1/30); 5 of 10 from the tables.
+        assert_eq!(interval(0, 30), "0.0 % (0.0 to 11.6)");
+        assert_eq!(interval(5, 10), "50.0 % (18.7 to 81.3)");
+        assert_eq!(interval(10, 10), "100.0 % (69.2 to 100.0)");
+    }
+}

@@ -1,0 +1,521 @@
+//! Whether one side is slower than the other: statistics and verdicts, without a clock.
+//!
+//! Both sides run in rounds. A round is a fresh process for each side, and in it short
+//! blocks of steps in pairs, one of each side in random order, so that drift and bursts
+//! hit both. A round counts as one observation: the midmean (mean of the middle half) of
+//! its pairs' log ratios. Processes of the same program differ, by where memory lies and
+//! what the machine does meanwhile, so intervals come from the spread between rounds
+//! (Student's t), never from the number of steps (Kalibera and Jones, "Rigorous
+//! benchmarking in reasonable time", ISMM 2013).
+//!
+//! A case passes two gates before it is called slower or faster: it is *suspected* on the
+//! rounds so far, and then *confirmed* on fresh rounds alone, at a level divided by the
+//! number of cases (Bonferroni). What made it look slow by chance does not recur.
+
+use serde::Serialize;
+use statrs::distribution::{ContinuousCDF, StudentsT};
+
+/// What is said of a case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Verdict {
+    Slower,
+    Failed,
+    Gone,
+    Unclear,
+    New,
+    Faster,
+    Same,
+}
+
+impl Verdict {
+    /// From what needs attention most.
+    pub const BY_SEVERITY: [Verdict; 7] =
+        [Self::Slower, Self::Failed, Self::Gone, Self::Unclear, Self::Faster, Self::New, Self::Same];
+
+    pub fn id(self) -> &'static str {
+        match self {
+            Self::Slower => "slower",
+            Self::Failed => "failed",
+            Self::Gone => "gone",
+            Self::Unclear => "unclear",
+            Self::New => "new",
+            Self::Faster => "faster",
+            Self::Same => "same",
+        }
+    }
+}
+
+/// How a comparison decides.
+#[derive(Clone, Copy, Debug)]
+pub struct Rule {
+    /// `same` means a ratio certainly within 1 ± this.
+    pub threshold: f64,
+    /// How many cases are judged together.
+    pub cases: usize,
+    /// Rounds after which a case stays unclear.
+    pub most: usize,
+}
+
+/// The default of [`Rule::threshold`].
+pub const THRESHOLD: f64 = 0.02;
+
+/// Rounds before the first look, and between looks.
+pub const FIRST_LOOK: usize = 6;
+const BETWEEN: usize = 3;
+
+/// Two-sided level at which a case is suspected.
+const SUSPECT: f64 = 0.01;
+/// Chance of one wrong call among all cases at the second gate alone.
+const FAMILY: f64 = 0.05;
+/// Fresh rounds at which a suspicion is looked at again.
+const CONFIRM: [usize; 5] = [9, 12, 18, 27, 36];
+/// Level of the interval that `same` needs, and that is shown.
+const INTERVAL: f64 = 0.99;
+
+/// Mean of the middle half: nearly as precise as the mean in quiet, and blind to the
+/// quarter of the values that bursts spoil on either end.
+///
+/// # Panics
+/// Where there are no values.
+pub fn midmean(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let cut = sorted.len() / 4;
+    let middle = &sorted[cut..sorted.len() - cut];
+    middle.iter().sum::<f64>() / middle.len() as f64
+}
+
+/// Half the width of the two-sided interval of a mean at a level, by Student's t.
+fn half_width(values: &[f64], outside: f64) -> f64 {
+    let n = values.len() as f64;
+    if values.len() < 2 {
+        return f64::INFINITY;
+    }
+    spread(values) / n.sqrt() * quantile(n - 1.0, outside)
+}
+
+fn quantile(freedom: f64, outside: f64) -> f64 {
+    StudentsT::new(0.0, 1.0, freedom).expect("positive degrees").inverse_cdf(1.0 - outside / 2.0)
+}
+
+fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len() as f64
+}
+
+/// Standard deviation of a sample.
+pub fn spread(values: &[f64]) -> f64 {
+    let centre = mean(values);
+    let squares: f64 = values.iter().map(|v| (v - centre).powi(2)).sum();
+    (squares / (values.len() as f64 - 1.0)).sqrt()
+}
+
+/// What was found of a case: the ratio head/base of step times with its 99 % interval.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Estimate {
+    pub ratio: f64,
+    pub ci: [f64; 2],
+}
+
+fn estimate(centre: f64, half: f64) -> Estimate {
+    Estimate { ratio: centre.exp(), ci: [(centre - half).exp(), (centre + half).exp()] }
+}
+
+/// Collects the rounds of one case and decides as early as it can.
+#[derive(Clone, Debug)]
+pub struct Judge {
+    rule: Rule,
+    /// One log ratio a round.
+    rounds: Vec<f64>,
+    /// Where a suspicion arose: the rounds from here on must confirm it.
+    suspected: Option<Suspicion>,
+    verdict: Option<Verdict>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Suspicion {
+    from: usize,
+    sign: f64,
+}
+
+impl Judge {
+    pub fn new(rule: Rule) -> Self {
+        Self { rule, rounds: Vec::new(), suspected: None, verdict: None }
+    }
+
+    /// Adds a round: the step times of both sides, base first, in any unit.
+    pub fn add(&mut self, pairs: &[(f64, f64)]) {
+        let logs: Vec<f64> =
+            pairs.iter().map(|(base, head)| (head / base).ln()).filter(|v| v.is_finite()).collect();
+        if logs.is_empty() || self.verdict.is_some() {
+            return;
+        }
+        self.rounds.push(midmean(&logs));
+        self.look();
+    }
+
+    /// Fewer rounds at most than the rule says.
+    pub fn at_most(&mut self, rounds: usize) {
+        self.rule.most = self.rule.most.min(rounds);
+    }
+
+    pub fn rounds(&self) -> usize {
+        self.rounds.len()
+    }
+
+    /// The verdict, as soon as it stands.
+    pub fn verdict(&self) -> Option<Verdict> {
+        self.verdict
+    }
+
+    /// What the rounds so far say; None without any. A confirmed call is estimated on the
+    /// rounds that confirmed it, since those before were chosen for looking extreme.
+    pub fn estimate(&self) -> Option<Estimate> {
+        let called = matches!(self.verdict, Some(Verdict::Slower | Verdict::Faster));
+        let from = self.suspected.filter(|_| called).map_or(0, |s| s.from);
+        let rounds = &self.rounds[from..];
+        (!rounds.is_empty()).then(|| estimate(mean(rounds), half_width(rounds, 1.0 - INTERVAL)))
+    }
+
+    /// Differences below this are not called: a quarter of the threshold.
+    fn floor(&self) -> f64 {
+        (1.0 + self.rule.threshold / 4.0).ln()
+    }
+
+    fn look(&mut self) {
+        let count = self.rounds.len();
+        if let Some(suspicion) = self.suspected {
+            let fresh = &self.rounds[suspicion.from..];
+            if CONFIRM.contains(&fresh.len()) {
+                // One-sided, since the sign is known.
+                let level = 2.0 * FAMILY / self.rule.cases.max(1) as f64;
+                let centre = mean(fresh) * suspicion.sign;
+                if centre - half_width(fresh, level) > 0.0 && centre > self.floor() {
+                    self.verdict = Some(if suspicion.sign > 0.0 { Verdict::Slower } else { Verdict::Faster });
+                    return;
+                }
+                // It did not recur: back to all rounds.
+                if fresh.len() >= CONFIRM[CONFIRM.len() - 1] || centre < 0.0 {
+                    self.suspected = None;
+                }
+            }
+        }
+        if self.suspected.is_none() && count >= FIRST_LOOK && count.is_multiple_of(BETWEEN) {
+            let centre = mean(&self.rounds);
+            if centre.abs() > self.floor() && half_width(&self.rounds, SUSPECT) < centre.abs() {
+                self.suspected = Some(Suspicion { from: count, sign: centre.signum() });
+            } else {
+                let half = half_width(&self.rounds, 1.0 - INTERVAL);
+                let limit = (1.0 + self.rule.threshold).ln();
+                if centre + half < limit && centre - half > -limit {
+                    self.verdict = Some(Verdict::Same);
+                    return;
+                }
+            }
+        }
+        if count >= self.rule.most {
+            self.verdict = Some(Verdict::Unclear);
+        }
+    }
+
+    /// The verdict where no more rounds will come.
+    pub fn close(&mut self) -> Verdict {
+        *self.verdict.get_or_insert(Verdict::Unclear)
+    }
+}
+
+/// The samples of a run that is over: one process, so its spread between processes is
+/// taken from how its own level wandered.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Past {
+    /// Log of the median step time.
+    pub level: f64,
+    /// Standard deviation of the level between consecutive stretches of the run.
+    pub wander: f64,
+}
+
+/// Stretches that a run is cut into.
+const STRETCHES: usize = 5;
+
+/// Reads a run's samples, in seconds a step, in their order; None of fewer than ten.
+pub fn past(samples: &[f64]) -> Option<Past> {
+    if samples.len() < 2 * STRETCHES || samples.iter().any(|s| !s.is_finite() || *s <= 0.0) {
+        return None;
+    }
+    let logs: Vec<f64> = samples.iter().map(|s| s.ln()).collect();
+    let each = logs.len() / STRETCHES;
+    let levels: Vec<f64> = logs.chunks(each).take(STRETCHES).map(midmean).collect();
+    Some(Past { level: midmean(&logs), wander: spread(&levels) })
+}
+
+/// Compares a past run with rounds of another side, or with another past run: `head` is
+/// one log level a round. The band is that of predicting one more process.
+pub fn against_past(base: &Past, head: &[f64], threshold: f64) -> (Verdict, Estimate) {
+    let count = head.len() as f64;
+    let (now, freedom) =
+        if head.len() < 2 { (0.0, STRETCHES as f64 - 1.0) } else { (spread(head), count - 1.0) };
+    let noise = (now.powi(2) * (1.0 + 1.0 / count) + base.wander.powi(2)).sqrt();
+    judged(mean(head) - base.level, noise * quantile(freedom, 1.0 - INTERVAL), threshold)
+}
+
+/// Compares two past runs.
+pub fn pasts(base: &Past, head: &Past, threshold: f64) -> (Verdict, Estimate) {
+    let noise = base.wander.hypot(head.wander);
+    let freedom = 2.0 * (STRETCHES as f64 - 1.0);
+    judged(head.level - base.level, noise * quantile(freedom, 1.0 - INTERVAL), threshold)
+}
+
+fn judged(centre: f64, half: f64, threshold: f64) -> (Verdict, Estimate) {
+    let limit = (1.0 + threshold).ln();
+    let verdict = if centre - half > 0.0 && centre > limit {
+        Verdict::Slower
+    } else if centre + half < 0.0 && centre < -limit {
+        Verdict::Faster
+    } else if centre + half < limit && centre - half > -limit {
+        Verdict::Same
+    } else {
+        Verdict::Unclear
+    };
+    (verdict, estimate(centre, half))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rand_chacha::ChaCha8Rng;
+    use rand_chacha::rand_core::{Rng, SeedableRng};
+
+    /// Real noise of the same program on both sides: cases, rounds, log ratios.
+    fn recorded() -> Vec<Vec<Vec<f64>>> {
+        let mut cases: Vec<Vec<Vec<f64>>> = Vec::new();
+        for line in include_str!("compare/recorded-noise.txt").lines() {
+            match line.strip_prefix("# ") {
+                Some(heading) if heading.contains('/') && !heading.contains(' ') => cases.push(Vec::new()),
+                Some(_) => {}
+                None => {
+                    let round = line.split(' ').map(|v| v.parse::<f64>().unwrap() * 1e-3).collect();
+                    cases.last_mut().unwrap().push(round);
+                }
+            }
+        }
+        cases
+    }
+
+    struct Dice(ChaCha8Rng);
+
+    impl Dice {
+        fn new(seed: u64) -> Self {
+            Self(ChaCha8Rng::seed_from_u64(seed))
+        }
+
+        fn uniform(&mut self) -> f64 {
+            f64::from(self.0.next_u32()) / f64::from(u32::MAX)
+        }
+
+        fn below(&mut self, n: usize) -> usize {
+            (self.uniform() * n as f64) as usize % n
+        }
+
+        /// A sum of uniforms: near enough to a normal deviate.
+        fn normal(&mut self) -> f64 {
+            (0..12).map(|_| self.uniform()).sum::<f64>() - 6.0
+        }
+    }
+
+    const RULE: Rule = Rule { threshold: THRESHOLD, cases: 30, most: 60 };
+
+    /// Replays rounds of log ratios through a judge, with a slowdown added.
+    fn judge(mut round: impl FnMut() -> Vec<f64>, slowdown: f64) -> Judge {
+        let mut judge = Judge::new(RULE);
+        while judge.verdict().is_none() {
+            let pairs: Vec<(f64, f64)> = round().iter().map(|v| (1.0, v.exp() * (1.0 + slowdown))).collect();
+            judge.add(&pairs);
+        }
+        judge
+    }
+
+    /// Replays recorded rounds in random order, either side as the base.
+    fn replay(cases: &[Vec<Vec<f64>>], dice: &mut Dice, slowdown: f64) -> Judge {
+        let rounds = &cases[dice.below(cases.len())];
+        judge(
+            || {
+                let sign = if dice.uniform() < 0.5 { -1.0 } else { 1.0 };
+                rounds[dice.below(rounds.len())].iter().map(|v| sign * v).collect()
+            },
+            slowdown,
+        )
+    }
+
+    fn share(verdicts: &[Verdict], wanted: Verdict) -> f64 {
+        verdicts.iter().filter(|v| **v == wanted).count() as f64 / verdicts.len() as f64
+    }
+
+    fn replays(seed: u64, trials: usize, slowdown: f64) -> Vec<Verdict> {
+        let (cases, mut dice) = (recorded(), Dice::new(seed));
+        (0..trials).map(|_| replay(&cases, &mut dice, slowdown).verdict().unwrap()).collect()
+    }
+
+    #[test]
+    fn the_same_code_under_recorded_noise_is_never_called_different() {
+        let verdicts = replays(1, 3000, 0.0);
+        println!("same {:.1} %", 100.0 * share(&verdicts, Verdict::Same));
+        assert_eq!(share(&verdicts, Verdict::Slower) + share(&verdicts, Verdict::Faster), 0.0);
+        assert!(share(&verdicts, Verdict::Same) > 0.95, "{}", share(&verdicts, Verdict::Same));
+    }
+
+    #[test]
+    fn a_slowdown_under_recorded_noise_is_found() {
+        for (slowdown, least) in
+            [(0.01, 0.0), (0.02, 0.97), (0.03, 0.999), (0.05, 0.999), (0.10, 0.999), (-0.05, 0.999)]
+        {
+            let verdicts = replays(2, 1000, slowdown);
+            let found = share(&verdicts, if slowdown > 0.0 { Verdict::Slower } else { Verdict::Faster });
+            println!(
+                "{slowdown:+.2}: found in {:.1} %, unclear {:.1} %, same {:.1} %",
+                100.0 * found,
+                100.0 * share(&verdicts, Verdict::Unclear),
+                100.0 * share(&verdicts, Verdict::Same)
+            );
+            assert!(found >= least, "{slowdown}: found in {found}");
+            if slowdown.abs() > THRESHOLD {
+                assert_eq!(share(&verdicts, Verdict::Same), 0.0, "{slowdown} was called the same");
+            }
+        }
+    }
+
+    /// A round under a model of noise; `pair` gets the pair's place in its round.
+    fn synthetic(model: impl Fn(&mut Dice, usize) -> f64, slowdown: f64) -> Vec<Verdict> {
+        let mut dice = Dice::new(3);
+        let mut all = Vec::new();
+        for _ in 0..300 {
+            let judge = judge(|| (0..40).map(|pair| model(&mut dice, pair)).collect(), slowdown);
+            all.push(judge.verdict().unwrap());
+        }
+        all
+    }
+
+    fn holds(what: &str, model: impl Fn(&mut Dice, usize) -> f64 + Copy) {
+        let null = synthetic(model, 0.0);
+        let called = share(&null, Verdict::Slower) + share(&null, Verdict::Faster);
+        assert!(called == 0.0, "{what}: {called} of the same code was called different");
+        let slow = synthetic(model, 0.05);
+        assert!(share(&slow, Verdict::Slower) > 0.99, "{what}: found {}", share(&slow, Verdict::Slower));
+        assert_eq!(share(&slow, Verdict::Same), 0.0, "{what}");
+    }
+
+    #[test]
+    fn other_kinds_of_noise_change_nothing() {
+        // Within a pair a drift of a tenth over the round is small.
+        holds("drift", |dice, _| 0.1 / 40.0 + 0.02 * dice.normal());
+        // One block in five takes up to five times as long, on either side.
+        holds("spikes", |dice, _| match dice.below(10) {
+            0 => 1.6 * dice.uniform(),
+            1 => -1.6 * dice.uniform(),
+            _ => 0.03 * dice.normal(),
+        });
+        // Each block runs in a fast or a slow mode, 8 % apart.
+        holds("two modes", |dice, _| {
+            let mode = |dice: &mut Dice| if dice.uniform() < 0.5 { 0.08 } else { 0.0 };
+            mode(dice) - mode(dice) + 0.005 * dice.normal()
+        });
+        // One side warms up more slowly over the first pairs of a round.
+        holds("slow warm-up", |dice, pair| {
+            let cold = if pair < 8 { 0.5 * (-(pair as f64) / 2.0).exp() } else { 0.0 };
+            (if dice.uniform() < 0.5 { cold } else { -cold }) + 0.02 * dice.normal()
+        });
+    }
+
+    #[test]
+    fn processes_that_differ_for_good_are_not_called() {
+        // Every process lands in a layout of its own, up to 3 % from the next.
+        let mut dice = Dice::new(5);
+        for _ in 0..300 {
+            let judge = judge(
+                || {
+                    let layout = 0.03 * (dice.uniform() - dice.uniform());
+                    (0..40).map(|_| layout + 0.005 * dice.normal()).collect()
+                },
+                0.0,
+            );
+            assert!(!matches!(judge.verdict(), Some(Verdict::Slower | Verdict::Faster)));
+        }
+    }
+
+    #[test]
+    fn exchanging_the_sides_exchanges_the_verdict() {
+        let (cases, opposite) = (recorded(), |v| match v {
+            Verdict::Slower => Verdict::Faster,
+            Verdict::Faster => Verdict::Slower,
+            other => other,
+        });
+        for (i, rounds) in cases.iter().enumerate() {
+            let run = |swap: bool| {
+                let mut at = 0;
+                judge(
+                    || {
+                        at += 1;
+                        let shift = if i % 3 == 0 { 0.06 } else { 0.0 };
+                        rounds[at % rounds.len()]
+                            .iter()
+                            .map(|v| if swap { -v - shift } else { v + shift })
+                            .collect()
+                    },
+                    0.0,
+                )
+            };
+            let (a, b) = (run(false), run(true));
+            assert_eq!(a.verdict().map(opposite), b.verdict());
+            let (a, b) = (a.estimate().unwrap(), b.estimate().unwrap());
+            assert!((a.ratio * b.ratio - 1.0).abs() < 1e-9);
+            assert!((a.ci[0] * b.ci[1] - 1.0).abs() < 1e-9);
+        }
+    }
+
+    #[test]
+    fn the_midmean_ignores_a_quarter_on_either_end() {
+        assert_eq!(midmean(&[1.0]), 1.0);
+        assert_eq!(midmean(&[f64::MAX, 2.0, 4.0, f64::MIN]), 3.0);
+        let mut dice = Dice::new(7);
+        let values: Vec<f64> = (0..101).map(|_| dice.normal()).collect();
+        let moved: Vec<f64> = values.iter().rev().map(|v| v + 3.0).collect();
+        assert!((midmean(&moved) - midmean(&values) - 3.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn intervals_hold_the_truth_as_often_as_they_say() {
+        let mut dice = Dice::new(8);
+        let mut held = 0;
+        for _ in 0..2000 {
+            let values: Vec<f64> = (0..9).map(|_| 0.7 + dice.normal()).collect();
+            held += usize::from((mean(&values) - 0.7).abs() < half_width(&values, 0.01));
+        }
+        assert!((1965..=1995).contains(&held), "{held} of 2,000 at 99 %");
+    }
+
+    #[test]
+    fn nothing_that_is_not_a_time_counts() {
+        let mut judge = Judge::new(RULE);
+        judge.add(&[]);
+        judge.add(&[(0.0, 1.0), (1.0, 0.0), (f64::NAN, 1.0)]);
+        assert_eq!(judge.rounds(), 0);
+        assert!(judge.estimate().is_none());
+        assert_eq!(judge.close(), Verdict::Unclear);
+    }
+
+    #[test]
+    fn a_past_run_widens_the_band_by_its_own_wandering() {
+        let quiet: Vec<f64> = (0..50).map(|i| 1.0 + 1e-4 * f64::from(i % 3)).collect();
+        let restless: Vec<f64> = (0..50).map(|i| 1.0 + 0.1 * f64::from(i / 10)).collect();
+        let now = [0.0, 0.001, -0.001, 0.0005, 0.0];
+        let of = |samples: &[f64], shift: f64| {
+            let head: Vec<f64> = now.iter().map(|v| v + shift).collect();
+            against_past(&past(samples).unwrap(), &head, THRESHOLD).0
+        };
+        assert_eq!(of(&quiet, 0.0), Verdict::Same);
+        assert_eq!(of(&quiet, 0.1), Verdict::Slower);
+        assert_eq!(of(&quiet, -0.1), Verdict::Faster);
+        assert_eq!(of(&restless, 0.1), Verdict::Unclear);
+        assert!(past(&[1.0; 9]).is_none() && past(&[f64::INFINITY; 20]).is_none());
+        assert_eq!(pasts(&past(&quiet).unwrap(), &past(&quiet).unwrap(), THRESHOLD).0, Verdict::Same);
+    }
+}
