@@ -70,8 +70,11 @@ const SUSPECT: f64 = 0.01;
 const FAMILY: f64 = 0.05;
 /// Fresh rounds at which a suspicion is looked at again.
 const CONFIRM: [usize; 5] = [9, 12, 18, 27, 36];
-/// Level of the interval that `same` needs, and that is shown.
+/// Level of the interval that is shown.
 const INTERVAL: f64 = 0.99;
+/// Level of the interval that must lie within the threshold for `same`: looked at many
+/// times, and the claim that hides a regression if it is wrong.
+const SAME: f64 = 0.998;
 
 /// Mean of the middle half: nearly as precise as the mean in quiet, and blind to the
 /// quarter of the values that bursts spoil on either end.
@@ -86,13 +89,37 @@ pub fn midmean(values: &[f64]) -> f64 {
     middle.iter().sum::<f64>() / middle.len() as f64
 }
 
-/// Half the width of the two-sided interval of a mean at a level, by Student's t.
-fn half_width(values: &[f64], outside: f64) -> f64 {
-    let n = values.len() as f64;
-    if values.len() < 2 {
+/// About the standard error of a midmean, from the quartiles (exact for normal noise
+/// without memory, to a tenth).
+fn midmean_error(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let quarter = sorted.len() / 4;
+    let quartiles = sorted[sorted.len() - 1 - quarter] - sorted[quarter];
+    1.1 * quartiles / 1.349 / (sorted.len() as f64).sqrt()
+}
+
+/// A round's observation, and how exact it can be at best.
+#[derive(Clone, Copy, Debug)]
+struct Round {
+    centre: f64,
+    error: f64,
+}
+
+fn centre(rounds: &[Round]) -> f64 {
+    rounds.iter().map(|r| r.centre).sum::<f64>() / rounds.len() as f64
+}
+
+/// Half the width of the two-sided interval of the rounds' mean, by Student's t. Few
+/// rounds can agree by chance, so their spread counts as no less than their own errors.
+fn half_width(rounds: &[Round], outside: f64) -> f64 {
+    if rounds.len() < 2 {
         return f64::INFINITY;
     }
-    spread(values) / n.sqrt() * quantile(n - 1.0, outside)
+    let n = rounds.len() as f64;
+    let centres: Vec<f64> = rounds.iter().map(|r| r.centre).collect();
+    let own = rounds.iter().map(|r| r.error).sum::<f64>() / n;
+    spread(&centres).max(own) / n.sqrt() * quantile(n - 1.0, outside)
 }
 
 fn quantile(freedom: f64, outside: f64) -> f64 {
@@ -125,8 +152,7 @@ fn estimate(centre: f64, half: f64) -> Estimate {
 #[derive(Clone, Debug)]
 pub struct Judge {
     rule: Rule,
-    /// One log ratio a round.
-    rounds: Vec<f64>,
+    rounds: Vec<Round>,
     /// Where a suspicion arose: the rounds from here on must confirm it.
     suspected: Option<Suspicion>,
     verdict: Option<Verdict>,
@@ -150,7 +176,7 @@ impl Judge {
         if logs.is_empty() || self.verdict.is_some() {
             return;
         }
-        self.rounds.push(midmean(&logs));
+        self.rounds.push(Round { centre: midmean(&logs), error: midmean_error(&logs) });
         self.look();
     }
 
@@ -174,12 +200,12 @@ impl Judge {
         let called = matches!(self.verdict, Some(Verdict::Slower | Verdict::Faster));
         let from = self.suspected.filter(|_| called).map_or(0, |s| s.from);
         let rounds = &self.rounds[from..];
-        (!rounds.is_empty()).then(|| estimate(mean(rounds), half_width(rounds, 1.0 - INTERVAL)))
+        (!rounds.is_empty()).then(|| estimate(centre(rounds), half_width(rounds, 1.0 - INTERVAL)))
     }
 
-    /// Differences below this are not called: a quarter of the threshold.
+    /// Differences below this are not called: half the threshold.
     fn floor(&self) -> f64 {
-        (1.0 + self.rule.threshold / 4.0).ln()
+        (1.0 + self.rule.threshold / 2.0).ln()
     }
 
     fn look(&mut self) {
@@ -189,25 +215,25 @@ impl Judge {
             if CONFIRM.contains(&fresh.len()) {
                 // One-sided, since the sign is known.
                 let level = 2.0 * FAMILY / self.rule.cases.max(1) as f64;
-                let centre = mean(fresh) * suspicion.sign;
-                if centre - half_width(fresh, level) > 0.0 && centre > self.floor() {
+                let excess = centre(fresh) * suspicion.sign;
+                if excess - half_width(fresh, level) > 0.0 && excess > self.floor() {
                     self.verdict = Some(if suspicion.sign > 0.0 { Verdict::Slower } else { Verdict::Faster });
                     return;
                 }
                 // It did not recur: back to all rounds.
-                if fresh.len() >= CONFIRM[CONFIRM.len() - 1] || centre < 0.0 {
+                if fresh.len() >= CONFIRM[CONFIRM.len() - 1] || excess < 0.0 {
                     self.suspected = None;
                 }
             }
         }
         if self.suspected.is_none() && count >= FIRST_LOOK && count.is_multiple_of(BETWEEN) {
-            let centre = mean(&self.rounds);
-            if centre.abs() > self.floor() && half_width(&self.rounds, SUSPECT) < centre.abs() {
-                self.suspected = Some(Suspicion { from: count, sign: centre.signum() });
+            let found = centre(&self.rounds);
+            if found.abs() > self.floor() && half_width(&self.rounds, SUSPECT) < found.abs() {
+                self.suspected = Some(Suspicion { from: count, sign: found.signum() });
             } else {
-                let half = half_width(&self.rounds, 1.0 - INTERVAL);
+                let half = half_width(&self.rounds, 1.0 - SAME);
                 let limit = (1.0 + self.rule.threshold).ln();
-                if centre + half < limit && centre - half > -limit {
+                if found + half < limit && found - half > -limit {
                     self.verdict = Some(Verdict::Same);
                     return;
                 }
@@ -359,6 +385,9 @@ mod tests {
     fn the_same_code_under_recorded_noise_is_never_called_different() {
         let verdicts = replays(1, 3000, 0.0);
         println!("same {:.1} %", 100.0 * share(&verdicts, Verdict::Same));
+        let (cases, mut dice) = (recorded(), Dice::new(4));
+        let rounds: usize = (0..500).map(|_| replay(&cases, &mut dice, 0.0).rounds()).sum();
+        println!("{:.1} rounds a case", rounds as f64 / 500.0);
         assert_eq!(share(&verdicts, Verdict::Slower) + share(&verdicts, Verdict::Faster), 0.0);
         assert!(share(&verdicts, Verdict::Same) > 0.95, "{}", share(&verdicts, Verdict::Same));
     }
@@ -486,8 +515,9 @@ mod tests {
         let mut dice = Dice::new(8);
         let mut held = 0;
         for _ in 0..2000 {
-            let values: Vec<f64> = (0..9).map(|_| 0.7 + dice.normal()).collect();
-            held += usize::from((mean(&values) - 0.7).abs() < half_width(&values, 0.01));
+            let rounds: Vec<Round> =
+                (0..9).map(|_| Round { centre: 0.7 + dice.normal(), error: 0.0 }).collect();
+            held += usize::from((centre(&rounds) - 0.7).abs() < half_width(&rounds, 0.01));
         }
         assert!((1965..=1995).contains(&held), "{held} of 2,000 at 99 %");
     }

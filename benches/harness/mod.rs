@@ -5,6 +5,7 @@
 //! are written after every case, so a run that is killed keeps what it has.
 
 mod options;
+mod profiler;
 mod timing;
 mod worker;
 
@@ -19,11 +20,13 @@ use transformer_bench::backend::{self, Backend, Found};
 use transformer_bench::case::{BackendId, Case, Framework, Precision, cases};
 use transformer_bench::cost::{self, Work};
 use transformer_bench::fixture::Fixture;
+use transformer_bench::gpu;
 use transformer_bench::machine::{self, Machine};
 use transformer_bench::parity;
 use transformer_bench::results::{self, Part, Record, Results, Status, criterion_folder};
 
 use options::Options;
+use profiler::Sampler;
 use timing::Plan;
 
 /// Runs a framework's cases.
@@ -73,8 +76,10 @@ fn run(framework: Framework, find: fn() -> Found) -> Result<bool> {
         selected.iter().copied().filter(|c| found.backend(c.backend).is_some()).collect();
     options.check_baseline(&home, &present)?;
 
+    let sampler = Sampler::default();
     let mut suite = Suite {
-        criterion: Criterion::default().configure_from_args().without_plots(),
+        criterion: Criterion::default().with_profiler(sampler.clone()).configure_from_args().without_plots(),
+        sampler,
         home,
         options,
         machine: machine_of(&found),
@@ -155,6 +160,7 @@ fn criterion_home() -> PathBuf {
 
 struct Suite {
     criterion: Criterion,
+    sampler: Sampler,
     home: PathBuf,
     options: Options,
     found: Found,
@@ -207,7 +213,7 @@ impl Suite {
         if let Err((status, reason)) = proof.clone() {
             return Some(self.told(place, Record::without(case, status, reason)));
         }
-        let record = sample(&mut self.criterion, &self.options, backend, case, place)
+        let record = sample(&mut self.criterion, &self.sampler, &self.options, backend, case, place)
             .unwrap_or_else(|error| Some(failure(case, &error)))?;
         let record = if record.status == Status::Measured && !self.options.test {
             figures(&self.home, case, record, &self.machine)
@@ -250,6 +256,7 @@ impl Suite {
 /// Runs a case under Criterion. None where only a profile or a loaded baseline was asked for.
 fn sample(
     criterion: &mut Criterion,
+    sampler: &Sampler,
     options: &Options,
     backend: &dyn Backend,
     case: &Case,
@@ -262,7 +269,11 @@ fn sample(
     backend.reset_peak_memory()?;
     machine::reset_resident_peak();
     let fixture = Fixture::new(*case);
+    let watched = options.profile && matches!(case.backend, BackendId::TorchCuda | BackendId::MlxCuda);
+    // A recorded graph's kernels are named while it is recorded.
+    let watch = if watched { Some(gpu::watch()) } else { None };
     let mut prepared = backend.prepare(&fixture)?;
+    let watch = watch.transpose().map(drop);
     let mut step = timing::time(prepared.as_mut(), 1)?;
     let mut plan = Plan::new(step, options.set, case.workload);
     // The first step also loads kernels, compiles and fills caches: a second one tells
@@ -305,7 +316,11 @@ fn sample(
             if failed.is_some() {
                 return Duration::from_secs(1);
             }
-            let elapsed = timing::time(prepared.as_mut(), iterations);
+            let elapsed = if options.profile {
+                sampler.run(prepared.as_mut(), iterations)
+            } else {
+                timing::time(prepared.as_mut(), iterations)
+            };
             peak_rss = machine::resident_peak_bytes();
             // Criterion can't be stopped; the figures are thrown away below.
             elapsed.unwrap_or_else(|error| {
@@ -319,6 +334,17 @@ fn sample(
         return Err(error);
     }
     if options.profile {
+        if let Some(error) = sampler.failure() {
+            return Err(error);
+        }
+        if watched {
+            watch.context("the GPU's side of the profile")?;
+            profiler::gpu(
+                prepared.as_mut(),
+                case,
+                &criterion_folder(&results::criterion_home(), case).join("profile"),
+            )?;
+        }
         return Ok(None);
     }
     let mut record = Record::without(case, Status::Measured, "");

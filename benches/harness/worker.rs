@@ -6,6 +6,7 @@
 //! | `cases SET FILTER` | the ids of the set that can run here and that the regular expression matches, joined by spaces |
 //! | `machine` | the machine and the versions, as JSON |
 //! | `case ID` | `ready` once the case has been prepared and has done a step, or `failed: ` and why |
+//! | `work ROUNDS` | the nanoseconds that so many rounds of thrown-away arithmetic take |
 //! | a number | the nanoseconds that so many steps of the case took, or `failed: ` and why |
 //!
 //! With an ID it starts as after `case ID`, and ends where that fails.
@@ -20,9 +21,9 @@ use transformer_bench::fixture::Fixture;
 
 use super::{options, timing};
 
-/// Makes every step take this share longer, by arithmetic that is thrown away: for
-/// proving that comparisons find what they should.
-const SLOWDOWN: &str = "TRANSFORMER_BENCH_SLOWDOWN";
+/// Makes steps slower by arithmetic that is thrown away, for proving that comparisons
+/// find what they should: `ID=ROUNDS` for each case, joined by `;`.
+const EXTRA: &str = "TRANSFORMER_BENCH_EXTRA_WORK";
 
 /// The case of a worker's first line; None where this is no worker.
 pub fn requested(arguments: impl Iterator<Item = String>) -> Option<Option<String>> {
@@ -33,16 +34,11 @@ pub fn requested(arguments: impl Iterator<Item = String>) -> Option<Option<Strin
 struct Worker<'a> {
     found: &'a Found,
     framework: Framework,
-    slowdown: f64,
     current: Option<Box<dyn Prepared>>,
 }
 
 pub fn serve(found: &Found, framework: Framework, first: Option<String>) -> Result<()> {
-    let slowdown = match std::env::var(SLOWDOWN) {
-        Ok(text) => text.parse().with_context(|| format!("{SLOWDOWN}: '{text}' is no number"))?,
-        Err(_) => 0.0,
-    };
-    let mut worker = Worker { found, framework, slowdown, current: None };
+    let mut worker = Worker { found, framework, current: None };
     if let Some(id) = first {
         worker.load(&id)?;
         say("ready")?;
@@ -73,6 +69,12 @@ impl Worker<'_> {
             ("cases", rest) => {
                 let (set, filter) = rest.split_once(' ').unwrap_or((rest, ""));
                 self.cases(set, filter)
+            }
+            ("work", rounds) => {
+                let rounds = rounds.parse().with_context(|| format!("'{rounds}' is no number"))?;
+                let start = Instant::now();
+                work(rounds);
+                Ok(start.elapsed().as_nanos().to_string())
             }
             ("machine", "") => Ok(serde_json::to_string(&super::machine_of(self.found))?),
             _ => bail!("'{line}' is no request"),
@@ -106,8 +108,8 @@ impl Worker<'_> {
         backend.reset_peak_memory()?;
         let mut prepared = backend.prepare(&Fixture::new(case))?;
         prepared.step()?;
-        if self.slowdown > 0.0 {
-            prepared = Box::new(Slowed::new(prepared, self.slowdown)?);
+        if let Some(rounds) = extra_work(id)? {
+            prepared = Box::new(Slowed { inner: prepared, rounds });
         }
         self.current = Some(prepared);
         Ok(())
@@ -134,27 +136,17 @@ fn work(rounds: u64) {
     std::hint::black_box(x);
 }
 
-impl Slowed {
-    /// Extra work of `share` of a step, from the fastest of some steps: others may have
-    /// been disturbed.
-    fn new(mut inner: Box<dyn Prepared>, share: f64) -> Result<Self> {
-        let mut fastest = Duration::MAX;
-        let start = Instant::now();
-        for count in 0.. {
-            if count >= 3 && start.elapsed() > Duration::from_millis(150) {
-                break;
-            }
-            fastest = fastest.min(timing::time(inner.as_mut(), 1)?);
+/// Rounds of extra work that the environment asks for in a case.
+fn extra_work(id: &str) -> Result<Option<u64>> {
+    let Ok(text) = std::env::var(EXTRA) else { return Ok(None) };
+    for entry in text.split(';').filter(|e| !e.is_empty()) {
+        let (name, rounds) =
+            entry.split_once('=').with_context(|| format!("{EXTRA}: '{entry}': ID=ROUNDS"))?;
+        if name == id {
+            return rounds.parse().map(Some).with_context(|| format!("{EXTRA}: '{rounds}' is no number"));
         }
-        const TRIAL: u64 = 200_000;
-        let trial = (0..5).map(|_| {
-            let start = Instant::now();
-            work(TRIAL);
-            start.elapsed()
-        });
-        let each = trial.min().unwrap_or_default().as_secs_f64() / TRIAL as f64;
-        Ok(Self { inner, rounds: (fastest.as_secs_f64() * share / each).round() as u64 })
     }
+    Ok(None)
 }
 
 impl Prepared for Slowed {

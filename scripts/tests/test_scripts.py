@@ -171,5 +171,170 @@ class Processes(unittest.TestCase):
             reference.Worker([executable, "--bench", "--worker", "copy-peak/torch-mps/f32/m1"])
 
 
+class Compare(unittest.TestCase):
+    """Comparing and keeping: what goes wrong gets a line, a code, and leaves nothing."""
+
+    @classmethod
+    def setUpClass(cls):
+        # Executables that answer like a worker, with what each test needs.
+        cls.folder = Path(tempfile.mkdtemp())
+        cls.addClassCleanup(shutil.rmtree, cls.folder)
+        subprocess.run(["cargo", "build", "--quiet", "--release", "--locked", "--bins"], cwd=ROOT, check=True)
+        cls.baselines = cls.folder / "criterion-baselines"
+
+    CASE = "forward/torch-cpu/f32/indicator-tiny-b2"
+
+    def side(self, name, script=""):
+        """A folder with a worker of 0.2 ms a step; `script` runs before each answer."""
+        folder = self.folder / name
+        folder.mkdir(exist_ok=True)
+        worker = folder / "torch"
+        worker.write_text(f"""#!/usr/bin/env python3
+import os, sys, random
+for line in sys.stdin:
+    word = line.split()[0]
+    step = 200_000
+    {script or 'pass'}
+    if word == "cases":
+        print("{self.CASE}")
+    elif word == "case":
+        print("ready")
+    else:
+        print(int(int(word) * step * random.gauss(1, 0.001)))
+    sys.stdout.flush()
+""")
+        worker.chmod(0o755)
+        return f"dir:{folder}"
+
+    def compare(self, *arguments, env=None):
+        return run("target/release/compare", *arguments, env={"TRANSFORMER_BENCH_RESULTS": str(self.folder), **(env or {})})
+
+    def test_equal_and_slower_and_faster_sides(self):
+        import json
+        for script, verdict, code in [("", "same", 0), ("step *= 1.05", "slower", 1), ("step *= 0.95", "faster", 0)]:
+            done = subprocess.run(
+                ["target/release/compare", self.side("base"), self.side("head", script), "--set", "smoke", "--json"],
+                cwd=ROOT, text=True, capture_output=True, env={**os.environ, "TRANSFORMER_BENCH_RESULTS": str(self.folder)})
+            self.assertEqual(done.returncode, code, done.stderr)
+            case = json.loads(done.stdout)["cases"][0]
+            self.assertEqual((case["id"], case["verdict"]), (self.CASE, verdict))
+            self.assertLess(case["ci"][0], case["ratio"])
+
+    def test_markdown_for_a_pull_request(self):
+        code, text = self.compare(self.side("base"), self.side("head"), "--set", "smoke", "--markdown")
+        self.assertEqual(code, 0)
+        self.assertIn(f"| {self.CASE} |", text)
+
+    def test_a_case_that_crashes_on_one_side(self):
+        crash = 'if word.isdigit(): sys.exit("the kernel is broken")'
+        code, text = self.compare(self.side("base"), self.side("head", crash), "--set", "smoke")
+        self.assertEqual(code, 1)
+        self.assertIn("failed", text)
+        self.assertIn("the kernel is broken", text)
+
+    def test_an_unclear_case_fails_only_when_strict(self):
+        noisy = "step *= random.choice([0.5, 2])"
+        arguments = (self.side("base"), self.side("head", noisy), "--set", "smoke", "--budget", "0.05")
+        code, text = self.compare(*arguments, "--strict")
+        self.assertEqual(code, 3, text)
+        self.assertIn("unclear", text)
+        self.assertIn("budget", text)
+
+    def test_a_case_that_only_one_side_has(self):
+        other = 'if word == "cases": print("forward/torch-cpu/bf16/indicator-tiny-b2", end=" ")'
+        code, text = self.compare(self.side("base", other), self.side("head"), "--set", "smoke")
+        self.assertEqual(code, 0)
+        self.assertRegex(text, r"gone .*bf16")
+        code, text = self.compare(self.side("base"), self.side("head", other), "--set", "smoke")
+        self.assertRegex(text, r"new .*bf16")
+
+    def test_ctrl_c_leaves_no_process(self):
+        import signal
+        import time
+        slow = f'open("{self.folder}/pid", "w").write(str(os.getpid())); import time; time.sleep(0.01)'
+        process = subprocess.Popen(
+            ["target/release/compare", self.side("base"), self.side("head", slow), "--set", "smoke"],
+            cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ, "TRANSFORMER_BENCH_RESULTS": str(self.folder)})
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        _, text = process.communicate(timeout=20)
+        self.assertEqual(process.returncode, 130)
+        self.assertIn("interrupted", text)
+        worker = int((self.folder / "pid").read_text())
+        with self.assertRaises(ProcessLookupError):
+            os.kill(worker, 0)
+
+    def test_sides_that_are_none(self):
+        for arguments, word in [
+            ((), "scripts/compare main"),
+            (("no-such-revision",), "no revision"),
+            (("baseline:never",), "no baseline 'never'"),
+            ((f"dir:{self.folder}/nowhere",), "holds no executable"),
+            (("worktree", "--threshold", "0"), "--threshold"),
+            (("worktree", "--budget", "-1"), "--budget"),
+            (("worktree", "["), "no regular expression"),
+            (("worktree", "--env", "X"), "NAME=VALUE"),
+            (("worktree", "--backends", "torch-cpu", "torch-cpuu"), "unknown backend"),
+        ]:
+            code, text = self.compare(*arguments)
+            self.assertEqual(code, 2, text)
+            self.assertIn(word, text)
+
+    def test_a_filter_that_matches_nothing(self):
+        code, text = self.compare(self.side("base", 'if word == "cases": print(); sys.stdout.flush(); continue'),
+                                  self.side("head", 'if word == "cases": print(); sys.stdout.flush(); continue'), "zzz")
+        self.assertEqual(code, 2)
+        self.assertIn("no case", text)
+
+    def test_an_unknown_option_names_the_nearest(self):
+        code, text = self.compare("worktree", "--treshold", "1")
+        self.assertEqual(code, 2)
+        self.assertIn("--threshold", text)
+
+    def test_revisions_that_cannot_be_built(self):
+        clone = self.folder / "clone"
+        subprocess.run(["git", "clone", "--quiet", "--shared", str(ROOT), str(clone)], check=True)
+        git = ["git", "-C", str(clone), "-c", "user.name=t", "-c", "user.email=t@t"]
+        if not (clone / "src" / "interleave.rs").exists():
+            self.skipTest("HEAD is from before comparisons")
+        (clone / "src" / "case.rs").write_text("no Rust\n")
+        subprocess.run([*git, "commit", "--quiet", "-am", "broken"], check=True)
+        env = {**os.environ, "TRANSFORMER_BENCH_RESULTS": str(self.folder / "results"),
+               "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))}
+        before = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout
+        (clone / "src" / "case.rs").write_text((ROOT / "src" / "case.rs").read_text())
+        done = subprocess.run([str(ROOT / "target/release/compare"), "HEAD", self.side("head")],
+                              cwd=clone, text=True, capture_output=True, env=env)
+        self.assertEqual(done.returncode, 2, done.stdout)
+        self.assertIn("does not build", done.stderr)
+        self.assertEqual(before, "")
+        trees = list((Path(env["XDG_CACHE_HOME"]) / "transformer-bench" / "compare").glob("tree-*"))
+        self.assertEqual(trees, [])
+        self.assertEqual(subprocess.run([*git, "worktree", "list"], capture_output=True, text=True).stdout.count("\n"), 1)
+
+    def test_damaged_baselines(self):
+        folder = self.folder / "project" / "criterion-baselines" / "m" / "bad"
+        folder.mkdir(parents=True)
+        for text, word in [("", "empty"), ("{", "damaged"), ("{}", "no baseline"),
+                           ('{"format": "transformer-bench baseline",\n"version": 99,\n"checksum": "0"}', "update"),
+                           ('{"format": "transformer-bench baseline",\n"version": 1,\n"checksum": "0",\n"cases": []}', "changed after")]:
+            (folder / "baseline.json").write_text(text)
+            for command in (["baseline", "show", "bad"], ["baseline", "restore", "bad"], ["compare", "baseline:bad"]):
+                done = subprocess.run([str(ROOT / "target/release" / command[0]), *command[1:]],
+                                      cwd=folder.parent.parent.parent, text=True, capture_output=True)
+                self.assertEqual(done.returncode, 2, done.stdout)
+                self.assertIn(word, done.stderr)
+                self.assertEqual(len(done.stderr.strip().splitlines()), 1)
+
+
+class Flamegraph(unittest.TestCase):
+    def test_wrong_input(self):
+        subprocess.run(["cargo", "build", "--quiet", "--release", "--locked", "--bins"], cwd=ROOT, check=True)
+        for arguments, word in [(["["], "no regular expression"), (["zzz"], "no case"), (["--slowest", "0"], "at least 1")]:
+            code, text = run("target/release/flamegraph", *arguments)
+            self.assertEqual(code, 2, text)
+            self.assertIn(word, text)
+
+
 if __name__ == "__main__":
     unittest.main()

@@ -1,6 +1,5 @@
 //! `scripts/selftest`: how often comparisons are wrong on this machine, found by trying.
 
-use std::collections::BTreeMap;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
@@ -13,10 +12,10 @@ use clap::Parser;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use statrs::distribution::{Beta, ContinuousCDF};
-use transformer_bench::case::{Case, Framework, Set};
+use transformer_bench::case::{Case, Set};
 use transformer_bench::compare::{THRESHOLD, Verdict};
 use transformer_bench::interleave::{self, Row, Side, Threads, Worker, go_on};
-use transformer_bench::results;
+use transformer_bench::{results, sides};
 
 /// Compares this suite with itself, and with itself deliberately slowed, many times, and
 /// counts the wrong answers.
@@ -117,8 +116,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     );
     let folder = std::fs::canonicalize(&arguments.executables)
         .with_context(|| format!("{} is not there", arguments.executables.display()))?;
-    let executables: BTreeMap<Framework, PathBuf> =
-        Framework::ALL.iter().map(|&f| (f, folder.join(f.id()))).filter(|(_, path)| path.is_file()).collect();
+    let executables = sides::executables(&folder);
     ensure!(!executables.is_empty(), "{} holds no executable torch or mlx", folder.display());
     let plain = Side { name: "plain".to_owned(), executables, environment: Vec::new() };
     let mut cases: Vec<Case> = Vec::new();
@@ -156,8 +154,12 @@ fn run(arguments: &Arguments) -> Result<()> {
                 counts.len() - 1
             }
         };
-        trial(&plain, kind, &picked, &mut counts[slot].1)?;
-        if turn % kinds.len() == 1 {
+        match trial(&plain, kind, &picked, &mut counts[slot].1) {
+            // What was counted until then is shown.
+            Err(_) if interleave::interrupted() => break,
+            done => done?,
+        }
+        if turn % 3 == 1 {
             for case in &picked[..2.min(picked.len())] {
                 if let Some(called) = criterions_own(&plain, case)? {
                     criterion.0 += u64::from(called);
@@ -165,7 +167,7 @@ fn run(arguments: &Arguments) -> Result<()> {
                 }
             }
         }
-        if std::io::stderr().is_terminal() || turn % kinds.len() == 0 {
+        if std::io::stderr().is_terminal() || turn % 4 == 3 {
             eprintln!(
                 "{:.0} min: {} comparisons",
                 start.elapsed().as_secs_f64() / 60.0,
@@ -183,7 +185,8 @@ fn trial(plain: &Side, kind: Kind, cases: &[Case], count: &mut Count) -> Result<
     let mut head = plain.clone();
     head.name = "slowed".to_owned();
     if kind.slowdown > 0.0 {
-        head.environment.push(("TRANSFORMER_BENCH_SLOWDOWN".to_owned(), kind.slowdown.to_string()));
+        head.environment
+            .push(("TRANSFORMER_BENCH_EXTRA_WORK".to_owned(), extra_work(plain, kind.slowdown, cases)?));
     }
     let rule = interleave::rule(THRESHOLD, cases.len());
     let mut rows: Vec<Row> = cases.iter().map(|c| Row::new(*c, *c, rule)).collect();
@@ -215,6 +218,30 @@ fn trial(plain: &Side, kind: Kind, cases: &[Case], count: &mut Count) -> Result<
         count.excess.extend(row.estimate().map(|e| e.ratio - 1.0));
     }
     Ok(())
+}
+
+/// Arithmetic that takes `share` of a step of each case, measured once: the same in every
+/// process that is slowed.
+fn extra_work(plain: &Side, share: f64, cases: &[Case]) -> Result<String> {
+    const TRIAL: u64 = 100_000;
+    let median = |mut values: Vec<f64>| {
+        values.sort_by(f64::total_cmp);
+        values[values.len() / 2]
+    };
+    let mut all = Vec::new();
+    for case in cases {
+        let mut worker = Worker::start(plain, case.backend.framework(), true)?;
+        worker.load(case)?;
+        let (mut steps, mut works) = (Vec::new(), Vec::new());
+        let start = Instant::now();
+        while steps.len() < 5 || (start.elapsed() < Duration::from_millis(400) && steps.len() < 400) {
+            steps.push(worker.time(1)?);
+            works.push(worker.work(TRIAL)?);
+        }
+        let rounds = median(steps) * share / (median(works) / TRIAL as f64);
+        all.push(format!("{case}={}", rounds.round() as u64));
+    }
+    Ok(all.join(";"))
 }
 
 /// Whether Criterion with its defaults calls a second run of the same code changed; None

@@ -1,23 +1,21 @@
 //! `scripts/compare`: is one side slower than the other?
 
 mod output;
-mod sides;
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::{Parser, ValueEnum};
-use transformer_bench::case::{BackendId, Case, Framework, Set};
+use transformer_bench::case::{BackendId, Case, Set};
 use transformer_bench::compare::{self, THRESHOLD, Verdict};
 use transformer_bench::interleave::{self, Row, Side, Threads, Worker};
 use transformer_bench::machine::Machine;
+use transformer_bench::sides::{self, Source, Spec};
 use transformer_bench::{baseline, results};
 
 use output::{Line, Report};
-use sides::{Source, Spec};
 
 /// Says whether HEAD is slower than BASE, case by case, in a way that can block a merge.
 ///
@@ -392,9 +390,4 @@ fn two_pasts(
         _ => String::new(),
     });
     Ok(Report::new(names, lines.into_values().collect(), notes, arguments.threshold, Duration::ZERO))
-}
-
-/// The executables of a folder.
-fn executables(folder: &std::path::Path) -> BTreeMap<Framework, PathBuf> {
-    Framework::ALL.iter().map(|&f| (f, folder.join(f.id()))).filter(|(_, path)| path.is_file()).collect()
 }

@@ -1,12 +1,14 @@
-//! What a side is, and how it comes to have executables.
+//! What a user may compare, and how it comes to have executables.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use crate::case::{Framework, Set, cases};
+use crate::interleave::{Side, go_on};
+use crate::results;
 use anyhow::{Context, Result, bail, ensure};
-use transformer_bench::case::{Framework, Set, cases};
-use transformer_bench::interleave::{Side, go_on};
 
 /// Where a side comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -93,7 +95,7 @@ fn source(text: &str) -> Result<Option<Source>> {
     }
     if let Some(path) = text.strip_prefix("dir:") {
         let path = PathBuf::from(path);
-        ensure!(!super::executables(&path).is_empty(), "{} holds no executable torch or mlx", path.display());
+        ensure!(!executables(&path).is_empty(), "{} holds no executable torch or mlx", path.display());
         return Ok(Some(Source::Folder(path)));
     }
     ensure!(!text.starts_with('-') && !text.is_empty(), "'{text}' is no revision");
@@ -101,7 +103,11 @@ fn source(text: &str) -> Result<Option<Source>> {
     Ok(commit.map(|commit| Source::Revision { commit, name: text.to_owned() }))
 }
 
-fn named(text: &str) -> Result<Source> {
+/// The side that a word names.
+///
+/// # Errors
+/// Where it names none, with what would.
+pub fn named(text: &str) -> Result<Source> {
     source(text)?.with_context(|| {
         let how = "a git revision, baseline:NAME, dir:PATH or worktree";
         match git(&["rev-parse", "--git-dir"]) {
@@ -113,11 +119,19 @@ fn named(text: &str) -> Result<Source> {
     })
 }
 
+/// The executables that a folder holds.
+pub fn executables(folder: &Path) -> BTreeMap<Framework, PathBuf> {
+    Framework::ALL.iter().map(|&f| (f, folder.join(f.id()))).filter(|(_, path)| path.is_file()).collect()
+}
+
 /// Executables of a side.
+///
+/// # Errors
+/// Where a revision does not export, set up or build, with the first error of it.
 pub fn build(source: &Source) -> Result<Side> {
     let side = |name: String, folder: &Path| Side {
         name,
-        executables: super::executables(folder),
+        executables: executables(folder),
         environment: Vec::new(),
     };
     match source {
@@ -146,7 +160,7 @@ pub fn build(source: &Source) -> Result<Side> {
 }
 
 fn results_folder() -> PathBuf {
-    transformer_bench::results::folder().join("compare")
+    results::folder().join("compare")
 }
 
 /// Where builds of revisions are kept between comparisons.
@@ -218,11 +232,11 @@ fn revision(commit: &str, name: &str) -> Result<PathBuf> {
         .iter()
         .fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(*b)).wrapping_mul(0x100_0000_01b3));
     let kept = cache.join(format!("{short}-{hash:016x}"));
-    if super::executables(&kept).len() == Framework::ALL.len() {
+    if executables(&kept).len() == Framework::ALL.len() {
         return Ok(kept);
     }
     eprintln!("building {name} ({short})");
-    let target = fs::canonicalize(transformer_bench::results::target_folder())?;
+    let target = fs::canonicalize(results::target_folder())?;
     copy(&compile(&tree.0, Some(&target), name)?, &kept)?;
     Ok(kept)
 }
@@ -280,11 +294,11 @@ fn compile(tree: &Path, target: Option<&Path>, name: &str) -> Result<Vec<(String
 }
 
 /// Copies executables into a folder, whole or not at all.
-fn copy(executables: &[(String, PathBuf)], folder: &Path) -> Result<()> {
+fn copy(built: &[(String, PathBuf)], folder: &Path) -> Result<()> {
     let partial = Scratch(folder.with_extension("partial"));
     let _ = fs::remove_dir_all(&partial.0);
     fs::create_dir_all(&partial.0)?;
-    for (name, path) in executables {
+    for (name, path) in built {
         fs::copy(path, partial.0.join(name))
             .with_context(|| format!("{} could not be copied", path.display()))?;
     }
