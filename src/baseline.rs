@@ -93,7 +93,7 @@ impl Baseline {
                 filter: p.filter.clone(),
             })
             .collect();
-        Ok(Self { command: command(&selections), selections, machine: merged.machine, cases })
+        Ok(Self { command: results::command(&parts), selections, machine: merged.machine, cases })
     }
 
     /// As the file holds it.
@@ -142,10 +142,7 @@ impl Baseline {
     }
 
     pub fn results(&self) -> Results {
-        Results {
-            machine: self.machine.clone(),
-            cases: self.cases.iter().map(|kept| kept.record.clone()).collect(),
-        }
+        Results::new(self.machine.clone(), self.cases.iter().map(|kept| kept.record.clone()).collect())
     }
 
     pub fn case(&self, id: &str) -> Option<&Kept> {
@@ -177,15 +174,6 @@ impl Baseline {
         }
         Ok(folders.len())
     }
-}
-
-fn command(selections: &[Selection]) -> String {
-    let first = &selections[0];
-    let mut command = format!("./scripts/bench --{}", first.set);
-    if !first.filter.is_empty() {
-        command.push_str(&format!(" '{}'", first.filter));
-    }
-    command
 }
 
 fn keep(home: &Path, record: Record, named: &str) -> Result<Kept> {

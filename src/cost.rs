@@ -118,6 +118,29 @@ pub fn bytes(case: &Case) -> u64 {
     }
 }
 
+/// The fewest bytes that an iteration can move: inputs, parameters and results once each,
+/// gradients written once, and the optimizer's traffic; activations could stay in caches.
+pub fn least_bytes(case: &Case) -> u64 {
+    let parameters = model::parameter_count(case.shape);
+    let ends = match case.shape {
+        Shape::Model { family, tiny, batch } => {
+            let s = family.sizes(tiny);
+            batch * s.tokens * s.vocabulary.max(2)
+        }
+        Shape::Attention { batch, heads, tokens, head_width, .. } => 2 * batch * tokens * heads * head_width,
+        Shape::FeedForward { batch, tokens, width, .. } => 2 * batch * tokens * width,
+        Shape::Square { n, chain } => (1 + 2 * chain) * n * n,
+        Shape::Buffer { .. } => return bytes(case),
+    };
+    let passes = match case.workload {
+        Workload::OptimizerStep => return bytes(case),
+        Workload::TrainStep => 9,
+        workload if workload.trains() => 2,
+        _ => 1,
+    };
+    ((passes * parameters + ends) * case.precision.compute.parameter_bytes()) as u64
+}
+
 /// A rough need of memory in bytes, to refuse what can't fit before it is tried:
 /// parameters with gradients, moments and the fixture's copy, and the activations
 /// that a plain implementation keeps.

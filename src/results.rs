@@ -73,11 +73,26 @@ impl Record {
     }
 }
 
+/// The version of `results.json` that is written, and the newest that is read.
+pub const VERSION: u64 = 1;
+
+fn first_version() -> u64 {
+    1
+}
+
 /// Everything that a run left.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Results {
+    #[serde(default = "first_version")]
+    pub version: u64,
     pub machine: Machine,
     pub cases: Vec<Record>,
+}
+
+impl Results {
+    pub fn new(machine: Machine, cases: Vec<Record>) -> Self {
+        Self { version: VERSION, machine, cases }
+    }
 }
 
 /// The part of one framework, with the set that it ran.
@@ -180,7 +195,15 @@ pub fn merge(folder: &Path) -> Result<(Results, Vec<Part>)> {
     let order: Vec<String> =
         Set::ALL.iter().rev().flat_map(|&set| crate::case::cases(set)).map(|c| c.to_string()).collect();
     cases.sort_by_key(|r| order.iter().position(|id| *id == r.id).unwrap_or(usize::MAX));
-    Ok((Results { machine, cases }, parts))
+    Ok((Results::new(machine, cases), parts))
+}
+
+/// What measures the parts' cases again.
+pub fn command(parts: &[Part]) -> String {
+    let set = parts.first().map_or("quick", |p| p.set.as_str());
+    let filter = parts.iter().map(|p| p.filter.as_str()).find(|f| !f.is_empty());
+    let filter = filter.map_or_else(String::new, |f| format!(" '{f}'"));
+    format!("./scripts/bench --{set}{filter}")
 }
 
 #[cfg(test)]
@@ -199,10 +222,10 @@ mod tests {
             framework: framework.to_string(),
             set: "quick".to_owned(),
             filter: String::new(),
-            results: Results {
-                machine: Machine::default(),
-                cases: vec![Record::without(&case, Status::Skipped, "not here")],
-            },
+            results: Results::new(
+                Machine::default(),
+                vec![Record::without(&case, Status::Skipped, "not here")],
+            ),
         }
     }
 

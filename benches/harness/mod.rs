@@ -180,7 +180,7 @@ impl Suite {
             framework: framework.to_string(),
             set: self.options.set.to_string(),
             filter: self.options.filter_text(),
-            results: Results { machine: self.machine.clone(), cases: records.to_vec() },
+            results: Results::new(self.machine.clone(), records.to_vec()),
         };
         let text = serde_json::to_string_pretty(&part)?;
         results::write_whole(

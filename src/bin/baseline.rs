@@ -62,8 +62,8 @@ fn run(what: What) -> Result<()> {
             baseline::check_name(&name)?;
             let folder = results::folder();
             let kept = Baseline::of_last_run(&folder, &results::criterion_home(), &name)?;
-            let (merged, parts) = results::merge(&folder)?;
-            let file = baseline::write(&root, &name, &kept, &markdown::render(&merged, &parts), force)?;
+            let report = markdown::render(&kept.results(), &kept.command);
+            let file = baseline::write(&root, &name, &kept, &report, force)?;
             let measured = kept.cases.iter().filter(|k| k.record.status == Status::Measured).count();
             println!("saved {measured} cases as {}", file.display());
             if kept.machine.dirty {

@@ -1,46 +1,88 @@
-//! Merges the last run's parts into `results.json` and `report.md`, and shows the latter.
+//! `scripts/report`: the last run as tables, a page and data; or machines side by side.
 
+use std::fs;
 use std::process::ExitCode;
 
-use anyhow::Result;
-use transformer_bench::report::markdown;
-use transformer_bench::results;
+use anyhow::{Context, Result};
+use clap::Parser;
+use transformer_bench::baseline::{self, Baseline};
+use transformer_bench::machine::Machine;
+use transformer_bench::report::{export, html, markdown, side_by_side};
+use transformer_bench::results::{self, Results};
 
-const HELP: &str = "\
-Shows the tables of the last run and writes results.json and report.md beside it.
-
-Usage: cargo run --release --bin report
-
-Run ./scripts/bench to measure first.";
-
-fn run() -> Result<()> {
-    let folder = results::folder();
-    let (merged, parts) = results::merge(&folder)?;
-    let text = markdown::render(&merged, &parts);
-    results::write_whole(&folder.join("results.json"), &serde_json::to_string_pretty(&merged)?)?;
-    results::write_whole(&folder.join("report.md"), &text)?;
-    print!("{text}");
-    println!("\nWritten: {0}/report.md and {0}/results.json", folder.display());
-    Ok(())
+/// Shows the tables of the last run, and writes them as report.html, report.md,
+/// results.json, results.csv and bmf.json; or lays saved baselines side by side.
+#[derive(Parser)]
+#[command(
+    name = "scripts/report",
+    after_help = "Examples:
+  scripts/report                            the last run
+  scripts/report --from results.json        a run from elsewhere
+  scripts/report h100-80gb-hbm3/quick intel-xeon-processor-2-cores/quick"
+)]
+struct Arguments {
+    /// Saved baselines: NAME or MACHINE/NAME (scripts/baseline list)
+    machines: Vec<String>,
+    /// Make the report of this results.json instead of the last run's
+    #[arg(long, value_name = "FILE", conflicts_with = "machines")]
+    from: Option<std::path::PathBuf>,
 }
 
 fn main() -> ExitCode {
-    match std::env::args().nth(1).as_deref() {
-        None => {}
-        Some("-h" | "--help") => {
-            println!("{HELP}");
-            return ExitCode::SUCCESS;
-        }
-        Some(other) => {
-            eprintln!("error: unknown argument '{other}': see --help");
-            return ExitCode::from(2);
-        }
-    }
-    match run() {
+    match run(&Arguments::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(reason) => {
-            eprintln!("error: {reason:#}");
+            eprintln!("report: {reason:#}");
             ExitCode::from(2)
         }
     }
+}
+
+fn run(arguments: &Arguments) -> Result<()> {
+    let folder = results::folder();
+    if !arguments.machines.is_empty() {
+        let slug = Machine::read().slug();
+        let mut sides = Vec::new();
+        for name in &arguments.machines {
+            let file = baseline::find(&baseline::root(), name, &slug)?;
+            let place = file.display().to_string();
+            let text = fs::read_to_string(&file).with_context(|| format!("{place} could not be read"))?;
+            sides.push((name.clone(), Baseline::parse(&text, &place)?.results()));
+        }
+        print!("{}", side_by_side::render(&sides));
+        return Ok(());
+    }
+    if let Some(path) = &arguments.from {
+        let place = path.display().to_string();
+        let text = fs::read_to_string(path).with_context(|| format!("{place} could not be read"))?;
+        let read = export::read(&text, &place)?;
+        return write(&folder, &read, &|_| Vec::new(), "./scripts/bench");
+    }
+    let (merged, parts) = results::merge(&folder)?;
+    // The samples are Criterion's; without them the report lacks one picture.
+    let kept = Baseline::of_last_run(&folder, &results::criterion_home(), "new").ok();
+    let samples = |id: &str| kept.as_ref().and_then(|k| k.case(id)).map(|c| c.samples()).unwrap_or_default();
+    write(&folder, &merged, &samples, &results::command(&parts))
+}
+
+fn write(
+    folder: &std::path::Path,
+    results: &Results,
+    samples: &dyn Fn(&str) -> Vec<f64>,
+    command: &str,
+) -> Result<()> {
+    let text = markdown::render(results, command);
+    let files = [
+        ("results.json", export::json(results)?),
+        ("results.csv", export::csv(results)?),
+        ("bmf.json", export::bmf(results)?),
+        ("report.md", text.clone()),
+        ("report.html", html::render(results, samples, command)?),
+    ];
+    for (name, content) in &files {
+        results::write_whole(&folder.join(name), content)?;
+    }
+    print!("{text}");
+    println!("\nWritten to {}: {}", folder.display(), files.map(|(name, _)| name).join(", "));
+    Ok(())
 }

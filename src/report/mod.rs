@@ -1,6 +1,12 @@
 //! The tables that answer the question, made from one run's results.
 
+pub mod export;
+pub mod html;
 pub mod markdown;
+pub mod plots;
+pub mod side_by_side;
+pub mod tables;
+pub mod words;
 
 use crate::case::{self, BackendId, Case, Compute, Family, Precision, Shape, Workload};
 use crate::cost;
@@ -169,14 +175,14 @@ mod tests {
 
     #[test]
     fn optimisations_are_compared_with_plain_f32() {
-        let results = Results {
-            machine: Machine::default(),
-            cases: vec![
+        let results = Results::new(
+            Machine::default(),
+            vec![
                 record("train-step/torch-cuda/f32/indicator-b16", 10e6),
                 record("train-step/torch-cuda/f32-captured/indicator-b16", 5e6),
                 record("train-step/mlx-cuda/f32/indicator-b16", 7e6),
             ],
-        };
+        );
         let all = all_measured(&results);
         let rows = ablation(&all);
         assert_eq!(rows.len(), 2);
@@ -185,14 +191,14 @@ mod tests {
 
     #[test]
     fn the_sweep_is_sorted_by_batch() {
-        let results = Results {
-            machine: Machine::default(),
-            cases: vec![
+        let results = Results::new(
+            Machine::default(),
+            vec![
                 record("train-step/mlx-cpu/f32/indicator-b64", 64e9),
                 record("train-step/mlx-cpu/f32/indicator-b4", 2e9),
                 record("train-step/torch-cpu/f32/indicator-b4", 2e9),
             ],
-        };
+        );
         let all = all_measured(&results);
         let sweeps = batches(&all);
         assert_eq!(sweeps.len(), 1);
@@ -205,7 +211,7 @@ mod tests {
         assert_eq!(utilisation(2e15, Some(1e15)), Utilisation::Impossible(2.0));
         assert_eq!(utilisation(1.0, None), Utilisation::Unknown);
         let peak = record("matmul-peak/torch-cuda/bf16/n8192", 2.0 * 8192f64.powi(3) / 700e12 * 1e9);
-        let results = Results { machine: Machine::default(), cases: vec![peak] };
+        let results = Results::new(Machine::default(), vec![peak]);
         let all = all_measured(&results);
         let found = measured_peak(&all, BackendId::TorchCuda, Compute::Amp).unwrap();
         assert!((found / 700e12 - 1.0).abs() < 1e-9);

@@ -1,0 +1,85 @@
+//! Several machines in one table.
+
+use std::fmt::Write;
+
+use super::tables::{digits, machine_lines};
+use super::{find, headlines, measured};
+use crate::case::{BackendId, Case, Compute, Precision, Workload};
+use crate::results::Results;
+
+/// Markdown: for each headline row the speed on each machine, in samples/s and against
+/// the machine's own PyTorch on the CPU in f32. Only rows of the same case share a line,
+/// and memory is left out, since its definition follows the device.
+pub fn render(machines: &[(String, Results)]) -> String {
+    let mut out = String::from("# Training speed side by side\n\n");
+    for (name, results) in machines {
+        let [hardware, versions] = machine_lines(results);
+        let _ = writeln!(out, "- **{name}**: {hardware} {versions}");
+    }
+    let batch = super::case::HEADLINE_BATCH as f64;
+    let names: Vec<&str> = machines.iter().map(|(name, _)| name.as_str()).collect();
+    let _ = writeln!(out, "\nsamples/s ({}× that machine's own PyTorch CPU, f32)\n", "speed");
+    let _ = writeln!(out, "| case | {} |\n| --- |{}", names.join(" | "), " --- |".repeat(names.len()));
+    let own = Case {
+        workload: Workload::TrainStep,
+        backend: BackendId::TorchCpu,
+        precision: Precision::plain(Compute::F32),
+        shape: super::HEADLINE_SHAPE,
+    };
+    let mut cases: Vec<Case> = headlines().iter().map(|row| row.case).collect();
+    for (_, results) in machines {
+        for m in super::all_measured(results) {
+            if m.case.workload == Workload::TrainStep
+                && m.case.shape == super::HEADLINE_SHAPE
+                && !cases.contains(&m.case)
+            {
+                cases.push(m.case);
+            }
+        }
+    }
+    let cell = |results: &Results, case: &Case| {
+        let (_, median, ci) = measured(find(results, case))?;
+        let base = measured(find(results, &own)).map(|(_, base, _)| format!(", {}×", digits(base / median)));
+        let speed = |ns: f64| digits(batch / ns * 1e9);
+        Some(format!("{} ({} to {}{})", speed(median), speed(ci[1]), speed(ci[0]), base.unwrap_or_default()))
+    };
+    for case in cases {
+        let cells: Vec<Option<String>> = machines.iter().map(|(_, results)| cell(results, &case)).collect();
+        if cells.iter().all(Option::is_none) {
+            continue;
+        }
+        let cells: Vec<String> = cells.into_iter().map(|c| c.unwrap_or_else(|| "–".to_owned())).collect();
+        let _ = writeln!(out, "| `{case}` | {} |", cells.join(" | "));
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::record;
+    use super::*;
+    use crate::machine::Machine;
+
+    #[test]
+    fn machines_share_the_lines_of_their_common_cases() {
+        let of = |cases: &[(&str, f64)]| {
+            Results::new(Machine::default(), cases.iter().map(|(id, median)| record(id, *median)).collect())
+        };
+        let machines = [
+            (
+                "a".to_owned(),
+                of(&[
+                    ("train-step/torch-cpu/f32/indicator-b16", 500e6),
+                    ("train-step/torch-cuda/f32/indicator-b16", 5e6),
+                ]),
+            ),
+            ("b".to_owned(), of(&[("train-step/torch-cuda/f32/indicator-b16", 10e6)])),
+        ];
+        let text = render(&machines);
+        let line = text.lines().find(|l| l.contains("torch-cuda/f32/")).unwrap();
+        assert!(line.contains("3200 (2909 to 3556, 100×)"), "{line}");
+        // No PyTorch CPU there to compare with.
+        assert!(line.contains("1600 (1455 to 1778)"), "{line}");
+        assert!(text.lines().any(|l| l.contains("torch-cpu/f32/") && l.contains("| – |")));
+    }
+}

@@ -1,0 +1,286 @@
+//! The tables, as every export shows them: cells are formatted here and nowhere else.
+
+use super::{
+    HEADLINE_SHAPE, Measured, Sweep, Utilisation, ablation, all_measured, batches, find, headlines, measured,
+    measured_peak, reason, utilisation,
+};
+use crate::case::{BackendId, Case, Family, Shape, Workload};
+use crate::results::{Record, Results, Status};
+use crate::{cost, machine};
+
+/// The title of the table that has them all.
+pub const EVERY_CASE: &str = "Every case";
+
+/// A table with its title.
+#[derive(Clone, Debug)]
+pub struct Table {
+    pub title: String,
+    pub note: &'static str,
+    pub header: &'static [&'static str],
+    pub rows: Vec<Vec<String>>,
+}
+
+/// Three significant digits.
+pub fn digits(value: f64) -> String {
+    let places = if value == 0.0 { 0 } else { (2 - value.abs().log10().floor() as i32).clamp(0, 9) };
+    format!("{value:.*}", places as usize)
+}
+
+/// 1 234 567 with a prefix: `1.23 M`.
+pub fn prefixed(value: f64) -> String {
+    let (scale, prefix) = match value {
+        v if v >= 1e12 => (1e12, " T"),
+        v if v >= 1e9 => (1e9, " G"),
+        v if v >= 1e6 => (1e6, " M"),
+        v if v >= 1e4 => (1e3, " k"),
+        _ => (1.0, " "),
+    };
+    digits(value / scale) + prefix
+}
+
+pub fn time(ns: f64) -> String {
+    match ns {
+        n if n >= 1e9 => digits(n / 1e9) + " s",
+        n if n >= 1e6 => digits(n / 1e6) + " ms",
+        n if n >= 1e3 => digits(n / 1e3) + " µs",
+        n => digits(n) + " ns",
+    }
+}
+
+pub fn bytes(value: Option<u64>) -> Option<String> {
+    value.map(|v| digits(v as f64 / 1e6) + " MB")
+}
+
+/// Half of the interval's width, in percent of the median.
+fn spread(median: f64, ci: [f64; 2]) -> f64 {
+    (ci[1] - ci[0]) / 2.0 / median * 100.0
+}
+
+fn speed(results: &Results) -> Table {
+    let Shape::Model { batch, .. } = HEADLINE_SHAPE else { unreachable!("a model") };
+    let batch = batch as f64;
+    let base = headlines().iter().find_map(|row| measured(find(results, &row.case)).map(|m| m.1));
+    let rows: Vec<_> = headlines()
+        .iter()
+        .map(|row| {
+            let record = find(results, &row.case);
+            match (measured(record), base) {
+                (Some((_, median, ci)), Some(base)) => vec![
+                    row.label.to_owned(),
+                    digits(batch / median * 1e9),
+                    format!("{} to {}", digits(batch / ci[1] * 1e9), digits(batch / ci[0] * 1e9)),
+                    format!("{:.2}×", base / median),
+                    String::new(),
+                ],
+                _ => {
+                    vec![row.label.to_owned(), "–".to_owned(), "–".to_owned(), "–".to_owned(), reason(record)]
+                }
+            }
+        })
+        .collect();
+    Table {
+        title: format!("Training speed, {HEADLINE_SHAPE}"),
+        note: "Speed is against the first row that was measured.",
+        header: &["", "samples/s", "95 % interval", "speed", "why not"],
+        rows,
+    }
+}
+
+fn memory(results: &Results) -> Table {
+    let rows: Vec<_> = headlines()
+        .iter()
+        .map(|row| {
+            let record = find(results, &row.case);
+            let figures = measured(record).map(|m| m.0);
+            let none = || "–".to_owned();
+            vec![
+                row.label.to_owned(),
+                figures.and_then(|r| bytes(r.peak_bytes)).unwrap_or_else(none),
+                figures.and_then(|r| bytes(r.rss_peak_bytes)).unwrap_or_else(none),
+                match figures {
+                    Some(r) if r.peak_bytes.is_none() => {
+                        "this framework keeps no peak on this device".to_owned()
+                    }
+                    Some(_) => String::new(),
+                    None => reason(record),
+                },
+            ]
+        })
+        .collect();
+    Table {
+        title: format!("Memory of a training step, {HEADLINE_SHAPE}"),
+        note: "Two definitions, never to be compared with each other: the peak of the framework's own \
+               allocator, and the peak resident size of the whole process, libraries included.",
+        header: &["", "allocator peak", "resident peak", "note"],
+        rows,
+    }
+}
+
+fn recipes(all: &[Measured<'_>]) -> Table {
+    let rows: Vec<_> = ablation(all)
+        .into_iter()
+        .map(|(m, speed)| {
+            vec![
+                m.case.backend.to_string(),
+                m.case.shape.to_string(),
+                m.case.precision.to_string(),
+                time(m.median_ns),
+                format!("{speed:.2}×"),
+            ]
+        })
+        .collect();
+    Table {
+        title: "What each optimisation brings to a training step".to_owned(),
+        note: "",
+        header: &["backend", "shape", "recipe", "median", "against f32"],
+        rows,
+    }
+}
+
+fn sweep(all: &[Measured<'_>]) -> Table {
+    let rows: Vec<_> = batches(all)
+        .into_iter()
+        .map(|Sweep { backend, precision, speeds }| {
+            let best = speeds.iter().max_by(|a, b| a.1.total_cmp(&b.1)).expect("more than one");
+            let list: Vec<_> =
+                speeds.iter().map(|(batch, speed)| format!("{batch}: {}", digits(*speed))).collect();
+            vec![backend.to_string(), precision.to_string(), list.join(", "), format!("{}", best.0)]
+        })
+        .collect();
+    Table {
+        title: "Batch size: samples/s of a training step".to_owned(),
+        note: "",
+        header: &["backend", "precision", "samples/s by batch", "best batch"],
+        rows,
+    }
+}
+
+fn percent(part: Utilisation) -> String {
+    match part {
+        Utilisation::Of(part) => format!("{:.1} %", part * 100.0),
+        Utilisation::Unknown => "n/a".to_owned(),
+        Utilisation::Impossible(part) => format!("error: {:.0} % can't be", part * 100.0),
+    }
+}
+
+fn gpt2(results: &Results, all: &[Measured<'_>]) -> Table {
+    let rows: Vec<_> = all
+        .iter()
+        .filter_map(|m| {
+            let Shape::Model { family: Family::Gpt2, tiny: false, batch } = m.case.shape else { return None };
+            if !matches!(m.case.workload, Workload::TrainStep | Workload::Forward | Workload::ForwardBackward)
+            {
+                return None;
+            }
+            let seconds = m.median_ns * 1e-9;
+            let tokens = (batch * Family::Gpt2.sizes(false).tokens) as f64 / seconds;
+            let rate = cost::flops(&m.case) as f64 / seconds;
+            let compute = m.case.precision.compute;
+            let gpu = matches!(m.case.backend, BackendId::TorchCuda | BackendId::MlxCuda);
+            let sheet = results.machine.gpus.first().filter(|_| gpu);
+            let sheet = sheet.and_then(|gpu| machine::dense_peak(gpu, compute));
+            let own = measured_peak(all, m.case.backend, compute);
+            Some(vec![
+                m.case.to_string(),
+                time(m.median_ns),
+                prefixed(tokens),
+                digits(rate / 1e12),
+                percent(utilisation(rate, sheet)),
+                percent(utilisation(rate, own)),
+            ])
+        })
+        .collect();
+    Table {
+        title: "GPT-2 small, 1024 tokens".to_owned(),
+        note: "Model FLOPs utilisation: against the data sheet's dense peak, and against the best \
+               `matmul-peak` of the same backend and format in this run.",
+        header: &["case", "median", "tokens/s", "TFLOP/s", "of the data sheet", "of matmul-peak"],
+        rows,
+    }
+}
+
+/// Samples of a case as words: what was measured, or why not.
+fn case_row(record: &Record) -> Vec<String> {
+    let median = record.median_ns.filter(|_| record.status == Status::Measured);
+    let throughput = record.throughput.as_ref();
+    vec![
+        record.id.clone(),
+        median.map_or_else(|| "–".to_owned(), time),
+        match (median, record.ci_ns) {
+            (Some(median), Some(ci)) => format!("±{} %", digits(spread(median, ci))),
+            _ => "–".to_owned(),
+        },
+        throughput.map_or_else(|| "–".to_owned(), |t| format!("{}{}", prefixed(t.value), t.unit)),
+        record.samples.filter(|_| median.is_some()).map_or_else(|| "–".to_owned(), |n| n.to_string()),
+    ]
+}
+
+/// Every table that has rows, in the order in which a reader wants them.
+pub fn all(results: &Results) -> Vec<Table> {
+    let measured = all_measured(results);
+    let mut tables = vec![speed(results), memory(results)];
+    tables.extend([recipes(&measured), sweep(&measured), gpt2(results, &measured)]);
+    tables.push(Table {
+        title: EVERY_CASE.to_owned(),
+        note: "",
+        header: &["case", "median", "95 % interval", "throughput", "samples"],
+        rows: results.cases.iter().filter(|r| r.status == Status::Measured).map(case_row).collect(),
+    });
+    tables.retain(|table| !table.rows.is_empty());
+    tables
+}
+
+/// Why cases have no figure, a line a reason: absent backends would fill pages.
+pub fn missing(results: &Results) -> Vec<String> {
+    let mut reasons: Vec<(String, Vec<&str>)> = Vec::new();
+    for record in results.cases.iter().filter(|r| r.status != Status::Measured) {
+        let backend = record.id.parse::<Case>().map_or_else(|_| String::new(), |c| c.backend.to_string());
+        let key = match record.status {
+            Status::Skipped => format!("{backend}: {}", record.reason),
+            _ => record.reason.clone(),
+        };
+        match reasons.iter_mut().find(|(reason, _)| *reason == key) {
+            Some((_, ids)) => ids.push(&record.id),
+            None => reasons.push((key, vec![&record.id])),
+        }
+    }
+    let line = |(reason, ids): (String, Vec<&str>)| {
+        let what = if ids.len() == 1 { ids[0].to_owned() } else { format!("{} cases", ids.len()) };
+        format!("{reason} ({what})")
+    };
+    reasons.into_iter().map(line).collect()
+}
+
+/// The machine in a line, and what computed in another.
+pub fn machine_lines(results: &Results) -> [String; 2] {
+    let m = &results.machine;
+    let gpus = if m.gpus.is_empty() { "no GPU".to_owned() } else { m.gpus.join(", ") };
+    let dirty = if m.dirty { ", with uncommitted changes" } else { "" };
+    let hardware = format!(
+        "{} ({} cores), {:.0} GB, {gpus}{}{}, {}, commit {}{dirty}.",
+        m.cpu,
+        m.cores,
+        m.memory_bytes as f64 / 1e9,
+        if m.driver.is_empty() { "" } else { ", " },
+        m.driver,
+        m.os,
+        m.commit
+    );
+    let versions: Vec<_> = m.versions.iter().map(|(name, value)| format!("{name}: {value}")).collect();
+    [hardware, format!("{}.", versions.join("; "))]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_are_rounded_to_three_digits() {
+        assert_eq!(digits(1.23456), "1.23");
+        assert_eq!(digits(123.456), "123");
+        assert_eq!(digits(1234.56), "1235");
+        assert_eq!(digits(0.012345), "0.0123");
+        assert_eq!(prefixed(2.5e9), "2.50 G");
+        assert_eq!(time(1.5e6), "1.50 ms");
+    }
+}

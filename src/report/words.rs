@@ -1,0 +1,239 @@
+//! The verdict in sentences, each with the figures that it stands on.
+
+use super::tables::{bytes, digits};
+use super::{HEADLINE_SHAPE, all_measured, batches, find, measured};
+use crate::case::{BackendId, Case, Compute, Framework, Precision, Shape, Workload};
+use crate::results::{Record, Results};
+
+/// Backends on the same device, one of each framework.
+const PAIRS: [(BackendId, BackendId, &str); 3] = [
+    (BackendId::TorchCpu, BackendId::MlxCpu, "on the CPU"),
+    (BackendId::TorchMps, BackendId::MlxMetal, "on Apple's GPU"),
+    (BackendId::TorchCuda, BackendId::MlxCuda, "on the NVIDIA GPU"),
+];
+
+/// Step times in nanoseconds: the median and its 95 % interval.
+type Figure = (f64, [f64; 2]);
+
+fn figure(results: &Results, case: &Case) -> Option<Figure> {
+    measured(find(results, case)).map(|(_, median, ci)| (median, ci))
+}
+
+/// How many times as fast `a` is as `b`, with the interval that both intervals allow.
+fn ratio(a: Figure, b: Figure) -> (f64, [f64; 2]) {
+    (b.0 / a.0, [b.1[0] / a.1[1], b.1[1] / a.1[0]])
+}
+
+/// "A is 2.3 times (2.1 to 2.5) as fast as B", or that there is no clear difference.
+fn faster(what: &str, names: [&str; 2], figures: [Figure; 2], unit: f64) -> String {
+    let speed = |f: Figure| format!("{} samples/s", digits(unit / f.0 * 1e9));
+    let (first, second) = if figures[0].0 <= figures[1].0 { (0, 1) } else { (1, 0) };
+    let (times, [low, high]) = ratio(figures[first], figures[second]);
+    let speeds = format!("{} against {}", speed(figures[first]), speed(figures[second]));
+    if low <= 1.0 {
+        return format!(
+            "{what}: no clear difference between {} and {} ({speeds})",
+            names[first], names[second]
+        );
+    }
+    format!(
+        "{what}: {} is {} times as fast as {} ({} to {}; {speeds})",
+        names[first],
+        digits(times),
+        names[second],
+        digits(low),
+        digits(high)
+    )
+}
+
+fn batch_of(shape: Shape) -> f64 {
+    match shape {
+        Shape::Model { batch, .. } => batch as f64,
+        _ => 1.0,
+    }
+}
+
+/// The sentences, most asked first. Every run gives at least one.
+pub fn verdict(results: &Results) -> Vec<String> {
+    let mut all = Vec::new();
+    for (torch, mlx, place) in PAIRS {
+        all.extend(pair(results, torch, mlx, place));
+    }
+    let has =
+        |framework: Framework| all_measured(results).iter().any(|m| m.case.backend.framework() == framework);
+    if all.is_empty() {
+        all.push(match (has(Framework::Torch), has(Framework::Mlx)) {
+            (true, true) => "No workload was measured with both frameworks on one device, so nothing can be concluded of which is faster.".to_owned(),
+            (true, false) => "Only PyTorch was measured, so nothing can be concluded about MLX.".to_owned(),
+            (false, true) => "Only MLX was measured, so nothing can be concluded about PyTorch.".to_owned(),
+            (false, false) => "Nothing was measured, so nothing can be concluded.".to_owned(),
+        });
+    }
+    all.extend(tips(results));
+    all.extend(sizes(results));
+    all.into_iter().map(|s| if s.ends_with('.') { s } else { s + "." }).collect()
+}
+
+fn pair(results: &Results, torch: BackendId, mlx: BackendId, place: &str) -> Vec<String> {
+    let mut all = Vec::new();
+    let rows = [
+        (Workload::TrainStep, Precision::plain(Compute::F32), "Training in f32"),
+        (Workload::TrainStep, Precision::opt(Compute::F32), "Training in f32 with all optimisations"),
+        (Workload::TrainStep, Precision::plain(Compute::Amp), "Training in mixed precision"),
+        (
+            Workload::TrainStep,
+            Precision::opt(Compute::Amp),
+            "Training in mixed precision with all optimisations",
+        ),
+        (Workload::Forward, Precision::plain(Compute::F32), "Inference in f32"),
+    ];
+    for (workload, precision, what) in rows {
+        let case = |backend| Case { workload, backend, precision, shape: HEADLINE_SHAPE };
+        if let (Some(a), Some(b)) = (figure(results, &case(torch)), figure(results, &case(mlx))) {
+            let what = format!("{what} {place}");
+            all.push(faster(&what, ["PyTorch", "MLX"], [a, b], batch_of(HEADLINE_SHAPE)));
+        }
+    }
+    let case = |backend| Case {
+        workload: Workload::TrainStep,
+        backend,
+        precision: Precision::plain(Compute::F32),
+        shape: HEADLINE_SHAPE,
+    };
+    let peak = |backend, of: fn(&Record) -> Option<u64>| {
+        measured(find(results, &case(backend))).and_then(|m| of(m.0))
+    };
+    // One definition a sentence.
+    for (name, of) in [
+        ("peak of the allocator", (|r: &Record| r.peak_bytes) as fn(&Record) -> Option<u64>),
+        ("resident peak of the process", |r| r.rss_peak_bytes),
+    ] {
+        if let (Some(a), Some(b)) = (peak(torch, of), peak(mlx, of)) {
+            let (less, more, names) =
+                if a <= b { (a, b, ["PyTorch", "MLX"]) } else { (b, a, ["MLX", "PyTorch"]) };
+            let [less_text, more_text] = [less, more].map(|v| bytes(Some(v)).unwrap_or_default());
+            let text = if (more as f64) < 1.05 * less as f64 {
+                format!("Memory {place} ({name}): no clear difference, {less_text} and {more_text}")
+            } else {
+                format!("Memory {place} ({name}): {} needs {less_text}, {} {more_text}", names[0], names[1])
+            };
+            all.push(text);
+            break;
+        }
+    }
+    all
+}
+
+/// What pays most on each backend.
+fn tips(results: &Results) -> Vec<String> {
+    let mut all = Vec::new();
+    for &backend in BackendId::ALL {
+        let case =
+            |precision| Case { workload: Workload::TrainStep, backend, precision, shape: HEADLINE_SHAPE };
+        let Some(plain) = figure(results, &case(Precision::plain(Compute::F32))) else { continue };
+        let mut gains: Vec<(String, f64, [f64; 2])> = Vec::new();
+        for m in all_measured(results) {
+            if m.case.backend == backend
+                && m.case.workload == Workload::TrainStep
+                && m.case.shape == HEADLINE_SHAPE
+                && m.case.precision != Precision::plain(Compute::F32)
+                && let Some(own) = figure(results, &m.case)
+            {
+                let (times, range) = ratio(own, plain);
+                gains.push((m.case.precision.to_string(), times, range));
+            }
+        }
+        gains.sort_by(|a, b| b.1.total_cmp(&a.1));
+        let Some((name, times, [low, high])) = gains.first() else { continue };
+        all.push(if *low > 1.0 {
+            format!(
+                "On {backend} the best precision is {name}: {} times the speed of plain f32 ({} to {})",
+                digits(*times),
+                digits(*low),
+                digits(*high)
+            )
+        } else {
+            format!("On {backend} no precision or optimisation is clearly faster than plain f32 (best: {name}, {}×)", digits(*times))
+        });
+    }
+    all
+}
+
+/// The best batch of each backend, where more than one was measured.
+fn sizes(results: &Results) -> Vec<String> {
+    let measured = all_measured(results);
+    let best_of = |speeds: &[(usize, f64)]| speeds.iter().copied().max_by(|a, b| a.1.total_cmp(&b.1));
+    batches(&measured)
+        .iter()
+        .filter_map(|sweep| {
+            let (batch, speed) = best_of(&sweep.speeds)?;
+            Some(format!(
+                "Training on {} in {} is fastest at batch {batch}: {} samples/s",
+                sweep.backend,
+                sweep.precision,
+                digits(speed)
+            ))
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::record;
+    use super::*;
+    use crate::machine::Machine;
+
+    fn of(cases: &[(&str, f64)]) -> Vec<String> {
+        let cases = cases.iter().map(|(id, median)| record(id, *median)).collect();
+        verdict(&Results::new(Machine::default(), cases))
+    }
+
+    #[test]
+    fn what_is_faster_is_said_with_its_figures() {
+        let said = of(&[
+            ("train-step/torch-cpu/f32/indicator-b16", 500e6),
+            ("train-step/mlx-cpu/f32/indicator-b16", 1500e6),
+        ]);
+        assert!(said[0].contains("PyTorch is 3.00 times as fast as MLX"), "{said:?}");
+        assert!(said[0].contains("32.0 samples/s against 10.7"), "{said:?}");
+        // The intervals are ±10 % each.
+        assert!(said[0].contains("2.45 to 3.67"), "{said:?}");
+    }
+
+    #[test]
+    fn overlapping_intervals_are_no_difference() {
+        let said = of(&[
+            ("forward/torch-cuda/f32/indicator-b16", 100e6),
+            ("forward/mlx-cuda/f32/indicator-b16", 105e6),
+        ]);
+        assert!(said[0].contains("no clear difference"), "{said:?}");
+    }
+
+    #[test]
+    fn one_framework_alone_concludes_nothing() {
+        assert!(
+            of(&[("train-step/torch-cpu/f32/indicator-b16", 1e6)])[0]
+                .contains("nothing can be concluded about MLX")
+        );
+        assert!(of(&[])[0].contains("Nothing was measured"));
+        let apart = of(&[
+            ("train-step/torch-cpu/f32/indicator-b16", 1e6),
+            ("train-step/mlx-metal/f32/indicator-b16", 1e6),
+        ]);
+        assert!(apart[0].contains("both frameworks on one device"), "{apart:?}");
+    }
+
+    #[test]
+    fn tips_pay_or_do_not() {
+        let said = of(&[
+            ("train-step/torch-cpu/f32/indicator-b16", 500e6),
+            ("train-step/torch-cpu/amp-opt/indicator-b16", 100e6),
+        ]);
+        assert!(said.iter().any(|s| s.contains("best precision is amp-opt: 5.00 times")), "{said:?}");
+        let said = of(&[
+            ("train-step/torch-cpu/f32/indicator-b16", 100e6),
+            ("train-step/torch-cpu/amp/indicator-b16", 100e6),
+        ]);
+        assert!(said.iter().any(|s| s.contains("clearly faster than plain f32")), "{said:?}");
+    }
+}
