@@ -4,9 +4,10 @@
 //!
 //! ```text
 //! case ──► cost, fixture ──► backend prepares ──► harness times ──► results ──► report
-//!  │                          (src/torch,          (benches/)                  (src/report)
-//!  └─► parity: every backend   src/mlx)
-//!      against the reference
+//!  │                          (src/torch,          (benches/)         │        (src/report)
+//!  └─► parity: every backend   src/mlx)               │               └─► baseline
+//!      against the reference                          ├─► interleave ──► compare
+//!                                                     └─► profile, gpu ──► flamegraph
 //! ```
 //!
 //! Nothing in this library imports Criterion or a framework. Each framework is a package
@@ -19,6 +20,7 @@
 //! - *precision*: number formats, and the plain or the `-opt` recipe
 //! - *case*: workload × backend × precision × shape
 //! - *fixture*: the seeded inputs and parameters of a case, the same for every backend
+//! - *baseline*: a run with its samples and machine, kept; *side*: one half of a comparison
 //! - *parity*: the proof that a backend computes what the f64 reference does
 
 pub mod backend;

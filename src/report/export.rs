@@ -141,7 +141,7 @@ mod tests {
     fn every_export_holds_the_numbers_of_results_json() {
         let results = results();
         let again = read(&json(&results).unwrap(), "x").unwrap();
-        assert_eq!(again, results);
+        assert!(again == results, "results.json does not come back as it was");
         let json: Value = serde_json::from_str(&json(&results).unwrap()).unwrap();
         let bmf: Value = serde_json::from_str(&bmf(&results).unwrap()).unwrap();
         let csv_text = csv(&results).unwrap();
