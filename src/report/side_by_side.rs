@@ -18,7 +18,7 @@ pub fn render(machines: &[(String, Results)]) -> String {
     }
     let batch = super::case::HEADLINE_BATCH as f64;
     let names: Vec<&str> = machines.iter().map(|(name, _)| name.as_str()).collect();
-    let _ = writeln!(out, "\nsamples/s ({}× that machine's own PyTorch CPU, f32)\n", "speed");
+    out.push_str("\nsamples/s (95 % interval, and times that machine's own PyTorch CPU in f32)\n\n");
     let _ = writeln!(out, "| case | {} |\n| --- |{}", names.join(" | "), " --- |".repeat(names.len()));
     let own = Case {
         workload: Workload::TrainStep,
