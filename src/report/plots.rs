@@ -237,12 +237,11 @@ fn roofline(all: &[Measured<'_>], backend: BackendId) -> Result<Option<Plot>> {
     }))
 }
 
+/// Name, colour, and (batch, value) by batch.
+type Line = (String, RGBColor, Vec<(usize, f64)>);
+
 /// A line for each backend and precision over the batch.
-fn over_batch(
-    title: &str,
-    unit: &str,
-    lines: &[(String, RGBColor, Vec<(usize, f64)>)],
-) -> Result<Option<Plot>> {
+fn over_batch(title: &str, unit: &str, lines: &[Line]) -> Result<Option<Plot>> {
     let points = || lines.iter().flat_map(|l| l.2.iter());
     let (Some(low), Some(high)) = (points().map(|p| p.0).min(), points().map(|p| p.0).max()) else {
         return Ok(None);
