@@ -63,12 +63,6 @@ pub struct Baseline {
     pub cases: Vec<Kept>,
 }
 
-/// FNV-1a, <https://www.rfc-editor.org/rfc/rfc9923>.
-fn checksum(text: &str) -> u64 {
-    text.bytes()
-        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
-}
-
 impl Baseline {
     /// The last run, from its records and from what Criterion left of it.
     ///
@@ -106,7 +100,7 @@ impl Baseline {
         body.push_str(&format!("\"cases\": [\n{}\n]\n}}\n", lines.join(",\n")));
         Ok(format!(
             "{{\"format\": \"{FORMAT}\",\n\"version\": {VERSION},\n\"checksum\": \"{:016x}\",\n{body}",
-            checksum(&body)
+            results::checksum(body.as_bytes())
         ))
     }
 
@@ -124,7 +118,7 @@ impl Baseline {
         ensure!(version > 0, "{place} has no format version: restore it from git, or save it again");
         let body = text.splitn(4, '\n').nth(3).unwrap_or("");
         ensure!(
-            value["checksum"] == format!("{:016x}", checksum(body)),
+            value["checksum"] == format!("{:016x}", results::checksum(body.as_bytes())),
             "{place} was changed after it was saved: restore it from git, or save it again"
         );
         let baseline: Self = serde_json::from_value(value).with_context(|| format!("{place} is damaged"))?;
@@ -271,12 +265,16 @@ pub fn find(root: &Path, text: &str, slug: &str) -> Result<PathBuf> {
     }
 }
 
+/// Reads a baseline's file.
+pub fn load(file: &Path) -> Result<Baseline> {
+    let place = file.display().to_string();
+    let text = fs::read_to_string(file).with_context(|| format!("{place} could not be read"))?;
+    Baseline::parse(&text, &place)
+}
+
 /// Reads `NAME` or `MACHINE/NAME`.
 pub fn read(root: &Path, text: &str, slug: &str) -> Result<Baseline> {
-    let file = find(root, text, slug)?;
-    let place = file.display().to_string();
-    let text = fs::read_to_string(&file).with_context(|| format!("{place} could not be read"))?;
-    Baseline::parse(&text, &place)
+    load(&find(root, text, slug)?)
 }
 
 /// Writes a baseline and its report whole or not at all; returns the file.

@@ -4,6 +4,9 @@
 use std::fmt;
 use std::str::FromStr;
 
+use anyhow::{Context, Result};
+use regex::Regex;
+
 /// Defines an enum whose values have ids, with `ALL`, `id()` and parsing.
 macro_rules! named {
     ($(#[$doc:meta])* $name:ident, $what:literal, { $($(#[$vdoc:meta])* $variant:ident => $id:literal,)+ }) => {
@@ -465,6 +468,11 @@ named! {
         /// Everything.
         Full => "full",
     }
+}
+
+/// A filter over ids.
+pub fn pattern(text: &str) -> Result<Regex> {
+    Regex::new(text).with_context(|| format!("'{text}' is no regular expression"))
 }
 
 /// The batch that the headline tables stand for.

@@ -76,6 +76,13 @@ const INTERVAL: f64 = 0.99;
 /// times, and the claim that hides a regression if it is wrong.
 const SAME: f64 = 0.998;
 
+/// The value in the middle, the upper of two; NaN of none.
+pub fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
 /// Mean of the middle half: nearly as precise as the mean in quiet, and blind to the
 /// quarter of the values that bursts spoil on either end.
 ///

@@ -7,6 +7,7 @@ use anyhow::{Result, bail, ensure};
 
 use crate::backend::{Backend, Found, Prepared};
 use crate::case::{Case, Compute, Family, Precision, Recipe, Shape, Workload};
+use crate::compare::median;
 use crate::fixture::Fixture;
 use crate::machine;
 use crate::parity;
@@ -91,11 +92,6 @@ fn time(prepared: &mut dyn Prepared) -> Result<Duration> {
     Ok(start.elapsed())
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
 /// Twice the work takes twice the time: a step that returned early would not.
 pub fn time_follows_work(backend: &dyn Backend) -> Result<()> {
     let square = |chain| {
@@ -118,7 +114,7 @@ pub fn time_follows_work(backend: &dyn Backend) -> Result<()> {
             let two = time(twice.as_mut())?;
             ratios.push(two.as_secs_f64() / one.as_secs_f64());
         }
-        ratio = median(ratios);
+        ratio = median(&ratios);
         if (1.9..=2.1).contains(&ratio) {
             return Ok(());
         }
@@ -147,7 +143,7 @@ pub fn nothing_is_left_pending(backend: &dyn Backend) -> Result<()> {
         prepared.outputs()?;
         reads.push((first.as_secs_f64() - start.elapsed().as_secs_f64()) / step);
     }
-    let (wait, read) = (median(waits), median(reads));
+    let (wait, read) = (median(&waits), median(&reads));
     ensure!(wait < 0.05, "after a step {} still works for {:.0} % of it", backend.id(), wait * 100.0);
     ensure!(read < 0.2, "reading results costs {} {:.0} % of a step", backend.id(), read * 100.0);
     Ok(())

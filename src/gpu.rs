@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use anyhow::{Result, bail};
 
-use crate::profile::{Profile, short};
+use crate::profile::{Profile, readable};
 
 /// A kernel, copy or fill on the device. Times in nanoseconds of the device's clock.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -86,8 +86,7 @@ impl Trace {
 
 /// A kernel's name as a reader wants it.
 fn kernel_name(mangled: &str) -> String {
-    let name = symbolic_demangle::demangle(mangled);
-    let mut name = short(&name);
+    let mut name = readable(mangled);
     if name.chars().count() > 90 {
         name = name.chars().take(89).chain(['…']).collect();
     }

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
 use std::path::PathBuf;
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
 use crate::case::{BackendId, Case, Framework, Set};
-use crate::compare::{Estimate, Judge, Rule, Verdict};
+use crate::compare::{Estimate, Judge, Rule, Verdict, median, midmean};
 use crate::machine::Machine;
 
 /// Blocks of steps last about this: long against the request for them, short against
@@ -35,6 +35,18 @@ pub struct Side {
     pub name: String,
     pub executables: BTreeMap<Framework, PathBuf>,
     pub environment: Vec<(String, String)>,
+}
+
+impl Side {
+    /// The cases that it can run here, asked of each of its executables.
+    pub fn cases(&self, set: Set, filter: &str) -> Result<Vec<Case>> {
+        let mut all = Vec::new();
+        for &framework in self.executables.keys() {
+            let mut worker = Worker::start(self, framework, false)?;
+            all.extend(worker.cases(set, filter).with_context(|| format!("{}, {framework}", self.name))?);
+        }
+        Ok(all)
+    }
 }
 
 /// How CPU backends may compute.
@@ -66,6 +78,21 @@ pub fn catch_interrupts() {
 /// Whether Ctrl-C was pressed.
 pub fn interrupted() -> bool {
     STOP.load(Ordering::Relaxed)
+}
+
+/// The exit code of a command that can be interrupted, with its one line where it failed.
+pub fn ended(command: &str, result: anyhow::Result<u8>) -> ExitCode {
+    match result {
+        Ok(code) => ExitCode::from(code),
+        Err(_) if interrupted() => {
+            eprintln!("{command}: interrupted");
+            ExitCode::from(130)
+        }
+        Err(reason) => {
+            eprintln!("{command}: {reason:#}");
+            ExitCode::from(2)
+        }
+    }
 }
 
 /// Fails after Ctrl-C.
@@ -167,7 +194,7 @@ impl Worker {
         }
     }
 
-    pub fn cases(&mut self, set: Set, filter: &str) -> Result<Vec<Case>> {
+    fn cases(&mut self, set: Set, filter: &str) -> Result<Vec<Case>> {
         let text = self.ask(&format!("cases {set} {filter}"))?;
         // A case that only the other side knows is new or gone, by its text.
         Ok(text.split_whitespace().filter_map(|id| id.parse().ok()).collect())
@@ -238,9 +265,7 @@ impl Row {
 
     /// Median step time of a side in seconds; NaN without any.
     pub fn step_time(&self, side: usize) -> f64 {
-        let mut times = self.times[side].clone();
-        times.sort_by(f64::total_cmp);
-        times.get(times.len() / 2).copied().unwrap_or(f64::NAN)
+        median(&self.times[side])
     }
 }
 
@@ -421,5 +446,5 @@ fn level(worker: &mut Worker, case: &Case) -> Result<f64> {
     while logs.len() < 4 || (start.elapsed() < 2 * ROUND && logs.len() < 200) {
         logs.push(worker.time(steps)?.ln());
     }
-    Ok(crate::compare::midmean(&logs))
+    Ok(midmean(&logs))
 }

@@ -84,6 +84,15 @@ impl Machine {
         }
     }
 
+    /// Adds versions that are not there yet.
+    pub fn add_versions(&mut self, versions: impl IntoIterator<Item = (String, String)>) {
+        for entry in versions {
+            if !self.versions.contains(&entry) {
+                self.versions.push(entry);
+            }
+        }
+    }
+
     /// A readable name for the hardware, `[a-z0-9-]+`: the GPU where there is one.
     pub fn slug(&self) -> String {
         let name = match self.gpus.first() {

@@ -138,6 +138,11 @@ fn draw<'a>(
     Ok(String::from_utf8(svg)?)
 }
 
+/// What a reader wants of a mangled C++ or Rust name: [`short`] of what it stands for.
+pub fn readable(mangled: &str) -> String {
+    short(&symbolic_demangle::demangle(mangled))
+}
+
 /// A C++ or Rust function's name without its parameters, and without template arguments
 /// that fill a line.
 pub fn short(name: &str) -> String {

@@ -106,6 +106,13 @@ pub struct Part {
     pub results: Results,
 }
 
+/// FNV-1a, 64 bits, <https://www.rfc-editor.org/rfc/rfc9923>.
+pub fn checksum(bytes: &[u8]) -> u64 {
+    bytes
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325, |hash, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
+}
+
 /// Writes a file whole or not at all.
 pub fn write_whole(path: &Path, text: &str) -> Result<()> {
     let folder = path.parent().context("a file lies in a folder")?;
@@ -185,11 +192,7 @@ pub fn merge(folder: &Path) -> Result<(Results, Vec<Part>)> {
         if (&other.commit, &other.cpu) != (&machine.commit, &machine.cpu) {
             bail!("the frameworks' parts come from different runs: run ./scripts/bench again");
         }
-        for entry in &other.versions {
-            if !machine.versions.contains(entry) {
-                machine.versions.push(entry.clone());
-            }
-        }
+        machine.add_versions(other.versions.iter().cloned());
     }
     let mut cases: Vec<Record> = parts.iter().flat_map(|p| p.results.cases.clone()).collect();
     let order: Vec<String> =

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use crate::case::{Framework, Set, cases};
+use crate::case::{Framework, Set, cases, pattern};
 use crate::interleave::{Side, go_on};
 use crate::results;
 use anyhow::{Context, Result, bail, ensure};
@@ -71,7 +71,7 @@ impl Spec {
 }
 
 fn fits_some(filter: &str) -> bool {
-    regex::Regex::new(filter).is_ok_and(|f| cases(Set::Full).iter().any(|c| f.is_match(&c.to_string())))
+    pattern(filter).is_ok_and(|f| cases(Set::Full).iter().any(|c| f.is_match(&c.to_string())))
 }
 
 fn root() -> PathBuf {
@@ -228,9 +228,7 @@ fn revision(commit: &str, name: &str) -> Result<PathBuf> {
     setup.arg("--quiet").current_dir(&tree.0);
     quietly(setup, &format!("{name}: its set-up failed"))?;
     let configuration = fs::read(tree.0.join(".cargo/config.toml")).unwrap_or_default();
-    let hash = configuration
-        .iter()
-        .fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(*b)).wrapping_mul(0x100_0000_01b3));
+    let hash = results::checksum(&configuration);
     let kept = cache.join(format!("{short}-{hash:016x}"));
     if executables(&kept).len() == Framework::ALL.len() {
         return Ok(kept);
@@ -307,7 +305,7 @@ fn copy(built: &[(String, PathBuf)], folder: &Path) -> Result<()> {
 }
 
 /// Says so where the sides' own timing code differs.
-pub fn harness_notes(base: &Source, head: &Source) -> Result<Vec<String>> {
+pub fn harness_note(base: &Source, head: &Source) -> Option<String> {
     let commit = |source: &Source| match source {
         Source::Revision { commit, .. } => Some(commit.clone()),
         _ => None,
@@ -325,5 +323,5 @@ pub fn harness_notes(base: &Source, head: &Source) -> Result<Vec<String>> {
         _ => false,
     };
     let note = "the sides' harnesses differ (benches/): part of a difference may be the timing's own";
-    Ok(if differ { vec![note.to_owned()] } else { Vec::new() })
+    differ.then(|| note.to_owned())
 }

@@ -130,11 +130,7 @@ fn tf32_process() -> Result<bool> {
 /// The machine with the versions of what was found.
 fn machine_of(found: &Found) -> Machine {
     let mut machine = Machine::read();
-    for entry in found.present.iter().flat_map(|backend| backend.versions()) {
-        if !machine.versions.contains(&entry) {
-            machine.versions.push(entry);
-        }
-    }
+    machine.add_versions(found.present.iter().flat_map(|backend| backend.versions()));
     machine
 }
 

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use regex::Regex;
-use transformer_bench::case::{Case, Set, cases};
+use transformer_bench::case::{self, Case, Set, cases};
 use transformer_bench::results::criterion_folder;
 
 /// Criterion's options that are followed by a value.
@@ -52,11 +52,6 @@ pub struct Options {
     /// A baseline that must be there.
     pub baseline: Option<String>,
     pub load_baseline: bool,
-}
-
-/// A filter over ids.
-pub fn pattern(text: &str) -> Result<Regex> {
-    Regex::new(text).with_context(|| format!("'{text}' is no regular expression"))
 }
 
 impl Options {
@@ -106,7 +101,7 @@ impl Options {
         }
         if let Some(pattern) = pattern {
             options.filter =
-                if exact { Filter::Exact(pattern) } else { Filter::Pattern(self::pattern(&pattern)?) };
+                if exact { Filter::Exact(pattern) } else { Filter::Pattern(case::pattern(&pattern)?) };
         }
         options.check_filter()?;
         Ok(options)

@@ -13,12 +13,12 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow};
 use criterion::profiler::Profiler;
 use pprof::protos::Message;
-use pprof::{ProfilerGuard, ProfilerGuardBuilder, Symbol, UnresolvedReport};
+use pprof::{ProfilerGuard, ProfilerGuardBuilder, UnresolvedReport};
 use transformer_bench::backend::Prepared;
 use transformer_bench::case::Case;
 use transformer_bench::compare::midmean;
 use transformer_bench::gpu;
-use transformer_bench::profile::{Profile, Unit, short, unresolved};
+use transformer_bench::profile::{Profile, Unit, readable, unresolved};
 use transformer_bench::results;
 
 use super::timing;
@@ -142,10 +142,7 @@ fn names_at(address: usize) -> Vec<String> {
     let mut names = Vec::new();
     backtrace::resolve(address as *mut libc::c_void, |found| {
         if let Some(name) = found.name() {
-            // pprof's symbol demangles C++ as well.
-            let symbol =
-                Symbol { name: Some(name.as_bytes().to_vec()), addr: None, lineno: None, filename: None };
-            names.push(short(&symbol.name()));
+            names.push(readable(&String::from_utf8_lossy(name.as_bytes())));
         }
     });
     if names.is_empty() {

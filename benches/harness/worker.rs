@@ -16,10 +16,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use transformer_bench::backend::{Found, Prepared, is_tf32_process, needs_tf32_process};
-use transformer_bench::case::{Case, Framework, cases};
+use transformer_bench::case::{Case, Framework, cases, pattern};
 use transformer_bench::fixture::Fixture;
 
-use super::{options, timing};
+use super::timing;
 
 /// Makes steps slower by arithmetic that is thrown away, for proving that comparisons
 /// find what they should: `ID=ROUNDS` for each case, joined by `;`.
@@ -83,7 +83,7 @@ impl Worker<'_> {
 
     fn cases(&self, set: &str, filter: &str) -> Result<String> {
         let set = set.parse().map_err(anyhow::Error::msg)?;
-        let filter = options::pattern(filter)?;
+        let filter = pattern(filter)?;
         let runs = |case: &Case| {
             case.backend.framework() == self.framework
                 && filter.is_match(&case.to_string())

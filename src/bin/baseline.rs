@@ -3,7 +3,7 @@
 use std::fs;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
 use transformer_bench::baseline::{self, Baseline};
 use transformer_bench::machine::Machine;
@@ -72,7 +72,7 @@ fn run(what: What) -> Result<()> {
         }
         What::List => {
             for (machine, name, file) in baseline::list(&root) {
-                match read(&file) {
+                match baseline::load(&file) {
                     Ok(kept) => {
                         let m = &kept.machine;
                         let dirty = if m.dirty { " with changes" } else { "" };
@@ -84,7 +84,7 @@ fn run(what: What) -> Result<()> {
         }
         What::Show { name } => {
             let file = baseline::find(&root, &name, &slug)?;
-            let kept = read(&file)?;
+            let kept = baseline::load(&file)?;
             println!("{}\nmeasured by: {}\n", file.display(), kept.command);
             println!("{}", serde_json::to_string_pretty(&kept.machine)?);
             for case in &kept.cases {
@@ -116,13 +116,6 @@ fn run(what: What) -> Result<()> {
         }
     }
     Ok(())
-}
-
-fn read(file: &std::path::Path) -> Result<Baseline> {
-    let place = file.display().to_string();
-    let text = fs::read_to_string(file).with_context(|| format!("{place} could not be read"))?;
-    ensure!(!text.is_empty(), "{place} is empty: restore it from git, or save it again");
-    Baseline::parse(&text, &place)
 }
 
 fn main() -> ExitCode {

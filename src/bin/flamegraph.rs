@@ -6,7 +6,7 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
-use transformer_bench::case::{Case, Set, cases};
+use transformer_bench::case::{Case, Set, cases, pattern};
 use transformer_bench::interleave::{self, Side, go_on};
 use transformer_bench::profile::{Profile, Unit};
 use transformer_bench::results::{self, Status};
@@ -43,14 +43,7 @@ struct Arguments {
 
 fn main() -> ExitCode {
     interleave::catch_interrupts();
-    match run(&Arguments::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(_) if interleave::interrupted() => ExitCode::from(130),
-        Err(reason) => {
-            eprintln!("flamegraph: {reason:#}");
-            ExitCode::from(2)
-        }
-    }
+    interleave::ended("flamegraph", run(&Arguments::parse()).map(|()| 0))
 }
 
 fn run(arguments: &Arguments) -> Result<()> {
@@ -93,8 +86,7 @@ fn run(arguments: &Arguments) -> Result<()> {
 fn pick(arguments: &Arguments) -> Result<Vec<Case>> {
     let parse = |id: &str| id.parse::<Case>().ok();
     if let Some(filter) = &arguments.filter {
-        let pattern =
-            regex::Regex::new(filter).with_context(|| format!("'{filter}' is no regular expression"))?;
+        let pattern = pattern(filter)?;
         let exact: Vec<Case> = parse(filter).into_iter().collect();
         let all = if exact.is_empty() { cases(Set::Quick) } else { exact };
         let mut fits: Vec<Case> = all.into_iter().filter(|c| pattern.is_match(&c.to_string())).collect();

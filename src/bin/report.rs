@@ -44,10 +44,7 @@ fn run(arguments: &Arguments) -> Result<()> {
         let slug = Machine::read().slug();
         let mut sides = Vec::new();
         for name in &arguments.machines {
-            let file = baseline::find(&baseline::root(), name, &slug)?;
-            let place = file.display().to_string();
-            let text = fs::read_to_string(&file).with_context(|| format!("{place} could not be read"))?;
-            sides.push((name.clone(), Baseline::parse(&text, &place)?.results()));
+            sides.push((name.clone(), baseline::read(&baseline::root(), name, &slug)?.results()));
         }
         print!("{}", side_by_side::render(&sides));
         return Ok(());

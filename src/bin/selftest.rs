@@ -13,9 +13,10 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use statrs::distribution::{Beta, ContinuousCDF};
 use transformer_bench::case::{Case, Set};
-use transformer_bench::compare::{THRESHOLD, Verdict};
+use transformer_bench::compare::{THRESHOLD, Verdict, median};
 use transformer_bench::interleave::{self, Row, Side, Threads, Worker, go_on};
-use transformer_bench::{results, sides};
+use transformer_bench::results;
+use transformer_bench::sides::{self, Source};
 
 /// Compares this suite with itself, and with itself deliberately slowed, many times, and
 /// counts the wrong answers.
@@ -39,7 +40,7 @@ struct Arguments {
     filter: String,
     /// Take the executables DIR/torch and DIR/mlx, built elsewhere
     #[arg(long, value_name = "DIR")]
-    executables: PathBuf,
+    executables: Option<PathBuf>,
     /// Cases a comparison
     #[arg(long, default_value_t = 12)]
     cases: usize,
@@ -98,14 +99,7 @@ impl Drop for Load {
 
 fn main() -> ExitCode {
     interleave::catch_interrupts();
-    match run(&Arguments::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(_) if interleave::interrupted() => ExitCode::from(130),
-        Err(reason) => {
-            eprintln!("selftest: {reason:#}");
-            ExitCode::from(2)
-        }
-    }
+    interleave::ended("selftest", run(&Arguments::parse()).map(|()| 0))
 }
 
 fn run(arguments: &Arguments) -> Result<()> {
@@ -114,15 +108,10 @@ fn run(arguments: &Arguments) -> Result<()> {
         "--minutes {}: over 0",
         arguments.minutes
     );
-    let folder = std::fs::canonicalize(&arguments.executables)
-        .with_context(|| format!("{} is not there", arguments.executables.display()))?;
-    let executables = sides::executables(&folder);
-    ensure!(!executables.is_empty(), "{} holds no executable torch or mlx", folder.display());
-    let plain = Side { name: "plain".to_owned(), executables, environment: Vec::new() };
-    let mut cases: Vec<Case> = Vec::new();
-    for &framework in plain.executables.keys() {
-        cases.extend(Worker::start(&plain, framework, false)?.cases(Set::Smoke, &arguments.filter)?);
-    }
+    let source = arguments.executables.clone().map_or(Source::Worktree, Source::Folder);
+    let plain = sides::build(&source)?;
+    ensure!(!plain.executables.is_empty(), "{} holds no executable torch or mlx", plain.name);
+    let cases = plain.cases(Set::Smoke, &arguments.filter)?;
     ensure!(!cases.is_empty(), "no case matches '{}'", arguments.filter);
 
     let kinds = [
@@ -224,10 +213,6 @@ fn trial(plain: &Side, kind: Kind, cases: &[Case], count: &mut Count) -> Result<
 /// process that is slowed.
 fn extra_work(plain: &Side, share: f64, cases: &[Case]) -> Result<String> {
     const TRIAL: u64 = 100_000;
-    let median = |mut values: Vec<f64>| {
-        values.sort_by(f64::total_cmp);
-        values[values.len() / 2]
-    };
     let mut all = Vec::new();
     for case in cases {
         let mut worker = Worker::start(plain, case.backend.framework(), true)?;
@@ -238,7 +223,7 @@ fn extra_work(plain: &Side, share: f64, cases: &[Case]) -> Result<String> {
             steps.push(worker.time(1)?);
             works.push(worker.work(TRIAL)?);
         }
-        let rounds = median(steps) * share / (median(works) / TRIAL as f64);
+        let rounds = median(&steps) * share / (median(&works) / TRIAL as f64);
         all.push(format!("{case}={}", rounds.round() as u64));
     }
     Ok(all.join(";"))
@@ -299,8 +284,6 @@ fn table(counts: &[(Kind, Count)], criterion: (u64, u64)) -> String {
          | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n",
     );
     for (kind, c) in counts {
-        let mut excess = c.excess.clone();
-        excess.sort_by(f64::total_cmp);
         text.push_str(&format!(
             "| {} % | {} | {} | {} | {} | {} | {} | {:+.2} % | {:.1} s |\n",
             100.0 * kind.slowdown,
@@ -310,7 +293,7 @@ fn table(counts: &[(Kind, Count)], criterion: (u64, u64)) -> String {
             interval(c.faster, c.trials),
             c.same,
             c.unclear,
-            100.0 * excess.get(excess.len() / 2).copied().unwrap_or(f64::NAN),
+            100.0 * median(&c.excess),
             c.seconds / c.trials as f64,
         ));
     }

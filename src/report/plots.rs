@@ -1,7 +1,10 @@
 //! The pictures of the report, as SVG.
 
+use std::ops::Range;
+
 use anyhow::{Result, anyhow};
 use plotters::coord::Shift;
+use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
 
 use super::tables::{digits, time};
@@ -169,6 +172,37 @@ fn parts(all: &[Measured<'_>]) -> Result<Option<Plot>> {
     }))
 }
 
+type Chart<'a, 'b> = ChartContext<'b, SVGBackend<'a>, Cartesian2d<RangedCoordf64, RangedCoordf64>>;
+
+/// Axes over decimal logarithms, labelled with the numbers that they stand for; those of y
+/// in multiples of `y_unit`.
+fn axes<'a, 'b>(
+    area: &'b Area<'a>,
+    x: Range<f64>,
+    y: Range<f64>,
+    names: [&str; 2],
+    y_unit: f64,
+) -> Result<Chart<'a, 'b>> {
+    let mut chart = ChartBuilder::on(area)
+        .margin(8)
+        .x_label_area_size(38)
+        .y_label_area_size(70)
+        .build_cartesian_2d(x, y)
+        .map_err(wrong)?;
+    chart
+        .configure_mesh()
+        .x_desc(names[0])
+        .y_desc(names[1])
+        .y_label_formatter(&|v| digits(10f64.powf(*v) / y_unit))
+        .x_label_formatter(&|v| digits(10f64.powf(*v)))
+        .max_light_lines(0)
+        .label_style((FONT, 12))
+        .light_line_style(RGBColor(235, 235, 235))
+        .draw()
+        .map_err(wrong)?;
+    Ok(chart)
+}
+
 /// Every case against the ceilings that were measured in the same run, in f32.
 fn roofline(all: &[Measured<'_>], backend: BackendId) -> Result<Option<Plot>> {
     let Some(peak) = measured_peak(all, backend, Compute::F32) else { return Ok(None) };
@@ -195,23 +229,9 @@ fn roofline(all: &[Measured<'_>], backend: BackendId) -> Result<Option<Plot>> {
     let high = points.iter().map(|p| p.0).fold(peak / bandwidth, f64::max) * 4.0;
     let floor = points.iter().map(|p| p.1).fold(low * bandwidth, f64::min) / 2.0;
     let svg = drawn(400, |area| {
-        let mut chart = ChartBuilder::on(area)
-            .margin(8)
-            .x_label_area_size(38)
-            .y_label_area_size(70)
-            .build_cartesian_2d(low.log10()..high.log10(), floor.log10()..(2.0 * peak).log10())
-            .map_err(wrong)?;
-        chart
-            .configure_mesh()
-            .x_desc("FLOP for each byte that must move at least")
-            .y_desc("GFLOP/s")
-            .y_label_formatter(&|v| digits(10f64.powf(*v) / 1e9))
-            .x_label_formatter(&|v| digits(10f64.powf(*v)))
-            .max_light_lines(0)
-            .label_style((FONT, 12))
-            .light_line_style(RGBColor(235, 235, 235))
-            .draw()
-            .map_err(wrong)?;
+        let x = low.log10()..high.log10();
+        let y = floor.log10()..(2.0 * peak).log10();
+        let mut chart = axes(area, x, y, ["FLOP for each byte that must move at least", "GFLOP/s"], 1e9)?;
         let ridge = peak / bandwidth;
         let roof = [(low, low * bandwidth), (ridge, peak), (high, peak)].map(|(x, y)| (x.log10(), y.log10()));
         chart.draw_series(LineSeries::new(roof, BLACK.stroke_width(2))).map_err(wrong)?;
@@ -249,26 +269,9 @@ fn over_batch(title: &str, unit: &str, lines: &[Line]) -> Result<Option<Plot>> {
     let top = points().map(|p| p.1).fold(0.0, f64::max);
     let bottom = points().map(|p| p.1).fold(top, f64::min);
     let svg = drawn(380, |area| {
-        let mut chart = ChartBuilder::on(area)
-            .margin(8)
-            .x_label_area_size(38)
-            .y_label_area_size(70)
-            .build_cartesian_2d(
-                (low as f64 * 0.8).log10()..(high as f64 * 3.0).log10(),
-                (bottom / 2.0).log10()..(top * 2.0).log10(),
-            )
-            .map_err(wrong)?;
-        chart
-            .configure_mesh()
-            .x_desc("batch")
-            .y_desc(unit)
-            .y_label_formatter(&|v| digits(10f64.powf(*v)))
-            .x_label_formatter(&|v| digits(10f64.powf(*v)))
-            .max_light_lines(0)
-            .label_style((FONT, 12))
-            .light_line_style(RGBColor(235, 235, 235))
-            .draw()
-            .map_err(wrong)?;
+        let x = (low as f64 * 0.8).log10()..(high as f64 * 3.0).log10();
+        let y = (bottom / 2.0).log10()..(top * 2.0).log10();
+        let mut chart = axes(area, x, y, ["batch", unit], 1.0)?;
         for (name, colour, line) in lines {
             let line: Vec<(f64, f64)> = line.iter().map(|&(b, v)| ((b as f64).log10(), v.log10())).collect();
             chart

@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::{Parser, ValueEnum};
-use transformer_bench::case::{BackendId, Case, Set};
+use transformer_bench::case::{BackendId, Case, Set, pattern};
 use transformer_bench::compare::{self, THRESHOLD, Verdict};
-use transformer_bench::interleave::{self, Row, Side, Threads, Worker};
+use transformer_bench::interleave::{self, Row, Threads, Worker};
 use transformer_bench::machine::Machine;
 use transformer_bench::sides::{self, Source, Spec};
 use transformer_bench::{baseline, results};
@@ -83,18 +83,7 @@ enum ThreadsArgument {
 
 fn main() -> ExitCode {
     interleave::catch_interrupts();
-    let arguments = Arguments::parse();
-    match run(&arguments) {
-        Ok(code) => ExitCode::from(code),
-        Err(_) if interleave::interrupted() => {
-            eprintln!("compare: interrupted; nothing is left behind");
-            ExitCode::from(130)
-        }
-        Err(reason) => {
-            eprintln!("compare: {reason:#}");
-            ExitCode::from(2)
-        }
-    }
+    interleave::ended("compare", run(&Arguments::parse()))
 }
 
 fn run(arguments: &Arguments) -> Result<u8> {
@@ -114,7 +103,7 @@ fn run(arguments: &Arguments) -> Result<u8> {
         arguments.filter.as_deref(),
         arguments.backends.is_some(),
     )?;
-    regex::Regex::new(&spec.filter).with_context(|| format!("'{}' is no regular expression", spec.filter))?;
+    pattern(&spec.filter)?;
     let environment: Vec<(String, String)> = arguments
         .env
         .iter()
@@ -150,16 +139,6 @@ fn load(name: &str) -> Result<baseline::Baseline> {
     baseline::read(&baseline::root(), name, &Machine::read().slug())
 }
 
-/// What each side can run, asked of each of its executables. The first side's machine too.
-fn offered(side: &Side, set: Set, filter: &str) -> Result<Vec<Case>> {
-    let mut all = Vec::new();
-    for &framework in side.executables.keys() {
-        let mut worker = Worker::start(side, framework, false)?;
-        all.extend(worker.cases(set, filter).with_context(|| format!("{}, {framework}", side.name))?);
-    }
-    Ok(all)
-}
-
 fn nothing(spec: &Spec, set: Set) -> anyhow::Error {
     let hint = spec.filter_hint.clone().unwrap_or_default();
     anyhow!(
@@ -176,7 +155,7 @@ fn in_turns(
 ) -> Result<Report> {
     let mut base = sides::build(&spec.base)?;
     let mut head = if spec.head == spec.base { base.clone() } else { sides::build(&spec.head)? };
-    let mut notes = sides::harness_notes(&spec.base, &spec.head)?;
+    let mut notes: Vec<String> = sides::harness_note(&spec.base, &spec.head).into_iter().collect();
     if !environment.is_empty() {
         let text: Vec<String> = environment.iter().map(|(k, v)| format!("{k}={v}")).collect();
         head.name = format!("{} with {}", head.name, text.join(" "));
@@ -187,7 +166,7 @@ fn in_turns(
         let (a, b) = (backends[0], backends[1]);
         base.name = a.to_string();
         head.name = b.to_string();
-        let offered = offered(&base, arguments.set, &spec.filter)?;
+        let offered = base.cases(arguments.set, &spec.filter)?;
         let of = |backend| offered.iter().filter(move |c: &&Case| c.backend == backend);
         for (backend, present) in [(a, of(a).count()), (b, of(b).count())] {
             ensure!(present > 0, "{backend} has no such case here: cargo bench -- --test says why");
@@ -198,8 +177,7 @@ fn in_turns(
             .extend(of(a).filter(|c| !of(b).any(|d| *d == twin(c))).map(|c| Line::without(c, Verdict::Gone)));
         both.map(|c| (*c, twin(c))).collect()
     } else {
-        let (old, new) =
-            (offered(&base, arguments.set, &spec.filter)?, offered(&head, arguments.set, &spec.filter)?);
+        let (old, new) = (base.cases(arguments.set, &spec.filter)?, head.cases(arguments.set, &spec.filter)?);
         lines.extend(old.iter().filter(|c| !new.contains(c)).map(|c| Line::without(c, Verdict::Gone)));
         lines.extend(new.iter().filter(|c| !old.contains(c)).map(|c| Line::without(c, Verdict::New)));
         old.iter().filter(|c| new.contains(c)).map(|c| (*c, *c)).collect()
@@ -232,11 +210,9 @@ fn in_turns(
 /// Differences that forbid comparing, or notes where the user wants it anyway.
 fn comparable(base: &Machine, head: &Machine, anyway: bool) -> Result<Vec<String>> {
     let mut differences = base.differences(head);
-    for (machine, what) in [(base, "the baseline"), (head, "HEAD")] {
-        if machine.dirty && std::ptr::eq(machine, base) {
-            differences
-                .push(format!("dirty tree: {what} was taken with uncommitted changes at {}", machine.commit));
-        }
+    if base.dirty {
+        differences
+            .push(format!("dirty tree: the baseline was taken with uncommitted changes at {}", base.commit));
     }
     if differences.is_empty() {
         return Ok(Vec::new());
@@ -269,10 +245,7 @@ fn against(
         let found = Worker::start(&now, framework, false)?.machine()?;
         match &mut machine {
             None => machine = Some(found),
-            Some(all) => {
-                let known = all.versions.clone();
-                all.versions.extend(found.versions.into_iter().filter(|v| !known.contains(v)));
-            }
+            Some(all) => all.add_versions(found.versions),
         }
     }
     let machine = machine.context("the baseline is of no framework that is built here")?;
@@ -280,14 +253,14 @@ fn against(
     notes.push("a baseline is one process of another time: the band holds its wandering, and that between processes now".to_owned());
 
     // The baseline says which cases; the set of this run only names new ones.
-    let filter = regex::Regex::new(&spec.filter)?;
+    let filter = pattern(&spec.filter)?;
     let sets: Vec<Set> = past.selections.iter().filter_map(|s| s.set.parse().ok()).collect();
     let set = sets.iter().copied().max().unwrap_or(arguments.set);
-    let offered = offered(&now, set, &spec.filter)?;
+    let offered = now.cases(set, &spec.filter)?;
     let covered = |case: &Case| {
         past.selections.iter().any(|s| {
             s.framework == case.backend.framework().id()
-                && regex::Regex::new(&s.filter).is_ok_and(|f| f.is_match(&case.to_string()))
+                && pattern(&s.filter).is_ok_and(|f| f.is_match(&case.to_string()))
         })
     };
     let mut lines = Vec::new();
@@ -361,7 +334,7 @@ fn two_pasts(
 ) -> Result<Report> {
     let mut notes = comparable(&base.machine, &head.machine, arguments.anyway)?;
     notes.push("both are baselines, taken at different times: nothing was measured now".to_owned());
-    let filter = regex::Regex::new(&spec.filter)?;
+    let filter = pattern(&spec.filter)?;
     let mut lines: BTreeMap<String, Line> = BTreeMap::new();
     for kept in base.cases.iter().chain(&head.cases).filter(|k| filter.is_match(&k.record.id)) {
         let id = kept.record.id.clone();
