@@ -35,7 +35,8 @@ unsafe extern "C" {
     fn tb_allow_tf32(allow: bool) -> c_int;
     fn tb_autocast_begin(device: c_int) -> c_int;
     fn tb_autocast_end(device: c_int) -> c_int;
-    fn tb_side_linear(x: Raw, weight: Raw, bias: Raw, out: *mut Raw) -> c_int;
+    fn tb_side_linear(x: Raw, weight: Raw, bias: Raw, ones: Raw, out: *mut Raw) -> c_int;
+    fn tb_side_norm(x: Raw, weight: Raw, bias: Raw, ones: Raw, eps: f64, out: *mut Raw) -> c_int;
     fn tb_linear_cross_entropy(hidden: Raw, weight: Raw, target: Raw, out: *mut Raw) -> c_int;
     fn tb_copy(to: *const Raw, from: *const Raw, count: usize) -> c_int;
     fn tb_join(device: c_int) -> c_int;
@@ -205,26 +206,34 @@ pub fn autocast<T>(device: Device, on: bool, body: impl FnOnce() -> T) -> Result
     Ok(body())
 }
 
-/// One tensor as the result of a function of three.
-fn made(call: impl FnOnce(Raw, Raw, Raw, *mut Raw) -> c_int, [a, b, c]: [&Tensor; 3]) -> Result<Tensor> {
+/// One tensor as the result of a function of several.
+fn made<const N: usize>(
+    tensors: [&Tensor; N],
+    call: impl FnOnce([Raw; N], *mut Raw) -> c_int,
+) -> Result<Tensor> {
     let mut out = std::ptr::null_mut();
-    let raw = |t: &Tensor| t.as_ptr().cast_mut().cast();
-    checked(call(raw(a), raw(b), raw(c), &mut out))?;
+    checked(call(tensors.map(|t| t.as_ptr().cast_mut().cast()), &mut out))?;
     // SAFETY: after success the slot holds an owned tensor, taken once.
     Ok(unsafe { Tensor::from_ptr(out.cast()) })
 }
 
 /// x·weightᵀ + bias, whose parameter gradients are computed on a second stream. What
-/// follows [`join`] sees them.
-pub fn side_linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
+/// follows [`join`] sees them. `ones` has at least as many elements as x has rows.
+pub fn side_linear(x: &Tensor, weight: &Tensor, bias: &Tensor, ones: &Tensor) -> Result<Tensor> {
     // SAFETY: all tensors outlive the call.
-    made(|x, weight, bias, out| unsafe { tb_side_linear(x, weight, bias, out) }, [x, weight, bias])
+    made([x, weight, bias, ones], |[x, w, b, ones], out| unsafe { tb_side_linear(x, w, b, ones, out) })
+}
+
+/// Layer norm over the last dimension, as [`side_linear`] computes gradients.
+pub fn side_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, ones: &Tensor, eps: f64) -> Result<Tensor> {
+    // SAFETY: all tensors outlive the call.
+    made([x, weight, bias, ones], |[x, w, b, ones], out| unsafe { tb_side_norm(x, w, b, ones, eps, out) })
 }
 
 /// Mean cross-entropy in f32 of hidden [M, D] · weightᵀ [D, V] against target [M].
 pub fn linear_cross_entropy(hidden: &Tensor, weight: &Tensor, target: &Tensor) -> Result<Tensor> {
     // SAFETY: all tensors outlive the call.
-    made(|h, w, t, out| unsafe { tb_linear_cross_entropy(h, w, t, out) }, [hidden, weight, target])
+    made([hidden, weight, target], |[h, w, t], out| unsafe { tb_linear_cross_entropy(h, w, t, out) })
 }
 
 /// Copies values pairwise, converting where the types differ; records no gradient.

@@ -9,27 +9,33 @@ use transformer_bench::model::{
 use crate::extension;
 
 /// How the layers are written.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub struct Layers {
     /// One q-k-v projection and scaled_dot_product_attention.
     pub fused: bool,
-    /// Parameter gradients of linear layers on a second stream.
-    pub side: bool,
+    /// Parameter gradients on a second stream; a 1 for each token of the batch.
+    pub side: Option<Tensor>,
     pub dropout: f64,
     pub train: bool,
 }
 
-fn norm(x: &Tensor, layer: &Norm<Tensor>) -> Tensor {
-    let width = layer.weight.size()[0];
-    x.layer_norm([width], Some(&layer.weight), Some(&layer.bias), NORM_EPS, true)
-}
-
 impl Layers {
     fn linear(&self, x: &Tensor, layer: &Linear<Tensor>) -> Tensor {
-        if self.side {
-            return extension::side_linear(x, &layer.weight, &layer.bias).expect("a linear layer");
+        match &self.side {
+            Some(ones) => {
+                extension::side_linear(x, &layer.weight, &layer.bias, ones).expect("a linear layer")
+            }
+            None => x.linear(&layer.weight, Some(&layer.bias)),
         }
-        x.linear(&layer.weight, Some(&layer.bias))
+    }
+
+    fn norm(&self, x: &Tensor, layer: &Norm<Tensor>) -> Tensor {
+        match &self.side {
+            Some(ones) => {
+                extension::side_norm(x, &layer.weight, &layer.bias, ones, NORM_EPS).expect("a layer norm")
+            }
+            None => x.layer_norm(layer.weight.size(), Some(&layer.weight), Some(&layer.bias), NORM_EPS, true),
+        }
     }
 
     fn drop(&self, x: Tensor) -> Tensor {
@@ -80,14 +86,14 @@ impl Layers {
         match family {
             Family::Indicator => {
                 let attended = self.drop(self.attention(&x, &b.attention, heads, false));
-                let x = norm(&(x + attended), &b.norm1);
+                let x = self.norm(&(x + attended), &b.norm1);
                 let fed = self.drop(self.feed_forward(&x, &b.feed_forward, false));
-                norm(&(x + fed), &b.norm2)
+                self.norm(&(x + fed), &b.norm2)
             }
             Family::Gpt2 => {
-                let attended = self.attention(&norm(&x, &b.norm1), &b.attention, heads, true);
+                let attended = self.attention(&self.norm(&x, &b.norm1), &b.attention, heads, true);
                 let x = x + self.drop(attended);
-                let fed = self.feed_forward(&norm(&x, &b.norm2), &b.feed_forward, true);
+                let fed = self.feed_forward(&self.norm(&x, &b.norm2), &b.feed_forward, true);
                 x + self.drop(fed)
             }
         }
@@ -110,7 +116,7 @@ impl Layers {
         for block in &p.blocks {
             x = self.block(x, block, s.heads, Family::Indicator);
         }
-        let x = norm(&x, &p.norm);
+        let x = self.norm(&x, &p.norm);
         [self.head(&x, &p.selection), self.head(&x, &p.allocation).softmax(-1, None::<Kind>)]
     }
 
@@ -120,7 +126,7 @@ impl Layers {
         for block in &p.blocks {
             x = self.block(x, block, s.heads, Family::Gpt2);
         }
-        norm(&x, &p.norm)
+        self.norm(&x, &p.norm)
     }
 
     /// tokens [B, T] → logits [B, T, V]
@@ -154,6 +160,5 @@ pub fn indicator_loss([selection, weights]: &[Tensor; 2], usefulness: &Tensor) -
 
 /// Next-token cross-entropy in f32: logits [B, T, V], next [B, T]
 pub fn gpt2_loss(logits: &Tensor, next: &Tensor) -> Tensor {
-    // Asked for f32, log_softmax reads half types itself: no copy of the logits.
     logits.flatten(0, 1).log_softmax(-1, Kind::Float).nll_loss(&next.flatten(0, 1))
 }

@@ -67,15 +67,7 @@ impl Step {
         let train = case.workload.trains();
         let wanted = case.precision.recipe;
         let captured = wanted.captured() && matches!(device, Device::Cuda(_));
-        let layers = Layers {
-            fused: wanted.fused_attention(),
-            // A recording keeps both streams; without one the launches would cost more.
-            side: captured && train,
-            dropout: fixture.dropout,
-            train,
-        };
-
-        let inputs = fixture
+        let inputs: Vec<Tensor> = fixture
             .inputs()
             .iter()
             .map(|named| {
@@ -88,6 +80,17 @@ impl Step {
                 load(named, device, kind)
             })
             .collect();
+        let layers = Layers {
+            fused: wanted.fused_attention(),
+            // A recording keeps both streams; without one the launches would cost more.
+            side: (captured && train).then(|| {
+                let kind = if case.precision.compute == Compute::Amp { Kind::BFloat16 } else { kind };
+                let tokens = inputs.first().map_or(0, |x| x.size().iter().take(2).product());
+                Tensor::ones([tokens], (kind, device))
+            }),
+            dropout: fixture.dropout,
+            train,
+        };
 
         let (leaves, places) = pack(fixture.parameters(), device, kind, layers.fused);
         let leaves: Vec<Tensor> = leaves.into_iter().map(|t| t.set_requires_grad(train)).collect();

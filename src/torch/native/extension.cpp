@@ -64,58 +64,106 @@ void wait_for(c10::Stream waiting, c10::Stream earlier) {
   event.block(waiting);
 }
 
-// A linear layer whose weight and bias gradients run beside the rest of the backward
-// pass: only the input's gradient is on the way to the layer below. With few rows one
-// product leaves most of a GPU idle, so two at a time take little more than one.
-// Needs tb_join before the gradients are read.
+// Runs `body` on the side stream, behind everything that the main stream was given so
+// far; what it reads is held until tb_join. Little of a GPU is busy with a parameter's
+// gradient, and only the input's is on the way to the layer below, so both at once take
+// not much longer than one.
+template <typename F>
+void beside(const at::Tensor& gradient, std::initializer_list<at::Tensor> reads, F&& body) {
+  c10::impl::VirtualGuardImpl device(gradient.device().type());
+  if (!side.stream) side.stream = device.getNewStream(gradient.device());
+  wait_for(*side.stream, device.getStream(gradient.device()));
+  side.held.insert(side.held.end(), reads);
+  c10::StreamGuard on_side(*side.stream);
+  body();
+}
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// A linear layer with its weight's and bias's gradients on the side stream. `ones` has at
+// least as many elements as x has rows: rows are summed as a product with it, which takes
+// half of the time that sum(0) does.
 struct SideLinear : torch::autograd::Function<SideLinear> {
-  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x,
-                            const at::Tensor& weight, const at::Tensor& bias) {
-    ctx->save_for_backward({x, weight});
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
+                            const at::Tensor& bias, const at::Tensor& ones) {
+    ctx->save_for_backward({x, weight, ones});
     return at::linear(x, weight, bias);
   }
 
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
-                                                 torch::autograd::variable_list gradients) {
+  static variable_list backward(AutogradContext* ctx, variable_list gradients) {
     auto saved = ctx->get_saved_variables();
     auto gradient = gradients[0].contiguous();
     auto g = gradient.flatten(0, -2), x = saved[0].flatten(0, -2);
-    c10::impl::VirtualGuardImpl device(gradient.device().type());
-    const auto main = device.getStream(gradient.device());
-    if (!side.stream) side.stream = device.getNewStream(gradient.device());
-    wait_for(*side.stream, main);
-    side.held.insert(side.held.end(), {gradient, g, x});
     at::Tensor weight, bias, input;
-    {
-      c10::StreamGuard on_side(*side.stream);
+    beside(gradient, {g, x}, [&] {
       weight = g.t().mm(x);
-      bias = g.sum(0);
-    }
+      bias = g.t().mv(saved[2].narrow(0, 0, g.size(0)));
+    });
     if (ctx->needs_input_grad(0)) input = at::matmul(gradient, saved[1]);
-    return {input, weight, bias};
+    return {input, weight, bias, at::Tensor()};
+  }
+};
+
+// Layer norm over the last dimension with its parameters' gradients on the side stream,
+// as products with `ones` again: the kernel that native_layer_norm_backward has for them
+// leaves most of a GPU idle, and takes five times as long where rows are many.
+struct SideNorm : torch::autograd::Function<SideNorm> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
+                            const at::Tensor& bias, const at::Tensor& ones, double eps) {
+    auto [y, mean, rstd] = at::native_layer_norm(x, weight.sizes(), weight, bias, eps);
+    ctx->save_for_backward({x, mean, rstd, weight, bias, ones});
+    ctx->saved_data["eps"] = eps;
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list gradients) {
+    auto saved = ctx->get_saved_variables();
+    const auto &x = saved[0], &weight = saved[3];
+    auto gradient = gradients[0].contiguous();
+    auto g = gradient.flatten(0, -2);
+    variable_list out(5);
+    beside(gradient, {g, x}, [&] {
+      auto ones = saved[5].narrow(0, 0, g.size(0));
+      auto normal = std::get<0>(
+          at::native_layer_norm(x, weight.sizes(), {}, {}, ctx->saved_data["eps"].toDouble()));
+      out[1] = normal.mul_(gradient).flatten(0, -2).t().mv(ones);
+      out[2] = g.t().mv(ones);
+    });
+    out[0] = std::get<0>(at::native_layer_norm_backward(gradient, x, weight.sizes(), saved[1], saved[2],
+                                                        weight, saved[4], {true, false, false}));
+    return out;
   }
 };
 
 // Mean cross-entropy of hidden·weightᵀ, [M, D] and [V, D], against target [M], in f32.
-// The logits' gradient, softmax − one-hot, is written in the forward pass as soon as the
-// log-probabilities are there: the backward pass then reads nothing in f32, and the
-// [M, V] arrays live for a moment. Taking log_softmax's and nll_loss's own backward
-// moves about twice the bytes.
+// The logits' gradient, softmax − one-hot, is written in the forward pass: the [M, V]
+// arrays are the largest of the model, and the backward passes of log_softmax and
+// nll_loss would read and write them again.
 struct LinearCrossEntropy : torch::autograd::Function<LinearCrossEntropy> {
-  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& hidden,
-                            const at::Tensor& weight, const at::Tensor& target) {
-    auto log_p = at::log_softmax(hidden.mm(weight.t()), -1, at::kFloat);
-    auto loss = at::nll_loss(log_p, target);
-    auto slope = at::empty(log_p.sizes(), hidden.options());
-    at::exp_out(slope, log_p);
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& hidden, const at::Tensor& weight,
+                            const at::Tensor& target) {
+    auto logits = hidden.mm(weight.t());
+    auto index = target.unsqueeze(1);
+    at::Tensor loss, slope;
+    if (logits.scalar_type() == at::kBFloat16) {
+      // softmax computes in f32 and rounds once. bf16 has the range of f32, so the target's
+      // probability gives the loss as exactly as a bf16 logit does, without an f32 array.
+      slope = at::softmax(logits, -1);
+      loss = slope.gather(1, index).to(at::kFloat).log().mean().neg();
+    } else {
+      auto log_p = at::log_softmax(logits, -1, at::kFloat);
+      loss = at::nll_loss(log_p, target);
+      slope = at::empty_like(logits);
+      at::exp_out(slope, log_p);
+    }
     auto one = at::full({1, 1}, -1, hidden.options()).expand({target.size(0), 1});
-    slope.scatter_add_(1, target.unsqueeze(1), one);
+    slope.scatter_add_(1, index, one);
     ctx->save_for_backward({hidden, weight, slope});
     return loss;
   }
 
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
-                                                 torch::autograd::variable_list gradients) {
+  static variable_list backward(AutogradContext* ctx, variable_list gradients) {
     auto saved = ctx->get_saved_variables();
     const auto &hidden = saved[0], &weight = saved[1], &slope = saved[2];
     auto scale = (gradients[0] / hidden.size(0)).to(hidden.scalar_type());
@@ -185,8 +233,14 @@ int tb_autocast_end(int device) {
 }
 
 // x·weightᵀ + bias through SideLinear.
-int tb_side_linear(at::Tensor* x, at::Tensor* weight, at::Tensor* bias, at::Tensor** out) {
-  return guarded([&] { *out = new at::Tensor(SideLinear::apply(*x, *weight, *bias)); });
+int tb_side_linear(at::Tensor* x, at::Tensor* weight, at::Tensor* bias, at::Tensor* ones, at::Tensor** out) {
+  return guarded([&] { *out = new at::Tensor(SideLinear::apply(*x, *weight, *bias, *ones)); });
+}
+
+// Layer norm over the last dimension through SideNorm.
+int tb_side_norm(at::Tensor* x, at::Tensor* weight, at::Tensor* bias, at::Tensor* ones, double eps,
+                 at::Tensor** out) {
+  return guarded([&] { *out = new at::Tensor(SideNorm::apply(*x, *weight, *bias, *ones, eps)); });
 }
 
 int tb_linear_cross_entropy(at::Tensor* hidden, at::Tensor* weight, at::Tensor* target, at::Tensor** out) {
@@ -201,7 +255,7 @@ int tb_copy(at::Tensor** to, at::Tensor** from, size_t count) {
   });
 }
 
-// Makes the current stream wait for what SideLinear has started.
+// Makes the current stream wait for what runs beside it.
 int tb_join(int device) {
   return guarded([&] {
     if (!side.stream) return;
