@@ -182,8 +182,47 @@ impl Drop for Scratch {
     }
 }
 
+/// The build folder of revisions, which begins with the dependencies that the checkout has
+/// built. It can't be the checkout's own: cargo goes by relative paths and times, and would
+/// take one tree's files for the other's.
+fn build_folder() -> Result<PathBuf> {
+    let own = fs::canonicalize(results::target_folder())?;
+    let folder = own.join("revisions");
+    if !folder.exists() {
+        let partial = Scratch(own.join("revisions.partial"));
+        let _ = fs::remove_dir_all(&partial.0);
+        for part in ["build", "deps", ".fingerprint"] {
+            copy_dependencies(&own.join("release").join(part), &partial.0.join("release").join(part))?;
+        }
+        fs::rename(&partial.0, &folder)?;
+    }
+    Ok(folder)
+}
+
+/// Copies a folder of cargo's with its times, by which cargo knows what is fresh; without
+/// executables and this project's own libraries.
+fn copy_dependencies(from: &Path, to: &Path) -> Result<()> {
+    fs::create_dir_all(to)?;
+    for entry in fs::read_dir(from).into_iter().flatten().flatten() {
+        let (path, name) = (entry.path(), entry.file_name().to_string_lossy().into_owned());
+        let kept = ["rlib", "rmeta", "so", "dylib"].iter().any(|e| path.extension().is_some_and(|x| x == *e));
+        let skipped = from.ends_with("deps") && !kept;
+        if skipped || name.contains("transformer-bench") || name.contains("transformer_bench") {
+            continue;
+        }
+        let place = to.join(name);
+        if path.is_dir() {
+            copy_dependencies(&path, &place)?;
+        } else {
+            fs::copy(&path, &place).with_context(|| format!("{}: is the disk full?", place.display()))?;
+            fs::File::options().append(true).open(&place)?.set_modified(fs::metadata(&path)?.modified()?)?;
+        }
+    }
+    Ok(())
+}
+
 /// Builds a commit in an exported tree, outside the checkout and without touching it or
-/// git's index. Dependencies come from the checkout's own build folder.
+/// git's index.
 fn revision(commit: &str, name: &str) -> Result<PathBuf> {
     let short = &commit[..12];
     ensure!(
@@ -205,7 +244,7 @@ fn revision(commit: &str, name: &str) -> Result<PathBuf> {
     }
     let tree = Scratch(cache.join(format!("tree-{short}")));
     fs::create_dir_all(&tree.0)?;
-    // With the commit's own times, so that cargo knows what it has built before.
+    // Its files are new (-m), so that cargo takes nothing of another revision for theirs.
     let mut archive = Command::new("git")
         .arg("-C")
         .arg(root())
@@ -214,7 +253,7 @@ fn revision(commit: &str, name: &str) -> Result<PathBuf> {
         .spawn()
         .context("git did not start")?;
     let unpacked = Command::new("tar")
-        .args(["-x", "-C"])
+        .args(["-x", "-m", "-C"])
         .arg(&tree.0)
         .stdin(archive.stdout.take().context("a pipe")?)
         .status()
@@ -234,8 +273,7 @@ fn revision(commit: &str, name: &str) -> Result<PathBuf> {
         return Ok(kept);
     }
     eprintln!("building {name} ({short})");
-    let target = fs::canonicalize(results::target_folder())?;
-    copy(&compile(&tree.0, Some(&target), name)?, &kept)?;
+    copy(&compile(&tree.0, Some(&build_folder()?), name)?, &kept)?;
     Ok(kept)
 }
 
