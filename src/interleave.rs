@@ -42,18 +42,19 @@ impl Side {
     pub fn cases(&self, set: Set, filter: &str) -> Result<Vec<Case>> {
         let mut all = Vec::new();
         for &framework in self.executables.keys() {
-            let mut worker = Worker::start(self, framework, false)?;
+            let mut worker = Worker::start(self, framework, None)?;
             all.extend(worker.cases(set, filter).with_context(|| format!("{}, {framework}", self.name))?);
         }
         Ok(all)
     }
 }
 
-/// How CPU backends may compute.
+/// How many threads and cores the processes of a comparison get.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Threads {
-    /// One thread, both sides on the same core: what interleaving needs on a shared
-    /// machine, where two cores are seldom alike at a time.
+    /// Both sides on the same core, CPU backends with one thread: what interleaving needs on
+    /// a shared machine, where two cores are seldom alike at a time. A GPU backend keeps its
+    /// threads, but its launches come from that core: its intervals get several times narrower.
     One,
     /// As the user's own runs.
     All,
@@ -126,9 +127,11 @@ pub struct Worker {
 }
 
 impl Worker {
+    /// `pinned` names the backend whose steps it times on the comparison's core.
+    ///
     /// # Errors
     /// Where the executable does not start.
-    pub fn start(side: &Side, framework: Framework, pinned: bool) -> Result<Self> {
+    pub fn start(side: &Side, framework: Framework, pinned: Option<BackendId>) -> Result<Self> {
         let executable = side
             .executables
             .get(&framework)
@@ -139,12 +142,14 @@ impl Worker {
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
-        if pinned {
+        if pinned.is_some_and(BackendId::is_cpu) {
             for name in
                 ["OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"]
             {
                 command.env(name, "1");
             }
+        }
+        if pinned.is_some() {
             #[cfg(target_os = "linux")]
             if let Some(core) = core() {
                 use std::os::unix::process::CommandExt;
@@ -323,7 +328,10 @@ fn one_round(
     let Some(first) = rows.first() else { return Ok(()) };
     let backends = [first.base.backend, first.head.backend];
     let start = |side: usize| {
-        let pinned = threads == Threads::One && backends[side].is_cpu();
+        // Two frameworks split a GPU step over threads in their own ways: a shared core
+        // would favour one of them.
+        let alike = backends[side].is_cpu() || backends[0] == backends[1];
+        let pinned = (threads == Threads::One && alike).then_some(backends[side]);
         Worker::start(&sides[side], backends[side].framework(), pinned)
     };
     let mut workers: [Option<Worker>; 2] = [None, None];
@@ -415,7 +423,7 @@ pub fn levels(
     for round in 1..=PROCESSES {
         progress(round);
         for &framework in &frameworks {
-            let mut worker = Worker::start(side, framework, false)?;
+            let mut worker = Worker::start(side, framework, None)?;
             for case in cases.iter().filter(|c| c.backend.framework() == framework) {
                 go_on()?;
                 let entry = all.get_mut(&case.to_string()).expect("made above");
@@ -427,7 +435,7 @@ pub fn levels(
                     Ok(level) => levels.push(level),
                     Err(reason) => {
                         *entry = Err(format!("{reason:#}"));
-                        worker = Worker::start(side, framework, false)?;
+                        worker = Worker::start(side, framework, None)?;
                     }
                 }
             }

@@ -215,7 +215,7 @@ fn extra_work(plain: &Side, share: f64, cases: &[Case]) -> Result<String> {
     const TRIAL: u64 = 100_000;
     let mut all = Vec::new();
     for case in cases {
-        let mut worker = Worker::start(plain, case.backend.framework(), true)?;
+        let mut worker = Worker::start(plain, case.backend.framework(), Some(case.backend))?;
         worker.load(case)?;
         let (mut steps, mut works) = (Vec::new(), Vec::new());
         let start = Instant::now();

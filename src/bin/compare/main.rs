@@ -197,9 +197,9 @@ fn in_turns(
     if Instant::now() >= until {
         notes.push(format!("stopped at the budget of {} min", arguments.budget));
     }
-    if threads == Threads::One && rows.iter().any(|r| r.base.backend.is_cpu()) {
+    if threads == Threads::One {
         notes.push(
-            "CPU backends ran on one thread, both sides on the same core: --threads all for all".to_owned(),
+            "both sides on the same core, CPU backends on one thread: --threads all for all".to_owned(),
         );
     }
     let names = sides.map(|s| s.name);
@@ -242,7 +242,7 @@ fn against(
         if !past.selections.iter().any(|s| s.framework == framework.id()) {
             continue;
         }
-        let found = Worker::start(&now, framework, false)?.machine()?;
+        let found = Worker::start(&now, framework, None)?.machine()?;
         match &mut machine {
             None => machine = Some(found),
             Some(all) => all.add_versions(found.versions),
