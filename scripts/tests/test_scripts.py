@@ -47,12 +47,6 @@ class Setup(unittest.TestCase):
         code, text = run("scripts/setup", "--quiet")
         self.assertEqual((code, text), (0, ""))
 
-    def test_unknown_argument(self):
-        code, text = run("scripts/setup", "--cpuu")
-        self.assertEqual(code, 1)
-        self.assertIn("--cpuu", text)
-        self.assertEqual(len(text.splitlines()), 1)
-
     def test_unsupported_platform(self):
         with mock.patch("platform.machine", return_value="riscv64"):
             self.stops("not supported", self.setup.platform_name)
@@ -111,12 +105,31 @@ class Setup(unittest.TestCase):
         self.assertEqual(own.read_text(), "[build]\njobs = 1\n")
 
 
-class Bench(unittest.TestCase):
-    def test_unknown_option(self):
-        code, text = run("scripts/bench", "--fast")
-        self.assertEqual(code, 2)
-        self.assertIn("--fast", text)
+class Options(unittest.TestCase):
+    NEAR = {"bench": ("--ful", "--full"), "test": ("--halp", "--help"), "setup": ("--cpuu", "--cpu"),
+            "reference": ("--round", "--rounds"), "baseline": ("--hlp", "--help"),
+            "compare": ("--treshold", "--threshold"), "flamegraph": ("--slowst", "--slowest"),
+            "report": ("--hlp", "--help"), "selftest": ("--minuts", "--minutes")}
 
+    def scripts(self):
+        return sorted(p.name for p in (ROOT / "scripts").iterdir() if p.is_file() and os.access(p, os.X_OK))
+
+    def test_every_script_names_the_nearest(self):
+        self.assertEqual(self.scripts(), sorted(self.NEAR))
+        for script, (wrong, near) in self.NEAR.items():
+            code, text = run(f"scripts/{script}", wrong)
+            self.assertIn(code, (1, 2), script)
+            self.assertIn(wrong, text)
+            self.assertIn(near, text)
+
+    def test_every_script_explains_itself(self):
+        for script in self.scripts():
+            code, text = run(f"scripts/{script}", "--help")
+            self.assertEqual(code, 0, script)
+            self.assertIn(f"scripts/{script}", text, script)
+
+
+class Bench(unittest.TestCase):
     def test_two_filters(self):
         code, text = run("scripts/bench", "a", "b")
         self.assertEqual(code, 2)
@@ -286,31 +299,52 @@ for line in sys.stdin:
         self.assertEqual(code, 2)
         self.assertIn("no case", text)
 
-    def test_an_unknown_option_names_the_nearest(self):
-        code, text = self.compare("worktree", "--treshold", "1")
-        self.assertEqual(code, 2)
-        self.assertIn("--threshold", text)
+    def commit(self, clone, change):
+        """A commit on top of HEAD in a clone, with what `change` makes of the PyTorch step."""
+        if not clone.exists():
+            subprocess.run(["git", "clone", "--quiet", "--shared", str(ROOT), str(clone)], check=True)
+        step = clone / "src" / "torch" / "step.rs"
+        old = step.read_text()
+        step.write_text(change(old))
+        self.assertNotEqual(step.read_text(), old)
+        subprocess.run(["git", "-C", str(clone), "-c", "user.name=t", "-c", "user.email=t@t",
+                        "commit", "--quiet", "-am", "a change"], check=True)
+        return clone
 
-    def test_revisions_that_cannot_be_built(self):
-        clone = self.folder / "clone"
-        subprocess.run(["git", "clone", "--quiet", "--shared", str(ROOT), str(clone)], check=True)
-        git = ["git", "-C", str(clone), "-c", "user.name=t", "-c", "user.email=t@t"]
-        if not (clone / "src" / "interleave.rs").exists():
-            self.skipTest("HEAD is from before comparisons")
-        (clone / "src" / "case.rs").write_text("no Rust\n")
-        subprocess.run([*git, "commit", "--quiet", "-am", "broken"], check=True)
-        env = {**os.environ, "TRANSFORMER_BENCH_RESULTS": str(self.folder / "results"),
-               "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))}
-        before = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout
-        (clone / "src" / "case.rs").write_text((ROOT / "src" / "case.rs").read_text())
-        done = subprocess.run([str(ROOT / "target/release/compare"), "HEAD", self.side("head")],
-                              cwd=clone, text=True, capture_output=True, env=env)
-        self.assertEqual(done.returncode, 2, done.stdout)
-        self.assertIn("does not build", done.stderr)
-        self.assertEqual(before, "")
-        trees = list((Path(env["XDG_CACHE_HOME"]) / "transformer-bench" / "compare").glob("tree-*"))
-        self.assertEqual(trees, [])
-        self.assertEqual(subprocess.run([*git, "worktree", "list"], capture_output=True, text=True).stdout.count("\n"), 1)
+    def revisions(self, clone, *arguments):
+        """Compares in a clone; nothing may be left in it, and nothing touched in this checkout."""
+        def own():
+            return sorted((p, p.stat().st_mtime_ns) for p in (ROOT / "target/release/.fingerprint").glob("transformer-bench*"))
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "transformer-bench" / "compare"
+        before = own()
+        done = subprocess.run([str(ROOT / "target/release/compare"), *arguments], cwd=clone, text=True, capture_output=True,
+                              env={**os.environ, "TRANSFORMER_BENCH_RESULTS": str(self.folder / "results")})
+        self.assertEqual(before, own())
+        self.assertEqual(list(cache.glob("tree-*")), [])
+        for command in (["status", "--porcelain"], ["stash", "list"]):
+            found = subprocess.run(["git", "-C", str(clone), *command], capture_output=True, text=True, check=True).stdout
+            self.assertEqual(found, "")
+        for revision in subprocess.run(["git", "-C", str(clone), "log", "-2", "--format=%H"],
+                                       capture_output=True, text=True, check=True).stdout.split():
+            for kept in cache.glob(f"{revision[:12]}-*"):
+                shutil.rmtree(kept)
+        return done.returncode, done.stdout, done.stderr
+
+    def test_a_revision_that_cannot_be_built(self):
+        clone = self.commit(self.folder / "broken", lambda _: "no Rust\n")
+        code, out, error = self.revisions(clone, "HEAD", self.side("head"))
+        self.assertEqual(code, 2, out)
+        self.assertIn("does not build", error)
+
+    def test_two_revisions_that_differ(self):
+        def slower(text):
+            start = "fn step(&mut self) -> Result<()> {"
+            return text.replace(start, start + " for i in 0..400_000u64 { std::hint::black_box(i); }")
+        clone = self.commit(self.folder / "slower", slower)
+        code, out, error = self.revisions(clone, "HEAD~1", "HEAD", "^attention/torch-cpu/f32/",
+                                          "--set", "smoke", "--json")
+        self.assertEqual(code, 1, error)
+        self.assertEqual({c["verdict"] for c in json.loads(out)["cases"]}, {"slower"}, out)
 
     def test_damaged_baselines(self):
         folder = self.folder / "project" / "criterion-baselines" / "m" / "bad"
