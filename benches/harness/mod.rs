@@ -6,6 +6,7 @@
 
 mod options;
 mod profiler;
+mod symbols;
 mod timing;
 mod worker;
 
@@ -64,6 +65,9 @@ fn run(framework: Framework, find: fn() -> Found) -> Result<bool> {
         selected.iter().for_each(|case| println!("{case}: benchmark"));
         return Ok(true);
     }
+    if options.profile {
+        symbols::ask_for_generated();
+    }
     let found = find();
     machine::assert_isolated(framework)?;
     let apart = |case: &Case| {
@@ -99,6 +103,7 @@ fn run(framework: Framework, find: fn() -> Found) -> Result<bool> {
             suite.save(framework, &records)?;
         }
     }
+    symbols::drop_generated();
     suite.criterion.final_summary();
     if suite.options.test {
         let count = |status| records.iter().filter(|r| r.status == status).count();

@@ -5,7 +5,6 @@
 //! it costs.
 
 use std::cell::RefCell;
-use std::collections::HashMap;
 use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
@@ -18,9 +17,10 @@ use transformer_bench::backend::Prepared;
 use transformer_bench::case::Case;
 use transformer_bench::compare::midmean;
 use transformer_bench::gpu;
-use transformer_bench::profile::{Profile, Unit, readable, unresolved};
+use transformer_bench::profile::{Profile, Unit};
 use transformer_bench::results;
 
+use super::symbols::{Symbols, is_generated};
 use super::timing;
 
 /// Samples a second of CPU time.
@@ -137,32 +137,17 @@ impl Profiler for Sampler {
     }
 }
 
-/// The names of the functions at an address, the outermost of inlined ones first.
-fn names_at(address: usize) -> Vec<String> {
-    let mut names = Vec::new();
-    backtrace::resolve(address as *mut libc::c_void, |found| {
-        if let Some(name) = found.name() {
-            names.push(readable(&String::from_utf8_lossy(name.as_bytes())));
-        }
-    });
-    if names.is_empty() {
-        names.push(library_of(address));
-    }
-    names.reverse();
-    names
-}
-
 /// The report's stacks, outermost first, without what lies around a step. pprof's own
 /// resolution leaves out frames that have no symbol, as if their callers had worked.
 fn stacks(report: &UnresolvedReport) -> Profile {
     let mut profile = Profile::default();
-    let mut known: HashMap<usize, Vec<String>> = HashMap::new();
+    let mut symbols = Symbols::read();
     for (sample, &count) in &report.data {
         let mut frames: Vec<String> = Vec::new();
         for (depth, frame) in sample.frames.iter().enumerate().rev() {
             // A caller's address is that behind its call.
             let address = if depth == 0 { frame.ip } else { frame.ip.saturating_sub(1) };
-            frames.extend_from_slice(known.entry(address).or_insert_with(|| names_at(address)));
+            frames.extend_from_slice(symbols.at(address));
         }
         let thread = String::from_utf8_lossy(&sample.thread_name[..sample.thread_name_length]).into_owned();
         let place = |wanted: &str| frames.iter().rposition(|f| f.contains(wanted));
@@ -178,7 +163,7 @@ fn stacks(report: &UnresolvedReport) -> Profile {
         } else {
             // Hand-written kernels (MKL's among them) say nothing of their callers: what
             // the unwinder finds beyond them is noise.
-            let lost = frames.iter().take_while(|f| **f == unresolved(GENERATED)).count();
+            let lost = frames.iter().take_while(|f| is_generated(f)).count();
             frames.drain(..lost.min(frames.len() - 1));
             match thread_name(&frames, &thread) {
                 name if name.starts_with("thread ") => "(caller unknown)".to_owned(),
@@ -204,22 +189,6 @@ fn thread_name(frames: &[String], name: &str) -> String {
     } else {
         format!("thread {name}")
     }
-}
-
-/// What lies in no library, such as kernels that oneDNN writes at run time.
-const GENERATED: &str = "generated code";
-
-/// A frame without a symbol, as the library that it lies in.
-fn library_of(address: usize) -> String {
-    // SAFETY: dladdr fills plain data, and reads nothing behind the address.
-    unsafe {
-        let mut info: libc::Dl_info = std::mem::zeroed();
-        if libc::dladdr(address as *const libc::c_void, &raw mut info) != 0 && !info.dli_fname.is_null() {
-            let path = std::ffi::CStr::from_ptr(info.dli_fname).to_string_lossy().into_owned();
-            return unresolved(path.rsplit('/').next().unwrap_or(&path));
-        }
-    }
-    unresolved(GENERATED)
 }
 
 /// Nanoseconds of GPU time that are recorded, about.

@@ -2,6 +2,8 @@
 #![allow(dead_code)] // The run itself, which uses the rest, is the bench targets'.
 
 mod options;
+mod profiler;
+mod symbols;
 mod timing;
 
 mod options_tests {
@@ -98,5 +100,100 @@ mod timing_tests {
         // Ten steps, one a sample: not twenty.
         let slow = plan(1.0, Set::Quick).unwrap();
         assert!(slow.measurement.as_secs_f64() / 10.0 < 1.0);
+    }
+}
+
+mod symbols_tests {
+    use super::symbols::*;
+
+    #[test]
+    fn an_address_has_the_name_of_the_range_that_holds_it() {
+        let map = Ranges::of_perf_map("7f00 20 jit_gemm kernel\nnoise\n8000 10 jit_relu\n");
+        assert_eq!(map.at(0x7f00), Some("jit_gemm kernel"));
+        assert_eq!(map.at(0x7f1f), Some("jit_gemm kernel"));
+        assert_eq!(map.at(0x7f20), None);
+        assert_eq!(map.at(0x7eff), None);
+        assert_eq!(map.at(0x800f), Some("jit_relu"));
+    }
+
+    #[test]
+    fn functions_of_this_program_have_names() {
+        let here = functions_of_this_program_have_names as fn() as usize;
+        let names = Symbols::read().at(here).to_vec();
+        assert!(names.last().unwrap().contains("functions_of_this_program"), "{names:?}");
+    }
+}
+
+mod profiler_tests {
+    use std::hint::black_box;
+
+    use anyhow::Result;
+    use criterion::profiler::Profiler;
+    use pprof::protos::Message;
+    use transformer_bench::backend::Prepared;
+    use transformer_bench::fixture::Tensor;
+    use transformer_bench::profile::Profile;
+
+    use super::profiler::Sampler;
+
+    /// A step that spends nine tenths of its time in one function.
+    struct Planted;
+
+    #[inline(never)]
+    fn planted_slow_function() {
+        (0..900_000u64).for_each(|i| {
+            black_box(i);
+        });
+    }
+
+    #[inline(never)]
+    fn the_rest() {
+        (0..100_000u64).for_each(|i| {
+            black_box(i);
+        });
+    }
+
+    impl Prepared for Planted {
+        fn step(&mut self) -> Result<()> {
+            planted_slow_function();
+            the_rest();
+            Ok(())
+        }
+
+        fn outputs(&mut self) -> Result<Vec<Tensor>> {
+            Ok(Vec::new())
+        }
+    }
+
+    #[test]
+    fn a_planted_slow_function_is_the_heaviest_frame() {
+        let folder = std::env::temp_dir().join(format!("transformer-bench-planted-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let sampler = Sampler::default();
+        let mut hook = sampler.clone();
+        hook.start_profiling("planted", &folder);
+        let mut seconds = 0.0;
+        while seconds < 4.0 {
+            seconds += sampler.run(&mut Planted, 1000).unwrap().as_secs_f64();
+        }
+        hook.stop_profiling("planted", &folder);
+        assert!(sampler.failure().is_none());
+
+        let read = |name: &str| std::fs::read(folder.join(name)).unwrap();
+        let folded = String::from_utf8(read("flamegraph.folded")).unwrap();
+        let profile = Profile::parse(&folded).unwrap();
+        let slow = |stack: &str| stack.starts_with("step;") && stack.contains("planted_slow_function");
+        let under: u64 = folded
+            .lines()
+            .filter(|line| slow(line))
+            .map(|line| line.rsplit_once(' ').unwrap().1.parse::<u64>().unwrap())
+            .sum();
+        let share = under as f64 / profile.total() as f64;
+        assert!((0.8..0.97).contains(&share), "{share} of {} samples: {folded}", profile.total());
+        assert!(profile.resolved() > 0.95, "{folded}");
+        assert!(String::from_utf8(read("flamegraph.svg")).unwrap().contains("planted_slow_function"));
+        let pb = pprof::protos::Profile::decode(&*read("profile.pb")).unwrap();
+        assert!(pb.sample.len() > 1 && pb.string_table.iter().any(|s| s.contains("planted_slow_function")));
+        std::fs::remove_dir_all(&folder).unwrap();
     }
 }
