@@ -646,6 +646,41 @@ mod tests {
     }
 
     #[test]
+    fn the_table_has_every_precision_recipe_and_model() {
+        let full = cases(Set::Full);
+        for &compute in Compute::ALL {
+            assert!(full.iter().any(|c| c.precision.compute == compute), "no case in {compute}");
+        }
+        for &recipe in Recipe::ALL {
+            assert!(full.iter().any(|c| c.precision.recipe == recipe), "no case of {recipe}");
+        }
+        for &family in Family::ALL {
+            let of = |c: &Case| matches!(c.shape, Shape::Model { family: f, .. } if f == family);
+            assert!(full.iter().any(of), "no case of {family}");
+        }
+    }
+
+    #[test]
+    fn the_readme_explains_every_part_of_an_id() {
+        let readme = include_str!("../README.md");
+        let parts = [Workload::ALL.iter().map(|w| w.id()).collect::<Vec<_>>()]
+            .into_iter()
+            .chain([
+                BackendId::ALL.iter().map(|b| b.id()).collect(),
+                Compute::ALL.iter().map(|c| c.id()).collect(),
+            ])
+            .flatten()
+            .map(str::to_owned)
+            .chain(Recipe::ALL.iter().filter(|&&r| r != Recipe::Plain).map(|r| format!("-{r}")));
+        for part in parts {
+            assert!(readme.contains(&format!("`{part}`")), "README.md does not explain {part}");
+        }
+        for family in Family::ALL {
+            assert!(readme.contains(&format!("`{family}` is")), "README.md does not explain {family}");
+        }
+    }
+
+    #[test]
     fn quick_covers_every_workload_on_every_backend() {
         let quick = cases(Set::Quick);
         for &workload in Workload::ALL {

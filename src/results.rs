@@ -73,6 +73,43 @@ impl Record {
     }
 }
 
+/// What environment variables bring to a case, found in turns by `scripts/compare --env`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Setting {
+    /// `NAME=VALUE`, several joined by spaces.
+    pub setting: String,
+    pub id: String,
+    /// Median step times in nanoseconds.
+    pub without_ns: f64,
+    pub with_ns: f64,
+    /// Time with over time without, and its 99 % interval.
+    pub ratio: f64,
+    pub ratio_ci: [f64; 2],
+    pub commit: String,
+}
+
+/// Settings that were measured, whatever the commit.
+pub fn settings(folder: &Path) -> Result<Vec<Setting>> {
+    let path = settings_path(folder);
+    match fs::read_to_string(&path) {
+        Err(_) => Ok(Vec::new()),
+        Ok(text) => serde_json::from_str(&text)
+            .with_context(|| format!("{} is damaged: remove it and compare again", path.display())),
+    }
+}
+
+fn settings_path(folder: &Path) -> PathBuf {
+    folder.join("settings.json")
+}
+
+/// Keeps what was measured, in place of what older comparisons found of the same.
+pub fn keep_settings(folder: &Path, new: Vec<Setting>) -> Result<()> {
+    let mut all = settings(folder)?;
+    all.retain(|old| !new.iter().any(|n| (&n.setting, &n.id) == (&old.setting, &old.id)));
+    all.extend(new);
+    write_whole(&settings_path(folder), &serde_json::to_string_pretty(&all)?)
+}
+
 /// The version of `results.json` that is written, and the newest that is read.
 pub const VERSION: u64 = 1;
 
@@ -87,11 +124,13 @@ pub struct Results {
     pub version: u64,
     pub machine: Machine,
     pub cases: Vec<Record>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub settings: Vec<Setting>,
 }
 
 impl Results {
     pub fn new(machine: Machine, cases: Vec<Record>) -> Self {
-        Self { version: VERSION, machine, cases }
+        Self { version: VERSION, machine, cases, settings: Vec::new() }
     }
 }
 
@@ -198,7 +237,11 @@ pub fn merge(folder: &Path) -> Result<(Results, Vec<Part>)> {
     let order: Vec<String> =
         Set::ALL.iter().rev().flat_map(|&set| crate::case::cases(set)).map(|c| c.to_string()).collect();
     cases.sort_by_key(|r| order.iter().position(|id| *id == r.id).unwrap_or(usize::MAX));
-    Ok((Results::new(machine, cases), parts))
+    let mut results = Results::new(machine, cases);
+    // Those of other commits say nothing of this one.
+    results.settings = settings(folder)?;
+    results.settings.retain(|s| s.commit == results.machine.commit);
+    Ok((results, parts))
 }
 
 /// What measures the parts' cases again.
@@ -247,6 +290,32 @@ mod tests {
         assert!(results.cases[0].id.starts_with("attention/"));
         let json = serde_json::to_value(&results).unwrap();
         assert_eq!(json["cases"][1]["status"], "skipped");
+        fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[test]
+    fn settings_of_the_same_commit_come_with_the_run() {
+        let folder = scratch("settings");
+        let case = "train-step/torch-cpu/f32/indicator-b16";
+        let text = serde_json::to_string(&part(Framework::Torch, case)).unwrap();
+        write_whole(&part_path(&folder, Framework::Torch, false), &text).unwrap();
+        let setting = |ratio: f64, commit: &str| Setting {
+            setting: "OMP_NUM_THREADS=1".to_owned(),
+            id: case.to_owned(),
+            without_ns: 1e6,
+            with_ns: 1e6 * ratio,
+            ratio,
+            ratio_ci: [0.9 * ratio, 1.1 * ratio],
+            commit: commit.to_owned(),
+        };
+        keep_settings(&folder, vec![setting(1.5, "")]).unwrap();
+        keep_settings(&folder, vec![setting(1.8, "")]).unwrap();
+        let found = merge(&folder).unwrap().0.settings;
+        assert_eq!(found, [setting(1.8, "")]);
+        keep_settings(&folder, vec![setting(1.8, "another")]).unwrap();
+        assert!(merge(&folder).unwrap().0.settings.is_empty());
+        write_whole(&settings_path(&folder), "[").unwrap();
+        assert!(merge(&folder).unwrap_err().to_string().contains("damaged"));
         fs::remove_dir_all(folder).unwrap();
     }
 

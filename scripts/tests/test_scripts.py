@@ -235,6 +235,14 @@ for line in sys.stdin:
             self.assertEqual((case["id"], case["verdict"]), (self.CASE, verdict))
             self.assertLess(case["ci"][0], case["ratio"])
 
+    def test_what_a_setting_brings_is_kept_for_the_report(self):
+        side = self.side("setting", 'step *= 2 if os.environ.get("SLOWLY") else 1')
+        code, text = self.compare(side, side, "--set", "smoke", "--env", "SLOWLY=1")
+        self.assertEqual(code, 1, text)
+        kept = json.loads((self.folder / "settings.json").read_text())
+        self.assertEqual([(s["setting"], s["id"]) for s in kept], [("SLOWLY=1", self.CASE)])
+        self.assertAlmostEqual(kept[0]["ratio"], 2, delta=0.1)
+
     def test_markdown_for_a_pull_request(self):
         code, text = self.compare(self.side("base"), self.side("head"), "--set", "smoke", "--markdown")
         self.assertEqual(code, 0)

@@ -120,7 +120,7 @@ mod tests {
     use super::*;
     use crate::case::{Set, cases};
     use crate::machine::Machine;
-    use crate::results::Throughput;
+    use crate::results::{Setting, Throughput};
 
     fn results() -> Results {
         let mut results = Results::new(Machine::default(), Vec::new());
@@ -134,6 +134,15 @@ mod tests {
             }
             results.cases.push(r);
         }
+        results.settings.push(Setting {
+            setting: "A=1".to_owned(),
+            id: results.cases[0].id.clone(),
+            without_ns: 1e6,
+            with_ns: 2e6,
+            ratio: 2.0,
+            ratio_ci: [1.9, 2.1],
+            commit: String::new(),
+        });
         results
     }
 
@@ -180,7 +189,7 @@ mod tests {
     fn the_schema_is_the_documented_one() {
         let json: Value = serde_json::from_str(&json(&results()).unwrap()).unwrap();
         let keys = |value: &Value| value.as_object().unwrap().keys().cloned().collect::<Vec<_>>().join(" ");
-        assert_eq!(keys(&json), "cases machine version");
+        assert_eq!(keys(&json), "cases machine settings version");
         assert_eq!(
             keys(&json["cases"][1]),
             "backend ci_ns id median_ns peak_bytes precision reason rss_peak_bytes samples shape status throughput workload"
@@ -189,8 +198,10 @@ mod tests {
             keys(&json["machine"]),
             "arch commit cores cpu dirty driver environment gpus memory_bytes os power profile versions"
         );
+        assert_eq!(keys(&json["settings"][0]), "commit id ratio ratio_ci setting with_ns without_ns");
         let readme = include_str!("../../README.md");
-        for key in keys(&json["cases"][1]).split(' ').chain(keys(&json["machine"]).split(' ')) {
+        let all = [&json["cases"][1], &json["machine"], &json["settings"][0]].map(keys).join(" ");
+        for key in all.split(' ') {
             assert!(readme.contains(&format!("`{key}`")), "README.md does not explain {key}");
         }
     }

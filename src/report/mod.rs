@@ -190,6 +190,15 @@ mod tests {
     }
 
     #[test]
+    fn every_backend_has_a_row_and_a_partner() {
+        for &backend in BackendId::ALL {
+            assert!(headlines().iter().any(|row| row.case.backend == backend), "{backend} has no row");
+            let pairs = words::PAIRS.iter().filter(|(a, b, _)| [a, b].contains(&&backend));
+            assert_eq!(pairs.count(), 1, "{backend} is compared with none, or with two");
+        }
+    }
+
+    #[test]
     fn the_sweep_is_sorted_by_batch() {
         let results = Results::new(
             Machine::default(),

@@ -137,6 +137,44 @@ fn recipes(all: &[Measured<'_>]) -> Table {
     }
 }
 
+/// Tips that change no code, and the backend that each is given for.
+const TIPS: [(BackendId, &str); 2] = [
+    (BackendId::TorchCpu, "OMP_NUM_THREADS=1"),
+    (BackendId::TorchMps, "PYTORCH_MPS_HIGH_WATERMARK_RATIO=0.0"),
+];
+
+fn settings(results: &Results) -> Table {
+    let mut rows: Vec<_> = results
+        .settings
+        .iter()
+        .map(|s| {
+            vec![
+                s.setting.clone(),
+                s.id.clone(),
+                time(s.without_ns),
+                time(s.with_ns),
+                format!("{:.2}×", 1.0 / s.ratio),
+                format!("{:.2} to {:.2}", 1.0 / s.ratio_ci[1], 1.0 / s.ratio_ci[0]),
+            ]
+        })
+        .collect();
+    for (backend, tip) in TIPS {
+        let plain = headlines().into_iter().map(|row| row.case).find(|case| case.backend == backend);
+        let Some((record, ..)) = measured(plain.and_then(|case| find(results, &case))) else { continue };
+        if !results.settings.iter().any(|s| s.setting == tip) {
+            let command = format!("not measured: ./scripts/compare worktree --env {tip} '{}'", record.id);
+            let none = || "–".to_owned();
+            rows.push(vec![tip.to_owned(), record.id.clone(), none(), none(), none(), command]);
+        }
+    }
+    Table {
+        title: "What settings bring".to_owned(),
+        note: "Environment variables, measured in turns with and without.",
+        header: &["setting", "case", "without", "with", "speed", "99 % interval"],
+        rows,
+    }
+}
+
 fn sweep(all: &[Measured<'_>]) -> Table {
     let rows: Vec<_> = batches(all)
         .into_iter()
@@ -219,7 +257,7 @@ fn case_row(record: &Record) -> Vec<String> {
 pub fn all(results: &Results) -> Vec<Table> {
     let measured = all_measured(results);
     let mut tables = vec![speed(results), memory(results)];
-    tables.extend([recipes(&measured), sweep(&measured), gpt2(results, &measured)]);
+    tables.extend([recipes(&measured), settings(results), sweep(&measured), gpt2(results, &measured)]);
     tables.push(Table {
         title: EVERY_CASE.to_owned(),
         note: "",
@@ -272,7 +310,28 @@ pub fn machine_lines(results: &Results) -> [String; 2] {
 
 #[cfg(test)]
 mod tests {
+    use super::super::tests::record;
     use super::*;
+
+    #[test]
+    fn a_tip_has_a_figure_or_the_command_that_gives_it() {
+        let id = "train-step/torch-cpu/f32/indicator-b16";
+        let mut results = Results::new(machine::Machine::default(), vec![record(id, 5e8)]);
+        let open = settings(&results).rows;
+        assert_eq!(open.len(), 1, "{open:?}");
+        assert!(open[0][5].contains("--env OMP_NUM_THREADS=1 'train-step/torch-cpu/f32/"), "{open:?}");
+        results.settings.push(crate::results::Setting {
+            setting: "OMP_NUM_THREADS=1".to_owned(),
+            id: id.to_owned(),
+            without_ns: 5e8,
+            with_ns: 1e9,
+            ratio: 2.0,
+            ratio_ci: [1.6, 2.5],
+            commit: String::new(),
+        });
+        assert_eq!(settings(&results).rows[0][2..], ["500 ms", "1.00 s", "0.50×", "0.40 to 0.62"]);
+        assert_eq!(settings(&results).rows.len(), 1);
+    }
 
     #[test]
     fn figures_are_rounded_to_three_digits() {

@@ -6,7 +6,7 @@ use crate::case::{BackendId, Case, Compute, Framework, Precision, Shape, Workloa
 use crate::results::{Record, Results};
 
 /// Backends on the same device, one of each framework.
-const PAIRS: [(BackendId, BackendId, &str); 3] = [
+pub(super) const PAIRS: [(BackendId, BackendId, &str); 3] = [
     (BackendId::TorchCpu, BackendId::MlxCpu, "on the CPU"),
     (BackendId::TorchMps, BackendId::MlxMetal, "on Apple's GPU"),
     (BackendId::TorchCuda, BackendId::MlxCuda, "on the NVIDIA GPU"),

@@ -125,11 +125,18 @@ fn run(arguments: &Arguments) -> Result<u8> {
             ensure!(environment.is_empty(), "--env needs a side that runs");
             two_pasts(arguments, &spec, &load(base)?, &load(head)?)?
         }
-        (Source::Past(base), _) => against(arguments, &spec, &load(base)?, environment, false)?,
-        (_, Source::Past(head)) => against(arguments, &spec, &load(head)?, environment, true)?,
-        _ => in_turns(arguments, &spec, environment, threads)?,
+        (Source::Past(base), _) => against(arguments, &spec, &load(base)?, environment.clone(), false)?,
+        (_, Source::Past(head)) => against(arguments, &spec, &load(head)?, environment.clone(), true)?,
+        _ => in_turns(arguments, &spec, environment.clone(), threads)?,
     };
     report.show(arguments.json, arguments.markdown);
+    if !environment.is_empty() && spec.base == spec.head && arguments.backends.is_none() {
+        let text: Vec<String> = environment.iter().map(|(k, v)| format!("{k}={v}")).collect();
+        results::keep_settings(
+            &results::folder(),
+            report.settings(&text.join(" "), &Machine::read().commit),
+        )?;
+    }
     let kept = results::folder().join("comparison.json");
     results::write_whole(&kept, &serde_json::to_string_pretty(&report.json())?)?;
     Ok(report.exit_code(arguments.strict))

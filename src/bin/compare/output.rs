@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 use transformer_bench::case::Case;
 use transformer_bench::compare::{Estimate, Verdict};
 use transformer_bench::interleave::Row;
+use transformer_bench::results::Setting;
 
 /// What was found of a case.
 pub struct Line {
@@ -147,6 +148,24 @@ impl Report {
         rows.iter().for_each(|row| print(row));
         println!("\n{}", self.summary());
         self.notes.iter().for_each(|note| println!("note: {note}"));
+    }
+
+    /// What a setting of the head brought to each case that both sides could run.
+    pub fn settings(&self, setting: &str, commit: &str) -> Vec<Setting> {
+        let of = |line: &Line| {
+            let ([base, head], estimate) = (line.times?, line.estimate?);
+            let finite = estimate.ci.iter().all(|c| c.is_finite());
+            finite.then(|| Setting {
+                setting: setting.to_owned(),
+                id: line.id.clone(),
+                without_ns: base * 1e9,
+                with_ns: head * 1e9,
+                ratio: estimate.ratio,
+                ratio_ci: estimate.ci,
+                commit: commit.to_owned(),
+            })
+        };
+        self.lines.iter().filter_map(of).collect()
     }
 
     pub fn json(&self) -> Value {
