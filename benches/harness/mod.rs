@@ -7,6 +7,7 @@
 mod options;
 mod profiler;
 mod symbols;
+mod ticker;
 mod timing;
 mod worker;
 

@@ -21,36 +21,27 @@ use transformer_bench::profile::{Profile, Unit};
 use transformer_bench::results;
 
 use super::symbols::{Symbols, is_generated};
+use super::ticker::Ticker;
 use super::timing;
 
-/// Samples a second of CPU time.
-const FREQUENCY: i32 = 997;
-/// Steps of about this long run before sampling goes on or off: long against the
-/// system's ticks of some milliseconds, at which it samples at best.
+/// Steps of about this long run before sampling goes on or off.
 const BLOCK: Duration = Duration::from_millis(200);
 
 /// What the harness and Criterion's hook share.
 #[derive(Default)]
 struct State {
-    guard: Option<ProfilerGuard<'static>>,
+    guard: Option<(ProfilerGuard<'static>, Ticker)>,
     /// Seconds a step of each block, with sampling and without.
     sampled: Vec<f64>,
     bare: Vec<f64>,
+    /// Of the last block, whichever it was.
+    last: Option<f64>,
     failed: Option<anyhow::Error>,
 }
 
 /// The sampling profiler, as Criterion's hook.
 #[derive(Clone, Default)]
 pub struct Sampler(Rc<RefCell<State>>);
-
-/// Starts or stops pprof's timer, which counts the CPU time of all threads.
-fn ticking(on: bool) {
-    let microseconds = if on { 1_000_000 / i64::from(FREQUENCY) } else { 0 };
-    let interval = libc::timeval { tv_sec: 0, tv_usec: microseconds as libc::suseconds_t };
-    let value = libc::itimerval { it_interval: interval, it_value: interval };
-    // SAFETY: plain data; the old value is not asked for.
-    unsafe { libc::setitimer(libc::ITIMER_PROF, &raw const value, std::ptr::null_mut()) };
-}
 
 impl Sampler {
     /// Runs steps, by turns with and without sampling; returns the time of all.
@@ -59,19 +50,24 @@ impl Sampler {
         if state.guard.is_none() {
             return timing::time(prepared, steps);
         }
+        let tick = |state: &State, on| state.guard.iter().for_each(|(_, ticker)| ticker.tick(on));
         let mut done = 0;
         let mut all = Duration::ZERO;
         while done < steps {
-            let each = (all.as_secs_f64() / done.max(1) as f64).max(1e-9);
-            let block = ((BLOCK.as_secs_f64() / each) as u64).clamp(1, 100_000).min(steps - done);
+            let block = state.last.map_or(1, |each| (BLOCK.as_secs_f64() / each.max(1e-9)) as u64);
+            let block = block.clamp(1, 100_000).min(steps - done);
             // Each kind of block once, in either order.
             let sampled = state.sampled.len() <= state.bare.len();
-            ticking(sampled);
+            tick(&state, sampled);
             let elapsed = timing::time(prepared, block);
-            ticking(false);
+            tick(&state, false);
             let elapsed = elapsed?;
-            let blocks = if sampled { &mut state.sampled } else { &mut state.bare };
-            blocks.push(elapsed.as_secs_f64() / block as f64);
+            let each = elapsed.as_secs_f64() / block as f64;
+            // The first steps are not like the others, and short blocks hold no tick.
+            if state.last.replace(each).is_some() && 2 * elapsed >= BLOCK {
+                let blocks = if sampled { &mut state.sampled } else { &mut state.bare };
+                blocks.push(each);
+            }
             all += elapsed;
             done += block;
         }
@@ -85,7 +81,8 @@ impl Sampler {
 
     fn finish(&self, id: &str, folder: &Path) -> Result<()> {
         let mut state = self.0.borrow_mut();
-        let guard = state.guard.take().context("the profiler did not start")?;
+        let (guard, ticker) = state.guard.take().context("the profiler did not start")?;
+        drop(ticker);
         let unread = "the samples could not be read";
         let profile = stacks(&guard.report().build_unresolved().context(unread)?);
         let report = guard.report().build().context(unread)?;
@@ -95,11 +92,12 @@ impl Sampler {
         let proto = report.pprof().map_err(|e| anyhow!("no protobuf: {e}"))?;
         std::fs::write(folder.join("profile.pb"), proto.encode_to_vec())
             .context("profile.pb could not be written")?;
-        let slowdown = if state.bare.is_empty() {
+        let blocks = state.sampled.len().min(state.bare.len());
+        let slowdown = if blocks < 3 {
             "its cost is unknown: profile for longer".to_owned()
         } else {
             let change = midmean(&state.sampled) / midmean(&state.bare) - 1.0;
-            format!("sampling changed the step by {:+.1} % ({} blocks)", 100.0 * change, state.sampled.len())
+            format!("sampling changed the step by {:+.1} % ({blocks} pairs of blocks)", 100.0 * change)
         };
         println!(
             "{id}: {} samples, {:.1} % of them in a named function; {slowdown}\n{}",
@@ -115,14 +113,14 @@ impl Profiler for Sampler {
     fn start_profiling(&mut self, _id: &str, _folder: &Path) {
         let mut state = self.0.borrow_mut();
         *state = State::default();
-        match ProfilerGuardBuilder::default().frequency(FREQUENCY).build() {
+        match ProfilerGuardBuilder::default().build() {
             Ok(guard) => {
+                let ticker = Ticker::start();
                 // The first sample prepares the unwinder, which allocates: taken here,
                 // where no other code is interrupted.
-                ticking(false);
                 // SAFETY: pprof's own handler is in place.
                 unsafe { libc::raise(libc::SIGPROF) };
-                state.guard = Some(guard);
+                state.guard = Some((guard, ticker));
             }
             Err(error) => {
                 state.failed = Some(anyhow!("this system lets no signal sample the stacks: {error}"));
@@ -137,11 +135,15 @@ impl Profiler for Sampler {
     }
 }
 
+const PLUMBING: [&str; 4] = ["catch_unwind<", "do_call<", "call_once<", "{closure#"];
+
 /// The report's stacks, outermost first, without what lies around a step. pprof's own
 /// resolution leaves out frames that have no symbol, as if their callers had worked.
 fn stacks(report: &UnresolvedReport) -> Profile {
     let mut profile = Profile::default();
     let mut symbols = Symbols::read();
+    // SAFETY: no arguments, no memory.
+    let own = unsafe { libc::pthread_self() } as u64;
     for (sample, &count) in &report.data {
         let mut frames: Vec<String> = Vec::new();
         for (depth, frame) in sample.frames.iter().enumerate().rev() {
@@ -151,8 +153,11 @@ fn stacks(report: &UnresolvedReport) -> Profile {
         }
         let thread = String::from_utf8_lossy(&sample.thread_name[..sample.thread_name_length]).into_owned();
         let place = |wanted: &str| frames.iter().rposition(|f| f.contains(wanted));
-        let root = if let Some(step) = place("Prepared>::step") {
-            frames.drain(..=step);
+        // Inlined functions have no path in their names, others have.
+        let is = |frame: &String, name: &str| frame.rsplit("::").next() == Some(name);
+        let step = frames.windows(2).rposition(|pair| is(&pair[0], "time") && is(&pair[1], "step"));
+        let root = if let Some(before) = step {
+            frames.drain(..=before + 1);
             "step".to_owned()
         } else if let Some(start) = place("start_thread").or_else(|| place("clone3")) {
             frames.drain(..=start);
@@ -165,11 +170,22 @@ fn stacks(report: &UnresolvedReport) -> Profile {
             // the unwinder finds beyond them is noise.
             let lost = frames.iter().take_while(|f| is_generated(f)).count();
             frames.drain(..lost.min(frames.len() - 1));
+            let unknown = "(caller unknown)".to_owned();
             match thread_name(&frames, &thread) {
-                name if name.starts_with("thread ") => "(caller unknown)".to_owned(),
+                // This thread is interrupted in steps only.
+                _ if sample.thread_id == own => {
+                    frames.insert(0, unknown);
+                    "step".to_owned()
+                }
+                name if name.starts_with("thread ") => unknown,
                 name => name,
             }
         };
+        // What Rust's closures and panics add says nothing; the leaf stays, whatever it is.
+        let plumbing = |f: &String| PLUMBING.iter().any(|name| f.starts_with(name));
+        let leaf = frames.pop();
+        frames.retain(|frame| !plumbing(frame));
+        frames.extend(leaf);
         frames.insert(0, root);
         profile.add(&frames, count.max(0) as u64);
     }

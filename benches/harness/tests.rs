@@ -4,6 +4,7 @@
 mod options;
 mod profiler;
 mod symbols;
+mod ticker;
 mod timing;
 
 mod options_tests {

@@ -11,6 +11,7 @@ import time
 import unittest
 from pathlib import Path
 from unittest import mock
+from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -370,6 +371,25 @@ for line in sys.stdin:
 
 
 class Flamegraph(unittest.TestCase):
+    def test_a_case_of_each_framework(self):
+        for framework, operators in [("torch", "at::"), ("mlx", "mlx::core::")]:
+            home = Path(tempfile.mkdtemp())
+            self.addCleanup(shutil.rmtree, home)
+            code, text = run("cargo", "bench", "--quiet", "--locked", "--bench", framework, "--", "--profile-time", "3",
+                             f"^forward-backward/{framework}-cpu/f32/indicator",
+                             env={"CRITERION_HOME": str(home), "TRANSFORMER_BENCH_SET": "smoke"})
+            self.assertEqual(code, 0, text)
+            self.assertIn("sampling changed the step by", text)
+            folder = next(home.glob("**/profile"))
+            ElementTree.parse(folder / "flamegraph.svg")
+            self.assertGreater((folder / "profile.pb").stat().st_size, 100)
+            stacks = [line.rpartition(" ") for line in (folder / "flamegraph.folded").read_text().splitlines()]
+            weight = sum(int(count) for _, _, count in stacks)
+            self.assertGreater(weight, 100)
+            share = lambda holds: sum(int(count) for stack, _, count in stacks if holds(stack)) / weight
+            self.assertGreater(share(lambda stack: operators in stack), 0.25, text)
+            self.assertGreater(share(lambda stack: not stack.rpartition(";")[2].startswith("[")), 0.95, text)
+
     def test_wrong_input(self):
         subprocess.run(["cargo", "build", "--quiet", "--release", "--locked", "--bins"], cwd=ROOT, check=True)
         for arguments, word in [(["["], "no regular expression"), (["zzz"], "no case"), (["--slowest", "0"], "at least 1")]:
