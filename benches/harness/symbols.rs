@@ -47,21 +47,24 @@ impl Ranges {
         Self(text.lines().filter_map(line).collect())
     }
 
-    /// Functions that a library lists in `.gnu_debugdata`, which distributions leave in
+    /// Functions that a library lists, also in `.gnu_debugdata`, which distributions leave in
     /// place of a full table: an ELF file under xz. Addresses count from the first segment.
     fn of_library(path: &Path) -> Option<Self> {
         let whole = std::fs::read(path).ok()?;
         let library = object::File::parse(&*whole).ok()?;
-        let packed = library.section_by_name(".gnu_debugdata")?.data().ok()?;
-        let mut inner = Vec::new();
-        lzma_rust2::XzReader::new(packed, false).read_to_end(&mut inner).ok()?;
         let first = library.segments().map(|s| s.address()).min()?;
-        let symbols = object::File::parse(&*inner).ok()?;
         let range = |s: object::Symbol| {
             let name = s.name().ok().filter(|_| s.size() > 0)?.to_owned();
             Some((s.address().checked_sub(first)? as usize, (s.size() as usize, name)))
         };
-        Some(Self(symbols.symbols().filter_map(range).collect()))
+        let mut found: BTreeMap<_, _> =
+            library.symbols().chain(library.dynamic_symbols()).filter_map(range).collect();
+        if let Some(packed) = library.section_by_name(".gnu_debugdata").and_then(|s| s.data().ok()) {
+            let mut inner = Vec::new();
+            lzma_rust2::XzReader::new(packed, false).read_to_end(&mut inner).ok()?;
+            found.extend(object::File::parse(&*inner).ok()?.symbols().filter_map(range));
+        }
+        Some(Self(found))
     }
 }
 
@@ -101,6 +104,8 @@ impl Symbols {
             names.reverse();
             return names;
         }
+        // Libraries that were loaded since the first look are not known there: MLX compiles
+        // and loads kernels as it goes.
         let Some((path, base)) = library_of(address) else {
             let name = self.generated.at(address);
             return vec![name.map_or_else(|| unresolved(GENERATED), str::to_owned)];
