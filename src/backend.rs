@@ -1,8 +1,9 @@
 //! What a framework must offer to be measured.
 
 use std::fmt;
+use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 
 use crate::case::{BackendId, Case, Compute, Framework, Workload};
 use crate::fixture::{Fixture, Tensor};
@@ -41,6 +42,15 @@ pub trait Backend {
 
     /// The peak of the framework's own allocator in bytes since the reset, where it keeps one.
     fn peak_memory(&self) -> Option<u64>;
+
+    /// Records what Apple's GPU does while `body` runs, as a `.gputrace` for Xcode at an
+    /// absolute path.
+    ///
+    /// # Errors
+    /// Where the framework can't, with what to use instead.
+    fn capture(&self, _path: &Path, _body: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        bail!("{} makes no GPU trace: record it with Instruments, template Metal System Trace", self.id())
+    }
 }
 
 /// A case loaded onto a device.

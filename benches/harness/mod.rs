@@ -67,7 +67,7 @@ fn run(framework: Framework, find: fn() -> Found) -> Result<bool> {
         return Ok(true);
     }
     if options.profile {
-        symbols::ask_for_generated();
+        profiler::prepare();
     }
     let found = find();
     machine::assert_isolated(framework)?;
@@ -339,13 +339,13 @@ fn sample(
         if let Some(error) = sampler.failure() {
             return Err(error);
         }
+        let folder = criterion_folder(&results::criterion_home(), case).join("profile");
         if watched {
             watch.context("the GPU's side of the profile")?;
-            profiler::gpu(
-                prepared.as_mut(),
-                case,
-                &criterion_folder(&results::criterion_home(), case).join("profile"),
-            )?;
+            profiler::gpu(prepared.as_mut(), case, &folder)?;
+        }
+        if matches!(case.backend, BackendId::TorchMps | BackendId::MlxMetal) {
+            profiler::metal(prepared.as_mut(), backend, &folder);
         }
         return Ok(None);
     }

@@ -13,14 +13,14 @@ use anyhow::{Context, Result, anyhow};
 use criterion::profiler::Profiler;
 use pprof::protos::Message;
 use pprof::{ProfilerGuard, ProfilerGuardBuilder, UnresolvedReport};
-use transformer_bench::backend::Prepared;
+use transformer_bench::backend::{Backend, Prepared};
 use transformer_bench::case::Case;
 use transformer_bench::compare::midmean;
 use transformer_bench::gpu;
 use transformer_bench::profile::{Profile, Unit};
 use transformer_bench::results;
 
-use super::symbols::{Symbols, is_generated};
+use super::symbols::{self, Symbols, is_generated};
 use super::ticker::Ticker;
 use super::timing;
 
@@ -42,6 +42,14 @@ struct State {
 /// The sampling profiler, as Criterion's hook.
 #[derive(Clone, Default)]
 pub struct Sampler(Rc<RefCell<State>>);
+
+/// Tells libraries what they read once: before the framework is first used.
+pub fn prepare() {
+    symbols::ask_for_generated();
+    // Metal records captures only where this is set.
+    // SAFETY: no other thread runs yet.
+    unsafe { std::env::set_var("MTL_CAPTURE_ENABLED", "1") };
+}
 
 impl Sampler {
     /// Runs steps, by turns with and without sampling; returns the time of all.
@@ -204,6 +212,17 @@ fn thread_name(frames: &[String], name: &str) -> String {
         "autograd worker".to_owned()
     } else {
         format!("thread {name}")
+    }
+}
+
+/// A step as a `.gputrace`, where the system allows one; a line that says so elsewhere.
+pub fn metal(prepared: &mut dyn Prepared, backend: &dyn Backend, folder: &Path) {
+    let trace = std::path::absolute(folder.join("step.gputrace")).unwrap_or_default();
+    // Metal overwrites nothing.
+    let _ = std::fs::remove_dir_all(&trace);
+    match backend.capture(&trace, &mut || prepared.step()) {
+        Ok(()) => println!("{} (opens in Xcode)", trace.display()),
+        Err(reason) => println!("no trace of the GPU: {reason:#}"),
     }
 }
 

@@ -6,7 +6,9 @@ mod library;
 mod net;
 mod step;
 
-use anyhow::Result;
+use std::path::Path;
+
+use anyhow::{Result, ensure};
 use mlx_rs::{Device, DeviceType, Dtype};
 use transformer_bench::backend::{self, Backend, Found, Prepared, Unsupported};
 use transformer_bench::case::{BackendId, Case, Compute, Recipe};
@@ -107,6 +109,11 @@ impl Backend for Mlx {
 
     fn peak_memory(&self) -> Option<u64> {
         mlx_rs::memory::peak_memory().ok().map(|bytes| bytes as u64)
+    }
+
+    fn capture(&self, path: &Path, body: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        ensure!(self.id == BackendId::MlxMetal, "{} makes no Metal trace", self.id);
+        library::capture(path, body)
     }
 }
 

@@ -1,6 +1,7 @@
 //! What this build of MLX is, through the parts of mlx-c that mlx-rs does not wrap.
 
 use std::ffi::{CStr, CString, c_char, c_int};
+use std::path::Path;
 
 use anyhow::{Result, ensure};
 
@@ -56,6 +57,23 @@ pub fn synchronize(cpu: bool) -> Result<()> {
         status
     };
     ensure!(status == 0, "MLX could not wait for its device");
+    Ok(())
+}
+
+/// Records what Metal does while `body` runs; see `mlx/backend/metal/metal.h`.
+pub fn capture(path: &Path, body: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+    let text = CString::new(path.as_os_str().as_encoded_bytes())?;
+    // SAFETY: a string that outlives the call.
+    let started = unsafe { mlx_sys::mlx_metal_start_capture(text.as_ptr()) } == 0;
+    ensure!(
+        started,
+        "Metal records no capture here: set MTL_CAPTURE_ENABLED=1, or record it with Instruments"
+    );
+    let done = body();
+    // SAFETY: no arguments.
+    let stopped = unsafe { mlx_sys::mlx_metal_stop_capture() } == 0;
+    done?;
+    ensure!(stopped, "Metal could not write {}: is the disk full?", path.display());
     Ok(())
 }
 
