@@ -663,15 +663,10 @@ mod tests {
     #[test]
     fn the_readme_explains_every_part_of_an_id() {
         let readme = include_str!("../README.md");
-        let parts = [Workload::ALL.iter().map(|w| w.id()).collect::<Vec<_>>()]
-            .into_iter()
-            .chain([
-                BackendId::ALL.iter().map(|b| b.id()).collect(),
-                Compute::ALL.iter().map(|c| c.id()).collect(),
-            ])
-            .flatten()
-            .map(str::to_owned)
-            .chain(Recipe::ALL.iter().filter(|&&r| r != Recipe::Plain).map(|r| format!("-{r}")));
+        let mut parts: Vec<String> = Workload::ALL.iter().map(|w| w.to_string()).collect();
+        parts.extend(BackendId::ALL.iter().map(|b| b.to_string()));
+        parts.extend(Compute::ALL.iter().map(|c| c.to_string()));
+        parts.extend(Recipe::ALL.iter().filter(|&&r| r != Recipe::Plain).map(|r| format!("-{r}")));
         for part in parts {
             assert!(readme.contains(&format!("`{part}`")), "README.md does not explain {part}");
         }

@@ -149,17 +149,15 @@ impl Worker {
                 command.env(name, "1");
             }
         }
-        if pinned.is_some() {
-            #[cfg(target_os = "linux")]
-            if let Some(core) = core() {
-                use std::os::unix::process::CommandExt;
-                // SAFETY: one system call, nothing allocated.
-                unsafe {
-                    command.pre_exec(move || {
-                        libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &raw const core);
-                        Ok(())
-                    });
-                }
+        #[cfg(target_os = "linux")]
+        if let Some(core) = pinned.and_then(|_| core()) {
+            use std::os::unix::process::CommandExt;
+            // SAFETY: one system call, nothing allocated.
+            unsafe {
+                command.pre_exec(move || {
+                    libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &raw const core);
+                    Ok(())
+                });
             }
         }
         command.envs(side.environment.iter().map(|(k, v)| (k, v)));

@@ -6,6 +6,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::case::{Case, Framework, Set};
@@ -91,11 +92,7 @@ pub struct Setting {
 /// Settings that were measured, whatever the commit.
 pub fn settings(folder: &Path) -> Result<Vec<Setting>> {
     let path = settings_path(folder);
-    match fs::read_to_string(&path) {
-        Err(_) => Ok(Vec::new()),
-        Ok(text) => serde_json::from_str(&text)
-            .with_context(|| format!("{} is damaged: remove it and compare again", path.display())),
-    }
+    if path.exists() { read_json(&path, "remove it and compare again") } else { Ok(Vec::new()) }
 }
 
 fn settings_path(folder: &Path) -> PathBuf {
@@ -205,20 +202,20 @@ pub fn part_path(folder: &Path, framework: Framework, tf32: bool) -> PathBuf {
     folder.join("run").join(format!("{framework}{tf32}.json"))
 }
 
-fn read_part(path: &Path) -> Result<Part> {
+/// Reads a file of ours; `advice` says what to do where it is damaged.
+fn read_json<T: DeserializeOwned>(path: &Path, advice: &str) -> Result<T> {
     let text = fs::read_to_string(path).with_context(|| format!("{} could not be read", path.display()))?;
-    serde_json::from_str(&text)
-        .with_context(|| format!("{} is damaged: run ./scripts/bench again", path.display()))
+    serde_json::from_str(&text).with_context(|| format!("{} is damaged: {advice}", path.display()))
 }
 
 /// Reads the parts of the last run and merges them in the order of the table.
 pub fn merge(folder: &Path) -> Result<(Results, Vec<Part>)> {
-    let mut parts = Vec::new();
+    let mut parts: Vec<Part> = Vec::new();
     for &framework in Framework::ALL {
         for tf32 in [false, true] {
             let path = part_path(folder, framework, tf32);
             if path.exists() {
-                parts.push(read_part(&path)?);
+                parts.push(read_json(&path, "run ./scripts/bench again")?);
             }
         }
     }

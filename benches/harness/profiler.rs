@@ -179,14 +179,15 @@ fn stacks(report: &UnresolvedReport) -> Profile {
             let lost = frames.iter().take_while(|f| is_generated(f)).count();
             frames.drain(..lost.min(frames.len() - 1));
             let unknown = "(caller unknown)".to_owned();
-            match thread_name(&frames, &thread) {
+            if sample.thread_id == own {
                 // This thread is interrupted in steps only.
-                _ if sample.thread_id == own => {
-                    frames.insert(0, unknown);
-                    "step".to_owned()
+                frames.insert(0, unknown);
+                "step".to_owned()
+            } else {
+                match thread_name(&frames, &thread) {
+                    name if name.starts_with("thread ") => unknown,
+                    name => name,
                 }
-                name if name.starts_with("thread ") => unknown,
-                name => name,
             }
         };
         // What Rust's closures and panics add says nothing; the leaf stays, whatever it is.

@@ -125,17 +125,14 @@ fn run(arguments: &Arguments) -> Result<u8> {
             ensure!(environment.is_empty(), "--env needs a side that runs");
             two_pasts(arguments, &spec, &load(base)?, &load(head)?)?
         }
-        (Source::Past(base), _) => against(arguments, &spec, &load(base)?, environment.clone(), false)?,
-        (_, Source::Past(head)) => against(arguments, &spec, &load(head)?, environment.clone(), true)?,
-        _ => in_turns(arguments, &spec, environment.clone(), threads)?,
+        (Source::Past(base), _) => against(arguments, &spec, &load(base)?, environment, false)?,
+        (_, Source::Past(head)) => against(arguments, &spec, &load(head)?, environment, true)?,
+        _ => in_turns(arguments, &spec, environment, threads)?,
     };
     report.show(arguments.json, arguments.markdown);
-    if !environment.is_empty() && spec.base == spec.head && arguments.backends.is_none() {
-        let text: Vec<String> = environment.iter().map(|(k, v)| format!("{k}={v}")).collect();
-        results::keep_settings(
-            &results::folder(),
-            report.settings(&text.join(" "), &Machine::read().commit),
-        )?;
+    if !arguments.env.is_empty() && spec.base == spec.head && arguments.backends.is_none() {
+        let found = report.settings(&arguments.env.join(" "), &Machine::read().commit);
+        results::keep_settings(&results::folder(), found)?;
     }
     let kept = results::folder().join("comparison.json");
     results::write_whole(&kept, &serde_json::to_string_pretty(&report.json())?)?;
@@ -164,8 +161,7 @@ fn in_turns(
     let mut head = if spec.head == spec.base { base.clone() } else { sides::build(&spec.head)? };
     let mut notes: Vec<String> = sides::harness_note(&spec.base, &spec.head).into_iter().collect();
     if !environment.is_empty() {
-        let text: Vec<String> = environment.iter().map(|(k, v)| format!("{k}={v}")).collect();
-        head.name = format!("{} with {}", head.name, text.join(" "));
+        head.name = format!("{} with {}", head.name, arguments.env.join(" "));
         head.environment = environment;
     }
     let mut lines: Vec<Line> = Vec::new();
