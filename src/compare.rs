@@ -2,10 +2,11 @@
 //!
 //! Both sides run in rounds. A round is a fresh process for each side, and in it short
 //! blocks of steps in pairs, one of each side in random order, so that drift and bursts
-//! hit both. A round counts as one observation: the midmean (mean of the middle half) of
-//! its pairs' log ratios. Processes of the same program differ, by where memory lies and
+//! hit both. A round counts as one observation: the difference of the sides' levels, each
+//! the mean log time of the faster three quarters of its blocks, since disturbance only
+//! ever adds time. Processes of the same program differ, by where memory lies and
 //! what the machine does meanwhile, so intervals come from the spread between rounds
-//! (Student's t), never from the number of steps (Kalibera and Jones, "Rigorous
+//! (Student's t of a trimmed mean), never from the number of steps (Kalibera and Jones, "Rigorous
 //! benchmarking in reasonable time", ISMM 2013).
 //!
 //! A case passes two gates before it is called slower or faster: it is *suspected* on the
@@ -69,7 +70,7 @@ const SUSPECT: f64 = 0.01;
 /// Chance of one wrong call among all cases at the second gate alone.
 const FAMILY: f64 = 0.05;
 /// Fresh rounds at which a suspicion is looked at again.
-const CONFIRM: [usize; 5] = [9, 12, 18, 27, 36];
+const CONFIRM: [usize; 8] = [6, 9, 12, 18, 27, 36, 54, 72];
 /// Level of the interval that is shown.
 const INTERVAL: f64 = 0.99;
 /// Level of the interval that must lie within the threshold for `same`: looked at many
@@ -96,15 +97,16 @@ pub fn midmean(values: &[f64]) -> f64 {
     middle.iter().sum::<f64>() / middle.len() as f64
 }
 
-/// About the standard error of a midmean, from the quartiles (exact for normal noise
-/// without memory, to a tenth).
-fn midmean_error(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
+/// The level of a side: the mean of the lower three quarters. A burst only ever adds time,
+/// and the quarter above holds the bursts.
+fn level(logs: impl Iterator<Item = f64>) -> f64 {
+    let mut sorted: Vec<f64> = logs.collect();
     sorted.sort_by(f64::total_cmp);
-    let quarter = sorted.len() / 4;
-    let quartiles = sorted[sorted.len() - 1 - quarter] - sorted[quarter];
-    1.1 * quartiles / 1.349 / (sorted.len() as f64).sqrt()
+    mean(&sorted[..sorted.len() - sorted.len() / 4])
 }
+
+/// Groups of pairs that are left out in turn to see how exact a round is.
+const GROUPS: usize = 8;
 
 /// A round's observation, and how exact it can be at best.
 #[derive(Clone, Copy, Debug)]
@@ -113,20 +115,59 @@ struct Round {
     error: f64,
 }
 
-fn centre(rounds: &[Round]) -> f64 {
-    rounds.iter().map(|r| r.centre).sum::<f64>() / rounds.len() as f64
+impl Round {
+    /// From log times in pairs, base first. The error is the jackknife's, which leaves out
+    /// neighbours together.
+    fn of(pairs: &[(f64, f64)]) -> Self {
+        let without = |skip: std::ops::Range<usize>| {
+            let kept = || pairs.iter().enumerate().filter(|(i, _)| !skip.contains(i)).map(|(_, p)| p);
+            level(kept().map(|p| p.1)) - level(kept().map(|p| p.0))
+        };
+        let (count, groups) = (pairs.len(), GROUPS.min(pairs.len()));
+        let centre = without(0..0);
+        if groups < 2 {
+            return Self { centre, error: 0.0 };
+        }
+        let each: Vec<f64> =
+            (0..groups).map(|i| without(i * count / groups..(i + 1) * count / groups)).collect();
+        Self { centre, error: spread(&each) * (groups as f64 - 1.0) / (groups as f64).sqrt() }
+    }
 }
 
-/// Half the width of the two-sided interval of the rounds' mean, by Student's t. Few
-/// rounds can agree by chance, so their spread counts as no less than their own errors.
+/// How many rounds at either end count no more than the next: now and then a process
+/// is a third slower for as long as it lives.
+fn trim(count: usize) -> usize {
+    count / 8
+}
+
+fn sorted_centres(rounds: &[Round]) -> Vec<f64> {
+    let mut centres: Vec<f64> = rounds.iter().map(|r| r.centre).collect();
+    centres.sort_by(f64::total_cmp);
+    centres
+}
+
+/// The trimmed mean of the rounds.
+fn centre(rounds: &[Round]) -> f64 {
+    let cut = trim(rounds.len());
+    mean(&sorted_centres(rounds)[cut..rounds.len() - cut])
+}
+
+/// Half the width of the two-sided interval of the trimmed mean, by Student's t with the
+/// spread of the winsorized rounds (Yuen, "The two-sample trimmed t for unequal population
+/// variances", Biometrika 1974; here for one sample). Few rounds can agree by chance, so
+/// their spread counts as no less than their own errors.
 fn half_width(rounds: &[Round], outside: f64) -> f64 {
     if rounds.len() < 2 {
         return f64::INFINITY;
     }
-    let n = rounds.len() as f64;
-    let centres: Vec<f64> = rounds.iter().map(|r| r.centre).collect();
-    let own = rounds.iter().map(|r| r.error).sum::<f64>() / n;
-    spread(&centres).max(own) / n.sqrt() * quantile(n - 1.0, outside)
+    let (n, cut) = (rounds.len(), trim(rounds.len()));
+    let mut centres = sorted_centres(rounds);
+    let (low, high) = (centres[cut], centres[n - 1 - cut]);
+    centres.iter_mut().for_each(|c| *c = c.clamp(low, high));
+    let (n, kept) = (n as f64, (n - 2 * cut) as f64);
+    let error = spread(&centres) * ((n - 1.0) / (kept * (kept - 1.0))).sqrt();
+    let own = rounds.iter().map(|r| r.error).sum::<f64>() / n / n.sqrt();
+    error.max(own) * quantile(kept - 1.0, outside)
 }
 
 fn quantile(freedom: f64, outside: f64) -> f64 {
@@ -178,12 +219,15 @@ impl Judge {
 
     /// Adds a round: the step times of both sides, base first, in any unit.
     pub fn add(&mut self, pairs: &[(f64, f64)]) {
-        let logs: Vec<f64> =
-            pairs.iter().map(|(base, head)| (head / base).ln()).filter(|v| v.is_finite()).collect();
+        let logs: Vec<(f64, f64)> = pairs
+            .iter()
+            .map(|(base, head)| (base.ln(), head.ln()))
+            .filter(|(base, head)| base.is_finite() && head.is_finite())
+            .collect();
         if logs.is_empty() || self.verdict.is_some() {
             return;
         }
-        self.rounds.push(Round { centre: midmean(&logs), error: midmean_error(&logs) });
+        self.rounds.push(Round::of(&logs));
         self.look();
     }
 
@@ -320,16 +364,19 @@ mod tests {
     use rand_chacha::ChaCha8Rng;
     use rand_chacha::rand_core::{Rng, SeedableRng};
 
-    /// Real noise of the same program on both sides: cases, rounds, log ratios.
-    fn recorded() -> Vec<Vec<Vec<f64>>> {
-        let mut cases: Vec<Vec<Vec<f64>>> = Vec::new();
+    type Pairs = Vec<(f64, f64)>;
+
+    /// Real noise of the same program on both sides: cases, rounds, pairs of times.
+    fn recorded() -> Vec<Vec<Pairs>> {
+        let mut cases: Vec<Vec<Pairs>> = Vec::new();
         for line in include_str!("compare/recorded-noise.txt").lines() {
             match line.strip_prefix("# ") {
                 Some(heading) if heading.contains('/') && !heading.contains(' ') => cases.push(Vec::new()),
                 Some(_) => {}
                 None => {
-                    let round = line.split(' ').map(|v| v.parse::<f64>().unwrap() * 1e-3).collect();
-                    cases.last_mut().unwrap().push(round);
+                    let times: Vec<f64> =
+                        line.split(' ').map(|v| (v.parse::<f64>().unwrap() * 1e-3).exp()).collect();
+                    cases.last_mut().unwrap().push(times.chunks(2).map(|p| (p[0], p[1])).collect());
                 }
             }
         }
@@ -358,24 +405,30 @@ mod tests {
     }
 
     const RULE: Rule = Rule { threshold: THRESHOLD, cases: 30, most: 60 };
+    const FINE: Rule = Rule { threshold: 0.01, ..RULE };
 
-    /// Replays rounds of log ratios through a judge, with a slowdown added.
-    fn judge(mut round: impl FnMut() -> Vec<f64>, slowdown: f64) -> Judge {
-        let mut judge = Judge::new(RULE);
+    /// Replays rounds through a judge, with a slowdown of the head added.
+    fn judge(rule: Rule, mut round: impl FnMut() -> Pairs, slowdown: f64) -> Judge {
+        let mut judge = Judge::new(rule);
         while judge.verdict().is_none() {
-            let pairs: Vec<(f64, f64)> = round().iter().map(|v| (1.0, v.exp() * (1.0 + slowdown))).collect();
+            let pairs: Pairs = round().iter().map(|(a, b)| (*a, b * (1.0 + slowdown))).collect();
             judge.add(&pairs);
         }
         judge
     }
 
+    fn swapped(pairs: &Pairs) -> Pairs {
+        pairs.iter().map(|(a, b)| (*b, *a)).collect()
+    }
+
     /// Replays recorded rounds in random order, either side as the base.
-    fn replay(cases: &[Vec<Vec<f64>>], dice: &mut Dice, slowdown: f64) -> Judge {
+    fn replay(cases: &[Vec<Pairs>], dice: &mut Dice, rule: Rule, slowdown: f64) -> Judge {
         let rounds = &cases[dice.below(cases.len())];
         judge(
+            rule,
             || {
-                let sign = if dice.uniform() < 0.5 { -1.0 } else { 1.0 };
-                rounds[dice.below(rounds.len())].iter().map(|v| sign * v).collect()
+                let round = &rounds[dice.below(rounds.len())];
+                if dice.uniform() < 0.5 { swapped(round) } else { round.clone() }
             },
             slowdown,
         )
@@ -385,54 +438,66 @@ mod tests {
         verdicts.iter().filter(|v| **v == wanted).count() as f64 / verdicts.len() as f64
     }
 
-    fn replays(seed: u64, trials: usize, slowdown: f64) -> Vec<Verdict> {
+    fn replays(seed: u64, trials: usize, rule: Rule, slowdown: f64) -> Vec<Verdict> {
         let (cases, mut dice) = (recorded(), Dice::new(seed));
-        (0..trials).map(|_| replay(&cases, &mut dice, slowdown).verdict().unwrap()).collect()
+        (0..trials).map(|_| replay(&cases, &mut dice, rule, slowdown).verdict().unwrap()).collect()
     }
 
     #[test]
     fn the_same_code_under_recorded_noise_is_never_called_different() {
-        let verdicts = replays(1, 3000, 0.0);
+        let verdicts = replays(1, 3000, RULE, 0.0);
         println!("same {:.1} %", 100.0 * share(&verdicts, Verdict::Same));
         let (cases, mut dice) = (recorded(), Dice::new(4));
-        let rounds: usize = (0..500).map(|_| replay(&cases, &mut dice, 0.0).rounds()).sum();
+        let rounds: usize = (0..500).map(|_| replay(&cases, &mut dice, RULE, 0.0).rounds()).sum();
         println!("{:.1} rounds a case", rounds as f64 / 500.0);
-        assert_eq!(share(&verdicts, Verdict::Slower) + share(&verdicts, Verdict::Faster), 0.0);
-        assert!(share(&verdicts, Verdict::Same) > 0.95, "{}", share(&verdicts, Verdict::Same));
+        let called = |v: &[Verdict]| share(v, Verdict::Slower) + share(v, Verdict::Faster);
+        assert_eq!(called(&verdicts), 0.0);
+        assert!(share(&verdicts, Verdict::Same) > 0.98, "{}", share(&verdicts, Verdict::Same));
+        assert_eq!(called(&replays(6, 1000, FINE, 0.0)), 0.0);
     }
 
     #[test]
     fn a_slowdown_under_recorded_noise_is_found() {
-        for (slowdown, least) in
-            [(0.01, 0.0), (0.02, 0.99), (0.03, 0.999), (0.05, 0.999), (0.10, 0.999), (-0.05, 0.999)]
-        {
-            let verdicts = replays(2, 1000, slowdown);
+        for (rule, slowdown, least) in [
+            (RULE, 0.01, 0.0),
+            (FINE, 0.01, 0.93),
+            (RULE, 0.02, 0.99),
+            (RULE, 0.03, 0.999),
+            (RULE, 0.05, 0.999),
+            (RULE, 0.10, 0.999),
+            (RULE, -0.05, 0.999),
+        ] {
+            let verdicts = replays(2, 1000, rule, slowdown);
             let found = share(&verdicts, if slowdown > 0.0 { Verdict::Slower } else { Verdict::Faster });
             println!(
-                "{slowdown:+.2}: found in {:.1} %, unclear {:.1} %, same {:.1} %",
+                "{slowdown:+.2} at {}: found in {:.1} %, unclear {:.1} %, same {:.1} %",
+                rule.threshold,
                 100.0 * found,
                 100.0 * share(&verdicts, Verdict::Unclear),
                 100.0 * share(&verdicts, Verdict::Same)
             );
             assert!(found >= least, "{slowdown}: found in {found}");
-            if slowdown.abs() > THRESHOLD {
+            if slowdown.abs() > rule.threshold {
                 assert_eq!(share(&verdicts, Verdict::Same), 0.0, "{slowdown} was called the same");
             }
         }
     }
 
-    /// A round under a model of noise; `pair` gets the pair's place in its round.
-    fn synthetic(model: impl Fn(&mut Dice, usize) -> f64, slowdown: f64) -> Vec<Verdict> {
+    /// Log times under a model of noise; `pair` is the pair's place in its round.
+    fn synthetic(model: impl Fn(&mut Dice, usize) -> (f64, f64), slowdown: f64) -> Vec<Verdict> {
         let mut dice = Dice::new(3);
         let mut all = Vec::new();
         for _ in 0..300 {
-            let judge = judge(|| (0..40).map(|pair| model(&mut dice, pair)).collect(), slowdown);
-            all.push(judge.verdict().unwrap());
+            let mut round = || -> Pairs {
+                let logs = (0..40).map(|pair| model(&mut dice, pair));
+                logs.map(|(a, b)| (a.exp(), b.exp())).collect()
+            };
+            all.push(judge(RULE, &mut round, slowdown).verdict().unwrap());
         }
         all
     }
 
-    fn holds(what: &str, model: impl Fn(&mut Dice, usize) -> f64 + Copy) {
+    fn holds(what: &str, model: impl Fn(&mut Dice, usize) -> (f64, f64) + Copy) {
         let null = synthetic(model, 0.0);
         let called = share(&null, Verdict::Slower) + share(&null, Verdict::Faster);
         assert!(called == 0.0, "{what}: {called} of the same code was called different");
@@ -443,23 +508,29 @@ mod tests {
 
     #[test]
     fn other_kinds_of_noise_change_nothing() {
-        // Within a pair a drift of a tenth over the round is small.
-        holds("drift", |dice, _| 0.1 / 40.0 + 0.02 * dice.normal());
-        // One block in five takes up to five times as long, on either side.
-        holds("spikes", |dice, _| match dice.below(10) {
-            0 => 1.6 * dice.uniform(),
-            1 => -1.6 * dice.uniform(),
-            _ => 0.03 * dice.normal(),
+        // The machine gets slower by a tenth over the round.
+        holds("drift", |dice, pair| {
+            let drift = 0.1 * pair as f64 / 40.0;
+            (drift + 0.02 * dice.normal(), drift + 0.1 / 40.0 + 0.02 * dice.normal())
+        });
+        // One block in eight takes up to five times as long, on either side.
+        holds("spikes", |dice, _| {
+            let time = |dice: &mut Dice| match dice.below(8) {
+                0 => 1.6 * dice.uniform(),
+                _ => 0.02 * dice.normal(),
+            };
+            (time(dice), time(dice))
         });
         // Each block runs in a fast or a slow mode, 8 % apart.
         holds("two modes", |dice, _| {
             let mode = |dice: &mut Dice| if dice.uniform() < 0.5 { 0.08 } else { 0.0 };
-            mode(dice) - mode(dice) + 0.005 * dice.normal()
+            (mode(dice) + 0.005 * dice.normal(), mode(dice) + 0.005 * dice.normal())
         });
         // One side warms up more slowly over the first pairs of a round.
         holds("slow warm-up", |dice, pair| {
             let cold = if pair < 8 { 0.5 * (-(pair as f64) / 2.0).exp() } else { 0.0 };
-            (if dice.uniform() < 0.5 { cold } else { -cold }) + 0.02 * dice.normal()
+            let (a, b) = if dice.uniform() < 0.5 { (cold, 0.0) } else { (0.0, cold) };
+            (a + 0.02 * dice.normal(), b + 0.02 * dice.normal())
         });
     }
 
@@ -469,9 +540,10 @@ mod tests {
         let mut dice = Dice::new(5);
         for _ in 0..300 {
             let judge = judge(
+                RULE,
                 || {
                     let layout = 0.03 * (dice.uniform() - dice.uniform());
-                    (0..40).map(|_| layout + 0.005 * dice.normal()).collect()
+                    (0..40).map(|_| (1.0, (layout + 0.005 * dice.normal()).exp())).collect()
                 },
                 0.0,
             );
@@ -490,13 +562,12 @@ mod tests {
             let run = |swap: bool| {
                 let mut at = 0;
                 judge(
+                    RULE,
                     || {
                         at += 1;
-                        let shift = if i % 3 == 0 { 0.06 } else { 0.0 };
-                        rounds[at % rounds.len()]
-                            .iter()
-                            .map(|v| if swap { -v - shift } else { v + shift })
-                            .collect()
+                        let shift = if i % 3 == 0 { 1.06 } else { 1.0 };
+                        let round = rounds[at % rounds.len()].iter().map(|(a, b)| (*a, b * shift)).collect();
+                        if swap { swapped(&round) } else { round }
                     },
                     0.0,
                 )
@@ -517,6 +588,22 @@ mod tests {
         let values: Vec<f64> = (0..101).map(|_| dice.normal()).collect();
         let moved: Vec<f64> = values.iter().rev().map(|v| v + 3.0).collect();
         assert!((midmean(&moved) - midmean(&values) - 3.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn a_round_compares_the_faster_three_quarters() {
+        let pairs = [(1.0, 3.0), (2.0, 9.0), (9.0, 2.0), (3.0, 1.0)];
+        assert_eq!(Round::of(&pairs).centre, 0.0);
+        assert_eq!(Round::of(&pairs[..1]).centre, 2.0);
+        // The jackknife's error is about the spread of repeated rounds.
+        let mut dice = Dice::new(9);
+        let rounds: Vec<Round> = (0..1000)
+            .map(|_| Round::of(&(0..64).map(|_| (dice.normal(), dice.normal())).collect::<Vec<_>>()))
+            .collect();
+        let centres: Vec<f64> = rounds.iter().map(|r| r.centre).collect();
+        let errors: Vec<f64> = rounds.iter().map(|r| r.error).collect();
+        let share = mean(&errors) / spread(&centres);
+        assert!((0.85..1.15).contains(&share), "{share}");
     }
 
     #[test]

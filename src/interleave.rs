@@ -1,7 +1,12 @@
 //! Runs two sides in turns: fresh processes for each round, short blocks of steps in
 //! pairs, in random order. Only this knows processes; `compare` decides.
+//!
+//! A lane is a core with one process of each side and the thread that asks them: one of
+//! the three always runs, so the core never sleeps. A core that has slept takes a step's
+//! time to be itself again, and whoever shares the hardware has had its caches meanwhile;
+//! asked from another core, the same steps take a fifth longer and scatter twice as much.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader, Write};
 use std::path::PathBuf;
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio};
@@ -15,17 +20,27 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 
 use crate::case::{BackendId, Case, Framework, Set};
 use crate::compare::{Estimate, Judge, Rule, Verdict, median, midmean};
+use crate::cost;
 use crate::machine::Machine;
 
 /// Blocks of steps last about this: long against the request for them, short against
 /// what disturbs a machine.
 const BLOCK: Duration = Duration::from_millis(1);
-/// How long a round measures a case whose steps are short.
-const ROUND: Duration = Duration::from_millis(160);
+/// How long a round measures a case whose steps are short, at least.
+const ROUND: Duration = Duration::from_millis(250);
+/// A case is measured so many times as long as it took to load, then loaded anew: where its
+/// data lies in memory changes a step by some per cent, so a round tries several places.
+const PER_LOAD: u32 = 8;
+/// Pairs after each loading at least: the first are slower, as caches fill.
+const PAIRS: usize = 16;
+/// Lanes at most: they share the memory's bandwidth.
+const LANES: usize = 8;
+/// Bytes above which a case has the machine to itself.
+const SMALL: u64 = 256 << 20;
 /// Steps from here on are slow: few of them a round, one a block.
 const SLOW: Duration = Duration::from_millis(10);
 const SLOW_PAIRS: usize = 2;
-/// Rounds at most for short steps (10 s a case), and for slow ones (40 steps a side).
+/// Rounds at most for short steps, and for slow ones (40 steps a side).
 const MOST: usize = 60;
 const MOST_SLOW: usize = 20;
 
@@ -42,7 +57,7 @@ impl Side {
     pub fn cases(&self, set: Set, filter: &str) -> Result<Vec<Case>> {
         let mut all = Vec::new();
         for &framework in self.executables.keys() {
-            let mut worker = Worker::start(self, framework, None)?;
+            let mut worker = Worker::start(self, framework, Threads::All)?;
             all.extend(worker.cases(set, filter).with_context(|| format!("{}, {framework}", self.name))?);
         }
         Ok(all)
@@ -52,8 +67,8 @@ impl Side {
 /// How many threads and cores the processes of a comparison get.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Threads {
-    /// Both sides on the same core, CPU backends with one thread: what interleaving needs on
-    /// a shared machine, where two cores are seldom alike at a time. A GPU backend keeps its
+    /// Both sides in one lane, CPU backends with one thread: what interleaving needs on a
+    /// shared machine, where two cores are seldom alike at a time. A GPU backend keeps its
     /// threads, but its launches come from that core: its intervals get several times narrower.
     One,
     /// As the user's own runs.
@@ -101,21 +116,65 @@ pub fn go_on() -> Result<()> {
     if interrupted() { bail!("interrupted") } else { Ok(()) }
 }
 
-/// The core for pinned workers: the last that this process may use. The first ones get
-/// more of the system's own work.
+/// Cores for lanes, one of each physical core, the last first: the first ones get more of the
+/// system's own work. Empty where threads can't be kept on a core.
 #[cfg(target_os = "linux")]
-fn core() -> Option<libc::cpu_set_t> {
+fn cores() -> Vec<usize> {
     // SAFETY: plain data, filled by the call.
-    unsafe {
+    let allowed = unsafe {
         let mut allowed: libc::cpu_set_t = std::mem::zeroed();
         if libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &raw mut allowed) != 0 {
-            return None;
+            return Vec::new();
         }
-        let last = (0..libc::CPU_SETSIZE as usize).rev().find(|&i| libc::CPU_ISSET(i, &allowed))?;
-        let mut one: libc::cpu_set_t = std::mem::zeroed();
-        libc::CPU_SET(last, &mut one);
-        Some(one)
-    }
+        allowed
+    };
+    let mut seen = BTreeSet::new();
+    (0..libc::CPU_SETSIZE as usize)
+        .rev()
+        // SAFETY: below the size of the set.
+        .filter(|&core| unsafe { libc::CPU_ISSET(core, &allowed) })
+        .filter(|core| {
+            let siblings = format!("/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list");
+            std::fs::read_to_string(siblings).map_or(true, |text| seen.insert(text))
+        })
+        // A container may have more cores in sight than time on them.
+        .take(std::thread::available_parallelism().map_or(1, usize::from).min(LANES))
+        .collect()
+}
+
+#[cfg(not(target_os = "linux"))]
+fn cores() -> Vec<usize> {
+    Vec::new()
+}
+
+/// Does work on a core, with every process that it starts. None of them interrupts another
+/// by waking up (`SCHED_BATCH`): a framework's threads then run one after the other, which
+/// halves the time that comparing MLX takes.
+fn on_core<T: Send>(core: Option<usize>, work: impl FnOnce() -> T + Send) -> T {
+    let pinned = move || {
+        #[cfg(target_os = "linux")]
+        if let Some(core) = core {
+            // SAFETY: a set of one core, and plain data. Where the system refuses, the work is
+            // done all the same.
+            unsafe {
+                let mut one: libc::cpu_set_t = std::mem::zeroed();
+                libc::CPU_SET(core, &mut one);
+                libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &raw const one);
+                let parameters: libc::sched_param = std::mem::zeroed();
+                libc::sched_setscheduler(0, libc::SCHED_BATCH, &raw const parameters);
+            }
+        }
+        #[cfg(not(target_os = "linux"))]
+        let _ = core;
+        work()
+    };
+    std::thread::scope(|scope| scope.spawn(pinned).join())
+        .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+/// Does work in a lane of its own.
+pub fn in_a_lane<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    on_core(cores().first().copied(), work)
 }
 
 /// A benchmark process that times steps on request (`benches/harness/worker.rs`).
@@ -127,11 +186,11 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// `pinned` names the backend whose steps it times on the comparison's core.
+    /// A process with one thread for a CPU backend, or with all.
     ///
     /// # Errors
     /// Where the executable does not start.
-    pub fn start(side: &Side, framework: Framework, pinned: Option<BackendId>) -> Result<Self> {
+    pub fn start(side: &Side, framework: Framework, threads: Threads) -> Result<Self> {
         let executable = side
             .executables
             .get(&framework)
@@ -142,22 +201,11 @@ impl Worker {
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
-        if pinned.is_some_and(BackendId::is_cpu) {
+        if threads == Threads::One {
             for name in
                 ["OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"]
             {
                 command.env(name, "1");
-            }
-        }
-        #[cfg(target_os = "linux")]
-        if let Some(core) = pinned.and_then(|_| core()) {
-            use std::os::unix::process::CommandExt;
-            // SAFETY: one system call, nothing allocated.
-            unsafe {
-                command.pre_exec(move || {
-                    libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &raw const core);
-                    Ok(())
-                });
             }
         }
         command.envs(side.environment.iter().map(|(k, v)| (k, v)));
@@ -247,15 +295,17 @@ pub struct Row {
     pub base: Case,
     pub head: Case,
     pub judge: Judge,
-    /// Step times in seconds, of all rounds.
-    pub times: [Vec<f64>; 2],
+    /// Step times in seconds of each round's pairs, base first.
+    pub rounds: Vec<Vec<(f64, f64)>>,
+    /// Whether a step takes so long that a round has few.
+    slow: bool,
     /// Why it could not be measured, by side.
     pub failed: Option<(usize, String)>,
 }
 
 impl Row {
     pub fn new(base: Case, head: Case, rule: Rule) -> Self {
-        Self { base, head, judge: Judge::new(rule), times: [Vec::new(), Vec::new()], failed: None }
+        Self { base, head, judge: Judge::new(rule), rounds: Vec::new(), slow: false, failed: None }
     }
 
     pub fn verdict(&self) -> Option<Verdict> {
@@ -268,7 +318,29 @@ impl Row {
 
     /// Median step time of a side in seconds; NaN without any.
     pub fn step_time(&self, side: usize) -> f64 {
-        median(&self.times[side])
+        let times = self.rounds.iter().flatten().map(|p| if side == 0 { p.0 } else { p.1 });
+        median(&times.collect::<Vec<f64>>())
+    }
+
+    fn take(&mut self, found: Found) {
+        match found {
+            Ok(round) => {
+                if round.slow {
+                    self.judge.at_most(MOST_SLOW);
+                }
+                self.slow = round.slow;
+                self.judge.add(&round.pairs);
+                self.rounds.push(round.pairs);
+            }
+            Err((side, reason)) => self.failed = Some((side, format!("{reason:#}"))),
+        }
+    }
+
+    /// Whether it may be measured beside others: neither on a GPU, which lanes would share,
+    /// nor with steps that are slow or need much memory.
+    fn small(&self) -> bool {
+        let small = |case: &Case| case.backend.is_cpu() && cost::memory_estimate(case) < SMALL;
+        small(&self.base) && small(&self.head) && !self.slow
     }
 }
 
@@ -288,25 +360,34 @@ pub fn decide(
     until: Instant,
     mut progress: impl FnMut(usize, usize),
 ) -> Result<()> {
-    let mut random = ChaCha8Rng::seed_from_u64(1);
     let mut last_open = 0;
-    for round in 1.. {
+    for turn in 1.. {
         let open = rows.iter().filter(|r| r.verdict().is_none()).count();
         if open == 0 || Instant::now() >= until {
             break;
         }
-        if open != last_open || round % 10 == 1 {
-            progress(round, open);
+        if open != last_open || turn % 10 == 1 {
+            progress(turn, open);
         }
         last_open = open;
-        let pairs: std::collections::BTreeSet<(BackendId, BackendId)> =
-            rows.iter().map(|r| (r.base.backend, r.head.backend)).collect();
-        for pair in pairs {
-            let mut group: Vec<&mut Row> = rows
-                .iter_mut()
-                .filter(|r| (r.base.backend, r.head.backend) == pair && r.verdict().is_none())
-                .collect();
-            one_round(sides, &mut group, threads, round, until, &mut random)?;
+        let pairs: BTreeSet<[BackendId; 2]> = rows.iter().map(|r| [r.base.backend, r.head.backend]).collect();
+        for backends in pairs {
+            // Two frameworks split a GPU step over threads in their own ways: a shared core
+            // would favour one of them.
+            let alike = backends.iter().all(|b| b.is_cpu()) || backends[0] == backends[1];
+            let cores = if threads == Threads::One && alike { cores() } else { Vec::new() };
+            for small in [false, true] {
+                let chosen: Vec<usize> = (0..rows.len())
+                    .filter(|&i| {
+                        let row = &rows[i];
+                        [row.base.backend, row.head.backend] == backends
+                            && row.verdict().is_none()
+                            && row.small() == small
+                    })
+                    .collect();
+                let cores = if small { &cores[..] } else { &cores[..cores.len().min(1)] };
+                rounds(sides, rows, &chosen, cores, threads, turn, until)?;
+            }
         }
     }
     for row in rows {
@@ -315,89 +396,166 @@ pub fn decide(
     Ok(())
 }
 
-fn one_round(
+/// A round of each chosen row, spread over lanes. Each lane gets as many: where that
+/// does not come out even, some rows have two rounds.
+fn rounds(
     sides: &[Side; 2],
-    rows: &mut [&mut Row],
+    rows: &mut [Row],
+    chosen: &[usize],
+    cores: &[usize],
     threads: Threads,
-    round: usize,
+    turn: usize,
     until: Instant,
-    random: &mut ChaCha8Rng,
 ) -> Result<()> {
-    let Some(first) = rows.first() else { return Ok(()) };
-    let backends = [first.base.backend, first.head.backend];
-    let start = |side: usize| {
-        // Two frameworks split a GPU step over threads in their own ways: a shared core
-        // would favour one of them.
-        let alike = backends[side].is_cpu() || backends[0] == backends[1];
-        let pinned = (threads == Threads::One && alike).then_some(backends[side]);
-        Worker::start(&sides[side], backends[side].framework(), pinned)
-    };
-    let mut workers: [Option<Worker>; 2] = [None, None];
-    for row in rows {
-        go_on()?;
-        if Instant::now() >= until {
-            break;
-        }
-        // The side that is loaded first alternates: ABBA. A process that died is replaced.
-        for side in if round.is_multiple_of(2) { [0, 1] } else { [1, 0] } {
-            if workers[side].is_none() {
-                workers[side] = Some(start(side)?);
-            }
-        }
-        let [Some(base), Some(head)] = &mut workers else { unreachable!("both were started") };
-        match pairs([base, head], row, round.is_multiple_of(2), random) {
-            Ok(pairs) => {
-                row.times[0].extend(pairs.iter().map(|p| p.0));
-                row.times[1].extend(pairs.iter().map(|p| p.1));
-                row.judge.add(&pairs);
-            }
-            Err((side, reason)) => {
-                go_on()?;
-                row.failed = Some((side, format!("{reason:#}")));
-                workers = [None, None];
-            }
-        }
+    let lanes = cores.len().max(1);
+    let each = chosen.len().div_ceil(lanes);
+    let found = std::thread::scope(|scope| {
+        let all: Vec<_> = (0..lanes)
+            .filter(|_| each > 0)
+            .map(|lane| {
+                let mine = (0..each).map(|i| chosen[(i * lanes + lane) % chosen.len()]);
+                let tasks: Vec<(usize, [Case; 2])> =
+                    mine.map(|index| (index, [rows[index].base, rows[index].head])).collect();
+                let core = cores.get(lane).copied();
+                scope.spawn(move || {
+                    on_core(core, || Lane::new(sides, threads, turn + lane).run(&tasks, until))
+                })
+            })
+            .collect();
+        let join = |lane: std::thread::ScopedJoinHandle<'_, _>| {
+            lane.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        };
+        all.into_iter().map(join).collect::<Result<Vec<Vec<(usize, Found)>>>>()
+    })?;
+    for (index, found) in found.into_iter().flatten() {
+        rows[index].take(found);
     }
     Ok(())
 }
 
-/// Times both sides of a case in turns. What is loaded first lies elsewhere in memory, and
-/// is some tenths of a per cent slower: rounds take turns at that too.
-fn pairs(
-    workers: [&mut Worker; 2],
-    row: &mut Row,
-    base_first: bool,
-    random: &mut ChaCha8Rng,
-) -> Result<Vec<(f64, f64)>, (usize, anyhow::Error)> {
-    let cases = [row.base, row.head];
-    let mut each = [f64::MAX; 2];
-    for side in if base_first { [0, 1] } else { [1, 0] } {
-        let fail = |error| (side, error);
-        workers[side].load(&cases[side]).map_err(fail)?;
-        let start = Instant::now();
-        for count in 0..5 {
-            if count > 0 && start.elapsed() > 3 * SLOW {
+/// What a round measured.
+struct Round {
+    pairs: Vec<(f64, f64)>,
+    slow: bool,
+}
+
+/// A round, or the side that failed and why.
+type Found = Result<Round, (usize, anyhow::Error)>;
+
+/// Two processes that take turns on one core.
+struct Lane<'a> {
+    sides: &'a [Side; 2],
+    threads: Threads,
+    /// Which side starts and is loaded first. What is loaded first lies elsewhere in memory,
+    /// and is some tenths of a per cent slower: turns alternate.
+    order: [usize; 2],
+    workers: [Option<Worker>; 2],
+    random: ChaCha8Rng,
+}
+
+impl<'a> Lane<'a> {
+    fn new(sides: &'a [Side; 2], threads: Threads, seed: usize) -> Self {
+        let order = if seed.is_multiple_of(2) { [0, 1] } else { [1, 0] };
+        Self { sides, threads, order, workers: [None, None], random: ChaCha8Rng::seed_from_u64(seed as u64) }
+    }
+
+    /// A round of each task: the row's place and its cases.
+    fn run(&mut self, tasks: &[(usize, [Case; 2])], until: Instant) -> Result<Vec<(usize, Found)>> {
+        let mut all = Vec::new();
+        let mut at_least = ROUND;
+        for &(index, cases) in tasks {
+            go_on()?;
+            if Instant::now() >= until {
                 break;
             }
-            each[side] = each[side].min(workers[side].time(1).map_err(fail)?);
+            if self.workers.iter().any(Option::is_none) {
+                // Few cases measure for longer, so that starting is never most of the time.
+                at_least = ROUND.max(self.start(&cases)? / tasks.len() as u32);
+            }
+            let found = self.round(&cases, at_least);
+            if found.is_err() {
+                go_on()?;
+                // One that died is replaced, and the other with it.
+                self.workers = [None, None];
+            }
+            all.push((index, found));
+        }
+        // Both end at once.
+        self.workers.iter_mut().flatten().for_each(|worker| worker.input = None);
+        Ok(all)
+    }
+
+    /// Starts both processes, and says how long that took.
+    fn start(&mut self, cases: &[Case; 2]) -> Result<Duration> {
+        let start = Instant::now();
+        for side in self.order {
+            let backend = cases[side].backend;
+            let threads = if backend.is_cpu() { self.threads } else { Threads::All };
+            self.workers[side] = Some(Worker::start(&self.sides[side], backend.framework(), threads)?);
+        }
+        for worker in self.workers.iter_mut().flatten() {
+            worker.work(0)?;
+        }
+        Ok(start.elapsed())
+    }
+
+    fn worker(&mut self, side: usize) -> &mut Worker {
+        self.workers[side].as_mut().expect("both were started")
+    }
+
+    fn time(&mut self, side: usize, steps: u64) -> Result<f64, (usize, anyhow::Error)> {
+        self.worker(side).time(steps).map_err(|error| (side, error))
+    }
+
+    /// Prepares both sides and returns about how long their steps take, in seconds.
+    fn load(&mut self, cases: &[Case; 2]) -> Result<[f64; 2], (usize, anyhow::Error)> {
+        let mut each = [f64::MAX; 2];
+        for side in self.order {
+            self.worker(side).load(&cases[side]).map_err(|error| (side, error))?;
+            let start = Instant::now();
+            for count in 0..5 {
+                if count > 1 && start.elapsed() > 4 * BLOCK {
+                    break;
+                }
+                each[side] = each[side].min(self.time(side, 1)?);
+            }
+        }
+        self.order.reverse();
+        Ok(each)
+    }
+
+    /// Times both sides of a case in turns.
+    fn round(&mut self, cases: &[Case; 2], at_least: Duration) -> Found {
+        let (mut loading, mut measuring) = (Duration::ZERO, Duration::ZERO);
+        let mut pairs = Vec::new();
+        loop {
+            let start = Instant::now();
+            let each = self.load(cases)?;
+            let load = start.elapsed();
+            loading += load;
+            let slow = each[0].max(each[1]) > SLOW.as_secs_f64();
+            let steps = each.map(|e| if slow { 1 } else { (BLOCK.as_secs_f64() / e).ceil().max(1.0) as u64 });
+            let goal = at_least.max(loading);
+            let stretch = (PER_LOAD * load).min(goal.saturating_sub(measuring));
+            let (start, before) = (Instant::now(), pairs.len());
+            while if slow {
+                pairs.len() < SLOW_PAIRS
+            } else {
+                start.elapsed() < stretch || pairs.len() < before + PAIRS
+            } {
+                let mut times = [0.0; 2];
+                let first = (self.random.next_u32() & 1) as usize;
+                for side in [first, 1 - first] {
+                    times[side] = self.time(side, steps[side])?;
+                }
+                pairs.push((times[0], times[1]));
+            }
+            measuring += start.elapsed();
+            if slow || measuring >= goal {
+                return Ok(Round { pairs, slow });
+            }
         }
     }
-    let slow = each[0].max(each[1]) > SLOW.as_secs_f64();
-    if slow {
-        row.judge.at_most(MOST_SLOW);
-    }
-    let steps = each.map(|e| if slow { 1 } else { (BLOCK.as_secs_f64() / e).ceil().max(1.0) as u64 });
-    let mut all = Vec::new();
-    let start = Instant::now();
-    while if slow { all.len() < SLOW_PAIRS } else { start.elapsed() < ROUND || all.len() < 8 } {
-        let mut times = [0.0; 2];
-        let first = (random.next_u32() & 1) as usize;
-        for side in [first, 1 - first] {
-            times[side] = workers[side].time(steps[side]).map_err(|e| (side, e))?;
-        }
-        all.push((times[0], times[1]));
-    }
-    Ok(all)
 }
 
 /// Processes that a side is measured in against a baseline.
@@ -416,12 +574,11 @@ pub fn levels(
 ) -> Result<BTreeMap<String, Result<Vec<f64>, String>>> {
     let mut all: BTreeMap<String, Result<Vec<f64>, String>> =
         cases.iter().map(|c| (c.to_string(), Ok(Vec::new()))).collect();
-    let frameworks: std::collections::BTreeSet<Framework> =
-        cases.iter().map(|c| c.backend.framework()).collect();
+    let frameworks: BTreeSet<Framework> = cases.iter().map(|c| c.backend.framework()).collect();
     for round in 1..=PROCESSES {
         progress(round);
         for &framework in &frameworks {
-            let mut worker = Worker::start(side, framework, None)?;
+            let mut worker = Worker::start(side, framework, Threads::All)?;
             for case in cases.iter().filter(|c| c.backend.framework() == framework) {
                 go_on()?;
                 let entry = all.get_mut(&case.to_string()).expect("made above");
@@ -433,7 +590,7 @@ pub fn levels(
                     Ok(level) => levels.push(level),
                     Err(reason) => {
                         *entry = Err(format!("{reason:#}"));
-                        worker = Worker::start(side, framework, None)?;
+                        worker = Worker::start(side, framework, Threads::All)?;
                     }
                 }
             }

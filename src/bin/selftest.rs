@@ -1,5 +1,7 @@
 //! `scripts/selftest`: how often comparisons are wrong on this machine, found by trying.
 
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
@@ -12,17 +14,19 @@ use clap::Parser;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use statrs::distribution::{Beta, ContinuousCDF};
-use transformer_bench::case::{Case, Set};
-use transformer_bench::compare::{THRESHOLD, Verdict, median};
+use transformer_bench::case::{Case, Framework, Set};
+use transformer_bench::compare::{Rule, THRESHOLD, Verdict, median};
 use transformer_bench::interleave::{self, Row, Side, Threads, Worker, go_on};
+use transformer_bench::machine::Machine;
 use transformer_bench::results;
 use transformer_bench::sides::{self, Source};
 
 /// Compares this suite with itself, and with itself deliberately slowed, many times, and
 /// counts the wrong answers.
 ///
-/// Extra arithmetic in each step makes it slower by 1, 2, 5 and 10 per cent. A third of
-/// the comparisons of equal sides run beside loads that go on and off on every core.
+/// Extra arithmetic in each step makes it slower by 1, 2, 5 and 10 per cent; 1 is looked
+/// for with a threshold of 1 per cent, the others with the default. A third of
+/// the comparisons run beside loads that go on and off on every core.
 /// Criterion's own comparison of the same equal code is counted beside it.
 #[derive(Parser)]
 #[command(
@@ -47,6 +51,10 @@ struct Arguments {
     /// Write the table between the marks in README.md
     #[arg(long)]
     write: bool,
+    /// Only write the rounds of one comparison of equal sides to FILE: the noise that tests
+    /// replay (src/compare/recorded-noise.txt)
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["minutes", "write"])]
+    record: Option<PathBuf>,
 }
 
 /// What is compared with the plain side.
@@ -54,7 +62,37 @@ struct Arguments {
 struct Kind {
     slowdown: f64,
     loaded: bool,
+    threshold: f64,
 }
+
+const fn kind(slowdown: f64, loaded: bool, threshold: f64) -> Kind {
+    Kind { slowdown, loaded, threshold }
+}
+
+/// What is tried in turns: every other time equal sides.
+const KINDS: [Kind; 18] = [
+    kind(0.0, false, THRESHOLD),
+    kind(0.02, false, THRESHOLD),
+    kind(0.0, true, THRESHOLD),
+    kind(0.05, false, THRESHOLD),
+    kind(0.0, false, THRESHOLD),
+    kind(0.02, true, THRESHOLD),
+    kind(0.0, false, FINE),
+    kind(0.10, false, THRESHOLD),
+    kind(0.0, true, THRESHOLD),
+    kind(0.01, false, FINE),
+    kind(0.0, false, THRESHOLD),
+    kind(0.02, false, THRESHOLD),
+    kind(0.0, true, THRESHOLD),
+    kind(0.05, true, THRESHOLD),
+    kind(0.0, false, THRESHOLD),
+    kind(0.10, true, THRESHOLD),
+    kind(0.0, false, THRESHOLD),
+    kind(0.01, true, FINE),
+];
+
+/// The threshold with which one per cent is looked for.
+const FINE: f64 = 0.01;
 
 #[derive(Default)]
 struct Count {
@@ -114,28 +152,20 @@ fn run(arguments: &Arguments) -> Result<()> {
     let cases = plain.cases(Set::Smoke, &arguments.filter)?;
     ensure!(!cases.is_empty(), "no case matches '{}'", arguments.filter);
 
-    let kinds = [
-        Kind { slowdown: 0.0, loaded: false },
-        Kind { slowdown: 0.02, loaded: false },
-        Kind { slowdown: 0.0, loaded: true },
-        Kind { slowdown: 0.05, loaded: false },
-        Kind { slowdown: 0.0, loaded: false },
-        Kind { slowdown: 0.10, loaded: false },
-        Kind { slowdown: 0.02, loaded: true },
-        Kind { slowdown: 0.01, loaded: false },
-    ];
+    let mut random = ChaCha8Rng::seed_from_u64(std::process::id().into());
+    if let Some(path) = &arguments.record {
+        return record(&plain, &draw(&cases, arguments.cases, &mut random), path);
+    }
     let mut counts: Vec<(Kind, Count)> = Vec::new();
     let mut criterion = (0, 0);
-    let mut random = ChaCha8Rng::seed_from_u64(std::process::id().into());
     let start = Instant::now();
     let end = start + Duration::from_secs_f64(60.0 * arguments.minutes);
     for turn in 0.. {
         if Instant::now() >= end {
             break;
         }
-        let kind = kinds[turn % kinds.len()];
-        let picked: Vec<Case> =
-            (0..arguments.cases).map(|_| cases[random.next_u32() as usize % cases.len()]).collect();
+        let kind = KINDS[turn % KINDS.len()];
+        let picked = draw(&cases, arguments.cases, &mut random);
         let slot = match counts.iter().position(|(k, _)| *k == kind) {
             Some(slot) => slot,
             None => {
@@ -170,14 +200,48 @@ fn run(arguments: &Arguments) -> Result<()> {
     if arguments.write { insert(Path::new("README.md"), &table) } else { Ok(()) }
 }
 
+/// Some cases, none of them twice.
+fn draw(cases: &[Case], count: usize, random: &mut ChaCha8Rng) -> Vec<Case> {
+    let mut left = cases.to_vec();
+    (0..count.min(left.len())).map(|_| left.swap_remove(random.next_u32() as usize % left.len())).collect()
+}
+
+/// Writes rounds of equal sides: logs of step times in units of 0.001, relative to the
+/// round's first.
+fn record(plain: &Side, cases: &[Case], path: &Path) -> Result<()> {
+    // A rule that never decides.
+    let rule = Rule { threshold: 0.0, cases: 1_000_000, most: 24 };
+    let mut rows: Vec<Row> = cases.iter().map(|c| Row::new(*c, *c, rule)).collect();
+    let sides = [plain.clone(), plain.clone()];
+    let until = Instant::now() + Duration::from_secs(3600);
+    interleave::decide(&sides, &mut rows, Threads::One, until, |turn, _| eprintln!("round {turn}"))?;
+    let mut text = format!(
+        "# Log step times of pairs of blocks in units of 0.001, the same program on both sides: a line\n\
+         # a round (fresh processes), base and head by turns; a heading a case. Recorded by\n\
+         # scripts/selftest --record on {}.\n",
+        Machine::read().slug()
+    );
+    for row in &rows {
+        text.push_str(&format!("# {}\n", row.base));
+        for pairs in &row.rounds {
+            let relative = |time: f64| format!("{:.0}", 1e3 * (time / pairs[0].0).ln());
+            let line: Vec<String> = pairs.iter().flat_map(|p| [relative(p.0), relative(p.1)]).collect();
+            text.push_str(&format!("{}\n", line.join(" ")));
+        }
+    }
+    results::write_whole(path, &text)
+}
+
 fn trial(plain: &Side, kind: Kind, cases: &[Case], count: &mut Count) -> Result<()> {
     let mut head = plain.clone();
     head.name = "slowed".to_owned();
     if kind.slowdown > 0.0 {
-        head.environment
-            .push(("TRANSFORMER_BENCH_EXTRA_WORK".to_owned(), extra_work(plain, kind.slowdown, cases)?));
+        head.environment.push((
+            "TRANSFORMER_BENCH_EXTRA_WORK".to_owned(),
+            interleave::in_a_lane(|| extra_work(plain, kind.slowdown, cases))?,
+        ));
     }
-    let rule = interleave::rule(THRESHOLD, cases.len());
+    let rule = interleave::rule(kind.threshold, cases.len());
     let mut rows: Vec<Row> = cases.iter().map(|c| Row::new(*c, *c, rule)).collect();
     let _load = kind.loaded.then(Load::start);
     let start = Instant::now();
@@ -209,24 +273,34 @@ fn trial(plain: &Side, kind: Kind, cases: &[Case], count: &mut Count) -> Result<
     Ok(())
 }
 
-/// Arithmetic that takes `share` of a step of each case, measured once: the same in every
-/// process that is slowed.
+/// Arithmetic that takes `share` of a step of each case, measured once, as comparisons
+/// measure: the same in every process that is slowed.
 fn extra_work(plain: &Side, share: f64, cases: &[Case]) -> Result<String> {
     const TRIAL: u64 = 100_000;
+    let mut workers: BTreeMap<Framework, Worker> = BTreeMap::new();
     let mut all = Vec::new();
     for case in cases {
-        let mut worker = Worker::start(plain, case.backend.framework(), Some(case.backend))?;
+        go_on()?;
+        let worker = match workers.entry(case.backend.framework()) {
+            Entry::Occupied(started) => started.into_mut(),
+            Entry::Vacant(none) => none.insert(Worker::start(plain, case.backend.framework(), Threads::One)?),
+        };
         worker.load(case)?;
         let (mut steps, mut works) = (Vec::new(), Vec::new());
         let start = Instant::now();
-        while steps.len() < 5 || (start.elapsed() < Duration::from_millis(400) && steps.len() < 400) {
-            steps.push(worker.time(1)?);
+        while steps.len() < 8 || start.elapsed() < Duration::from_millis(300) {
+            steps.push(worker.time(5)?);
             works.push(worker.work(TRIAL)?);
         }
-        let rounds = median(&steps) * share / (median(&works) / TRIAL as f64);
+        let rounds = share * lower_quartile(steps) / (lower_quartile(works) / TRIAL as f64);
         all.push(format!("{case}={}", rounds.round() as u64));
     }
     Ok(all.join(";"))
+}
+
+fn lower_quartile(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 4]
 }
 
 /// Whether Criterion with its defaults calls a second run of the same code changed; None
@@ -280,13 +354,14 @@ fn interval(hits: u64, trials: u64) -> String {
 
 fn table(counts: &[(Kind, Count)], criterion: (u64, u64)) -> String {
     let mut text = String::from(
-        "| head is slower by | machine | comparisons | called slower | called faster | same | unclear | median found | time a case |\n\
-         | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n",
+        "| head is slower by | threshold | machine | comparisons | called slower | called faster | same | unclear | median found | time a case |\n\
+         | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n",
     );
     for (kind, c) in counts {
         text.push_str(&format!(
-            "| {} % | {} | {} | {} | {} | {} | {} | {:+.2} % | {:.1} s |\n",
+            "| {} % | {} % | {} | {} | {} | {} | {} | {} | {:+.2} % | {:.1} s |\n",
             100.0 * kind.slowdown,
+            100.0 * kind.threshold,
             if kind.loaded { "loaded" } else { "as it was" },
             c.trials,
             interval(c.slower, c.trials),

@@ -245,7 +245,7 @@ fn against(
         if !past.selections.iter().any(|s| s.framework == framework.id()) {
             continue;
         }
-        let found = Worker::start(&now, framework, None)?.machine()?;
+        let found = Worker::start(&now, framework, Threads::All)?.machine()?;
         match &mut machine {
             None => machine = Some(found),
             Some(all) => all.add_versions(found.versions),
