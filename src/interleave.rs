@@ -4,7 +4,7 @@
 //! A lane is a core with one process of each side and the thread that asks them: one of
 //! the three always runs, so the core never sleeps. A core that has slept takes a step's
 //! time to be itself again, and whoever shares the hardware has had its caches meanwhile;
-//! asked from another core, the same steps take a fifth longer and scatter twice as much.
+//! asked from another core, the same steps take a fifth longer and scatter half as much again.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader, Write};
@@ -147,34 +147,48 @@ fn cores() -> Vec<usize> {
     Vec::new()
 }
 
-/// Does work on a core, with every process that it starts. None of them interrupts another
-/// by waking up (`SCHED_BATCH`): a framework's threads then run one after the other, which
-/// halves the time that comparing MLX takes.
-fn on_core<T: Send>(core: Option<usize>, work: impl FnOnce() -> T + Send) -> T {
-    let pinned = move || {
-        #[cfg(target_os = "linux")]
-        if let Some(core) = core {
-            // SAFETY: a set of one core, and plain data. Where the system refuses, the work is
-            // done all the same.
-            unsafe {
-                let mut one: libc::cpu_set_t = std::mem::zeroed();
-                libc::CPU_SET(core, &mut one);
-                libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &raw const one);
-                let parameters: libc::sched_param = std::mem::zeroed();
-                libc::sched_setscheduler(0, libc::SCHED_BATCH, &raw const parameters);
-            }
-        }
-        #[cfg(not(target_os = "linux"))]
-        let _ = core;
-        work()
-    };
-    std::thread::scope(|scope| scope.spawn(pinned).join())
-        .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+/// Keeps this thread, and every process that it starts, on a core, where none of them
+/// interrupts another by waking up (`SCHED_BATCH`): a framework's threads then run one after
+/// the other, which halves the time that comparing MLX takes. Where the system refuses,
+/// the work is done all the same.
+fn stay_on(core: usize) {
+    #[cfg(target_os = "linux")]
+    // SAFETY: a set of one core, and plain data.
+    unsafe {
+        let mut one: libc::cpu_set_t = std::mem::zeroed();
+        libc::CPU_SET(core, &mut one);
+        libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &raw const one);
+        let parameters: libc::sched_param = std::mem::zeroed();
+        libc::sched_setscheduler(0, libc::SCHED_BATCH, &raw const parameters);
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = core;
 }
 
-/// Does work in a lane of its own.
-pub fn in_a_lane<T: Send>(work: impl FnOnce() -> T + Send) -> T {
-    on_core(cores().first().copied(), work)
+/// Does work in one lane for each core, or in one anywhere without any, and returns what
+/// each returned.
+fn in_lanes<T: Send>(cores: &[usize], work: impl Fn(usize) -> T + Sync) -> Vec<T> {
+    let work = &work;
+    std::thread::scope(|scope| {
+        let lane = |index: usize| {
+            let core = cores.get(index).copied();
+            scope.spawn(move || {
+                core.into_iter().for_each(stay_on);
+                work(index)
+            })
+        };
+        let lanes: Vec<_> = (0..cores.len().max(1)).map(lane).collect();
+        let join = |lane: std::thread::ScopedJoinHandle<'_, T>| {
+            lane.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        };
+        lanes.into_iter().map(join).collect()
+    })
+}
+
+/// Does work in a lane, as comparisons measure.
+pub fn in_a_lane<T: Send>(work: impl Fn() -> T + Sync) -> T {
+    let cores = cores();
+    in_lanes(&cores[..cores.len().min(1)], |_| work()).pop().expect("there is one lane")
 }
 
 /// A benchmark process that times steps on request (`benches/harness/worker.rs`).
@@ -386,7 +400,9 @@ pub fn decide(
                     })
                     .collect();
                 let cores = if small { &cores[..] } else { &cores[..cores.len().min(1)] };
-                rounds(sides, rows, &chosen, cores, threads, turn, until)?;
+                if !chosen.is_empty() {
+                    rounds(sides, rows, &chosen, cores, threads, turn, until)?;
+                }
             }
         }
     }
@@ -397,7 +413,7 @@ pub fn decide(
 }
 
 /// A round of each chosen row, spread over lanes. Each lane gets as many: where that
-/// does not come out even, some rows have two rounds.
+/// does not come out even, some rows have more rounds.
 fn rounds(
     sides: &[Side; 2],
     rows: &mut [Row],
@@ -409,24 +425,12 @@ fn rounds(
 ) -> Result<()> {
     let lanes = cores.len().max(1);
     let each = chosen.len().div_ceil(lanes);
-    let found = std::thread::scope(|scope| {
-        let all: Vec<_> = (0..lanes)
-            .filter(|_| each > 0)
-            .map(|lane| {
-                let mine = (0..each).map(|i| chosen[(i * lanes + lane) % chosen.len()]);
-                let tasks: Vec<(usize, [Case; 2])> =
-                    mine.map(|index| (index, [rows[index].base, rows[index].head])).collect();
-                let core = cores.get(lane).copied();
-                scope.spawn(move || {
-                    on_core(core, || Lane::new(sides, threads, turn + lane).run(&tasks, until))
-                })
-            })
-            .collect();
-        let join = |lane: std::thread::ScopedJoinHandle<'_, _>| {
-            lane.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        };
-        all.into_iter().map(join).collect::<Result<Vec<Vec<(usize, Found)>>>>()
-    })?;
+    let found = in_lanes(cores, |lane| {
+        let mine = (0..each).map(|i| chosen[(i * lanes + lane) % chosen.len()]);
+        let tasks: Vec<(usize, [Case; 2])> = mine.map(|i| (i, [rows[i].base, rows[i].head])).collect();
+        Lane::new(sides, threads, turn + lane).run(&tasks, until)
+    });
+    let found: Vec<Vec<(usize, Found)>> = found.into_iter().collect::<Result<_>>()?;
     for (index, found) in found.into_iter().flatten() {
         rows[index].take(found);
     }
@@ -494,7 +498,8 @@ impl<'a> Lane<'a> {
             self.workers[side] = Some(Worker::start(&self.sides[side], backend.framework(), threads)?);
         }
         for worker in self.workers.iter_mut().flatten() {
-            worker.work(0)?;
+            // Any answer says that it is up; what is wrong with it shows when it loads.
+            let _ = worker.work(0);
         }
         Ok(start.elapsed())
     }

@@ -224,6 +224,8 @@ for line in sys.stdin:
         print("{self.CASE}")
     elif word == "case":
         print("ready")
+    elif word == "work":
+        print(0)
     else:
         print(int(int(word) * step * random.gauss(1, 0.001)))
     sys.stdout.flush()
