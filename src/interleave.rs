@@ -35,6 +35,8 @@ const PER_LOAD: u32 = 8;
 const PAIRS: usize = 16;
 /// Lanes at most: they share the memory's bandwidth.
 const LANES: usize = 8;
+/// The share of its time above which a step is said to wait for something.
+const WAITING: f64 = 0.01;
 /// Bytes above which a case has the machine to itself.
 const SMALL: u64 = 256 << 20;
 /// Steps from here on are slow: few of them a round, one a block.
@@ -67,7 +69,7 @@ impl Side {
 /// How many threads and cores the processes of a comparison get.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Threads {
-    /// Both sides in one lane, CPU backends with one thread: what interleaving needs on a
+    /// Both sides in one lane, CPU backends with one thread and by CPU time: what interleaving needs on a
     /// shared machine, where two cores are seldom alike at a time. A GPU backend keeps its
     /// threads, but its launches come from that core: its intervals get several times narrower.
     One,
@@ -280,12 +282,37 @@ impl Worker {
         Ok(answer.parse::<f64>().with_context(|| format!("'{answer}' is no time"))? * 1e-9)
     }
 
-    /// Seconds a step.
-    pub fn time(&mut self, steps: u64) -> Result<f64> {
+    pub fn time(&mut self, steps: u64) -> Result<Step> {
         let answer = self.ask(&steps.to_string())?;
-        let nanoseconds: f64 = answer.parse().with_context(|| format!("'{answer}' is no time"))?;
-        Ok(nanoseconds * 1e-9 / steps as f64)
+        let seconds = |text: &str| {
+            let nanoseconds: f64 = text.parse().with_context(|| format!("'{answer}' is no time"))?;
+            Ok::<f64, anyhow::Error>(nanoseconds * 1e-9 / steps as f64)
+        };
+        // Older executables don't tell their CPU time.
+        let (wall, cpu) = answer.split_once(' ').unwrap_or((&answer, &answer));
+        Ok(Step { wall: seconds(wall)?, cpu: seconds(cpu)? })
     }
+}
+
+/// What a step took in seconds: by the clock, and of that on a CPU.
+#[derive(Clone, Copy, Debug)]
+pub struct Step {
+    pub wall: f64,
+    pub cpu: f64,
+}
+
+/// Times of pairs of blocks. Where both sides have but one core, CPU time leaves out what else
+/// ran there. A step that waits would hide that from it: three quarters of the blocks may
+/// have lost the core to others, but one that waits does so in all.
+fn times(blocks: &[[Step; 2]], one_core: bool) -> Vec<(f64, f64)> {
+    let waits = |side: usize| {
+        let mut shares: Vec<f64> = blocks.iter().map(|b| 1.0 - b[side].cpu / b[side].wall).collect();
+        shares.sort_by(f64::total_cmp);
+        shares.get(shares.len() / 4).is_none_or(|&share| share > WAITING)
+    };
+    let on_cpu = one_core && !waits(0) && !waits(1);
+    let time = |step: Step| if on_cpu { step.cpu } else { step.wall };
+    blocks.iter().map(|[base, head]| (time(*base), time(*head))).collect()
 }
 
 impl Drop for Worker {
@@ -428,7 +455,7 @@ fn rounds(
     let found = in_lanes(cores, |lane| {
         let mine = (0..each).map(|i| chosen[(i * lanes + lane) % chosen.len()]);
         let tasks: Vec<(usize, [Case; 2])> = mine.map(|i| (i, [rows[i].base, rows[i].head])).collect();
-        Lane::new(sides, threads, turn + lane).run(&tasks, until)
+        Lane::new(sides, threads, cores.get(lane).copied(), turn + lane).run(&tasks, until)
     });
     let found: Vec<Vec<(usize, Found)>> = found.into_iter().collect::<Result<_>>()?;
     for (index, found) in found.into_iter().flatten() {
@@ -450,6 +477,8 @@ type Found = Result<Round, (usize, anyhow::Error)>;
 struct Lane<'a> {
     sides: &'a [Side; 2],
     threads: Threads,
+    /// The core that it stays on.
+    core: Option<usize>,
     /// Which side starts and is loaded first. What is loaded first lies elsewhere in memory,
     /// and is some tenths of a per cent slower: turns alternate.
     order: [usize; 2],
@@ -458,9 +487,10 @@ struct Lane<'a> {
 }
 
 impl<'a> Lane<'a> {
-    fn new(sides: &'a [Side; 2], threads: Threads, seed: usize) -> Self {
+    fn new(sides: &'a [Side; 2], threads: Threads, core: Option<usize>, seed: usize) -> Self {
         let order = if seed.is_multiple_of(2) { [0, 1] } else { [1, 0] };
-        Self { sides, threads, order, workers: [None, None], random: ChaCha8Rng::seed_from_u64(seed as u64) }
+        let random = ChaCha8Rng::seed_from_u64(seed as u64);
+        Self { sides, threads, core, order, workers: [None, None], random }
     }
 
     /// A round of each task: the row's place and its cases.
@@ -508,7 +538,7 @@ impl<'a> Lane<'a> {
         self.workers[side].as_mut().expect("both were started")
     }
 
-    fn time(&mut self, side: usize, steps: u64) -> Result<f64, (usize, anyhow::Error)> {
+    fn time(&mut self, side: usize, steps: u64) -> Result<Step, (usize, anyhow::Error)> {
         self.worker(side).time(steps).map_err(|error| (side, error))
     }
 
@@ -522,7 +552,7 @@ impl<'a> Lane<'a> {
                 if count > 1 && start.elapsed() > 4 * BLOCK {
                     break;
                 }
-                each[side] = each[side].min(self.time(side, 1)?);
+                each[side] = each[side].min(self.time(side, 1)?.wall);
             }
         }
         self.order.reverse();
@@ -532,7 +562,7 @@ impl<'a> Lane<'a> {
     /// Times both sides of a case in turns.
     fn round(&mut self, cases: &[Case; 2], at_least: Duration) -> Found {
         let (mut loading, mut measuring) = (Duration::ZERO, Duration::ZERO);
-        let mut pairs = Vec::new();
+        let mut pairs: Vec<[Step; 2]> = Vec::new();
         loop {
             let start = Instant::now();
             let each = self.load(cases)?;
@@ -548,16 +578,17 @@ impl<'a> Lane<'a> {
             } else {
                 start.elapsed() < stretch || pairs.len() < before + PAIRS
             } {
-                let mut times = [0.0; 2];
+                let mut pair = [Step { wall: f64::NAN, cpu: f64::NAN }; 2];
                 let first = (self.random.next_u32() & 1) as usize;
                 for side in [first, 1 - first] {
-                    times[side] = self.time(side, steps[side])?;
+                    pair[side] = self.time(side, steps[side])?;
                 }
-                pairs.push((times[0], times[1]));
+                pairs.push(pair);
             }
             measuring += start.elapsed();
             if slow || measuring >= goal {
-                return Ok(Round { pairs, slow });
+                let one_core = self.core.is_some() && cases.iter().all(|c| c.backend.is_cpu());
+                return Ok(Round { pairs: times(&pairs, one_core), slow });
             }
         }
     }
@@ -607,12 +638,27 @@ pub fn levels(
 /// The midmean of the logs of some blocks of steps, after a warm-up.
 fn level(worker: &mut Worker, case: &Case) -> Result<f64> {
     worker.load(case)?;
-    let each = worker.time(1)?.min(worker.time(1)?);
+    let each = worker.time(1)?.wall.min(worker.time(1)?.wall);
     let steps = (BLOCK.as_secs_f64() / each).ceil().max(1.0) as u64;
     let start = Instant::now();
     let mut logs = Vec::new();
     while logs.len() < 4 || (start.elapsed() < 2 * ROUND && logs.len() < 200) {
-        logs.push(worker.time(steps)?.ln());
+        logs.push(worker.time(steps)?.wall.ln());
     }
     Ok(midmean(&logs))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cpu_time_counts_only_where_no_step_waits() {
+        let step = |wall, cpu| Step { wall, cpu };
+        let interrupted = [[step(2.0, 1.0), step(1.0, 1.0)], [step(1.0, 1.0), step(3.0, 1.0)]];
+        assert_eq!(times(&interrupted, true), [(1.0, 1.0), (1.0, 1.0)]);
+        assert_eq!(times(&interrupted, false), [(2.0, 1.0), (1.0, 3.0)]);
+        let waiting = [[step(1.0, 1.0), step(1.5, 1.0)], [step(1.0, 1.0), step(1.4, 1.0)]];
+        assert_eq!(times(&waiting, true), [(1.0, 1.5), (1.0, 1.4)]);
+    }
 }

@@ -7,7 +7,7 @@
 //! | `machine` | the machine and the versions, as JSON |
 //! | `case ID` | `ready` once the case has been prepared and has done a step, or `failed: ` and why |
 //! | `work ROUNDS` | the nanoseconds that so many rounds of thrown-away arithmetic take |
-//! | a number | the nanoseconds that so many steps of the case took, or `failed: ` and why |
+//! | a number | the nanoseconds that so many steps of the case took, and those that this process had a CPU meanwhile, or `failed: ` and why |
 //!
 //! With an ID it starts as after `case ID`, and ends where that fails.
 
@@ -62,7 +62,9 @@ fn say(line: &str) -> Result<()> {
 impl Worker<'_> {
     fn answer(&mut self, line: &str) -> Result<String> {
         if let Ok(steps) = line.parse() {
-            return Ok(self.time(steps)?.as_nanos().to_string());
+            let before = cpu_time();
+            let wall = self.time(steps)?;
+            return Ok(format!("{} {}", wall.as_nanos(), (cpu_time() - before).as_nanos()));
         }
         match line.split_once(' ').unwrap_or((line, "")) {
             ("case", id) => self.load(id).map(|()| "ready".to_owned()),
@@ -119,6 +121,14 @@ impl Worker<'_> {
         let prepared = self.current.as_mut().context("no case: say 'case ID' first")?;
         timing::time(prepared.as_mut(), steps)
     }
+}
+
+/// CPU time of all threads of this process.
+fn cpu_time() -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the call fills plain data.
+    unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &raw mut time) };
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
 /// A case whose every step does extra work.

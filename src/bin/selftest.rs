@@ -289,7 +289,7 @@ fn extra_work(plain: &Side, share: f64, cases: &[Case]) -> Result<String> {
         let (mut steps, mut works) = (Vec::new(), Vec::new());
         let start = Instant::now();
         while steps.len() < 8 || start.elapsed() < Duration::from_millis(300) {
-            steps.push(worker.time(5)?);
+            steps.push(worker.time(5)?.wall);
             works.push(worker.work(TRIAL)?);
         }
         let rounds = share * lower_quartile(steps) / (lower_quartile(works) / TRIAL as f64);

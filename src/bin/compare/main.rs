@@ -202,7 +202,8 @@ fn in_turns(
     }
     if threads == Threads::One {
         notes.push(
-            "both sides on the same core, CPU backends on one thread: --threads all for all".to_owned(),
+            "both sides on the same core, CPU backends on one thread, by its CPU time: --threads all for all"
+                .to_owned(),
         );
     }
     let names = sides.map(|s| s.name);
