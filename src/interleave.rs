@@ -288,8 +288,8 @@ impl Worker {
             let nanoseconds: f64 = text.parse().with_context(|| format!("'{answer}' is no time"))?;
             Ok::<f64, anyhow::Error>(nanoseconds * 1e-9 / steps as f64)
         };
-        // Older executables don't tell their CPU time.
-        let (wall, cpu) = answer.split_once(' ').unwrap_or((&answer, &answer));
+        // Older executables don't tell their CPU time: as if they had waited throughout.
+        let (wall, cpu) = answer.split_once(' ').unwrap_or((&answer, "0"));
         Ok(Step { wall: seconds(wall)?, cpu: seconds(cpu)? })
     }
 }
@@ -660,5 +660,18 @@ mod tests {
         assert_eq!(times(&interrupted, false), [(2.0, 1.0), (1.0, 3.0)]);
         let waiting = [[step(1.0, 1.0), step(1.5, 1.0)], [step(1.0, 1.0), step(1.4, 1.0)]];
         assert_eq!(times(&waiting, true), [(1.0, 1.5), (1.0, 1.4)]);
+        let untold = [[step(1.5, 0.0), step(1.5, 1.0)]];
+        assert_eq!(times(&untold, true), [(1.5, 1.5)]);
+    }
+
+    #[test]
+    fn a_lane_stays_on_its_core() {
+        let cores = cores();
+        let seen = in_lanes(&cores, |lane| (lane, std::thread::available_parallelism().unwrap().get()));
+        assert_eq!(seen.iter().map(|s| s.0).collect::<Vec<_>>(), (0..cores.len().max(1)).collect::<Vec<_>>());
+        if !cores.is_empty() {
+            assert!(seen.iter().all(|s| s.1 == 1), "{seen:?}");
+        }
+        assert!(!cfg!(target_os = "linux") || !cores.is_empty());
     }
 }
