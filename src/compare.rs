@@ -77,11 +77,20 @@ const INTERVAL: f64 = 0.99;
 /// times, and the claim that hides a regression if it is wrong.
 const SAME: f64 = 0.998;
 
+fn sorted(values: impl IntoIterator<Item = f64>) -> Vec<f64> {
+    let mut sorted: Vec<f64> = values.into_iter().collect();
+    sorted.sort_by(f64::total_cmp);
+    sorted
+}
+
 /// The value in the middle, the upper of two; NaN of none.
 pub fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
+    sorted(values.iter().copied()).get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+/// The value that a quarter lies below; NaN of none.
+pub fn lower_quartile(values: &[f64]) -> f64 {
+    sorted(values.iter().copied()).get(values.len() / 4).copied().unwrap_or(f64::NAN)
 }
 
 /// Mean of the middle half: nearly as precise as the mean in quiet, and blind to the
@@ -90,8 +99,7 @@ pub fn median(values: &[f64]) -> f64 {
 /// # Panics
 /// Where there are no values.
 pub fn midmean(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
+    let sorted = sorted(values.iter().copied());
     let cut = sorted.len() / 4;
     let middle = &sorted[cut..sorted.len() - cut];
     middle.iter().sum::<f64>() / middle.len() as f64
@@ -100,8 +108,7 @@ pub fn midmean(values: &[f64]) -> f64 {
 /// The level of a side: the mean of the lower three quarters. A burst only ever adds time,
 /// and the quarter above holds the bursts.
 fn level(logs: impl Iterator<Item = f64>) -> f64 {
-    let mut sorted: Vec<f64> = logs.collect();
-    sorted.sort_by(f64::total_cmp);
+    let sorted = sorted(logs);
     mean(&sorted[..sorted.len() - sorted.len() / 4])
 }
 
@@ -141,9 +148,7 @@ fn trim(count: usize) -> usize {
 }
 
 fn sorted_centres(rounds: &[Round]) -> Vec<f64> {
-    let mut centres: Vec<f64> = rounds.iter().map(|r| r.centre).collect();
-    centres.sort_by(f64::total_cmp);
-    centres
+    sorted(rounds.iter().map(|r| r.centre))
 }
 
 /// The trimmed mean of the rounds.

@@ -19,7 +19,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
 use crate::case::{BackendId, Case, Framework, Set};
-use crate::compare::{Estimate, Judge, Rule, Verdict, median, midmean};
+use crate::compare::{Estimate, Judge, Rule, Verdict, lower_quartile, median, midmean};
 use crate::cost;
 use crate::machine::Machine;
 
@@ -306,9 +306,8 @@ pub struct Step {
 /// have lost the core to others, but one that waits does so in all.
 fn times(blocks: &[[Step; 2]], one_core: bool) -> Vec<(f64, f64)> {
     let waits = |side: usize| {
-        let mut shares: Vec<f64> = blocks.iter().map(|b| 1.0 - b[side].cpu / b[side].wall).collect();
-        shares.sort_by(f64::total_cmp);
-        shares.get(shares.len() / 4).is_none_or(|&share| share > WAITING)
+        let shares: Vec<f64> = blocks.iter().map(|b| 1.0 - b[side].cpu / b[side].wall).collect();
+        lower_quartile(&shares) > WAITING
     };
     let on_cpu = one_core && !waits(0) && !waits(1);
     let time = |step: Step| if on_cpu { step.cpu } else { step.wall };
@@ -401,6 +400,7 @@ pub fn decide(
     until: Instant,
     mut progress: impl FnMut(usize, usize),
 ) -> Result<()> {
+    let all_cores = if threads == Threads::One { cores() } else { Vec::new() };
     let mut last_open = 0;
     for turn in 1.. {
         let open = rows.iter().filter(|r| r.verdict().is_none()).count();
@@ -416,7 +416,6 @@ pub fn decide(
             // Two frameworks split a GPU step over threads in their own ways: a shared core
             // would favour one of them.
             let alike = backends.iter().all(|b| b.is_cpu()) || backends[0] == backends[1];
-            let cores = if threads == Threads::One && alike { cores() } else { Vec::new() };
             for small in [false, true] {
                 let chosen: Vec<usize> = (0..rows.len())
                     .filter(|&i| {
@@ -426,9 +425,13 @@ pub fn decide(
                             && row.small() == small
                     })
                     .collect();
-                let cores = if small { &cores[..] } else { &cores[..cores.len().min(1)] };
+                let lanes = match (alike, small) {
+                    (false, _) => 0,
+                    (true, false) => all_cores.len().min(1),
+                    (true, true) => all_cores.len(),
+                };
                 if !chosen.is_empty() {
-                    rounds(sides, rows, &chosen, cores, threads, turn, until)?;
+                    rounds(sides, rows, &chosen, &all_cores[..lanes], threads, turn, until)?;
                 }
             }
         }
@@ -569,7 +572,7 @@ impl<'a> Lane<'a> {
             let load = start.elapsed();
             loading += load;
             let slow = each[0].max(each[1]) > SLOW.as_secs_f64();
-            let steps = each.map(|e| if slow { 1 } else { (BLOCK.as_secs_f64() / e).ceil().max(1.0) as u64 });
+            let steps = each.map(|e| if slow { 1 } else { steps_a_block(e) });
             let goal = at_least.max(loading);
             let stretch = (PER_LOAD * load).min(goal.saturating_sub(measuring));
             let (start, before) = (Instant::now(), pairs.len());
@@ -592,6 +595,11 @@ impl<'a> Lane<'a> {
             }
         }
     }
+}
+
+/// How many steps of so many seconds a block has.
+fn steps_a_block(step: f64) -> u64 {
+    (BLOCK.as_secs_f64() / step).ceil().max(1.0) as u64
 }
 
 /// Processes that a side is measured in against a baseline.
@@ -639,7 +647,7 @@ pub fn levels(
 fn level(worker: &mut Worker, case: &Case) -> Result<f64> {
     worker.load(case)?;
     let each = worker.time(1)?.wall.min(worker.time(1)?.wall);
-    let steps = (BLOCK.as_secs_f64() / each).ceil().max(1.0) as u64;
+    let steps = steps_a_block(each);
     let start = Instant::now();
     let mut logs = Vec::new();
     while logs.len() < 4 || (start.elapsed() < 2 * ROUND && logs.len() < 200) {

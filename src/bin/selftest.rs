@@ -15,7 +15,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use statrs::distribution::{Beta, ContinuousCDF};
 use transformer_bench::case::{Case, Framework, Set};
-use transformer_bench::compare::{Rule, THRESHOLD, Verdict, median};
+use transformer_bench::compare::{Rule, THRESHOLD, Verdict, lower_quartile, median};
 use transformer_bench::interleave::{self, Row, Side, Threads, Worker, go_on};
 use transformer_bench::machine::Machine;
 use transformer_bench::results;
@@ -292,15 +292,10 @@ fn extra_work(plain: &Side, share: f64, cases: &[Case]) -> Result<String> {
             steps.push(worker.time(5)?.wall);
             works.push(worker.work(TRIAL)?);
         }
-        let rounds = share * lower_quartile(steps) / (lower_quartile(works) / TRIAL as f64);
+        let rounds = share * lower_quartile(&steps) / (lower_quartile(&works) / TRIAL as f64);
         all.push(format!("{case}={}", rounds.round() as u64));
     }
     Ok(all.join(";"))
-}
-
-fn lower_quartile(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 4]
 }
 
 /// Whether Criterion with its defaults calls a second run of the same code changed; None
