@@ -205,6 +205,8 @@ fn estimate(centre: f64, half: f64) -> Estimate {
 #[derive(Clone, Debug)]
 pub struct Judge {
     rule: Rule,
+    /// Rounds after which a suspicion stays unclear.
+    most_suspected: usize,
     rounds: Vec<Round>,
     /// Where a suspicion arose: the rounds from here on must confirm it.
     suspected: Option<Suspicion>,
@@ -219,7 +221,7 @@ struct Suspicion {
 
 impl Judge {
     pub fn new(rule: Rule) -> Self {
-        Self { rule, rounds: Vec::new(), suspected: None, verdict: None }
+        Self { rule, most_suspected: 2 * rule.most, rounds: Vec::new(), suspected: None, verdict: None }
     }
 
     /// Adds a round: the step times of both sides, base first, in any unit.
@@ -236,9 +238,10 @@ impl Judge {
         self.look();
     }
 
-    /// Fewer rounds at most than the rule says.
+    /// Fewer rounds at most than the rule says, suspected or not.
     pub fn at_most(&mut self, rounds: usize) {
         self.rule.most = self.rule.most.min(rounds);
+        self.most_suspected = self.rule.most;
     }
 
     pub fn rounds(&self) -> usize {
@@ -297,7 +300,7 @@ impl Judge {
             }
         }
         // A suspicion is followed up: without the rounds for it, it would stay unclear.
-        if count >= self.rule.most * if self.suspected.is_some() { 2 } else { 1 } {
+        if count >= if self.suspected.is_some() { self.most_suspected } else { self.rule.most } {
             self.verdict = Some(Verdict::Unclear);
         }
     }
@@ -621,6 +624,21 @@ mod tests {
             held += usize::from((centre(&rounds) - 0.7).abs() < half_width(&rounds, 0.01));
         }
         assert!((1965..=1995).contains(&held), "{held} of 2,000 at 99 %");
+    }
+
+    #[test]
+    fn slow_cases_end_in_time_even_where_suspected() {
+        // Among so many cases nothing is ever confirmed.
+        let rule = Rule { cases: usize::MAX, ..RULE };
+        for (most, rounds) in [(None, 2 * RULE.most), (Some(20), 20)] {
+            let mut judge = Judge::new(rule);
+            most.into_iter().for_each(|m| judge.at_most(m));
+            while judge.verdict().is_none() {
+                let head = if judge.rounds().is_multiple_of(2) { 1.015 } else { 1.025 };
+                judge.add(&[(1.0, head), (1.0, head)]);
+            }
+            assert_eq!((judge.verdict(), judge.rounds()), (Some(Verdict::Unclear), rounds));
+        }
     }
 
     #[test]

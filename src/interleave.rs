@@ -42,7 +42,7 @@ const SMALL: u64 = 256 << 20;
 /// Steps from here on are slow: few of them a round, one a block.
 const SLOW: Duration = Duration::from_millis(10);
 const SLOW_PAIRS: usize = 2;
-/// Rounds at most for short steps, and for slow ones (40 steps a side).
+/// Rounds at most for short steps, and for slow ones, suspected or not (40 steps a side).
 const MOST: usize = 60;
 const MOST_SLOW: usize = 20;
 
@@ -551,11 +551,12 @@ impl<'a> Lane<'a> {
         for side in self.order {
             self.worker(side).load(&cases[side]).map_err(|error| (side, error))?;
             let start = Instant::now();
-            for count in 0..5 {
-                if count > 1 && start.elapsed() > 4 * BLOCK {
+            for count in 1..=5 {
+                each[side] = each[side].min(self.time(side, 1)?.wall);
+                // One slow step says that it is slow.
+                if start.elapsed() > if count > 1 { 4 * BLOCK } else { SLOW } {
                     break;
                 }
-                each[side] = each[side].min(self.time(side, 1)?.wall);
             }
         }
         self.order.reverse();

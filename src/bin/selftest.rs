@@ -48,12 +48,15 @@ struct Arguments {
     /// Cases a comparison
     #[arg(long, default_value_t = 12)]
     cases: usize,
+    /// Only compare equal sides
+    #[arg(long)]
+    equal: bool,
     /// Write the table between the marks in README.md
     #[arg(long)]
     write: bool,
     /// Only write the rounds of one comparison of equal sides to FILE: the noise that tests
     /// replay (src/compare/recorded-noise.txt)
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["minutes", "write"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["minutes", "equal", "write"])]
     record: Option<PathBuf>,
 }
 
@@ -156,6 +159,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     if let Some(path) = &arguments.record {
         return record(&plain, &draw(&cases, arguments.cases, &mut random), path);
     }
+    let kinds: Vec<Kind> = KINDS.into_iter().filter(|k| !arguments.equal || k.slowdown == 0.0).collect();
     let mut counts: Vec<(Kind, Count)> = Vec::new();
     let mut criterion = (0, 0);
     let start = Instant::now();
@@ -164,7 +168,7 @@ fn run(arguments: &Arguments) -> Result<()> {
         if Instant::now() >= end {
             break;
         }
-        let kind = KINDS[turn % KINDS.len()];
+        let kind = kinds[turn % kinds.len()];
         let picked = draw(&cases, arguments.cases, &mut random);
         let slot = match counts.iter().position(|(k, _)| *k == kind) {
             Some(slot) => slot,
