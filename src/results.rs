@@ -53,8 +53,18 @@ pub struct Record {
     pub rss_peak_bytes: Option<u64>,
 }
 
+/// A reason on a line that can be read: a framework may put a compiler's whole output into one.
+pub fn one_line(reason: &str) -> String {
+    const MOST: usize = 300;
+    let mut line = reason.split_whitespace().collect::<Vec<_>>().join(" ");
+    if let Some((end, _)) = line.char_indices().nth(MOST) {
+        line.replace_range(end.., "…");
+    }
+    line
+}
+
 impl Record {
-    /// A case without a figure.
+    /// A case without a figure; its reason becomes [`one_line`].
     pub fn without(case: &Case, status: Status, reason: impl Into<String>) -> Self {
         Self {
             id: case.to_string(),
@@ -63,7 +73,7 @@ impl Record {
             precision: case.precision.to_string(),
             shape: case.shape.to_string(),
             status,
-            reason: reason.into(),
+            reason: one_line(&reason.into()),
             median_ns: None,
             ci_ns: None,
             samples: None,
@@ -257,6 +267,13 @@ mod tests {
         let folder = std::env::temp_dir().join(format!("transformer-bench-{}-{name}", std::process::id()));
         let _ = fs::remove_dir_all(&folder);
         folder
+    }
+
+    #[test]
+    fn a_reason_is_one_short_line() {
+        assert_eq!(one_line("a\n  b\tc "), "a b c");
+        let long = one_line(&"é".repeat(1000));
+        assert!(long.ends_with("é…") && long.chars().count() == 301, "{long}");
     }
 
     fn part(framework: Framework, id: &str) -> Part {

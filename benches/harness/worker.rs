@@ -18,6 +18,7 @@ use anyhow::{Context, Result, bail};
 use transformer_bench::backend::{Found, Prepared, is_tf32_process, needs_tf32_process};
 use transformer_bench::case::{Case, Framework, cases, pattern};
 use transformer_bench::fixture::Fixture;
+use transformer_bench::results::one_line;
 
 use super::timing;
 
@@ -47,7 +48,7 @@ pub fn serve(found: &Found, framework: Framework, first: Option<String>) -> Resu
         let line = line?;
         match worker.answer(line.trim()) {
             Ok(text) => say(&text)?,
-            Err(error) => say(&format!("failed: {}", format!("{error:#}").replace('\n', " ")))?,
+            Err(error) => say(&format!("failed: {}", one_line(&format!("{error:#}"))))?,
         }
     }
     // PyTorch's own end takes a tenth of a second on a core that others wait for.
