@@ -269,8 +269,10 @@ fn trial(plain: &Side, kind: Kind, cases: &[Case], count: &mut Count) -> Result<
             Verdict::Same => count.same += 1,
             _ => count.unclear += 1,
         }
-        if matches!(verdict, Verdict::Faster) || (verdict == Verdict::Slower && kind.slowdown == 0.0) {
-            eprintln!("called {}: {} {:?}", verdict.id(), row.base, row.estimate());
+        let expected = if kind.slowdown == 0.0 { Verdict::Same } else { Verdict::Slower };
+        if verdict != expected {
+            let (percent, load) = (100.0 * kind.slowdown, if kind.loaded { ", loaded" } else { "" });
+            eprintln!("{} at {percent} %{load}: {} {:?}", verdict.id(), row.base, row.estimate());
         }
         count.excess.extend(row.estimate().map(|e| e.ratio - 1.0));
     }
