@@ -301,17 +301,13 @@ pub struct Step {
     pub cpu: f64,
 }
 
-/// Times of pairs of blocks. Where both sides have but one core, CPU time leaves out what else
-/// ran there. A step that waits would hide that from it: three quarters of the blocks may
-/// have lost the core to others, but one that waits does so in all.
-fn times(blocks: &[[Step; 2]], one_core: bool) -> Vec<(f64, f64)> {
-    let waits = |side: usize| {
+/// Whether blocks show that neither side's steps wait for anything but the core. Three
+/// quarters of them may have lost it to others, but a step that waits does so in all.
+fn never_wait(blocks: &[[Step; 2]]) -> bool {
+    (0..2).all(|side| {
         let shares: Vec<f64> = blocks.iter().map(|b| 1.0 - b[side].cpu / b[side].wall).collect();
-        lower_quartile(&shares) > WAITING
-    };
-    let on_cpu = one_core && !waits(0) && !waits(1);
-    let time = |step: Step| if on_cpu { step.cpu } else { step.wall };
-    blocks.iter().map(|[base, head]| (time(*base), time(*head))).collect()
+        lower_quartile(&shares) <= WAITING
+    })
 }
 
 impl Drop for Worker {
@@ -339,13 +335,24 @@ pub struct Row {
     pub rounds: Vec<Vec<(f64, f64)>>,
     /// Whether a step takes so long that a round has few.
     slow: bool,
+    /// Whether its steps were seen to wait for nothing, and so go by CPU time. The others'
+    /// load can hide that in a round, but one round is enough to know.
+    busy: bool,
     /// Why it could not be measured, by side.
     pub failed: Option<(usize, String)>,
 }
 
 impl Row {
     pub fn new(base: Case, head: Case, rule: Rule) -> Self {
-        Self { base, head, judge: Judge::new(rule), rounds: Vec::new(), slow: false, failed: None }
+        Self {
+            base,
+            head,
+            judge: Judge::new(rule),
+            rounds: Vec::new(),
+            slow: false,
+            busy: false,
+            failed: None,
+        }
     }
 
     pub fn verdict(&self) -> Option<Verdict> {
@@ -369,6 +376,7 @@ impl Row {
                     self.judge.at_most(MOST_SLOW);
                 }
                 self.slow = round.slow;
+                self.busy = round.busy;
                 self.judge.add(&round.pairs);
                 self.rounds.push(round.pairs);
             }
@@ -457,7 +465,8 @@ fn rounds(
     let each = chosen.len().div_ceil(lanes);
     let found = in_lanes(cores, |lane| {
         let mine = (0..each).map(|i| chosen[(i * lanes + lane) % chosen.len()]);
-        let tasks: Vec<(usize, [Case; 2])> = mine.map(|i| (i, [rows[i].base, rows[i].head])).collect();
+        let task = |i| Task { row: i, cases: [rows[i].base, rows[i].head], busy: rows[i].busy };
+        let tasks: Vec<Task> = mine.map(task).collect();
         Lane::new(sides, threads, cores.get(lane).copied(), turn + lane).run(&tasks, until)
     });
     let found: Vec<Vec<(usize, Found)>> = found.into_iter().collect::<Result<_>>()?;
@@ -467,10 +476,18 @@ fn rounds(
     Ok(())
 }
 
+/// A row's cases for a round, and whether it is known to be busy.
+struct Task {
+    row: usize,
+    cases: [Case; 2],
+    busy: bool,
+}
+
 /// What a round measured.
 struct Round {
     pairs: Vec<(f64, f64)>,
     slow: bool,
+    busy: bool,
 }
 
 /// A round, or the side that failed and why.
@@ -496,26 +513,26 @@ impl<'a> Lane<'a> {
         Self { sides, threads, core, order, workers: [None, None], random }
     }
 
-    /// A round of each task: the row's place and its cases.
-    fn run(&mut self, tasks: &[(usize, [Case; 2])], until: Instant) -> Result<Vec<(usize, Found)>> {
+    /// A round of each task, with its row.
+    fn run(&mut self, tasks: &[Task], until: Instant) -> Result<Vec<(usize, Found)>> {
         let mut all = Vec::new();
         let mut at_least = ROUND;
-        for &(index, cases) in tasks {
+        for task in tasks {
             go_on()?;
             if Instant::now() >= until {
                 break;
             }
             if self.workers.iter().any(Option::is_none) {
                 // Few cases measure for longer, so that starting is never most of the time.
-                at_least = ROUND.max(self.start(&cases)? / tasks.len() as u32);
+                at_least = ROUND.max(self.start(&task.cases)? / tasks.len() as u32);
             }
-            let found = self.round(&cases, at_least);
+            let found = self.round(task, at_least);
             if found.is_err() {
                 go_on()?;
                 // One that died is replaced, and the other with it.
                 self.workers = [None, None];
             }
-            all.push((index, found));
+            all.push((task.row, found));
         }
         // Both end at once.
         self.workers.iter_mut().flatten().for_each(|worker| worker.input = None);
@@ -564,7 +581,8 @@ impl<'a> Lane<'a> {
     }
 
     /// Times both sides of a case in turns.
-    fn round(&mut self, cases: &[Case; 2], at_least: Duration) -> Found {
+    fn round(&mut self, task: &Task, at_least: Duration) -> Found {
+        let cases = &task.cases;
         let (mut loading, mut measuring) = (Duration::ZERO, Duration::ZERO);
         let mut pairs: Vec<[Step; 2]> = Vec::new();
         loop {
@@ -592,7 +610,10 @@ impl<'a> Lane<'a> {
             measuring += start.elapsed();
             if slow || measuring >= goal {
                 let one_core = self.core.is_some() && cases.iter().all(|c| c.backend.is_cpu());
-                return Ok(Round { pairs: times(&pairs, one_core), slow });
+                let busy = one_core && (task.busy || never_wait(&pairs));
+                let time = |step: Step| if busy { step.cpu } else { step.wall };
+                let pairs = pairs.iter().map(|[base, head]| (time(*base), time(*head))).collect();
+                return Ok(Round { pairs, slow, busy });
             }
         }
     }
@@ -662,15 +683,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn cpu_time_counts_only_where_no_step_waits() {
+    fn a_step_waits_only_where_every_block_shows_it() {
         let step = |wall, cpu| Step { wall, cpu };
         let interrupted = [[step(2.0, 1.0), step(1.0, 1.0)], [step(1.0, 1.0), step(3.0, 1.0)]];
-        assert_eq!(times(&interrupted, true), [(1.0, 1.0), (1.0, 1.0)]);
-        assert_eq!(times(&interrupted, false), [(2.0, 1.0), (1.0, 3.0)]);
+        assert!(never_wait(&interrupted));
         let waiting = [[step(1.0, 1.0), step(1.5, 1.0)], [step(1.0, 1.0), step(1.4, 1.0)]];
-        assert_eq!(times(&waiting, true), [(1.0, 1.5), (1.0, 1.4)]);
+        assert!(!never_wait(&waiting));
         let untold = [[step(1.5, 0.0), step(1.5, 1.0)]];
-        assert_eq!(times(&untold, true), [(1.5, 1.5)]);
+        assert!(!never_wait(&untold));
     }
 
     #[test]
