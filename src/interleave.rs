@@ -467,7 +467,7 @@ fn rounds(
         let mine = (0..each).map(|i| chosen[(i * lanes + lane) % chosen.len()]);
         let task = |i| Task { row: i, cases: [rows[i].base, rows[i].head], busy: rows[i].busy };
         let tasks: Vec<Task> = mine.map(task).collect();
-        Lane::new(sides, threads, cores.get(lane).copied(), turn + lane).run(&tasks, until)
+        Lane::new(sides, threads, !cores.is_empty(), turn + lane).run(&tasks, until)
     });
     let found: Vec<Vec<(usize, Found)>> = found.into_iter().collect::<Result<_>>()?;
     for (index, found) in found.into_iter().flatten() {
@@ -497,8 +497,8 @@ type Found = Result<Round, (usize, anyhow::Error)>;
 struct Lane<'a> {
     sides: &'a [Side; 2],
     threads: Threads,
-    /// The core that it stays on.
-    core: Option<usize>,
+    /// Whether it stays on one core.
+    one_core: bool,
     /// Which side starts and is loaded first. What is loaded first lies elsewhere in memory,
     /// and is some tenths of a per cent slower: turns alternate.
     order: [usize; 2],
@@ -507,10 +507,10 @@ struct Lane<'a> {
 }
 
 impl<'a> Lane<'a> {
-    fn new(sides: &'a [Side; 2], threads: Threads, core: Option<usize>, seed: usize) -> Self {
+    fn new(sides: &'a [Side; 2], threads: Threads, one_core: bool, seed: usize) -> Self {
         let order = if seed.is_multiple_of(2) { [0, 1] } else { [1, 0] };
         let random = ChaCha8Rng::seed_from_u64(seed as u64);
-        Self { sides, threads, core, order, workers: [None, None], random }
+        Self { sides, threads, one_core, order, workers: [None, None], random }
     }
 
     /// A round of each task, with its row.
@@ -609,8 +609,8 @@ impl<'a> Lane<'a> {
             }
             measuring += start.elapsed();
             if slow || measuring >= goal {
-                let one_core = self.core.is_some() && cases.iter().all(|c| c.backend.is_cpu());
-                let busy = one_core && (task.busy || never_wait(&pairs));
+                let by_cpu = self.one_core && cases.iter().all(|c| c.backend.is_cpu());
+                let busy = by_cpu && (task.busy || never_wait(&pairs));
                 let time = |step: Step| if busy { step.cpu } else { step.wall };
                 let pairs = pairs.iter().map(|[base, head]| (time(*base), time(*head))).collect();
                 return Ok(Round { pairs, slow, busy });

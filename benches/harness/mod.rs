@@ -53,7 +53,7 @@ fn run(framework: Framework, find: fn() -> Found) -> Result<bool> {
         }
         let found = find();
         machine::assert_isolated(framework)?;
-        return worker::serve(&found, framework, first).map(|()| true);
+        match worker::serve(&found, framework, first)? {}
     }
     let set = std::env::var("TRANSFORMER_BENCH_SET").ok();
     let options = Options::read(std::env::args().skip(1), set)?;

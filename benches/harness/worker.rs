@@ -11,6 +11,7 @@
 //!
 //! With an ID it starts as after `case ID`, and ends where that fails.
 
+use std::convert::Infallible;
 use std::io::{BufRead, Write};
 use std::time::{Duration, Instant};
 
@@ -38,7 +39,8 @@ struct Worker<'a> {
     current: Option<Box<dyn Prepared>>,
 }
 
-pub fn serve(found: &Found, framework: Framework, first: Option<String>) -> Result<()> {
+/// Answers until its input ends, and ends the process then.
+pub fn serve(found: &Found, framework: Framework, first: Option<String>) -> Result<Infallible> {
     let mut worker = Worker { found, framework, current: None };
     if let Some(id) = first {
         worker.load(&id)?;
