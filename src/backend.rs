@@ -109,13 +109,13 @@ pub fn meaningful(case: &Case) -> Result<(), Unsupported> {
         Compute::F16 if case.workload.optimizes() => {
             no("AdamW in pure f16 divides by zero: squared gradients and ε = 1e-8 underflow; use bf16 or amp")
         }
-        Compute::Amp
+        Compute::Amp | Compute::Autocast
             if matches!(
                 case.workload,
                 Workload::MatmulPeak | Workload::CopyPeak | Workload::OptimizerStep
             ) =>
         {
-            no("amp changes nothing here: see f32 and bf16")
+            no("mixed precision changes nothing here: see f32 and bf16")
         }
         _ => Ok(()),
     }

@@ -128,8 +128,12 @@ named! {
         Bf16 => "bf16",
         /// Parameters and compute in f16.
         F16 => "f16",
-        /// f32 parameters, bf16 compute.
+        /// f32 parameters; bf16 copies of them and of the inputs, made in every step, compute
+        /// everything but the loss. The same in both frameworks.
         Amp => "amp",
+        /// f32 parameters under PyTorch's autocast: matrix products in bf16; norms, softmax and
+        /// the residual stream in f32. Another computation than `amp`, and PyTorch's alone.
+        Autocast => "autocast",
     }
 }
 
@@ -137,6 +141,11 @@ impl Compute {
     /// Whether parameters and inputs are stored in a 16-bit type.
     pub fn is_half(self) -> bool {
         matches!(self, Self::Bf16 | Self::F16)
+    }
+
+    /// Whether parameters are f32 and products bf16.
+    pub fn is_mixed(self) -> bool {
+        matches!(self, Self::Amp | Self::Autocast)
     }
 
     /// Bytes of a stored parameter.
@@ -509,6 +518,9 @@ fn precisions(set: Set, workload: Workload, backend: BackendId, shape: Shape) ->
     }
     if workload == Workload::TrainStep || (!quick && workload.trains()) {
         list.extend([Precision::plain(Amp), Precision::opt(Amp)]);
+        if backend.framework() == Framework::Torch {
+            list.push(Precision::plain(Autocast));
+        }
         if !(quick && gpt2) {
             list.push(Precision::opt(F32));
         }

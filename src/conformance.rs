@@ -9,7 +9,7 @@ use crate::backend::{Backend, Found, Prepared};
 use crate::case::{Case, Compute, Family, Precision, Recipe, Shape, Workload};
 use crate::compare::median;
 use crate::fixture::Fixture;
-use crate::machine;
+use crate::{machine, memory};
 use crate::parity;
 
 fn case(backend: &dyn Backend, workload: Workload, precision: Precision, shape: Shape) -> Case {
@@ -18,8 +18,17 @@ fn case(backend: &dyn Backend, workload: Workload, precision: Precision, shape: 
 
 const F32: Precision = Precision::plain(Compute::F32);
 
+/// What a check found where nothing was wrong.
+pub enum Outcome {
+    Holds,
+    /// It could not be checked here, and why.
+    Skipped(String),
+}
+
+use Outcome::{Holds, Skipped};
+
 /// Every precision and recipe that the backend offers computes what the reference does.
-pub fn parity_holds(backend: &dyn Backend) -> Result<()> {
+pub fn parity_holds(backend: &dyn Backend) -> Result<Outcome> {
     let mut proven = 0;
     for &compute in Compute::ALL {
         for &recipe in Recipe::ALL {
@@ -40,7 +49,25 @@ pub fn parity_holds(backend: &dyn Backend) -> Result<()> {
         }
     }
     ensure!(proven > 0, "{} supports no precision at all", backend.id());
-    Ok(())
+    Ok(Holds)
+}
+
+/// Mixed precision is one computation in both frameworks: bf16's, on copies of f32
+/// parameters. So its forward pass gives bf16's results to the last bit.
+pub fn amp_computes_as_bf16(backend: &dyn Backend) -> Result<Outcome> {
+    for family in Family::ALL {
+        let outputs = |compute| -> Result<Vec<Vec<f32>>> {
+            let precision = Precision::plain(compute);
+            let case = case(backend, Workload::Forward, precision, Shape::tiny(*family));
+            let mut prepared = backend.prepare(&Fixture::for_parity(case))?;
+            prepared.step()?;
+            Ok(prepared.outputs()?.into_iter().map(|tensor| tensor.data).collect())
+        };
+        let amp = outputs(Compute::Amp)?;
+        ensure!(amp == outputs(Compute::Bf16)?, "{family} in amp is not computed in bf16 throughout");
+        ensure!(amp != outputs(Compute::F32)?, "{family} in amp is computed in f32");
+    }
+    Ok(Holds)
 }
 
 /// A fixture that makes the backend compute something wrong, while the truth stays.
@@ -48,7 +75,7 @@ type Sabotage = (&'static str, Workload, Shape, fn(&mut Fixture));
 
 /// Wrong kernels must be caught. Each is planted in what the backend is given: a scaled
 /// query projection is a wrong scale in attention, a zeroed bias a missing one.
-pub fn parity_catches_wrong_kernels(backend: &dyn Backend) -> Result<()> {
+pub fn parity_catches_wrong_kernels(backend: &dyn Backend) -> Result<Outcome> {
     let indicator = Shape::tiny(Family::Indicator);
     let gpt2 = Shape::tiny(Family::Gpt2);
     let attention = Shape::attention_of(Family::Indicator, true, 2);
@@ -83,7 +110,7 @@ pub fn parity_catches_wrong_kernels(backend: &dyn Backend) -> Result<()> {
         // A wrong decay is compared on the parameters that the backend started from.
         ensure!(caught.is_some(), "a wrong {what} in {case} was not caught");
     }
-    Ok(())
+    Ok(Holds)
 }
 
 fn time(prepared: &mut dyn Prepared) -> Result<Duration> {
@@ -93,7 +120,7 @@ fn time(prepared: &mut dyn Prepared) -> Result<Duration> {
 }
 
 /// Twice the work takes twice the time: a step that returned early would not.
-pub fn time_follows_work(backend: &dyn Backend) -> Result<()> {
+pub fn time_follows_work(backend: &dyn Backend) -> Result<Outcome> {
     let square = |chain| {
         // On an accelerator small products measure launches.
         let n = if backend.id().is_cpu() { 512 } else { 4096 };
@@ -116,14 +143,14 @@ pub fn time_follows_work(backend: &dyn Backend) -> Result<()> {
         }
         ratio = median(&ratios);
         if (1.9..=2.1).contains(&ratio) {
-            return Ok(());
+            return Ok(Holds);
         }
     }
     bail!("twice the work took {ratio:.2} times as long on {}", backend.id())
 }
 
 /// After `step()` the device is idle, and reading every result is copying alone.
-pub fn nothing_is_left_pending(backend: &dyn Backend) -> Result<()> {
+pub fn nothing_is_left_pending(backend: &dyn Backend) -> Result<Outcome> {
     let precision = F32;
     let shape = Shape::model(Family::Indicator, 4);
     let mut prepared =
@@ -146,15 +173,17 @@ pub fn nothing_is_left_pending(backend: &dyn Backend) -> Result<()> {
     let (wait, read) = (median(&waits), median(&reads));
     ensure!(wait < 0.05, "after a step {} still works for {:.0} % of it", backend.id(), wait * 100.0);
     ensure!(read < 0.2, "reading results costs {} {:.0} % of a step", backend.id(), read * 100.0);
-    Ok(())
+    Ok(Holds)
 }
 
 /// Two training steps on the same input draw different masks; two inference steps agree.
-pub fn dropout_is_random(backend: &dyn Backend) -> Result<()> {
+pub fn dropout_is_random(backend: &dyn Backend) -> Result<Outcome> {
+    let mut proven = 0;
     for precision in [F32, Precision::opt(Compute::F32)] {
         let shape = Shape::attention_of(Family::Indicator, true, 2);
         let train = case(backend, Workload::AttentionGrad, precision, shape);
-        if backend.supports(&train).is_err() {
+        if let Err(reason) = backend.supports(&train) {
+            println!("{train}: skipped, {reason}");
             continue;
         }
         let gradient = |prepared: &mut dyn Prepared| -> Result<Vec<f32>> {
@@ -167,26 +196,29 @@ pub fn dropout_is_random(backend: &dyn Backend) -> Result<()> {
         let mut without = backend.prepare(&Fixture::for_parity(train))?;
         let (a, b) = (gradient(without.as_mut())?, gradient(without.as_mut())?);
         ensure!(a == b, "{train} without dropout is not repeatable");
+        proven += 1;
     }
-    Ok(())
+    ensure!(proven > 0, "no recipe of {} could be tried", backend.id());
+    Ok(Holds)
 }
 
 /// A known amount, allocated on the device and read back as the peak, within 1 %: a
 /// buffer and its copy, and on a CPU without an allocator's peak the host's fixture too.
-pub fn memory_is_counted(backend: &dyn Backend) -> Result<()> {
+pub fn memory_is_counted(backend: &dyn Backend) -> Result<Outcome> {
     let mib = 256;
     let case = case(backend, Workload::CopyPeak, F32, Shape::Buffer { mib });
     backend.reset_peak_memory()?;
-    machine::reset_resident_peak();
-    let before = machine::resident_bytes();
+    memory::reset_resident_peak();
+    let before = memory::resident_bytes();
     let fixture = Fixture::new(case);
     let mut prepared = backend.prepare(&fixture)?;
     prepared.step()?;
     let (found, buffers) = match backend.peak_memory() {
         Some(peak) => (peak, 2),
-        // Elsewhere than on Linux the resident peak can't be reset.
-        None if cfg!(not(target_os = "linux")) => return Ok(()),
-        None => (machine::resident_peak_bytes().unwrap_or(0) - before, 3),
+        None if cfg!(not(target_os = "linux")) => {
+            return Ok(Skipped("the resident peak can't be reset on this system".to_owned()));
+        }
+        None => (memory::resident_peak_bytes().unwrap_or(0) - before, 3),
     };
     let expected = (buffers * mib) << 20;
     let error = found as f64 / expected as f64 - 1.0;
@@ -196,11 +228,12 @@ pub fn memory_is_counted(backend: &dyn Backend) -> Result<()> {
         backend.id(),
         error * 100.0
     );
-    Ok(())
+    Ok(Holds)
 }
 
 /// The resident size stays flat over 1,000 steps of every workload at its miniature shape.
-pub fn memory_does_not_grow(backend: &dyn Backend) -> Result<()> {
+pub fn memory_does_not_grow(backend: &dyn Backend) -> Result<Outcome> {
+    let mut tried = 0;
     for case in crate::case::cases(crate::case::Set::Smoke) {
         if case.backend != backend.id() || backend.supports(&case).is_err() {
             continue;
@@ -213,20 +246,22 @@ pub fn memory_does_not_grow(backend: &dyn Backend) -> Result<()> {
         for _ in 0..100 {
             prepared.step()?;
         }
-        let before = machine::resident_bytes();
+        let before = memory::resident_bytes();
         for _ in 0..1000 {
             prepared.step()?;
         }
-        let grown = machine::resident_bytes().saturating_sub(before);
+        let grown = memory::resident_bytes().saturating_sub(before);
         // 2 kB a step would be a leak; allocators settle within less.
         ensure!(grown < 2_000_000, "1,000 steps of {case} grew memory by {grown} bytes");
+        tried += 1;
     }
-    Ok(())
+    ensure!(tried > 0, "no case of {} could be tried", backend.id());
+    Ok(Holds)
 }
 
 /// The other framework's libraries are not in this process.
-pub fn process_holds_one_framework(backend: &dyn Backend) -> Result<()> {
-    machine::assert_isolated(backend.id().framework())
+pub fn process_holds_one_framework(backend: &dyn Backend) -> Result<Outcome> {
+    machine::assert_isolated(backend.id().framework()).map(|()| Holds)
 }
 
 /// Runs everything on every backend that was found, and says what ran.
@@ -234,10 +269,11 @@ pub fn process_holds_one_framework(backend: &dyn Backend) -> Result<()> {
 /// # Panics
 /// On the first backend that fails, with the reason.
 pub fn assert_all(found: &Found) {
-    type Check = fn(&dyn Backend) -> Result<()>;
+    type Check = fn(&dyn Backend) -> Result<Outcome>;
     const CHECKS: &[(&str, Check)] = &[
         ("the process holds one framework", process_holds_one_framework),
         ("parity holds", parity_holds),
+        ("amp computes as bf16 does", amp_computes_as_bf16),
         ("parity catches wrong kernels", parity_catches_wrong_kernels),
         ("memory is counted", memory_is_counted),
         ("dropout is random", dropout_is_random),
@@ -245,16 +281,20 @@ pub fn assert_all(found: &Found) {
         ("time follows work", time_follows_work),
         ("memory does not grow", memory_does_not_grow),
     ];
+    memory::keep_freed().unwrap_or_else(|reason| panic!("{reason:#}"));
     for absent in &found.absent {
         println!("{}: skipped, {}", absent.id, absent.reason);
     }
     for backend in &found.present {
         for (name, check) in CHECKS {
             let start = Instant::now();
-            if let Err(reason) = check(backend.as_ref()) {
-                panic!("{}: {name}: {reason:#}", backend.id());
+            let outcome = check(backend.as_ref())
+                .unwrap_or_else(|reason| panic!("{}: {name}: {reason:#}", backend.id()));
+            let took = start.elapsed().as_secs_f64();
+            match outcome {
+                Holds => println!("{}: {name} ({took:.1} s)", backend.id()),
+                Skipped(reason) => println!("{}: {name}: skipped, {reason}", backend.id()),
             }
-            println!("{}: {name} ({:.1} s)", backend.id(), start.elapsed().as_secs_f64());
         }
     }
 }

@@ -55,7 +55,7 @@ pub fn round_to(compute: Compute, values: &mut [f32]) {
     match compute {
         Compute::Bf16 => values.iter_mut().for_each(|v| *v = bf16::from_f32(*v).to_f32()),
         Compute::F16 => values.iter_mut().for_each(|v| *v = f16::from_f32(*v).to_f32()),
-        Compute::F32 | Compute::Tf32 | Compute::Amp => {}
+        Compute::F32 | Compute::Tf32 | Compute::Amp | Compute::Autocast => {}
     }
 }
 

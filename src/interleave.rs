@@ -288,24 +288,29 @@ impl Worker {
             let nanoseconds: f64 = text.parse().with_context(|| format!("'{answer}' is no time"))?;
             Ok::<f64, anyhow::Error>(nanoseconds * 1e-9 / steps as f64)
         };
-        // Older executables don't tell their CPU time: as if they had waited throughout.
-        let (wall, cpu) = answer.split_once(' ').unwrap_or((&answer, "0"));
-        Ok(Step { wall: seconds(wall)?, cpu: seconds(cpu)? })
+        // Older executables tell less: as if they had waited throughout.
+        let mut words = answer.split(' ');
+        let mut next = || seconds(words.next().unwrap_or("0"));
+        Ok(Step { wall: next()?, cpu: next()?, delayed: next()? })
     }
 }
 
-/// What a step took in seconds: by the clock, and of that on a CPU.
+/// What a step took in seconds: by the clock; of that on a CPU, over all threads; and ready
+/// for one that something else had.
 #[derive(Clone, Copy, Debug)]
 pub struct Step {
     pub wall: f64,
     pub cpu: f64,
+    pub delayed: f64,
 }
 
-/// Whether blocks show that neither side's steps wait for anything but the core. Three
-/// quarters of them may have lost it to others, but a step that waits does so in all.
+/// Whether blocks show that neither side's steps wait for anything but the core. Where the
+/// system does not tell who was ready, three quarters of them may have lost the core to
+/// others, but a step that waits does so in all.
 fn never_wait(blocks: &[[Step; 2]]) -> bool {
     (0..2).all(|side| {
-        let shares: Vec<f64> = blocks.iter().map(|b| 1.0 - b[side].cpu / b[side].wall).collect();
+        let waited = |s: Step| 1.0 - (s.cpu + s.delayed) / s.wall;
+        let shares: Vec<f64> = blocks.iter().map(|b| waited(b[side])).collect();
         lower_quartile(&shares) <= WAITING
     })
 }
@@ -335,9 +340,6 @@ pub struct Row {
     pub rounds: Vec<Vec<(f64, f64)>>,
     /// Whether a step takes so long that a round has few.
     slow: bool,
-    /// Whether its steps were seen to wait for nothing, and so go by CPU time. The others'
-    /// load can hide that in a round, but one round is enough to know.
-    busy: bool,
     /// Why it could not be measured, by side.
     pub failed: Option<(usize, String)>,
 }
@@ -350,7 +352,6 @@ impl Row {
             judge: Judge::new(rule),
             rounds: Vec::new(),
             slow: false,
-            busy: false,
             failed: None,
         }
     }
@@ -376,7 +377,6 @@ impl Row {
                     self.judge.at_most(MOST_SLOW);
                 }
                 self.slow = round.slow;
-                self.busy = round.busy;
                 self.judge.add(&round.pairs);
                 self.rounds.push(round.pairs);
             }
@@ -465,7 +465,7 @@ fn rounds(
     let each = chosen.len().div_ceil(lanes);
     let found = in_lanes(cores, |lane| {
         let mine = (0..each).map(|i| chosen[(i * lanes + lane) % chosen.len()]);
-        let task = |i| Task { row: i, cases: [rows[i].base, rows[i].head], busy: rows[i].busy };
+        let task = |i| Task { row: i, cases: [rows[i].base, rows[i].head] };
         let tasks: Vec<Task> = mine.map(task).collect();
         Lane::new(sides, threads, !cores.is_empty(), turn + lane).run(&tasks, until)
     });
@@ -476,18 +476,16 @@ fn rounds(
     Ok(())
 }
 
-/// A row's cases for a round, and whether it is known to be busy.
+/// A row's cases for a round.
 struct Task {
     row: usize,
     cases: [Case; 2],
-    busy: bool,
 }
 
 /// What a round measured.
 struct Round {
     pairs: Vec<(f64, f64)>,
     slow: bool,
-    busy: bool,
 }
 
 /// A round, or the side that failed and why.
@@ -600,7 +598,7 @@ impl<'a> Lane<'a> {
             } else {
                 start.elapsed() < stretch || pairs.len() < before + PAIRS
             } {
-                let mut pair = [Step { wall: f64::NAN, cpu: f64::NAN }; 2];
+                let mut pair = [Step { wall: f64::NAN, cpu: f64::NAN, delayed: f64::NAN }; 2];
                 let first = (self.random.next_u32() & 1) as usize;
                 for side in [first, 1 - first] {
                     pair[side] = self.time(side, steps[side])?;
@@ -610,10 +608,10 @@ impl<'a> Lane<'a> {
             measuring += start.elapsed();
             if slow || measuring >= goal {
                 let by_cpu = self.one_core && cases.iter().all(|c| c.backend.is_cpu());
-                let busy = by_cpu && (task.busy || never_wait(&pairs));
-                let time = |step: Step| if busy { step.cpu } else { step.wall };
+                let by_cpu = by_cpu && never_wait(&pairs);
+                let time = |step: Step| if by_cpu { step.cpu } else { step.wall };
                 let pairs = pairs.iter().map(|[base, head]| (time(*base), time(*head))).collect();
-                return Ok(Round { pairs, slow, busy });
+                return Ok(Round { pairs, slow });
             }
         }
     }
@@ -684,13 +682,16 @@ mod tests {
 
     #[test]
     fn a_step_waits_only_where_every_block_shows_it() {
-        let step = |wall, cpu| Step { wall, cpu };
-        let interrupted = [[step(2.0, 1.0), step(1.0, 1.0)], [step(1.0, 1.0), step(3.0, 1.0)]];
+        let step = |wall, cpu, delayed| Step { wall, cpu, delayed };
+        let interrupted = [[step(2.0, 1.0, 0.0), step(1.0, 1.0, 0.0)], [step(1.0, 1.0, 0.0), step(3.0, 1.0, 0.0)]];
         assert!(never_wait(&interrupted));
-        let waiting = [[step(1.0, 1.0), step(1.5, 1.0)], [step(1.0, 1.0), step(1.4, 1.0)]];
+        let waiting = [[step(1.0, 1.0, 0.0), step(1.5, 1.0, 0.0)], [step(1.0, 1.0, 0.0), step(1.4, 1.0, 0.0)]];
         assert!(!never_wait(&waiting));
-        let untold = [[step(1.5, 0.0), step(1.5, 1.0)]];
+        let untold = [[step(1.5, 0.0, 0.0), step(1.5, 1.0, 0.0)]];
         assert!(!never_wait(&untold));
+        // The core was another's for half of the time of every block.
+        assert!(never_wait(&[[step(2.0, 1.0, 1.0), step(2.1, 1.0, 1.1)]]));
+        assert!(!never_wait(&[[step(2.0, 1.0, 0.5), step(2.0, 1.0, 1.0)]]));
     }
 
     #[test]

@@ -33,6 +33,7 @@ pub mod fixture;
 pub mod gpu;
 pub mod interleave;
 pub mod machine;
+pub mod memory;
 pub mod model;
 pub mod parity;
 pub mod profile;

@@ -1,4 +1,4 @@
-//! What a run stands on: hardware, system, commit, and this process's memory.
+//! What a run stands on: hardware, system and commit.
 
 use std::fs;
 use std::path::Path;
@@ -190,6 +190,10 @@ fn environment() -> Vec<(String, String)> {
         "CUDNN_",
         "NVIDIA_TF32_OVERRIDE",
         "MALLOC_",
+        "GLIBC_TUNABLES",
+        "LD_PRELOAD",
+        "DYLD_INSERT_LIBRARIES",
+        "TRANSFORMER_BENCH_HEAP",
         "DNNL_",
         "ONEDNN_",
         "ATEN_",
@@ -201,47 +205,6 @@ fn environment() -> Vec<(String, String)> {
         .collect();
     all.sort();
     all
-}
-
-/// Bytes that this process holds in memory now; 0 where the system does not tell.
-pub fn resident_bytes() -> u64 {
-    let mut system = sysinfo::System::new();
-    let Ok(pid) = sysinfo::get_current_pid() else { return 0 };
-    let what = sysinfo::ProcessRefreshKind::nothing().with_memory();
-    system.refresh_processes_specifics(sysinfo::ProcessesToUpdate::Some(&[pid]), false, what);
-    system.process(pid).map_or(0, sysinfo::Process::memory)
-}
-
-/// Gives freed memory back and starts a new resident peak. Linux alone can reset it:
-/// elsewhere the peak is the process's since its start.
-pub fn reset_resident_peak() {
-    #[cfg(target_os = "linux")]
-    {
-        #[cfg(target_env = "gnu")]
-        // SAFETY: takes no pointers.
-        unsafe {
-            libc::malloc_trim(0);
-        }
-        // man proc: 5 resets the peak resident set size. Failing leaves the older peak.
-        let _ = fs::write("/proc/self/clear_refs", "5");
-    }
-}
-
-/// The peak of this process's resident size in bytes since the reset.
-pub fn resident_peak_bytes() -> Option<u64> {
-    if let Ok(status) = fs::read_to_string("/proc/self/status") {
-        let line = status.lines().find(|l| l.starts_with("VmHWM:"))?;
-        let kib: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
-        return Some(kib << 10);
-    }
-    // SAFETY: rusage is plain data that the call fills.
-    let peak = unsafe {
-        let mut usage: libc::rusage = std::mem::zeroed();
-        (libc::getrusage(libc::RUSAGE_SELF, &raw mut usage) == 0).then_some(usage.ru_maxrss)
-    }?;
-    // macOS counts bytes, other systems KiB.
-    let unit = if cfg!(target_os = "macos") { 1 } else { 1024 };
-    Some(peak as u64 * unit)
 }
 
 /// The shared libraries that this process has loaded.
@@ -297,7 +260,7 @@ pub fn assert_isolated(framework: Framework) -> Result<()> {
 /// NVIDIA: dense data-sheet peaks with a tenth on top. CPUs: every core at 6 GHz with
 /// the widest fused multiply-add units sold. Apple's GPU: 4 times an M4 Max.
 pub fn flops_ceiling(backend: BackendId, compute: Compute, machine: &Machine) -> Option<f64> {
-    let half = compute.is_half() || compute == Compute::Amp;
+    let half = compute.is_half() || compute.is_mixed();
     match backend {
         BackendId::TorchCuda | BackendId::MlxCuda => {
             let peak = dense_peak(machine.gpus.first()?, compute)?;
@@ -345,7 +308,7 @@ pub fn dense_peak(gpu: &str, compute: Compute) -> Option<f64> {
     let peak = match compute {
         Compute::F32 => f32,
         Compute::Tf32 => tf32,
-        Compute::Bf16 | Compute::F16 | Compute::Amp => half,
+        Compute::Bf16 | Compute::F16 | Compute::Amp | Compute::Autocast => half,
     };
     Some(peak * 1e12)
 }
@@ -360,7 +323,7 @@ mod tests {
         assert!(machine.cores >= 1 && machine.memory_bytes > 1 << 28, "{machine:?}");
         assert!(!machine.cpu.is_empty() && !machine.os.is_empty(), "{machine:?}");
         assert!(!loaded_libraries().is_empty());
-        assert!(resident_bytes() > 1 << 16);
+        assert!(crate::memory::resident_bytes() > 1 << 16);
     }
 
     #[test]
@@ -442,18 +405,6 @@ mod tests {
     fn the_library_itself_links_no_framework() {
         assert_isolated(Framework::Torch).unwrap();
         assert_isolated(Framework::Mlx).unwrap();
-    }
-
-    #[cfg(target_os = "linux")]
-    #[test]
-    fn the_resident_peak_follows_an_allocation_and_its_reset() {
-        let large = vec![1u8; 200 << 20];
-        assert!(large.iter().step_by(4096).all(|v| *v == 1));
-        let with = resident_peak_bytes().unwrap();
-        assert!(with > 200 << 20);
-        drop(large);
-        reset_resident_peak();
-        assert!(resident_peak_bytes().unwrap() + (150 << 20) < with);
     }
 
     #[test]

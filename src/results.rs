@@ -51,6 +51,12 @@ pub struct Record {
     pub peak_bytes: Option<u64>,
     /// Peak of the process's resident size, everything in it included.
     pub rss_peak_bytes: Option<u64>,
+    /// Page faults a step, the median of the samples.
+    #[serde(default)]
+    pub page_faults: Option<f64>,
+    /// What they take of the median, at what a fault takes in this process.
+    #[serde(default)]
+    pub page_fault_share: Option<f64>,
 }
 
 /// A reason on a line that can be read: a framework may put a compiler's whole output into one.
@@ -80,6 +86,8 @@ impl Record {
             throughput: None,
             peak_bytes: None,
             rss_peak_bytes: None,
+            page_faults: None,
+            page_fault_share: None,
         }
     }
 }

@@ -20,10 +20,12 @@ use anyhow::{Context, Result, bail};
 use criterion::{BenchmarkId, Criterion, SamplingMode, Throughput};
 use transformer_bench::backend::{self, Backend, Found};
 use transformer_bench::case::{BackendId, Case, Framework, Precision, cases};
+use transformer_bench::compare;
 use transformer_bench::cost::{self, Work};
 use transformer_bench::fixture::Fixture;
 use transformer_bench::gpu;
 use transformer_bench::machine::{self, Machine};
+use transformer_bench::memory;
 use transformer_bench::parity;
 use transformer_bench::results::{self, Part, Record, Results, Status, criterion_folder};
 
@@ -45,6 +47,7 @@ pub fn main(framework: Framework, find: fn() -> Found) -> ExitCode {
 
 /// True unless a case failed.
 fn run(framework: Framework, find: fn() -> Found) -> Result<bool> {
+    memory::keep_freed()?;
     if let Some(first) = worker::requested(std::env::args().skip(1)) {
         let case = first.as_deref().and_then(|id| id.parse().ok());
         if case.is_some_and(|case| backend::needs_tf32_process(&case)) {
@@ -137,6 +140,7 @@ fn tf32_process() -> Result<bool> {
 fn machine_of(found: &Found) -> Machine {
     let mut machine = Machine::read();
     machine.add_versions(found.present.iter().flat_map(|backend| backend.versions()));
+    machine.add_versions(memory::heap());
     machine
 }
 
@@ -269,7 +273,7 @@ fn sample(
         return Ok(None);
     }
     backend.reset_peak_memory()?;
-    machine::reset_resident_peak();
+    memory::reset_resident_peak();
     let fixture = Fixture::new(*case);
     let watched = options.profile && matches!(case.backend, BackendId::TorchCuda | BackendId::MlxCuda);
     // A recorded graph's kernels are named while it is recorded.
@@ -313,17 +317,20 @@ fn sample(
     });
     let mut failed = None;
     let mut peak_rss = None;
+    let mut faults = Vec::new();
     group.bench_function(benchmark_id(case), |bencher| {
         bencher.iter_custom(|iterations| {
             if failed.is_some() {
                 return Duration::from_secs(1);
             }
+            let before = memory::faults();
             let elapsed = if options.profile {
                 sampler.run(prepared.as_mut(), iterations)
             } else {
                 timing::time(prepared.as_mut(), iterations)
             };
-            peak_rss = machine::resident_peak_bytes();
+            peak_rss = memory::resident_peak_bytes();
+            faults.push((memory::faults() - before) as f64 / iterations as f64);
             // Criterion can't be stopped; the figures are thrown away below.
             elapsed.unwrap_or_else(|error| {
                 failed = Some(error);
@@ -352,6 +359,7 @@ fn sample(
     let mut record = Record::without(case, Status::Measured, "");
     record.peak_bytes = backend.peak_memory();
     record.rss_peak_bytes = peak_rss;
+    record.page_faults = Some(compare::median(&faults));
     Ok(Some(record))
 }
 
@@ -388,6 +396,7 @@ fn figures(home: &Path, case: &Case, mut record: Record, machine: &Machine) -> R
     let work = cost::work(case);
     record.median_ns = Some(point);
     record.ci_ns = Some([number(&interval["lower_bound"])?, number(&interval["upper_bound"])?]);
+    record.page_fault_share = record.page_faults.map(|faults| faults * memory::fault_ns() / point);
     record.samples = read("sample.json")?["times"].as_array().map(|times| times.len() as u64);
     record.throughput = Some(results::Throughput {
         value: work.amount() as f64 / (point * 1e-9),

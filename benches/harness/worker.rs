@@ -7,7 +7,7 @@
 //! | `machine` | the machine and the versions, as JSON |
 //! | `case ID` | `ready` once the case has been prepared and has done a step, or `failed: ` and why |
 //! | `work ROUNDS` | the nanoseconds that so many rounds of thrown-away arithmetic take |
-//! | a number | the nanoseconds that so many steps of the case took, and those that this process had a CPU meanwhile, or `failed: ` and why |
+//! | a number | the nanoseconds that so many steps of the case took, those that this process had a CPU meanwhile, and those that its threads were ready and had none, or `failed: ` and why |
 //!
 //! With an ID it starts as after `case ID`, and ends where that fails.
 
@@ -67,9 +67,11 @@ fn say(line: &str) -> Result<()> {
 impl Worker<'_> {
     fn answer(&mut self, line: &str) -> Result<String> {
         if let Ok(steps) = line.parse() {
-            let before = cpu_time();
+            let (delayed, before) = (delay(), cpu_time());
             let wall = self.time(steps)?;
-            return Ok(format!("{} {}", wall.as_nanos(), (cpu_time() - before).as_nanos()));
+            let cpu = cpu_time() - before;
+            let delayed = delay().saturating_sub(delayed);
+            return Ok(format!("{} {} {delayed}", wall.as_nanos(), cpu.as_nanos()));
         }
         match line.split_once(' ').unwrap_or((line, "")) {
             ("case", id) => self.load(id).map(|()| "ready".to_owned()),
@@ -134,6 +136,17 @@ fn cpu_time() -> Duration {
     // SAFETY: the call fills plain data.
     unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &raw mut time) };
     Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
+/// Nanoseconds that all threads of this process were ready and had no CPU so far; 0 where
+/// the system does not tell (`man proc_pid_schedstat`).
+fn delay() -> u64 {
+    let tasks = std::fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
+    let of = |task: std::fs::DirEntry| -> Option<u64> {
+        let text = std::fs::read_to_string(task.path().join("schedstat")).ok()?;
+        text.split_whitespace().nth(1)?.parse().ok()
+    };
+    tasks.filter_map(of).sum()
 }
 
 /// A case whose every step does extra work.

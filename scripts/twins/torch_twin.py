@@ -2,6 +2,7 @@
 
 Variants: plain (as a newcomer writes it), good (fused attention, one q-k-v projection,
 fused AdamW), compile (good under torch.compile), graphs (mode="reduce-overhead").
+Under amp the model runs on bf16 copies of its f32 parameters; autocast is torch.autocast.
 `--flops CASE` prints what torch's own counter counts instead.
 """
 import sys
@@ -50,6 +51,17 @@ class FeedForward(nn.Module):
 
     def forward(self, x):
         return self.down(self.drop(self.gelu(self.up(x))))
+
+
+class Loss(nn.Module):
+    """A model's loss as a module's forward, which is what functional_call runs."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, *data):
+        return self.net.loss(*data)
 
 
 class Block(nn.Module):
@@ -138,17 +150,31 @@ def main(case, variant):
     workload, precision, device, net, data = build(case, good)
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-4, weight_decay=1e-5, fused=True if good else None)
 
+    half = lambda t: t.bfloat16() if t.is_floating_point() else t
+    # The last input of the indicator model is the target, which stays f32.
+    narrow = lambda: [half(t) for t in data[:2]] + list(data[2:])
+    copies = lambda module: {name: half(p) for name, p in module.named_parameters()}
+    whole = Loss(net)
+
     def loss():
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "amp"):
+        if precision == "amp":
+            return torch.func.functional_call(whole, copies(whole), tuple(narrow()))
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "autocast"):
             return net.loss(*data)
+
+    def forward():
+        if precision == "amp":
+            return torch.func.functional_call(net, copies(net), tuple(narrow()[:2]))
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "autocast"):
+            return net(*data[:2])
 
     if variant in ("compile", "graphs"):
         loss = torch.compile(loss, mode="reduce-overhead" if variant == "graphs" else None)
 
     def step():
         if workload == "forward":
-            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "amp"):
-                net(*data[:2])
+            with torch.no_grad():
+                forward()
         else:
             optimizer.zero_grad(set_to_none=True)
             loss().backward()

@@ -80,6 +80,9 @@ impl Backend for Mlx {
             }
             _ => {}
         }
+        if compute == Compute::Autocast {
+            return no("MLX has no autocast: amp is the same computation in both frameworks");
+        }
         if compute == Compute::Tf32 && self.id.is_cpu() {
             return no("MLX has TF32 on GPUs alone");
         }
@@ -122,6 +125,6 @@ fn dtype(compute: Compute) -> Dtype {
     match compute {
         Compute::Bf16 => Dtype::Bfloat16,
         Compute::F16 => Dtype::Float16,
-        Compute::F32 | Compute::Tf32 | Compute::Amp => Dtype::Float32,
+        Compute::F32 | Compute::Tf32 | Compute::Amp | Compute::Autocast => Dtype::Float32,
     }
 }

@@ -1,6 +1,8 @@
 //! The workloads in MLX. Each is one function from arrays to arrays; the plain recipe
 //! calls it, the `-opt` recipe compiles it.
 
+use std::cell::RefCell;
+
 use anyhow::{Context, Result};
 use half::{bf16, f16};
 use mlx_rs::error::Exception;
@@ -146,15 +148,19 @@ impl Program {
         let (inputs, rest) = rest.split_at(self.inputs);
         let (key, numbers) = (&rest[0], &rest[1..]);
         let case = self.case;
-        let train = case.workload.trains();
-        let layers = |key: &Array| Layers {
-            fused: case.precision.recipe.fused_attention(),
-            dropout: self.dropout,
-            train,
-            random: RandomState::from_key(key.clone()),
-        };
-        let next_key = |key: &Array| -> Result<Array, Exception> {
-            if train && self.dropout > 0.0 { Ok(random::split(key, 2)?.0) } else { Ok(key.clone()) }
+        // The state behind the step's last draw: from any other, later steps would draw some
+        // of this one's masks again.
+        let state = RefCell::new(key.clone());
+        let forward = |parameters: &[Array], inputs: &[Array]| -> Result<Vec<Array>, Exception> {
+            let mut layers = Layers {
+                fused: case.precision.recipe.fused_attention(),
+                dropout: self.dropout,
+                train: case.workload.trains(),
+                random: RandomState::from_key(key.clone()),
+            };
+            let out = self.forward(parameters, inputs, &mut layers)?;
+            *state.borrow_mut() = layers.random.as_array().clone();
+            Ok(out)
         };
 
         let mut out = match case.workload {
@@ -168,16 +174,15 @@ impl Program {
             }
             Workload::CopyPeak => vec![inputs[0].negative()?],
             Workload::Forward | Workload::Attention | Workload::FeedForward => {
-                self.forward(parameters, inputs, &mut layers(key))?
+                forward(parameters, inputs)?
             }
             Workload::AttentionGrad | Workload::FeedForwardGrad => {
                 let mut primals = vec![inputs[0].clone()];
                 primals.extend_from_slice(parameters);
                 let upstream = inputs[1].clone();
-                let key = key.clone();
                 // `vjp` takes no fallible function; a panic comes back as one.
                 let f = |a: &[Array]| -> Vec<Array> {
-                    let out = self.forward(&a[1..], &a[..1], &mut layers(&key)).expect("the forward pass");
+                    let out = forward(&a[1..], &a[..1]).expect("the forward pass");
                     let last = out[0].as_dtype(upstream.dtype()).expect("a cast");
                     vec![last]
                 };
@@ -186,7 +191,7 @@ impl Program {
             Workload::ForwardBackward | Workload::TrainStep => {
                 let everything: Vec<i32> = (0..self.parameters as i32).collect();
                 let f = |p: &[Array]| -> Result<Vec<Array>, Exception> {
-                    let out = self.forward(p, inputs, &mut layers(key))?;
+                    let out = forward(p, inputs)?;
                     Ok(vec![match <[Array; 2]>::try_from(out) {
                         Ok(two) => net::indicator_loss(&two, &inputs[2])?,
                         Err(one) => net::gpt2_loss(&one[0], &inputs[1])?,
@@ -202,7 +207,7 @@ impl Program {
             let updated = adamw(parameters, gradients, first, second, numbers)?;
             out.extend(updated);
         }
-        out.push(next_key(key)?);
+        out.push(state.into_inner());
         Ok(out)
     }
 
@@ -367,5 +372,44 @@ impl Prepared for Step {
             }
         }
         Ok(all)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The random states that follow each other from `key` by splitting.
+    fn states(key: &Array, count: usize) -> Vec<Vec<u32>> {
+        let mut state = key.clone();
+        let mut all = Vec::new();
+        for _ in 0..count {
+            state = random::split(&state, 2).unwrap().0;
+            state.eval().unwrap();
+            all.push(state.as_slice::<u32>().to_vec());
+        }
+        all
+    }
+
+    #[test]
+    fn a_step_starts_where_the_last_one_stopped_drawing() {
+        mlx_rs::Device::set_default(&mlx_rs::Device::new(mlx_rs::DeviceType::Cpu, 0));
+        // Two layers of weights, residual, hidden, residual; and two heads.
+        for (id, draws) in [
+            ("train-step/mlx-cpu/f32/indicator-tiny-b2", 10),
+            ("train-step/mlx-cpu/f32-opt/indicator-tiny-b2", 10),
+            ("forward-backward/mlx-cpu/f32/indicator-tiny-b2", 10),
+            ("attention-grad/mlx-cpu/f32/b2-h4-n8-d8", 1),
+        ] {
+            let fixture = Fixture::new(id.parse().unwrap());
+            let mut step = Step::new(&fixture).unwrap();
+            for _ in 0..2 {
+                let expected = states(&step.key, draws);
+                step.step().unwrap();
+                let found = step.key.as_slice::<u32>().to_vec();
+                let at = expected.iter().position(|state| *state == found);
+                assert_eq!(at, Some(draws - 1), "{id}: the next step would draw this one's masks again");
+            }
+        }
     }
 }

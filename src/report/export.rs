@@ -63,6 +63,8 @@ pub fn csv(results: &Results) -> Result<String> {
         "throughput_unit",
         "peak_bytes",
         "rss_peak_bytes",
+        "page_faults",
+        "page_fault_share",
     ])?;
     for r in &results.cases {
         // As JSON writes numbers, so that both files hold the same digits.
@@ -85,6 +87,8 @@ pub fn csv(results: &Results) -> Result<String> {
             r.throughput.as_ref().map_or_else(String::new, |t| t.unit.clone()),
             count(r.peak_bytes),
             count(r.rss_peak_bytes),
+            float(r.page_faults),
+            float(r.page_fault_share),
         ])?;
     }
     Ok(String::from_utf8(writer.into_inner()?)?)
@@ -131,6 +135,7 @@ mod tests {
             } else {
                 r.throughput = Some(Throughput { value: 1e9 / 3.0 + i as f64, unit: "samples/s".to_owned() });
                 r.peak_bytes = Some(1 << 30);
+                r.page_faults = Some(0.5);
             }
             results.cases.push(r);
         }
@@ -168,6 +173,7 @@ mod tests {
                 ("ci_low_ns", &case["ci_ns"][0]),
                 ("throughput", &case["throughput"]["value"]),
                 ("peak_bytes", &case["peak_bytes"]),
+                ("page_faults", &case["page_faults"]),
             ] {
                 let text = if value.is_null() { String::new() } else { value.to_string() };
                 assert_eq!(cell(column), text, "{column} of {id}");
@@ -192,7 +198,7 @@ mod tests {
         assert_eq!(keys(&json), "cases machine settings version");
         assert_eq!(
             keys(&json["cases"][1]),
-            "backend ci_ns id median_ns peak_bytes precision reason rss_peak_bytes samples shape status throughput workload"
+            "backend ci_ns id median_ns page_fault_share page_faults peak_bytes precision reason rss_peak_bytes samples shape status throughput workload"
         );
         assert_eq!(
             keys(&json["machine"]),

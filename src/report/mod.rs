@@ -152,7 +152,7 @@ pub fn utilisation(flops_per_s: f64, peak: Option<f64>) -> Utilisation {
 /// The best rate that the run's own matrix products reached on a backend in a format, in
 /// FLOP/s. Mixed precision multiplies in bf16.
 pub fn measured_peak(all: &[Measured<'_>], backend: BackendId, compute: Compute) -> Option<f64> {
-    let compute = if compute == Compute::Amp { Compute::Bf16 } else { compute };
+    let compute = if compute.is_mixed() { Compute::Bf16 } else { compute };
     all.iter()
         .filter(|m| m.case.workload == Workload::MatmulPeak && m.case.backend == backend)
         .filter(|m| m.case.precision.compute == compute)

@@ -6,7 +6,7 @@ use super::{
 };
 use crate::case::{BackendId, Case, Family, Shape, Workload};
 use crate::results::{Record, Results, Status};
-use crate::{cost, machine};
+use crate::{cost, machine, memory};
 
 /// The title of the table that has them all.
 pub const EVERY_CASE: &str = "Every case";
@@ -138,8 +138,10 @@ fn recipes(all: &[Measured<'_>]) -> Table {
 }
 
 /// Tips that change no code, and the backend that each is given for.
-const TIPS: [(BackendId, &str); 2] = [
+const TIPS: [(BackendId, &str); 4] = [
     (BackendId::TorchCpu, "OMP_NUM_THREADS=1"),
+    (BackendId::TorchCpu, "TRANSFORMER_BENCH_HEAP=system"),
+    (BackendId::MlxCpu, "TRANSFORMER_BENCH_HEAP=system"),
     (BackendId::TorchMps, "PYTORCH_MPS_HIGH_WATERMARK_RATIO=0.0"),
 ];
 
@@ -250,7 +252,19 @@ fn case_row(record: &Record) -> Vec<String> {
         },
         throughput.map_or_else(|| "–".to_owned(), |t| format!("{}{}", prefixed(t.value), t.unit)),
         record.samples.filter(|_| median.is_some()).map_or_else(|| "–".to_owned(), |n| n.to_string()),
+        faults(record),
     ]
+}
+
+/// Page faults a step, marked where they take much of it.
+fn faults(record: &Record) -> String {
+    match (record.page_faults, record.page_fault_share) {
+        (Some(count), Some(share)) if share > memory::MUCH => {
+            format!("{count:.0}: {:.0} % of the step", 100.0 * share)
+        }
+        (Some(count), _) => format!("{count:.0}"),
+        _ => "–".to_owned(),
+    }
 }
 
 /// Every table that has rows, in the order in which a reader wants them.
@@ -261,7 +275,7 @@ pub fn all(results: &Results) -> Vec<Table> {
     tables.push(Table {
         title: EVERY_CASE.to_owned(),
         note: "",
-        header: &["case", "median", "95 % interval", "throughput", "samples"],
+        header: &["case", "median", "95 % interval", "throughput", "samples", "page faults"],
         rows: results.cases.iter().filter(|r| r.status == Status::Measured).map(case_row).collect(),
     });
     tables.retain(|table| !table.rows.is_empty());
@@ -318,7 +332,8 @@ mod tests {
         let id = "train-step/torch-cpu/f32/indicator-b16";
         let mut results = Results::new(machine::Machine::default(), vec![record(id, 5e8)]);
         let open = settings(&results).rows;
-        assert_eq!(open.len(), 1, "{open:?}");
+        assert_eq!(open.len(), 2, "{open:?}");
+        assert!(open[1][5].contains("--env TRANSFORMER_BENCH_HEAP=system"), "{open:?}");
         assert!(open[0][5].contains("--env OMP_NUM_THREADS=1 'train-step/torch-cpu/f32/"), "{open:?}");
         results.settings.push(crate::results::Setting {
             setting: "OMP_NUM_THREADS=1".to_owned(),
@@ -330,7 +345,17 @@ mod tests {
             commit: String::new(),
         });
         assert_eq!(settings(&results).rows[0][2..], ["500 ms", "1.00 s", "0.50×", "0.40 to 0.62"]);
-        assert_eq!(settings(&results).rows.len(), 1);
+        assert_eq!(settings(&results).rows.len(), 2);
+    }
+
+    #[test]
+    fn a_step_that_faults_much_is_marked() {
+        let mut kept = record("attention/torch-cpu/f32/b16-h8-n111-d32", 1e7);
+        assert_eq!(case_row(&kept)[5], "–");
+        (kept.page_faults, kept.page_fault_share) = (Some(26.0), Some(0.001));
+        assert_eq!(case_row(&kept)[5], "26");
+        (kept.page_faults, kept.page_fault_share) = (Some(4600.0), Some(0.41));
+        assert_eq!(case_row(&kept)[5], "4600: 41 % of the step");
     }
 
     #[test]

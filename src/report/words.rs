@@ -3,6 +3,7 @@
 use super::tables::{bytes, digits};
 use super::{HEADLINE_SHAPE, all_measured, batches, find, measured};
 use crate::case::{BackendId, Case, Compute, Framework, Precision, Shape, Workload};
+use crate::memory;
 use crate::results::{Record, Results};
 
 /// Backends on the same device, one of each framework.
@@ -71,6 +72,7 @@ pub fn verdict(results: &Results) -> Vec<String> {
     }
     all.extend(tips(results));
     all.extend(sizes(results));
+    all.extend(faulting(results));
     all.into_iter().map(|s| if s.ends_with('.') { s } else { s + "." }).collect()
 }
 
@@ -177,6 +179,22 @@ fn sizes(results: &Results) -> Vec<String> {
         .collect()
 }
 
+/// Cases whose time hangs on what the heap did before.
+fn faulting(results: &Results) -> Option<String> {
+    let much = |r: &&Record| r.page_fault_share.is_some_and(|share| share > memory::MUCH);
+    let mut cases: Vec<&Record> = results.cases.iter().filter(much).collect();
+    cases.sort_by(|a, b| b.page_fault_share.unwrap_or(0.0).total_cmp(&a.page_fault_share.unwrap_or(0.0)));
+    let most = cases.first()?;
+    Some(format!(
+        "Page faults take over {:.0} % of the time of {} cases, most of {} ({:.0} %): such a time depends on \
+         what the process allocated before",
+        100.0 * memory::MUCH,
+        cases.len(),
+        most.id,
+        100.0 * most.page_fault_share.unwrap_or(0.0)
+    ))
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::tests::record;
@@ -221,6 +239,18 @@ mod tests {
             ("train-step/mlx-metal/f32/indicator-b16", 1e6),
         ]);
         assert!(apart[0].contains("both frameworks on one device"), "{apart:?}");
+    }
+
+    #[test]
+    fn page_faults_are_told_where_they_matter() {
+        let mut quiet = record("train-step/torch-cpu/f32/indicator-b16", 500e6);
+        quiet.page_fault_share = Some(0.01);
+        let mut much = record("attention/torch-cpu/f32/b16-h8-n111-d32", 16e6);
+        much.page_fault_share = Some(0.4);
+        let said = |cases| verdict(&Results::new(Machine::default(), cases));
+        assert!(!said(vec![quiet.clone()]).iter().any(|s| s.contains("Page faults")));
+        let both = said(vec![quiet, much]);
+        assert!(both.iter().any(|s| s.contains("of 1 cases, most of attention") && s.contains("40 %")), "{both:?}");
     }
 
     #[test]

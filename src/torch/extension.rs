@@ -40,8 +40,14 @@ unsafe extern "C" {
     fn tb_linear_cross_entropy(hidden: Raw, weight: Raw, target: Raw, out: *mut Raw) -> c_int;
     fn tb_copy(to: *const Raw, from: *const Raw, count: usize) -> c_int;
     fn tb_join(device: c_int) -> c_int;
-    fn tb_gradients(root: Raw, upstream: Raw, inputs: *const Raw, count: usize, gradients: *mut Raw)
-    -> c_int;
+    fn tb_gradients(
+        root: Raw,
+        upstream: Raw,
+        inputs: *const Raw,
+        count: usize,
+        gradients: *mut Raw,
+        here: bool,
+    ) -> c_int;
     fn tb_adamw(
         parameters: *const Raw,
         gradients: *const Raw,
@@ -249,8 +255,14 @@ pub fn join(device: Device) -> Result<()> {
     checked(unsafe { tb_join(code(device)) })
 }
 
-/// d(root)/d(inputs); `upstream` arrives at the root, or 1 where it is a scalar.
-pub fn gradients(root: &Tensor, upstream: Option<&Tensor>, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
+/// d(root)/d(inputs); `upstream` arrives at the root, or 1 where it is a scalar. With `here`
+/// on this thread, as work on the second stream needs; else as the engine does it.
+pub fn gradients(
+    root: &Tensor,
+    upstream: Option<&Tensor>,
+    inputs: &[Tensor],
+    here: bool,
+) -> Result<Vec<Tensor>> {
     let mut out: Vec<Raw> = vec![std::ptr::null_mut(); inputs.len()];
     let from = upstream.map_or(std::ptr::null_mut(), |t| t.as_ptr().cast_mut().cast());
     // SAFETY: all tensors outlive the call; on success every slot holds an owned tensor.
@@ -261,6 +273,7 @@ pub fn gradients(root: &Tensor, upstream: Option<&Tensor>, inputs: &[Tensor]) ->
             raw(inputs).as_ptr(),
             inputs.len(),
             out.as_mut_ptr(),
+            here,
         )
     })?;
     // SAFETY: owned tensors, each taken once.
@@ -393,4 +406,33 @@ pub fn reset_peak_memory(device: Device) {
 pub fn memory_total(device: Device) -> Option<u64> {
     // SAFETY: writes one integer.
     (device != Device::Cpu).then(|| bytes(|to| unsafe { tb_memory_total(code(device), to) })).flatten()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tch::Kind;
+
+    #[test]
+    fn the_loss_of_a_certain_token_keeps_its_digits_in_bf16() {
+        const OTHERS: f64 = 7.0;
+        for certainty in [-3.0_f64, 0.0, 1.0, 4.0, 12.0, 20.0] {
+            // Logits: the certainty at token 0, zero at the others.
+            let hidden = Tensor::from_slice(&[certainty as f32, 0.0]).view([1, 2]).to_kind(Kind::BFloat16);
+            let hidden = hidden.set_requires_grad(true);
+            let weight = Tensor::zeros([1 + OTHERS as i64, 2], (Kind::Float, Device::Cpu));
+            let _ = weight.narrow(0, 0, 1).narrow(1, 0, 1).fill_(1.0);
+            let weight = weight.to_kind(Kind::BFloat16).set_requires_grad(true);
+            let target = Tensor::from_slice(&[0i64]);
+            let loss = linear_cross_entropy(&hidden, &weight, &target).unwrap();
+            let slope = gradients(&loss, None, std::slice::from_ref(&hidden), true).unwrap();
+            let others = OTHERS * (-certainty).exp();
+            // One rounding to bf16 of every probability: at most 2⁻⁸ of each.
+            let near = |found: f64, wanted: f64| ((found - wanted) / wanted).abs() < 1.0 / 128.0;
+            let (found, wanted) = (loss.double_value(&[]), others.ln_1p());
+            assert!(near(found, wanted), "loss at {certainty}: {found}, should be {wanted}");
+            let (found, wanted) = (slope[0].double_value(&[0, 0]), -others / (1.0 + others));
+            assert!(near(found, wanted), "slope at {certainty}: {found}, should be {wanted}");
+        }
+    }
 }

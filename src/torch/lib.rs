@@ -69,6 +69,9 @@ impl Backend for Torch {
         if case.precision.recipe == Recipe::Captured && self.id != BackendId::TorchCuda {
             return no("libtorch captures steps on CUDA alone, and has no torch.compile");
         }
+        if compute == Compute::Autocast && case.precision.recipe.captured() {
+            return no("autocast casts at every operation; a captured step casts once, which is amp");
+        }
         if compute == Compute::Tf32 && self.id != BackendId::TorchCuda {
             return no("TF32 is a format of NVIDIA's tensor cores");
         }
@@ -104,6 +107,6 @@ fn kind(compute: Compute) -> Kind {
     match compute {
         Compute::Bf16 => Kind::BFloat16,
         Compute::F16 => Kind::Half,
-        Compute::F32 | Compute::Tf32 | Compute::Amp => Kind::Float,
+        Compute::F32 | Compute::Tf32 | Compute::Amp | Compute::Autocast => Kind::Float,
     }
 }

@@ -29,6 +29,29 @@ enum Net {
     Buffer,
 }
 
+impl Net {
+    /// From the tensors that hold the parameters.
+    fn of(shape: Shape, places: &[Place], tensors: &[Tensor]) -> Self {
+        let mut source = InOrder(places.iter().map(|place| tensors[place.leaf].shallow_clone()));
+        match shape {
+            Shape::Model { family: Family::Indicator, tiny, .. } => {
+                Self::Indicator(Indicator::take(&mut source, &Family::Indicator.sizes(tiny)))
+            }
+            Shape::Model { family: Family::Gpt2, tiny, .. } => {
+                Self::Gpt2(Gpt2::take(&mut source, &Family::Gpt2.sizes(tiny)))
+            }
+            Shape::Attention { heads, head_width, causal, .. } => {
+                Self::Attention { layer: Attention::take(&mut source, "", heads * head_width), heads, causal }
+            }
+            Shape::FeedForward { width, hidden, tanh, .. } => {
+                Self::FeedForward { layer: FeedForward::take(&mut source, "", width, hidden), tanh }
+            }
+            Shape::Square { chain, .. } => Self::Square { chain },
+            Shape::Buffer { .. } => Self::Buffer,
+        }
+    }
+}
+
 /// A case on a device.
 pub struct Step {
     case: Case,
@@ -38,8 +61,9 @@ pub struct Step {
     inputs: Vec<Tensor>,
     /// The tensors that gradients are taken by and the optimizer moves.
     leaves: Vec<Tensor>,
-    /// bf16 copies of the leaves, made anew in every step; where they exist, the net
-    /// computes with them and gradients are taken by them.
+    /// Under amp where the whole step is optimised: bf16 copies of the leaves that every step
+    /// fills with one call; the net computes with them, and gradients are taken by them. The
+    /// plain way casts each leaf on the tape.
     copies: Vec<Tensor>,
     places: Vec<Place>,
     adamw: AdamW,
@@ -94,31 +118,13 @@ impl Step {
 
         let (leaves, places) = pack(fixture.parameters(), device, kind, layers.fused);
         let leaves: Vec<Tensor> = leaves.into_iter().map(|t| t.set_requires_grad(train)).collect();
-        // Autocast casts at every operation and leaves the residual stream in f32; one cast
-        // of everything moves fewer bytes.
-        let copies: Vec<Tensor> = if case.precision.compute == Compute::Amp && wanted.captured() && train {
-            leaves.iter().map(|l| l.detach().to_kind(Kind::BFloat16).set_requires_grad(true)).collect()
+        let amp = case.precision.compute == Compute::Amp;
+        let copies: Vec<Tensor> = if amp && wanted.captured() {
+            leaves.iter().map(|l| l.detach().to_kind(Kind::BFloat16).set_requires_grad(train)).collect()
         } else {
             Vec::new()
         };
-        let computes = if copies.is_empty() { &leaves } else { &copies };
-        let mut source = InOrder(places.iter().map(|place| computes[place.leaf].shallow_clone()));
-        let net = match case.shape {
-            Shape::Model { family: Family::Indicator, tiny, .. } => {
-                Net::Indicator(Indicator::take(&mut source, &Family::Indicator.sizes(tiny)))
-            }
-            Shape::Model { family: Family::Gpt2, tiny, .. } => {
-                Net::Gpt2(Gpt2::take(&mut source, &Family::Gpt2.sizes(tiny)))
-            }
-            Shape::Attention { heads, head_width, causal, .. } => {
-                Net::Attention { layer: Attention::take(&mut source, "", heads * head_width), heads, causal }
-            }
-            Shape::FeedForward { width, hidden, tanh, .. } => {
-                Net::FeedForward { layer: FeedForward::take(&mut source, "", width, hidden), tanh }
-            }
-            Shape::Square { chain, .. } => Net::Square { chain },
-            Shape::Buffer { .. } => Net::Buffer,
-        };
+        let net = Net::of(case.shape, &places, if copies.is_empty() { &leaves } else { &copies });
         let moments = case.workload.optimizes().then(|| Moments::new(&leaves, wanted.fused_optimizer()));
         let fixed_gradients = if case.workload == Workload::OptimizerStep {
             pack(fixture.gradients(), device, kind, layers.fused).0
@@ -197,10 +203,14 @@ impl Step {
         self.case.precision.recipe.fused_optimizer()
     }
 
-    /// An input in the type of the copies, where there are any.
+    fn amp(&self) -> bool {
+        self.case.precision.compute == Compute::Amp
+    }
+
+    /// An input in the type that the net computes in.
     fn narrow(&self, index: usize) -> Tensor {
         let input = &self.inputs[index];
-        if self.copies.is_empty() || input.kind() != Kind::Float {
+        if !self.amp() || input.kind() != Kind::Float {
             return input.shallow_clone();
         }
         input.to_kind(Kind::BFloat16)
@@ -252,10 +262,9 @@ impl Step {
         })
     }
 
-    /// Runs `body` under autocast where amp is made that way.
+    /// Runs `body` under autocast where the precision is that.
     fn forwarding<T>(&self, body: impl FnOnce() -> T) -> Result<T> {
-        let autocast = self.case.precision.compute == Compute::Amp && self.copies.is_empty();
-        extension::autocast(self.device, autocast, body)
+        extension::autocast(self.device, self.case.precision.compute == Compute::Autocast, body)
     }
 
     /// One iteration without its optimizer.
@@ -264,6 +273,9 @@ impl Step {
         self.gradients.clear();
         if !self.copies.is_empty() {
             extension::copy(&self.copies, &self.leaves)?;
+        } else if self.amp() {
+            let casts: Vec<Tensor> = self.leaves.iter().map(|l| l.to_kind(Kind::BFloat16)).collect();
+            self.net = Net::of(self.case.shape, &self.places, &casts);
         }
         match self.case.workload {
             Workload::CopyPeak => {
@@ -278,12 +290,12 @@ impl Step {
                 let inputs: Vec<Tensor> =
                     self.inputs[..1].iter().chain(self.computes()).map(Tensor::shallow_clone).collect();
                 let upstream = self.inputs[1].to_kind(out[0].kind());
-                self.gradients = extension::gradients(&out[0], Some(&upstream), &inputs)?;
+                self.gradients = extension::gradients(&out[0], Some(&upstream), &inputs, self.layers.side.is_some())?;
                 extension::join(self.device)?;
             }
             Workload::ForwardBackward | Workload::TrainStep => {
                 let loss = self.loss()?;
-                self.gradients = extension::gradients(&loss, None, self.computes())?;
+                self.gradients = extension::gradients(&loss, None, self.computes(), self.layers.side.is_some())?;
                 extension::join(self.device)?;
                 self.results = vec![loss.detach()];
             }

@@ -147,18 +147,24 @@ struct LinearCrossEntropy : torch::autograd::Function<LinearCrossEntropy> {
     auto index = target.unsqueeze(1);
     at::Tensor loss, slope;
     if (logits.scalar_type() == at::kBFloat16) {
-      // softmax computes in f32 and rounds once. bf16 has the range of f32, so the target's
-      // probability gives the loss as exactly as a bf16 logit does, without an f32 array.
+      // softmax computes in f32 and rounds once, each probability by a share of itself. So
+      // where the target's p is near 1, 1 − p is the sum of the others, which rounding p
+      // would lose; elsewhere p itself, since bf16 has the range of f32. No f32 array of the
+      // logits' size is made.
       slope = at::softmax(logits, -1);
-      loss = slope.gather(1, index).to(at::kFloat).log().mean().neg();
+      auto p = slope.gather(1, index).to(at::kFloat);
+      slope.scatter_(1, index, 0);
+      auto others = slope.sum({-1}, /*keepdim=*/true, at::kFloat);
+      loss = at::where(p > 0.5, at::log1p(-others), at::log(p)).mean().neg();
+      slope.scatter_(1, index, others.neg().to(slope.scalar_type()));
     } else {
       auto log_p = at::log_softmax(logits, -1, at::kFloat);
       loss = at::nll_loss(log_p, target);
       slope = at::empty_like(logits);
       at::exp_out(slope, log_p);
+      auto one = at::full({1, 1}, -1, hidden.options()).expand({target.size(0), 1});
+      slope.scatter_add_(1, index, one);
     }
-    auto one = at::full({1, 1}, -1, hidden.options()).expand({target.size(0), 1});
-    slope.scatter_add_(1, index, one);
     ctx->save_for_backward({hidden, weight, slope});
     return loss;
   }
@@ -267,14 +273,15 @@ int tb_join(int device) {
 
 // d(root)/d(inputs), with `upstream` arriving at the root (null: 1, for a scalar).
 // Nothing is accumulated into the inputs' .grad. `gradients` receives `count` new tensors.
+// `here`: the backward pass runs on the calling thread.
 int tb_gradients(at::Tensor* root, at::Tensor* upstream, at::Tensor** inputs, size_t count,
-                 at::Tensor** gradients) {
+                 at::Tensor** gradients, bool here) {
   return guarded([&] {
-    // On the calling thread: handing each backward pass to the engine's own thread and
-    // freeing there what this one allocated costs more than it brings.
+    // Else the engine has a thread of its own for each accelerator, which would not know
+    // this thread's side stream.
     auto& state = c10::AutogradState::get_tls_state();
     const bool threads = state.get_multithreading_enabled();
-    state.set_multithreading_enabled(false);
+    if (here) state.set_multithreading_enabled(false);
     auto restore = c10::make_scope_exit([&] { state.set_multithreading_enabled(threads); });
     torch::autograd::variable_list upstreams;
     if (upstream) upstreams.push_back(*upstream);
