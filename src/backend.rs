@@ -88,6 +88,34 @@ impl Found {
     }
 }
 
+/// Width of the product that a device must get right before it counts as there.
+pub const PROBE: usize = 32;
+
+/// A matrix [PROBE, PROBE] of small integers, exact in every format and sum.
+pub fn probe() -> Vec<f32> {
+    (0..PROBE * PROBE).map(|i| (i % 7) as f32).collect()
+}
+
+/// Holds a device's product of [`probe`] with itself against the host's.
+///
+/// # Errors
+/// Where a number differs.
+pub fn check_probe(found: &[f32]) -> Result<()> {
+    let x = probe();
+    let cell =
+        |i: usize| (0..PROBE).map(|k| x[i / PROBE * PROBE + k] * x[k * PROBE + i % PROBE]).sum::<f32>();
+    let expected = (0..PROBE * PROBE).map(cell);
+    if found.len() != x.len() || expected.zip(found).any(|(a, b)| a != *b) {
+        bail!("a small matrix product comes out wrong");
+    }
+    Ok(())
+}
+
+/// Why a device that fails its probe is absent.
+pub fn broken(error: &anyhow::Error) -> String {
+    format!("the device is there and can't compute: {error:#}")
+}
+
 /// Set to 1 in a process that measures MLX in TF32: MLX reads its own switch once a
 /// process, so those cases have one to themselves.
 pub const TF32_PROCESS: &str = "TRANSFORMER_BENCH_TF32";
@@ -118,5 +146,25 @@ pub fn meaningful(case: &Case) -> Result<(), Unsupported> {
             no("mixed precision changes nothing here: see f32 and bf16")
         }
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_that_computes_wrongly_fails_the_probe() {
+        let x = probe();
+        let row = |i: usize| (0..PROBE).map(move |j| (i, j));
+        let sum =
+            |(i, j): (usize, usize)| (0..PROBE).map(|k| x[i * PROBE + k] * x[k * PROBE + j]).sum::<f32>();
+        let mut right: Vec<f32> = (0..PROBE).flat_map(row).map(sum).collect();
+        check_probe(&right).unwrap();
+        right[PROBE + 1] += 1.0;
+        assert!(check_probe(&right).is_err());
+        // What GitHub's paravirtual Metal device gives.
+        assert!(check_probe(&vec![0.0; PROBE * PROBE]).is_err());
+        assert!(check_probe(&[]).is_err());
     }
 }

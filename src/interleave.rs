@@ -33,8 +33,6 @@ const ROUND: Duration = Duration::from_millis(250);
 const PER_LOAD: u32 = 8;
 /// Pairs after each loading at least: the first are slower, as caches fill.
 const PAIRS: usize = 16;
-/// Lanes at most: they share the memory's bandwidth.
-const LANES: usize = 8;
 /// The share of its time above which a step is said to wait for something.
 const WAITING: f64 = 0.01;
 /// Bytes above which a case has the machine to itself.
@@ -122,6 +120,8 @@ pub fn go_on() -> Result<()> {
 /// system's own work. Empty where threads can't be kept on a core.
 #[cfg(target_os = "linux")]
 fn cores() -> Vec<usize> {
+    // Lanes at most: they share the memory's bandwidth.
+    const LANES: usize = 8;
     // SAFETY: plain data, filled by the call.
     let allowed = unsafe {
         let mut allowed: libc::cpu_set_t = std::mem::zeroed();
@@ -165,6 +165,18 @@ fn stay_on(core: usize) {
     }
     #[cfg(not(target_os = "linux"))]
     let _ = core;
+}
+
+/// What is true of how the two sides of a comparison run, for its reader; None of [`Threads::All`].
+pub fn how(threads: Threads) -> Option<&'static str> {
+    (threads == Threads::One).then(|| {
+        if cores().is_empty() {
+            "CPU backends on one thread, by the CPU time of their process where steps never wait; this system \
+             keeps no process on a core, so expect less to be decided"
+        } else {
+            "both sides on the same core, CPU backends on one thread, by its CPU time: --threads all for all"
+        }
+    })
 }
 
 /// Does work in one lane for each core, or in one anywhere without any, and returns what
@@ -346,14 +358,7 @@ pub struct Row {
 
 impl Row {
     pub fn new(base: Case, head: Case, rule: Rule) -> Self {
-        Self {
-            base,
-            head,
-            judge: Judge::new(rule),
-            rounds: Vec::new(),
-            slow: false,
-            failed: None,
-        }
+        Self { base, head, judge: Judge::new(rule), rounds: Vec::new(), slow: false, failed: None }
     }
 
     pub fn verdict(&self) -> Option<Verdict> {
@@ -467,7 +472,7 @@ fn rounds(
         let mine = (0..each).map(|i| chosen[(i * lanes + lane) % chosen.len()]);
         let task = |i| Task { row: i, cases: [rows[i].base, rows[i].head] };
         let tasks: Vec<Task> = mine.map(task).collect();
-        Lane::new(sides, threads, !cores.is_empty(), turn + lane).run(&tasks, until)
+        Lane::new(sides, threads, turn + lane).run(&tasks, until)
     });
     let found: Vec<Vec<(usize, Found)>> = found.into_iter().collect::<Result<_>>()?;
     for (index, found) in found.into_iter().flatten() {
@@ -495,8 +500,6 @@ type Found = Result<Round, (usize, anyhow::Error)>;
 struct Lane<'a> {
     sides: &'a [Side; 2],
     threads: Threads,
-    /// Whether it stays on one core.
-    one_core: bool,
     /// Which side starts and is loaded first. What is loaded first lies elsewhere in memory,
     /// and is some tenths of a per cent slower: turns alternate.
     order: [usize; 2],
@@ -505,10 +508,10 @@ struct Lane<'a> {
 }
 
 impl<'a> Lane<'a> {
-    fn new(sides: &'a [Side; 2], threads: Threads, one_core: bool, seed: usize) -> Self {
+    fn new(sides: &'a [Side; 2], threads: Threads, seed: usize) -> Self {
         let order = if seed.is_multiple_of(2) { [0, 1] } else { [1, 0] };
         let random = ChaCha8Rng::seed_from_u64(seed as u64);
-        Self { sides, threads, one_core, order, workers: [None, None], random }
+        Self { sides, threads, order, workers: [None, None], random }
     }
 
     /// A round of each task, with its row.
@@ -607,7 +610,7 @@ impl<'a> Lane<'a> {
             }
             measuring += start.elapsed();
             if slow || measuring >= goal {
-                let by_cpu = self.one_core && cases.iter().all(|c| c.backend.is_cpu());
+                let by_cpu = self.threads == Threads::One && cases.iter().all(|c| c.backend.is_cpu());
                 let by_cpu = by_cpu && never_wait(&pairs);
                 let time = |step: Step| if by_cpu { step.cpu } else { step.wall };
                 let pairs = pairs.iter().map(|[base, head]| (time(*base), time(*head))).collect();
@@ -683,9 +686,11 @@ mod tests {
     #[test]
     fn a_step_waits_only_where_every_block_shows_it() {
         let step = |wall, cpu, delayed| Step { wall, cpu, delayed };
-        let interrupted = [[step(2.0, 1.0, 0.0), step(1.0, 1.0, 0.0)], [step(1.0, 1.0, 0.0), step(3.0, 1.0, 0.0)]];
+        let interrupted =
+            [[step(2.0, 1.0, 0.0), step(1.0, 1.0, 0.0)], [step(1.0, 1.0, 0.0), step(3.0, 1.0, 0.0)]];
         assert!(never_wait(&interrupted));
-        let waiting = [[step(1.0, 1.0, 0.0), step(1.5, 1.0, 0.0)], [step(1.0, 1.0, 0.0), step(1.4, 1.0, 0.0)]];
+        let waiting =
+            [[step(1.0, 1.0, 0.0), step(1.5, 1.0, 0.0)], [step(1.0, 1.0, 0.0), step(1.4, 1.0, 0.0)]];
         assert!(!never_wait(&waiting));
         let untold = [[step(1.5, 0.0, 0.0), step(1.5, 1.0, 0.0)]];
         assert!(!never_wait(&untold));

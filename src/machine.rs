@@ -207,6 +207,16 @@ fn environment() -> Vec<(String, String)> {
     all
 }
 
+/// Asks a system with fast and slow cores for the fast ones, for this thread and those that it
+/// starts (`pthread/qos.h`); elsewhere nothing.
+pub fn prefer_fast_cores() {
+    #[cfg(target_os = "macos")]
+    // SAFETY: no pointers.
+    unsafe {
+        libc::pthread_set_qos_class_self_np(libc::qos_class_t::QOS_CLASS_USER_INTERACTIVE, 0);
+    }
+}
+
 /// The shared libraries that this process has loaded.
 pub fn loaded_libraries() -> Vec<String> {
     #[cfg(target_os = "macos")]
@@ -216,12 +226,12 @@ pub fn loaded_libraries() -> Vec<String> {
             fn _dyld_get_image_name(index: u32) -> *const std::ffi::c_char;
         }
         // SAFETY: dyld returns NUL-terminated names, or null past the end.
-        return (0..unsafe { _dyld_image_count() })
+        (0..unsafe { _dyld_image_count() })
             .filter_map(|i| unsafe {
                 let name = _dyld_get_image_name(i);
                 (!name.is_null()).then(|| std::ffi::CStr::from_ptr(name).to_string_lossy().into_owned())
             })
-            .collect();
+            .collect()
     }
     #[cfg(not(target_os = "macos"))]
     {

@@ -10,6 +10,7 @@
 
 use std::fs;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 /// `system` leaves the heap as the system has it, so that what keeping brings can be
@@ -126,9 +127,13 @@ pub fn resident_bytes() -> u64 {
     system.process(pid).map_or(0, sysinfo::Process::memory)
 }
 
+/// How often a new peak was asked for.
+static RESETS: AtomicUsize = AtomicUsize::new(0);
+
 /// Gives freed memory back and starts a new resident peak. Linux alone can reset it:
-/// elsewhere the peak is the process's since its start.
+/// elsewhere the peak is the process's since its start, and so told for its first case alone.
 pub fn reset_resident_peak() {
+    RESETS.fetch_add(1, Ordering::Relaxed);
     #[cfg(target_os = "linux")]
     {
         #[cfg(target_env = "gnu")]
@@ -141,12 +146,16 @@ pub fn reset_resident_peak() {
     }
 }
 
-/// The peak of this process's resident size in bytes since the reset.
+/// The peak of this process's resident size in bytes since the reset; None where it would
+/// hold what came before that.
 pub fn resident_peak_bytes() -> Option<u64> {
     if let Ok(status) = fs::read_to_string("/proc/self/status") {
         let line = status.lines().find(|l| l.starts_with("VmHWM:"))?;
         let kib: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
         return Some(kib << 10);
+    }
+    if RESETS.load(Ordering::Relaxed) > 1 {
+        return None;
     }
     // macOS counts bytes, other systems KiB.
     let unit = if cfg!(target_os = "macos") { 1 } else { 1024 };

@@ -211,11 +211,14 @@ fn copy_dependencies(from: &Path, to: &Path) -> Result<()> {
             continue;
         }
         let place = to.join(name);
-        if path.is_dir() {
+        if path.is_symlink() {
+            std::os::unix::fs::symlink(fs::read_link(&path)?, &place)?;
+        } else if path.is_dir() {
             copy_dependencies(&path, &place)?;
         } else {
             fs::copy(&path, &place).with_context(|| format!("{}: is the disk full?", place.display()))?;
-            fs::File::options().append(true).open(&place)?.set_modified(fs::metadata(&path)?.modified()?)?;
+            // Its owner may set a file's times; to write it needs more, which read-only ones refuse.
+            fs::File::open(&place)?.set_modified(fs::metadata(&path)?.modified()?)?;
         }
     }
     Ok(())

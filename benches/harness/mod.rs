@@ -48,6 +48,7 @@ pub fn main(framework: Framework, find: fn() -> Found) -> ExitCode {
 /// True unless a case failed.
 fn run(framework: Framework, find: fn() -> Found) -> Result<bool> {
     memory::keep_freed()?;
+    machine::prefer_fast_cores();
     if let Some(first) = worker::requested(std::env::args().skip(1)) {
         let case = first.as_deref().and_then(|id| id.parse().ok());
         if case.is_some_and(|case| backend::needs_tf32_process(&case)) {
@@ -70,7 +71,7 @@ fn run(framework: Framework, find: fn() -> Found) -> Result<bool> {
         return Ok(true);
     }
     if options.profile {
-        profiler::prepare();
+        profiler::prepare()?;
     }
     let found = find();
     machine::assert_isolated(framework)?;

@@ -5,6 +5,7 @@
 //! it costs.
 
 use std::cell::RefCell;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
@@ -44,11 +45,18 @@ struct State {
 pub struct Sampler(Rc<RefCell<State>>);
 
 /// Tells libraries what they read once: before the framework is first used.
-pub fn prepare() {
+///
+/// # Errors
+/// Where this process can't begin anew.
+pub fn prepare() -> Result<()> {
     symbols::ask_for_generated();
-    // Metal records captures only where this is set.
-    // SAFETY: no other thread runs yet.
-    unsafe { std::env::set_var("MTL_CAPTURE_ENABLED", "1") };
+    // Metal records captures only where this is set when it is loaded, which was before now.
+    const CAPTURE: &str = "MTL_CAPTURE_ENABLED";
+    if cfg!(target_os = "macos") && std::env::var_os(CAPTURE).is_none() {
+        let mut anew = std::process::Command::new(std::env::current_exe()?);
+        return Err(anew.args(std::env::args_os().skip(1)).env(CAPTURE, "1").exec().into());
+    }
+    Ok(())
 }
 
 impl Sampler {
@@ -145,6 +153,9 @@ impl Profiler for Sampler {
 
 const PLUMBING: [&str; 4] = ["catch_unwind<", "do_call<", "call_once<", "{closure#"];
 
+/// Where a thread begins, the innermost first: glibc, Linux; macOS.
+const THREAD_ROOTS: [&str; 4] = ["start_thread", "clone3", "_pthread_start", "thread_start"];
+
 /// The report's stacks, outermost first, without what lies around a step. pprof's own
 /// resolution leaves out frames that have no symbol, as if their callers had worked.
 fn stacks(report: &UnresolvedReport) -> Profile {
@@ -167,7 +178,7 @@ fn stacks(report: &UnresolvedReport) -> Profile {
         let root = if let Some(before) = step {
             frames.drain(..=before + 1);
             "step".to_owned()
-        } else if let Some(start) = place("start_thread").or_else(|| place("clone3")) {
+        } else if let Some(start) = THREAD_ROOTS.iter().find_map(|root| place(root)) {
             frames.drain(..=start);
             thread_name(&frames, &thread)
         } else if place("harness::main").is_some() || place("lang_start").is_some() {

@@ -53,12 +53,20 @@ impl Ranges {
         let whole = std::fs::read(path).ok()?;
         let library = object::File::parse(&*whole).ok()?;
         let first = library.segments().map(|s| s.address()).min()?;
+        // Mach-O's symbols have no sizes: each ends where the next begins.
+        let sized = library.format() != object::BinaryFormat::MachO;
         let range = |s: object::Symbol| {
-            let name = s.name().ok().filter(|_| s.size() > 0)?.to_owned();
+            let name = s.name().ok().filter(|_| s.is_definition() && (!sized || s.size() > 0))?.to_owned();
             Some((s.address().checked_sub(first)? as usize, (s.size() as usize, name)))
         };
         let mut found: BTreeMap<_, _> =
             library.symbols().chain(library.dynamic_symbols()).filter_map(range).collect();
+        if !sized {
+            let starts: Vec<usize> = found.keys().copied().skip(1).chain([usize::MAX]).collect();
+            for ((start, (size, _)), next) in found.iter_mut().zip(starts) {
+                *size = next - start;
+            }
+        }
         if let Some(packed) = library.section_by_name(".gnu_debugdata").and_then(|s| s.data().ok()) {
             let mut inner = Vec::new();
             lzma_rust2::XzReader::new(packed, false).read_to_end(&mut inner).ok()?;
@@ -105,8 +113,8 @@ impl Symbols {
             return names;
         }
         // Libraries that were loaded since the first look are not known there: MLX compiles
-        // and loads kernels as it goes.
-        let Some((path, base)) = library_of(address) else {
+        // and loads kernels as it goes. Nor are those that macOS keeps in no file.
+        let Some((path, base, name)) = library_of(address) else {
             let name = self.generated.at(address);
             return vec![name.map_or_else(|| unresolved(GENERATED), str::to_owned)];
         };
@@ -115,7 +123,8 @@ impl Symbols {
             .entry(path.clone())
             .or_insert_with(|| Ranges::of_library(&path).unwrap_or_default());
         let file = path.file_name().unwrap_or_default().to_string_lossy();
-        vec![listed.at(address - base).map_or_else(|| unresolved(&file), readable)]
+        let name = listed.at(address - base).map(str::to_owned).or(name);
+        vec![name.map_or_else(|| unresolved(&file), |name| readable(&name))]
     }
 }
 
@@ -124,15 +133,21 @@ pub fn is_generated(frame: &str) -> bool {
     frame == unresolved(GENERATED)
 }
 
-/// The library at an address, and where it was loaded.
-fn library_of(address: usize) -> Option<(PathBuf, usize)> {
+/// The library at an address, where it was loaded, and on macOS the symbol before the
+/// address; elsewhere only an exported one would be told, however far away.
+fn library_of(address: usize) -> Option<(PathBuf, usize, Option<String>)> {
     // SAFETY: dladdr fills plain data, and reads nothing behind the address.
     unsafe {
         let mut info: libc::Dl_info = std::mem::zeroed();
         if libc::dladdr(address as *const libc::c_void, &raw mut info) == 0 || info.dli_fname.is_null() {
             return None;
         }
-        let path = std::ffi::CStr::from_ptr(info.dli_fname).to_string_lossy().into_owned();
-        Some((PathBuf::from(path), info.dli_fbase as usize))
+        let text = |text| std::ffi::CStr::from_ptr(text).to_string_lossy().into_owned();
+        let name = cfg!(target_os = "macos") && !info.dli_sname.is_null();
+        Some((
+            PathBuf::from(text(info.dli_fname)),
+            info.dli_fbase as usize,
+            name.then(|| text(info.dli_sname)),
+        ))
     }
 }

@@ -3,6 +3,7 @@ import importlib.machinery
 import importlib.util
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -10,7 +11,6 @@ import tempfile
 import time
 import unittest
 from pathlib import Path
-from unittest import mock
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -29,86 +29,9 @@ def run(*command, env=None):
     return done.returncode, (done.stdout + done.stderr).strip()
 
 
-class Setup(unittest.TestCase):
-    def setUp(self):
-        self.setup = load("setup")
-        self.folder = Path(tempfile.mkdtemp())
-        self.addCleanup(shutil.rmtree, self.folder)
-        self.setup.CACHE = self.folder / "cache"
-        self.setup.STAMP = self.folder / "stamp.json"
-
-    def stops(self, word, call, *arguments):
-        with self.assertRaises(self.setup.Stop) as caught:
-            call(*arguments)
-        text = str(caught.exception)
-        self.assertIn(word, text)
-        self.assertNotIn("\n", text)
-
-    def test_nothing_to_do_takes_no_time(self):
-        code, text = run("scripts/setup", "--quiet")
-        self.assertEqual((code, text), (0, ""))
-
-    def test_unsupported_platform(self):
-        with mock.patch("platform.machine", return_value="riscv64"):
-            self.stops("not supported", self.setup.platform_name)
-
-    def test_no_compiler(self):
-        with mock.patch("shutil.which", return_value=None):
-            self.stops("c++", self.setup.need, "c++", "install one")
-
-    def test_too_little_disk(self):
-        self.stops("GB free", self.setup.check_disk, 10**9)
-
-    def test_no_network(self):
-        with mock.patch.object(self.setup, "run", side_effect=self.setup.Stop("exit 1")):
-            self.stops("network", self.setup.wheel, "torch==2.13.0")
-        self.assertEqual(list(self.setup.CACHE.iterdir()), [], "a failed download left something")
-
-    def test_a_killed_build_is_not_taken_for_whole(self):
-        def killed(work):
-            (work / "half").write_text("")
-            raise KeyboardInterrupt
-
-        with self.assertRaises(KeyboardInterrupt):
-            self.setup.component("thing", ["1"], killed)
-        # What SIGKILL leaves behind has another name than what is looked up.
-        (self.setup.CACHE / "thing.partial-x").mkdir()
-        built = self.setup.component("thing", ["1"], lambda work: (work / "whole").write_text(""))
-        self.assertTrue((built / "whole").exists())
-        again = self.setup.component("thing", ["1"], lambda work: self.fail("built twice"))
-        self.assertEqual(built, again)
-
-    def test_a_wrong_libtorch_of_ones_own(self):
-        own = str(self.folder)
-        self.stops("libtorch_cpu", self.setup.user_libtorch, own, "2.13.0")
-        (self.folder / "lib").mkdir()
-        (self.folder / "lib/libtorch_cpu.so").touch()
-        (self.folder / "include/torch").mkdir(parents=True)
-        (self.folder / "build-version").write_text("2.4.0+cu121\n")
-        self.stops("2.4.0", self.setup.user_libtorch, own, "2.13.0")
-        (self.folder / "build-version").write_text("2.13.0+cpu\n")
-        self.assertEqual(self.setup.user_libtorch(own, "2.13.0"), self.folder.resolve())
-        self.assertIsNone(self.setup.user_libtorch(None, "2.13.0"))
-
-    def test_a_libtorch_of_ones_own_is_remembered(self):
-        self.setup.STAMP.write_text('{"inputs": {"libtorch": "/opt/libtorch"}}')
-        with mock.patch.dict(os.environ):
-            os.environ.pop("LIBTORCH", None)
-            self.assertEqual(self.setup.inputs(False)["libtorch"], "/opt/libtorch")
-            os.environ["LIBTORCH"] = ""
-            self.assertIsNone(self.setup.inputs(False)["libtorch"])
-
-    def test_a_cargo_configuration_of_ones_own_is_kept(self):
-        own = self.folder / "config.toml"
-        own.write_text("[build]\njobs = 1\n")
-        self.setup.CARGO_CONFIG = own
-        self.stops("your own", self.setup.set_up, {"cuda": False})
-        self.assertEqual(own.read_text(), "[build]\njobs = 1\n")
-
-
 class Options(unittest.TestCase):
     # A wrong option, the nearest, the exit code.
-    NEAR = {"bench": ("--ful", "--full", 2), "test": ("--halp", "--help", 2), "setup": ("--cpuu", "--cpu", 1),
+    NEAR = {"bench": ("--ful", "--full", 2), "test": ("--halp", "--help", 2), "setup": ("--cpuu", "--cpu", 1), "check-mac": ("--lnk", "--link", 1),
             "reference": ("--round", "--rounds", 1), "baseline": ("--hlp", "--help", 2),
             "compare": ("--treshold", "--threshold", 2), "flamegraph": ("--slowst", "--slowest", 2),
             "report": ("--hlp", "--help", 2), "selftest": ("--minuts", "--minutes", 2)}
@@ -123,7 +46,7 @@ class Options(unittest.TestCase):
             self.assertEqual(code, expected, script)
             self.assertIn(wrong, text)
             self.assertIn(near, text)
-            if script in ("bench", "test", "setup", "reference"):
+            if script in ("bench", "test", "setup", "reference", "check-mac"):
                 self.assertEqual(len(text.splitlines()), 1, script)
 
     def test_every_script_explains_itself(self):
@@ -164,10 +87,12 @@ class Bench(unittest.TestCase):
 
 class Reference(unittest.TestCase):
     def test_no_python_framework(self):
-        code, text = run("scripts/reference", "--python", "/bin/false", "--rounds", "1",
-                         "train-step/torch-cpu/f32/indicator-b1")
-        self.assertEqual(code, 1)
-        self.assertIn("needs torch or mlx", text)
+        for python in (shutil.which("false"), "/no/such/python"):
+            code, text = run("scripts/reference", "--python", python, "--rounds", "1",
+                             "train-step/torch-cpu/f32/indicator-b1")
+            self.assertEqual(code, 1)
+            self.assertIn("needs torch or mlx", text)
+            self.assertNotIn("Traceback", text)
 
     def test_a_wrong_id(self):
         code, text = run("scripts/reference", "train-step")
@@ -180,7 +105,8 @@ class Processes(unittest.TestCase):
         """Asked of the loader, for the executables that measure."""
         reference = load("reference")
         for name, executable in reference.executables().items():
-            libraries = subprocess.run(["ldd", executable], text=True, capture_output=True).stdout
+            loader = ["otool", "-L"] if platform.system() == "Darwin" else ["ldd"]
+            libraries = subprocess.run([*loader, executable], text=True, capture_output=True).stdout
             self.assertEqual("libtorch_cpu" in libraries, name == "torch", libraries)
             self.assertEqual("libmlx" in libraries, name == "mlx", libraries)
 
@@ -452,7 +378,9 @@ class Flamegraph(unittest.TestCase):
             self.assertGreater(weight, 100)
             share = lambda holds: sum(int(count) for stack, _, count in stacks if holds(stack)) / weight
             self.assertGreater(share(lambda stack: operators in stack), 0.25, text)
-            self.assertGreater(share(lambda stack: not stack.rpartition(";")[2].startswith("[")), 0.95, text)
+            # macOS keeps its own libraries in no file: there the last name before an address is told.
+            named = 0.8 if platform.system() == "Darwin" else 0.95
+            self.assertGreater(share(lambda stack: not stack.rpartition(";")[2].startswith("[")), named, text)
 
     def test_wrong_input(self):
         subprocess.run(["cargo", "build", "--quiet", "--release", "--locked", "--bins"], cwd=ROOT, check=True)

@@ -9,7 +9,7 @@ mod step;
 use std::path::Path;
 
 use anyhow::{Result, ensure};
-use mlx_rs::{Device, DeviceType, Dtype};
+use mlx_rs::{Array, Device, DeviceType, Dtype};
 use transformer_bench::backend::{self, Backend, Found, Prepared, Unsupported};
 use transformer_bench::case::{BackendId, Case, Compute, Recipe};
 use transformer_bench::fixture::Fixture;
@@ -32,7 +32,7 @@ pub fn find() -> Found {
                 "this MLX is a CPU build (no NVIDIA driver when scripts/setup ran)"
             }
             _ if !gpu => "MLX sees no GPU on this machine",
-            _ => return None,
+            _ => return computes(DeviceType::Gpu).err().map(|error| backend::broken(&error)),
         };
         Some(reason.to_owned())
     };
@@ -47,6 +47,16 @@ pub fn find() -> Found {
         }
     }
     found
+}
+
+/// Whether a device gets a small product right.
+fn computes(device: DeviceType) -> Result<()> {
+    Device::set_default(&Device::new(device, 0));
+    let side = backend::PROBE as i32;
+    let x = Array::from_slice(&backend::probe(), &[side, side]);
+    let product = x.matmul(&x)?;
+    product.eval()?;
+    backend::check_probe(product.try_as_slice::<f32>()?)
 }
 
 impl Mlx {
@@ -85,6 +95,9 @@ impl Backend for Mlx {
         }
         if compute == Compute::Tf32 && self.id.is_cpu() {
             return no("MLX has TF32 on GPUs alone");
+        }
+        if compute == Compute::Tf32 && self.id == BackendId::MlxMetal && !library::neural_accelerators() {
+            return no("TF32 needs the neural accelerators of an M5 and macOS 26.2: before, it is f32");
         }
         if (compute == Compute::Tf32) != backend::is_tf32_process() {
             return no("MLX reads its TF32 switch once a process, and this one has it the other way");
@@ -126,5 +139,22 @@ fn dtype(compute: Compute) -> Dtype {
         Compute::Bf16 => Dtype::Bfloat16,
         Compute::F16 => Dtype::Float16,
         Compute::F32 | Compute::Tf32 | Compute::Amp | Compute::Autocast => Dtype::Float32,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_cpu_computes_and_a_missing_gpu_says_why() {
+        computes(DeviceType::Cpu).unwrap();
+        if library::gpu_available() {
+            println!("skipped: this machine has a GPU");
+            return;
+        }
+        let reason = backend::broken(&computes(DeviceType::Gpu).unwrap_err());
+        assert!(reason.contains("can't compute"), "{reason}");
+        Device::set_default(&Device::new(DeviceType::Cpu, 0));
     }
 }

@@ -101,6 +101,33 @@ pub fn memory_total() -> Option<u64> {
     None
 }
 
+/// Whether an architecture that Metal names, such as `applegpu_g17s`, has neural accelerators:
+/// the seventeenth generation (M5), of phones the eighteenth, as MLX itself decides.
+fn has_neural_accelerators(architecture: &str) -> bool {
+    let Some((_, name)) = architecture.rsplit_once("_g") else { return false };
+    let digits = name.trim_end_matches(|c: char| !c.is_ascii_digit());
+    let least = if name.ends_with('p') { 18 } else { 17 };
+    digits.parse::<u32>().is_ok_and(|generation| generation >= least)
+}
+
+/// Whether the GPU has them, which TF32 needs on Metal.
+pub fn neural_accelerators() -> bool {
+    let key = c"architecture";
+    let mut text: *const c_char = std::ptr::null();
+    // SAFETY: a fresh description of the device, asked for one string, read before it is freed.
+    unsafe {
+        let device = mlx_sys::mlx_device_new_type(mlx_sys::mlx_device_type__MLX_GPU, 0);
+        let mut info = mlx_sys::mlx_device_info_new();
+        let found = mlx_sys::mlx_device_info_get(&mut info, device) == 0
+            && mlx_sys::mlx_device_info_get_string(&mut text, info, key.as_ptr()) == 0
+            && !text.is_null()
+            && has_neural_accelerators(&CStr::from_ptr(text).to_string_lossy());
+        mlx_sys::mlx_device_info_free(info);
+        mlx_sys::mlx_device_free(device);
+        found
+    }
+}
+
 /// A function that the process may or may not hold.
 fn symbol(name: &str) -> Option<*mut libc::c_void> {
     let name = CString::new(name).expect("no NUL");
@@ -138,4 +165,23 @@ pub fn blas() -> Vec<(String, String)> {
         ];
     }
     vec![named("the reference BLAS (slow: no optimised one was found at set-up)".to_owned())]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neural_accelerators_came_with_the_m5() {
+        for (name, expected) in [
+            ("applegpu_g13g", false),
+            ("applegpu_g16s", false),
+            ("applegpu_g17s", true),
+            ("applegpu_g17p", false),
+            ("applegpu_g18p", true),
+            ("", false),
+        ] {
+            assert_eq!(has_neural_accelerators(name), expected, "{name}");
+        }
+    }
 }

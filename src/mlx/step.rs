@@ -173,9 +173,7 @@ impl Program {
                 vec![product]
             }
             Workload::CopyPeak => vec![inputs[0].negative()?],
-            Workload::Forward | Workload::Attention | Workload::FeedForward => {
-                forward(parameters, inputs)?
-            }
+            Workload::Forward | Workload::Attention | Workload::FeedForward => forward(parameters, inputs)?,
             Workload::AttentionGrad | Workload::FeedForwardGrad => {
                 let mut primals = vec![inputs[0].clone()];
                 primals.extend_from_slice(parameters);

@@ -55,6 +55,7 @@ pub fn render(results: &Results, samples: &dyn Fn(&str) -> Vec<f64>, command: &s
             tables => tables.iter().map(value).collect::<Vec<_>>(),
             every => value(every.as_ref().unwrap_or(&empty)),
             missing => tables::missing(results),
+            invitation => tables::invitation(results),
             program => env!("CARGO_PKG_VERSION"),
         })
         .context("the page could not be made")

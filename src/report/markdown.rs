@@ -55,6 +55,9 @@ pub fn render(results: &Results, command: &str) -> String {
         out.push('\n');
     }
     let _ = writeln!(out, "Measured with `{command}`.");
+    if let Some(text) = tables::invitation(results) {
+        let _ = writeln!(out, "\n{text}");
+    }
     out
 }
 
@@ -66,6 +69,15 @@ mod tests {
     use crate::case::Case;
     use crate::machine::Machine;
     use crate::results::{Record, Status};
+
+    #[test]
+    fn a_mac_is_asked_for_its_figures() {
+        let on = |os: &str| {
+            render(&Results::new(Machine { os: os.to_owned(), ..Machine::default() }, Vec::new()), "x")
+        };
+        assert!(on("macOS 15.6 Sequoia").contains("baseline save first-mac"));
+        assert!(!on("Linux (Debian GNU/Linux 12)").contains("first-mac"));
+    }
 
     #[test]
     fn every_headline_row_is_there_with_a_figure_or_a_reason() {

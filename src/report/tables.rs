@@ -303,6 +303,14 @@ pub fn missing(results: &Results) -> Vec<String> {
     reasons.into_iter().map(line).collect()
 }
 
+/// What a reader on a kind of machine that nobody has sent figures of can do.
+pub fn invitation(results: &Results) -> Option<&'static str> {
+    results.machine.os.to_lowercase().contains("macos").then_some(
+        "No figures of a Mac are published yet: `./scripts/baseline save first-mac` keeps these, and a pull \
+         request with the new folder in criterion-baselines/ shares them.",
+    )
+}
+
 /// The machine in a line, and what computed in another.
 pub fn machine_lines(results: &Results) -> [String; 2] {
     let m = &results.machine;

@@ -250,7 +250,10 @@ mod tests {
         let said = |cases| verdict(&Results::new(Machine::default(), cases));
         assert!(!said(vec![quiet.clone()]).iter().any(|s| s.contains("Page faults")));
         let both = said(vec![quiet, much]);
-        assert!(both.iter().any(|s| s.contains("of 1 cases, most of attention") && s.contains("40 %")), "{both:?}");
+        assert!(
+            both.iter().any(|s| s.contains("of 1 cases, most of attention") && s.contains("40 %")),
+            "{both:?}"
+        );
     }
 
     #[test]

@@ -7,8 +7,8 @@ mod net;
 mod step;
 
 use anyhow::Result;
-use tch::{Device, Kind};
-use transformer_bench::backend::{Backend, Found, Prepared, Unsupported};
+use tch::{Device, Kind, Tensor};
+use transformer_bench::backend::{self, Backend, Found, Prepared, Unsupported, broken};
 use transformer_bench::case::{BackendId, Case, Compute, Recipe};
 use transformer_bench::fixture::Fixture;
 
@@ -35,7 +35,10 @@ fn mps_missing() -> Option<String> {
     if cfg!(not(target_os = "macos")) {
         return Some("MPS needs macOS on Apple silicon".to_owned());
     }
-    (!tch::utils::has_mps()).then(|| "this Mac offers libtorch no MPS device".to_owned())
+    if !tch::utils::has_mps() {
+        return Some("this Mac offers libtorch no MPS device".to_owned());
+    }
+    computes(Device::Mps).err().map(|error| broken(&error))
 }
 
 fn cuda_missing() -> Option<String> {
@@ -45,7 +48,20 @@ fn cuda_missing() -> Option<String> {
     if let Err(reason) = extension::load_cuda() {
         return Some(reason);
     }
-    (!tch::Cuda::is_available()).then(|| "libtorch sees no NVIDIA GPU with a working driver".to_owned())
+    if !tch::Cuda::is_available() {
+        return Some("libtorch sees no NVIDIA GPU with a working driver".to_owned());
+    }
+    computes(Device::Cuda(0)).err().map(|error| broken(&error))
+}
+
+/// Whether a device gets a small product right.
+fn computes(device: Device) -> Result<()> {
+    extension::caught(|| {
+        let side = backend::PROBE as i64;
+        let x = Tensor::from_slice(&backend::probe()).view([side, side]).to_device(device);
+        let product = x.matmul(&x).to_device(Device::Cpu).view([-1]);
+        backend::check_probe(&Vec::<f32>::try_from(product)?)
+    })
 }
 
 impl Backend for Torch {
@@ -65,7 +81,7 @@ impl Backend for Torch {
     fn supports(&self, case: &Case) -> Result<(), Unsupported> {
         let compute = case.precision.compute;
         let no = |reason: &str| Err(Unsupported(reason.to_owned()));
-        transformer_bench::backend::meaningful(case)?;
+        backend::meaningful(case)?;
         if case.precision.recipe == Recipe::Captured && self.id != BackendId::TorchCuda {
             return no("libtorch captures steps on CUDA alone, and has no torch.compile");
         }
@@ -108,5 +124,22 @@ fn kind(compute: Compute) -> Kind {
         Compute::Bf16 => Kind::BFloat16,
         Compute::F16 => Kind::Half,
         Compute::F32 | Compute::Tf32 | Compute::Amp | Compute::Autocast => Kind::Float,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_that_fails_is_absent_with_its_reason() {
+        computes(Device::Cpu).unwrap();
+        if cfg!(target_os = "macos") {
+            println!("skipped: this system has an MPS device");
+            return;
+        }
+        let reason = broken(&computes(Device::Mps).unwrap_err());
+        assert!(reason.contains("can't compute") && reason.to_lowercase().contains("mps"), "{reason}");
+        assert!(!reason.contains('\n'), "{reason}");
     }
 }

@@ -290,12 +290,14 @@ impl Step {
                 let inputs: Vec<Tensor> =
                     self.inputs[..1].iter().chain(self.computes()).map(Tensor::shallow_clone).collect();
                 let upstream = self.inputs[1].to_kind(out[0].kind());
-                self.gradients = extension::gradients(&out[0], Some(&upstream), &inputs, self.layers.side.is_some())?;
+                self.gradients =
+                    extension::gradients(&out[0], Some(&upstream), &inputs, self.layers.side.is_some())?;
                 extension::join(self.device)?;
             }
             Workload::ForwardBackward | Workload::TrainStep => {
                 let loss = self.loss()?;
-                self.gradients = extension::gradients(&loss, None, self.computes(), self.layers.side.is_some())?;
+                self.gradients =
+                    extension::gradients(&loss, None, self.computes(), self.layers.side.is_some())?;
                 extension::join(self.device)?;
                 self.results = vec![loss.detach()];
             }

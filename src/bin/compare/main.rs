@@ -200,12 +200,7 @@ fn in_turns(
     if Instant::now() >= until {
         notes.push(format!("stopped at the budget of {} min", arguments.budget));
     }
-    if threads == Threads::One {
-        notes.push(
-            "both sides on the same core, CPU backends on one thread, by its CPU time: --threads all for all"
-                .to_owned(),
-        );
-    }
+    notes.extend(interleave::how(threads).map(str::to_owned));
     let names = sides.map(|s| s.name);
     lines.extend(rows.iter().map(|row| Line::of(row, &names)));
     Ok(Report::new(names, lines, notes, arguments.threshold, start.elapsed()))

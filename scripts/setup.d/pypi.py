@@ -1,0 +1,50 @@
+"""Wheels from PyPI."""
+import re
+import sys
+import zipfile
+
+from shared import Stop, component, run, say
+
+# Same wheel whatever Python runs set-up: only its C++ part is used.
+PYTHON = "3.12"
+
+
+def pip(arguments, what, show=True):
+    try:
+        run([sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments], what=what, show=show)
+    except Stop:
+        raise Stop(
+            f"{what} failed: check the network and pip's index (the lines above say which), then run scripts/setup again"
+        ) from None
+
+
+def arguments(requirement, platform, destination):
+    """What pip is called with for one wheel."""
+    chosen = ["--platform", platform] if platform else []
+    return ["download", "--no-deps", "--only-binary=:all:", "--python-version", PYTHON,
+            "--implementation", "cp", *chosen, "--dest", destination, requirement]
+
+
+def wheel(requirement, platform=None):
+    """Downloads one wheel into the cache and returns its path."""
+
+    def fetch(work):
+        say(f"downloading {requirement}" + (f" for {platform}" if platform else ""))
+        pip(arguments(requirement, platform, work), f"downloading {requirement} from PyPI", show=sys.stderr.isatty())
+
+    key = [requirement, PYTHON] + ([platform] if platform else [])
+    folder = component("wheel-" + re.split(r"[=<>]", requirement)[0], key, fetch)
+    found = next(folder.glob("*.whl"), None)
+    if found is None:
+        raise Stop(f"{folder} holds no wheel: remove it, then run scripts/setup again")
+    return found
+
+
+def unpack(wheel_path, into, wanted=lambda name: True):
+    try:
+        with zipfile.ZipFile(wheel_path) as archive:
+            for name in archive.namelist():
+                if wanted(name):
+                    archive.extract(name, into)
+    except zipfile.BadZipFile:
+        raise Stop(f"{wheel_path} is damaged: remove {wheel_path.parent}, then run scripts/setup again") from None
