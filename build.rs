@@ -2,7 +2,7 @@
 //! scripts fail at length; compiles the view into NVIDIA GPUs where its headers are.
 
 fn main() {
-    println!("cargo::rerun-if-changed=src/native");
+    println!("cargo::rerun-if-changed=src/profile/native");
     println!("cargo::rerun-if-env-changed=LIBTORCH");
     println!("cargo::rerun-if-env-changed=TRANSFORMER_BENCH_CUDA_INCLUDE");
     println!("cargo::rustc-check-cfg=cfg(cupti)");
@@ -16,7 +16,7 @@ fn main() {
             .std("c++20")
             .opt_level(2)
             .include(headers)
-            .file("src/native/cupti.cpp")
+            .file("src/profile/native/cupti.cpp")
             .compile("transformer_bench_gpu");
         println!("cargo::rustc-cfg=cupti");
     }

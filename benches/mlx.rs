@@ -3,5 +3,5 @@
 mod harness;
 
 fn main() -> std::process::ExitCode {
-    harness::main(transformer_bench::case::Framework::Mlx, transformer_bench_mlx::find)
+    harness::main(transformer_bench::suite::Framework::Mlx, transformer_bench_mlx::find)
 }

@@ -3,5 +3,5 @@
 mod harness;
 
 fn main() -> std::process::ExitCode {
-    harness::main(transformer_bench::case::Framework::Torch, transformer_bench_torch::find)
+    harness::main(transformer_bench::suite::Framework::Torch, transformer_bench_torch::find)
 }

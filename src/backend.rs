@@ -5,8 +5,8 @@ use std::path::Path;
 
 use anyhow::{Result, bail};
 
-use crate::case::{BackendId, Case, Compute, Framework, Workload};
-use crate::fixture::{Fixture, Tensor};
+use crate::model::fixture::{Fixture, Tensor};
+use crate::suite::{BackendId, Case, Compute, Device, Framework, Workload};
 
 /// Why a case can't run here; shown as the row's reason.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -109,6 +109,15 @@ pub fn check_probe(found: &[f32]) -> Result<()> {
         bail!("a small matrix product comes out wrong");
     }
     Ok(())
+}
+
+/// Why this system can't have a device at all; None where it may.
+pub fn impossible(device: Device) -> Option<&'static str> {
+    match (device, cfg!(target_os = "macos")) {
+        (Device::AppleGpu, false) => Some("it needs macOS on Apple silicon"),
+        (Device::NvidiaGpu, true) => Some("CUDA does not exist on macOS"),
+        _ => None,
+    }
 }
 
 /// Why a device that fails its probe is absent.

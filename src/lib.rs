@@ -24,20 +24,12 @@
 //! - *parity*: the proof that a backend computes what the f64 reference does
 
 pub mod backend;
-pub mod baseline;
-pub mod case;
 pub mod compare;
-pub mod conformance;
-pub mod cost;
-pub mod fixture;
-pub mod gpu;
-pub mod interleave;
-pub mod machine;
 pub mod memory;
 pub mod model;
 pub mod parity;
 pub mod profile;
-pub mod reference;
 pub mod report;
 pub mod results;
-pub mod sides;
+pub mod statistics;
+pub mod suite;

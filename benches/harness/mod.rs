@@ -18,16 +18,17 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use criterion::{BenchmarkId, Criterion, SamplingMode, Throughput};
-use transformer_bench::backend::{self, Backend, Found};
-use transformer_bench::case::{BackendId, Case, Framework, Precision, cases};
-use transformer_bench::compare;
-use transformer_bench::cost::{self, Work};
-use transformer_bench::fixture::Fixture;
-use transformer_bench::gpu;
-use transformer_bench::machine::{self, Machine};
+use transformer_bench::backend::{self, Backend, Found, Prepared};
 use transformer_bench::memory;
+use transformer_bench::model::fixture::Fixture;
 use transformer_bench::parity;
-use transformer_bench::results::{self, Part, Record, Results, Status, criterion_folder};
+use transformer_bench::profile::gpu;
+use transformer_bench::results::machine::{self, Machine};
+use transformer_bench::results::run::{Selection, Writer};
+use transformer_bench::results::{self, Record, Status, criterion_folder};
+use transformer_bench::statistics;
+use transformer_bench::suite::cost::{self, Work};
+use transformer_bench::suite::{BackendId, Case, Device, Framework, Precision, cases};
 
 use options::Options;
 use profiler::Sampler;
@@ -50,14 +51,7 @@ fn run(framework: Framework, find: fn() -> Found) -> Result<bool> {
     memory::keep_freed()?;
     machine::prefer_fast_cores();
     if let Some(first) = worker::requested(std::env::args().skip(1)) {
-        let case = first.as_deref().and_then(|id| id.parse().ok());
-        if case.is_some_and(|case| backend::needs_tf32_process(&case)) {
-            // SAFETY: no other thread runs yet.
-            unsafe { std::env::set_var(backend::TF32_PROCESS, "1") };
-        }
-        let found = find();
-        machine::assert_isolated(framework)?;
-        match worker::serve(&found, framework, first)? {}
+        worker::start(framework, find, first)?;
     }
     let set = std::env::var("TRANSFORMER_BENCH_SET").ok();
     let options = Options::read(std::env::args().skip(1), set)?;
@@ -81,45 +75,7 @@ fn run(framework: Framework, find: fn() -> Found) -> Result<bool> {
     let (apart, selected): (Vec<Case>, Vec<Case>) = selected.into_iter().partition(apart);
     let (selected, child) =
         if backend::is_tf32_process() { (apart, false) } else { (selected, !apart.is_empty()) };
-    let present: Vec<Case> =
-        selected.iter().copied().filter(|c| found.backend(c.backend).is_some()).collect();
-    options.check_baseline(&home, &present)?;
-
-    let sampler = Sampler::default();
-    let mut suite = Suite {
-        criterion: Criterion::default().with_profiler(sampler.clone()).configure_from_args().without_plots(),
-        sampler,
-        home,
-        options,
-        machine: machine_of(&found),
-        found,
-        proven: HashMap::new(),
-    };
-
-    if suite.writes() && !backend::is_tf32_process() {
-        let _ = std::fs::remove_file(results::part_path(&results::folder(), framework, true));
-    }
-    let mut records = Vec::new();
-    let started = Instant::now();
-    for (index, case) in selected.iter().enumerate() {
-        let place = format!("[{}/{}{}]", index + 1, selected.len(), left(started, &present, case));
-        records.extend(suite.measure(case, &place));
-        if suite.writes() {
-            suite.save(framework, &records)?;
-        }
-    }
-    symbols::drop_generated();
-    suite.criterion.final_summary();
-    if suite.options.test {
-        let count = |status| records.iter().filter(|r| r.status == status).count();
-        println!(
-            "{framework}: {} cases ran, {} failed, {} skipped",
-            count(Status::Measured),
-            count(Status::Error) + count(Status::ParityFailed) + count(Status::TooSlow),
-            count(Status::Skipped)
-        );
-    }
-    let passed = !records.iter().any(|r| matches!(r.status, Status::Error | Status::ParityFailed));
+    let passed = Suite::new(options, home, found).measure_all(framework, &selected)?;
     Ok(if child { tf32_process()? && passed } else { passed })
 }
 
@@ -177,23 +133,59 @@ struct Suite {
 }
 
 impl Suite {
+    fn new(options: Options, home: PathBuf, found: Found) -> Self {
+        let sampler = Sampler::default();
+        let criterion = Criterion::default().with_profiler(sampler.clone());
+        Self {
+            criterion: criterion.configure_from_args().without_plots(),
+            sampler,
+            home,
+            options,
+            machine: machine_of(&found),
+            found,
+            proven: HashMap::new(),
+        }
+    }
+
+    /// True unless a case failed.
+    fn measure_all(&mut self, framework: Framework, selected: &[Case]) -> Result<bool> {
+        let here = |c: &&Case| self.found.backend(c.backend).is_some();
+        let present: Vec<Case> = selected.iter().filter(here).copied().collect();
+        self.options.check_baseline(&self.home, &present)?;
+        let mut part = if self.writes() { Some(self.part(framework)?) } else { None };
+        let mut records = Vec::new();
+        let started = Instant::now();
+        for (index, case) in selected.iter().enumerate() {
+            let place = format!("[{}/{}{}]", index + 1, selected.len(), left(started, &present, case));
+            records.extend(self.measure(case, &place));
+            if let Some(part) = &mut part {
+                part.save(&records)?;
+            }
+        }
+        symbols::drop_generated();
+        self.criterion.final_summary();
+        if self.options.test {
+            let count = |status| records.iter().filter(|r| r.status == status).count();
+            println!(
+                "{framework}: {} cases ran, {} failed, {} skipped",
+                count(Status::Measured),
+                count(Status::Error) + count(Status::ParityFailed) + count(Status::TooSlow),
+                count(Status::Skipped)
+            );
+        }
+        Ok(!records.iter().any(|r| matches!(r.status, Status::Error | Status::ParityFailed)))
+    }
+
     /// Whether the run leaves records.
     fn writes(&self) -> bool {
         !self.options.test && !self.options.profile && !self.options.load_baseline
     }
 
-    fn save(&self, framework: Framework, records: &[Record]) -> Result<()> {
-        let part = Part {
-            framework: framework.to_string(),
-            set: self.options.set.to_string(),
-            filter: self.options.filter_text(),
-            results: Results::new(self.machine.clone(), records.to_vec()),
-        };
-        let text = serde_json::to_string_pretty(&part)?;
-        results::write_whole(
-            &results::part_path(&results::folder(), framework, backend::is_tf32_process()),
-            &text,
-        )
+    /// Where the records go.
+    fn part(&self, framework: Framework) -> Result<Writer> {
+        let selection = Selection { set: self.options.set.to_string(), filter: self.options.filter_text() };
+        let tf32 = backend::is_tf32_process();
+        Writer::begin(&results::folder(), framework, tf32, selection, self.machine.clone())
     }
 
     /// None where the case was only profiled.
@@ -276,19 +268,12 @@ fn sample(
     backend.reset_peak_memory()?;
     memory::reset_resident_peak();
     let fixture = Fixture::new(*case);
-    let watched = options.profile && matches!(case.backend, BackendId::TorchCuda | BackendId::MlxCuda);
     // A recorded graph's kernels are named while it is recorded.
+    let watched = options.profile && case.backend.device() == Device::NvidiaGpu;
     let watch = if watched { Some(gpu::watch()) } else { None };
     let mut prepared = backend.prepare(&fixture)?;
     let watch = watch.transpose().map(drop);
-    let mut step = timing::time(prepared.as_mut(), 1)?;
-    let mut plan = Plan::new(step, options.set, case.workload);
-    // The first step also loads kernels, compiles and fills caches: a second one tells
-    // more, unless the first was hopeless.
-    if step < Plan::limit(options.set, case.workload) / 4 {
-        step = timing::time(prepared.as_mut(), 1)?.min(step);
-        plan = Plan::new(step, options.set, case.workload);
-    }
+    let (step, plan) = plan(prepared.as_mut(), options, case)?;
     let Some(plan) = plan else {
         let mut record =
             Record::without(case, Status::TooSlow, format!("too slow: {:.1} s a step", step.as_secs_f64()));
@@ -297,13 +282,59 @@ fn sample(
         return Ok(Some(record));
     };
     if !options.test {
-        eprintln!(
-            "{place} {case}: {} samples, about {:.0} s",
-            plan.samples,
-            plan.duration(step).as_secs_f64().ceil()
-        );
+        let seconds = plan.duration(step).as_secs_f64().ceil();
+        eprintln!("{place} {case}: {} samples, about {seconds:.0} s", plan.samples);
     }
+    let seen = time_samples(criterion, sampler, options, prepared.as_mut(), case, &plan)?;
+    if options.profile {
+        if let Some(error) = sampler.failure() {
+            return Err(error);
+        }
+        let folder = criterion_folder(&results::criterion_home(), case).join("profile");
+        if watched {
+            watch.context("the GPU's side of the profile")?;
+            profiler::gpu(prepared.as_mut(), case, &folder)?;
+        }
+        if case.backend.device() == Device::AppleGpu {
+            profiler::metal(prepared.as_mut(), backend, &folder);
+        }
+        return Ok(None);
+    }
+    let mut record = Record::without(case, Status::Measured, "");
+    record.peak_bytes = backend.peak_memory();
+    record.rss_peak_bytes = seen.peak_rss;
+    record.page_faults = Some(statistics::median(&seen.faults));
+    Ok(Some(record))
+}
 
+/// Runs one step, or two, and makes the plan from the faster; None where it is too slow.
+fn plan(prepared: &mut dyn Prepared, options: &Options, case: &Case) -> Result<(Duration, Option<Plan>)> {
+    let mut step = timing::time(prepared, 1)?;
+    // The first step also loads kernels, compiles and fills caches: a second one tells
+    // more, unless the first was hopeless.
+    if step < Plan::limit(options.set, case.workload) / 4 {
+        step = timing::time(prepared, 1)?.min(step);
+    }
+    Ok((step, Plan::new(step, options.set, case.workload)))
+}
+
+/// What is seen of the process while it is timed.
+#[derive(Default)]
+struct Seen {
+    peak_rss: Option<u64>,
+    /// Page faults a step, of each sample.
+    faults: Vec<f64>,
+}
+
+/// Takes Criterion's samples.
+fn time_samples(
+    criterion: &mut Criterion,
+    sampler: &Sampler,
+    options: &Options,
+    prepared: &mut dyn Prepared,
+    case: &Case,
+    plan: &Plan,
+) -> Result<Seen> {
     let mut group = criterion.benchmark_group(case.workload.id());
     group.sampling_mode(SamplingMode::Flat);
     if !options.own_samples {
@@ -317,8 +348,7 @@ fn sample(
         Work::Samples(count) | Work::Flops(count) => Throughput::Elements(count),
     });
     let mut failed = None;
-    let mut peak_rss = None;
-    let mut faults = Vec::new();
+    let mut seen = Seen::default();
     group.bench_function(benchmark_id(case), |bencher| {
         bencher.iter_custom(|iterations| {
             if failed.is_some() {
@@ -326,12 +356,12 @@ fn sample(
             }
             let before = memory::faults();
             let elapsed = if options.profile {
-                sampler.run(prepared.as_mut(), iterations)
+                sampler.run(prepared, iterations)
             } else {
-                timing::time(prepared.as_mut(), iterations)
+                timing::time(prepared, iterations)
             };
-            peak_rss = memory::resident_peak_bytes();
-            faults.push((memory::faults() - before) as f64 / iterations as f64);
+            seen.peak_rss = memory::resident_peak_bytes();
+            seen.faults.push((memory::faults() - before) as f64 / iterations as f64);
             // Criterion can't be stopped; the figures are thrown away below.
             elapsed.unwrap_or_else(|error| {
                 failed = Some(error);
@@ -340,28 +370,10 @@ fn sample(
         });
     });
     group.finish();
-    if let Some(error) = failed {
-        return Err(error);
+    match failed {
+        Some(error) => Err(error),
+        None => Ok(seen),
     }
-    if options.profile {
-        if let Some(error) = sampler.failure() {
-            return Err(error);
-        }
-        let folder = criterion_folder(&results::criterion_home(), case).join("profile");
-        if watched {
-            watch.context("the GPU's side of the profile")?;
-            profiler::gpu(prepared.as_mut(), case, &folder)?;
-        }
-        if matches!(case.backend, BackendId::TorchMps | BackendId::MlxMetal) {
-            profiler::metal(prepared.as_mut(), backend, &folder);
-        }
-        return Ok(None);
-    }
-    let mut record = Record::without(case, Status::Measured, "");
-    record.peak_bytes = backend.peak_memory();
-    record.rss_peak_bytes = peak_rss;
-    record.page_faults = Some(compare::median(&faults));
-    Ok(Some(record))
 }
 
 /// A case that can't fit says so, and is no failure of the suite.

@@ -5,8 +5,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use regex::Regex;
-use transformer_bench::case::{self, Case, Set, cases};
 use transformer_bench::results::criterion_folder;
+use transformer_bench::suite::{self, Case, Set, cases};
 
 /// Criterion's options that are followed by a value.
 const WITH_VALUE: &[&str] = &[
@@ -101,7 +101,7 @@ impl Options {
         }
         if let Some(pattern) = pattern {
             options.filter =
-                if exact { Filter::Exact(pattern) } else { Filter::Pattern(case::pattern(&pattern)?) };
+                if exact { Filter::Exact(pattern) } else { Filter::Pattern(suite::pattern(&pattern)?) };
         }
         options.check_filter()?;
         Ok(options)

@@ -15,11 +15,11 @@ use criterion::profiler::Profiler;
 use pprof::protos::Message;
 use pprof::{ProfilerGuard, ProfilerGuardBuilder, UnresolvedReport};
 use transformer_bench::backend::{Backend, Prepared};
-use transformer_bench::case::Case;
-use transformer_bench::compare::midmean;
-use transformer_bench::gpu;
+use transformer_bench::profile::gpu;
 use transformer_bench::profile::{Profile, Unit};
 use transformer_bench::results;
+use transformer_bench::statistics::midmean;
+use transformer_bench::suite::Case;
 
 use super::symbols::{self, Symbols, is_generated};
 use super::ticker::Ticker;

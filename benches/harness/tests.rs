@@ -11,7 +11,7 @@ mod options_tests {
     use std::path::Path;
 
     use anyhow::Result;
-    use transformer_bench::case::{Case, Set};
+    use transformer_bench::suite::{Case, Set};
 
     use super::options::*;
 
@@ -27,7 +27,7 @@ mod options_tests {
         assert!(options.own_samples && !options.own_times && !options.test);
         let case = "attention/torch-cpu/f32/b16-h8-n111-d32".parse().unwrap();
         assert!(options.selects(&case));
-        assert!(!options.selects(&Case { workload: transformer_bench::case::Workload::Forward, ..case }));
+        assert!(!options.selects(&Case { workload: transformer_bench::suite::Workload::Forward, ..case }));
     }
 
     #[test]
@@ -62,10 +62,10 @@ mod timing_tests {
 
     use anyhow::Result;
     use transformer_bench::backend::Prepared;
-    use transformer_bench::case::{Set, Workload};
+    use transformer_bench::suite::{Set, Workload};
 
     use super::timing::*;
-    use transformer_bench::fixture::Tensor;
+    use transformer_bench::model::fixture::Tensor;
 
     struct Empty;
 
@@ -132,7 +132,7 @@ mod profiler_tests {
     use criterion::profiler::Profiler;
     use pprof::protos::Message;
     use transformer_bench::backend::Prepared;
-    use transformer_bench::fixture::Tensor;
+    use transformer_bench::model::fixture::Tensor;
     use transformer_bench::profile::Profile;
 
     use super::profiler::Sampler;

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use transformer_bench::backend::Prepared;
-use transformer_bench::case::{Set, Workload};
+use transformer_bench::suite::{Set, Workload};
 
 /// Times `iterations` steps as one stretch: a step returns only when its results exist,
 /// so nothing of one leaks into the next.

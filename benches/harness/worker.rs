@@ -16,10 +16,10 @@ use std::io::{BufRead, Write};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use transformer_bench::backend::{Found, Prepared, is_tf32_process, needs_tf32_process};
-use transformer_bench::case::{Case, Framework, cases, pattern};
-use transformer_bench::fixture::Fixture;
-use transformer_bench::results::one_line;
+use transformer_bench::backend::{Found, Prepared, TF32_PROCESS, is_tf32_process, needs_tf32_process};
+use transformer_bench::model::fixture::Fixture;
+use transformer_bench::results::{machine, one_line};
+use transformer_bench::suite::{Case, Framework, cases, pattern};
 
 use super::timing;
 
@@ -39,8 +39,20 @@ struct Worker<'a> {
     current: Option<Box<dyn Prepared>>,
 }
 
+/// Becomes a worker.
+pub fn start(framework: Framework, find: fn() -> Found, first: Option<String>) -> Result<Infallible> {
+    let case = first.as_deref().and_then(|id| id.parse().ok());
+    if case.is_some_and(|case| needs_tf32_process(&case)) {
+        // SAFETY: no other thread runs yet.
+        unsafe { std::env::set_var(TF32_PROCESS, "1") };
+    }
+    let found = find();
+    machine::assert_isolated(framework)?;
+    serve(&found, framework, first)
+}
+
 /// Answers until its input ends, and ends the process then.
-pub fn serve(found: &Found, framework: Framework, first: Option<String>) -> Result<Infallible> {
+fn serve(found: &Found, framework: Framework, first: Option<String>) -> Result<Infallible> {
     let mut worker = Worker { found, framework, current: None };
     if let Some(id) = first {
         worker.load(&id)?;
@@ -184,7 +196,7 @@ impl Prepared for Slowed {
         Ok(())
     }
 
-    fn outputs(&mut self) -> Result<Vec<transformer_bench::fixture::Tensor>> {
+    fn outputs(&mut self) -> Result<Vec<transformer_bench::model::fixture::Tensor>> {
         self.inner.outputs()
     }
 }

@@ -34,7 +34,8 @@ class Options(unittest.TestCase):
     NEAR = {"bench": ("--ful", "--full", 2), "test": ("--halp", "--help", 2), "setup": ("--cpuu", "--cpu", 1), "check-mac": ("--lnk", "--link", 1),
             "reference": ("--round", "--rounds", 1), "baseline": ("--hlp", "--help", 2),
             "compare": ("--treshold", "--threshold", 2), "flamegraph": ("--slowst", "--slowest", 2),
-            "report": ("--hlp", "--help", 2), "selftest": ("--minuts", "--minutes", 2)}
+            "report": ("--hlp", "--help", 2), "selftest": ("--minuts", "--minutes", 2),
+            "calibrate": ("--minuts", "--minutes", 2), "list": ("--flps", "--flops", 2)}
 
     def scripts(self):
         return sorted(p.name for p in (ROOT / "scripts").iterdir() if p.is_file() and os.access(p, os.X_OK))
@@ -53,7 +54,15 @@ class Options(unittest.TestCase):
         for script in self.scripts():
             code, text = run(f"scripts/{script}", "--help")
             self.assertEqual(code, 0, script)
-            self.assertIn(f"scripts/{script}", text, script)
+            # The self-test of the comparison goes by two names.
+            self.assertIn(f"scripts/{script.replace('selftest', 'calibrate')}", text, script)
+
+    def test_one_command_has_them_all(self):
+        subprocess.run(["cargo", "build", "--quiet", "--release", "--locked", "--bins"], cwd=ROOT, check=True)
+        code, text = run("target/release/transformer-bench", "--help")
+        self.assertEqual(code, 0)
+        for name in ("baseline", "compare", "flamegraph", "report", "list", "calibrate"):
+            self.assertRegex(text, f"(?m)^  {name} +[A-Z]")
 
 
 class Bench(unittest.TestCase):
@@ -77,6 +86,20 @@ class Bench(unittest.TestCase):
                          env={"TRANSFORMER_BENCH_SET": "huge"})
         self.assertNotEqual(code, 0)
         self.assertIn("smoke, quick, full", text)
+
+    def test_a_filtered_run_adds_to_the_last_one(self):
+        folder = Path(tempfile.mkdtemp())
+        self.addCleanup(shutil.rmtree, folder)
+        env = {"CRITERION_HOME": str(folder / "criterion"), "TRANSFORMER_BENCH_RESULTS": str(folder), "TRANSFORMER_BENCH_SET": "smoke"}
+        ids = lambda: [c["id"].split("/")[0] for c in json.loads((folder / "run/torch.json").read_text())["cases"]]
+        bench = lambda *words: run("cargo", "bench", "--quiet", "--locked", "--bench", "torch", "--", *words, "--sample-size", "10", env=env)
+        self.assertEqual(bench("copy-peak/torch-cpu/f32")[0], 0)
+        self.assertEqual(bench("matmul-peak/torch-cpu/f32")[0], 0)
+        self.assertEqual(ids(), ["copy-peak", "matmul-peak"])
+        # What fits nothing touches nothing.
+        self.assertNotEqual(bench("nosuchcase")[0], 0)
+        self.assertNotEqual(bench("[")[0], 0)
+        self.assertEqual(ids(), ["copy-peak", "matmul-peak"])
 
     def test_list_shows_ids(self):
         code, text = run("cargo", "bench", "--quiet", "--bench", "mlx", "--", "--list", "attention/.*/f32/")
@@ -214,12 +237,12 @@ for line in sys.stdin:
         return f"dir:{folder}"
 
     def compare(self, *arguments, env=None):
-        return run("target/release/compare", *arguments, env={"TRANSFORMER_BENCH_RESULTS": str(self.folder), **(env or {})})
+        return run("target/release/transformer-bench", "compare", *arguments, env={"TRANSFORMER_BENCH_RESULTS": str(self.folder), **(env or {})})
 
     def test_equal_and_slower_and_faster_sides(self):
-        for script, verdict, code in [("", "same", 0), ("step *= 1.05", "slower", 1), ("step *= 0.95", "faster", 0)]:
+        for script, verdict, code in [("", "equivalent", 0), ("step *= 1.05", "slower", 1), ("step *= 0.95", "faster", 0)]:
             done = subprocess.run(
-                ["target/release/compare", self.side("base"), self.side("head", script), "--set", "smoke", "--json"],
+                ["target/release/transformer-bench", "compare", self.side("base"), self.side("head", script), "--set", "smoke", "--json"],
                 cwd=ROOT, text=True, capture_output=True, env={**os.environ, "TRANSFORMER_BENCH_RESULTS": str(self.folder)})
             self.assertEqual(done.returncode, code, done.stderr)
             case = json.loads(done.stdout)["cases"][0]
@@ -246,12 +269,12 @@ for line in sys.stdin:
         self.assertIn("failed", text)
         self.assertIn("the kernel is broken", text)
 
-    def test_an_unclear_case_fails_only_when_strict(self):
+    def test_an_inconclusive_case_fails_only_when_strict(self):
         noisy = "step *= random.Random(os.getpid()).choice([0.5, 2])"
         arguments = (self.side("base"), self.side("head", noisy), "--set", "smoke", "--budget", "0.05")
         code, text = self.compare(*arguments, "--strict")
         self.assertEqual(code, 3, text)
-        self.assertIn("unclear", text)
+        self.assertIn("inconclusive", text)
         self.assertIn("budget", text)
 
     def test_a_case_that_only_one_side_has(self):
@@ -265,7 +288,7 @@ for line in sys.stdin:
     def test_ctrl_c_leaves_no_process(self):
         slow = f'open("{self.folder}/pid", "w").write(str(os.getpid())); import time; time.sleep(0.1)'
         process = subprocess.Popen(
-            ["target/release/compare", self.side("base"), self.side("head", slow), "--set", "smoke"],
+            ["target/release/transformer-bench", "compare", self.side("base"), self.side("head", slow), "--set", "smoke"],
             cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ, "TRANSFORMER_BENCH_RESULTS": str(self.folder)})
         time.sleep(1)
         process.send_signal(signal.SIGINT)
@@ -316,7 +339,7 @@ for line in sys.stdin:
             return sorted((p, p.stat().st_mtime_ns) for p in (ROOT / "target/release/.fingerprint").glob("transformer-bench*"))
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "transformer-bench" / "compare"
         before = own()
-        done = subprocess.run([str(ROOT / "target/release/compare"), *arguments], cwd=clone, text=True, capture_output=True,
+        done = subprocess.run([str(ROOT / "target/release/transformer-bench"), "compare", *arguments], cwd=clone, text=True, capture_output=True,
                               env={**os.environ, "TRANSFORMER_BENCH_RESULTS": str(self.folder / "results")})
         self.assertEqual(before, own())
         self.assertEqual(list(cache.glob("tree-*")), [])
@@ -353,7 +376,7 @@ for line in sys.stdin:
                            ('{"format": "transformer-bench baseline",\n"version": 1,\n"checksum": "0",\n"cases": []}', "changed after")]:
             (folder / "baseline.json").write_text(text)
             for command in (["baseline", "show", "bad"], ["baseline", "restore", "bad"], ["compare", "baseline:bad"]):
-                done = subprocess.run([str(ROOT / "target/release" / command[0]), *command[1:]],
+                done = subprocess.run([str(ROOT / "target/release/transformer-bench"), *command],
                                       cwd=folder.parent.parent.parent, text=True, capture_output=True)
                 self.assertEqual(done.returncode, 2, done.stdout)
                 self.assertIn(word, done.stderr)
@@ -385,7 +408,7 @@ class Flamegraph(unittest.TestCase):
     def test_wrong_input(self):
         subprocess.run(["cargo", "build", "--quiet", "--release", "--locked", "--bins"], cwd=ROOT, check=True)
         for arguments, word in [(["["], "no regular expression"), (["zzz"], "no case"), (["--slowest", "0"], "at least 1")]:
-            code, text = run("target/release/flamegraph", *arguments)
+            code, text = run("target/release/transformer-bench", "flamegraph", *arguments)
             self.assertEqual(code, 2, text)
             self.assertIn(word, text)
 

@@ -1,6 +1,6 @@
 """The suite's training step in Python MLX. Usage: mlx_twin.py CASE VARIANT
 
-Variants: plain (as a newcomer writes it), compile (mx.compile over the whole step, with
+Variants: eager (as a newcomer writes it), compile (mx.compile over the whole step, with
 fused attention where the weights need no dropout).
 """
 import os

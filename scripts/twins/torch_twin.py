@@ -1,6 +1,6 @@
 """The suite's training step in Python PyTorch. Usage: torch_twin.py CASE VARIANT
 
-Variants: plain (as a newcomer writes it), good (fused attention, one q-k-v projection,
+Variants: eager (as a newcomer writes it), good (fused attention, one q-k-v projection,
 fused AdamW), compile (good under torch.compile), graphs (mode="reduce-overhead").
 Under amp the model runs on bf16 copies of its f32 parameters; autocast is torch.autocast.
 `--flops CASE` prints what torch's own counter counts instead.
@@ -146,7 +146,7 @@ def synchronize(device):
 
 
 def main(case, variant):
-    good = variant != "plain"
+    good = variant != "eager"
     workload, precision, device, net, data = build(case, good)
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-4, weight_decay=1e-5, fused=True if good else None)
 

@@ -1,6 +1,6 @@
 //! The MLX backends: `mlx-rs` on CPU, Metal and CUDA.
 //!
-//! `net` is the models, `step` the workloads, `native` the little that Linux needs.
+//! `net` is the network, `step` the workloads, `native` the little that Linux needs.
 
 mod library;
 mod net;
@@ -11,8 +11,8 @@ use std::path::Path;
 use anyhow::{Result, ensure};
 use mlx_rs::{Array, Device, DeviceType, Dtype};
 use transformer_bench::backend::{self, Backend, Found, Prepared, Unsupported};
-use transformer_bench::case::{BackendId, Case, Compute, Recipe};
-use transformer_bench::fixture::Fixture;
+use transformer_bench::model::fixture::Fixture;
+use transformer_bench::suite::{BackendId, Case, Compute, Framework, Recipe};
 
 /// MLX on one device.
 struct Mlx {
@@ -23,25 +23,23 @@ struct Mlx {
 pub fn find() -> Found {
     library::pin_precision();
     let mut found = Found::default();
-    let gpu = library::gpu_available();
-    let missing = |cuda: bool| -> Option<String> {
-        let reason = match (cuda, cfg!(target_os = "macos")) {
-            (true, true) => "CUDA does not exist on macOS",
-            (false, false) => "Metal needs macOS on Apple silicon",
-            (true, false) if !library::built_with_cuda() => {
-                "this MLX is a CPU build (no NVIDIA driver when scripts/setup ran)"
-            }
-            _ if !gpu => "MLX sees no GPU on this machine",
-            _ => return computes(DeviceType::Gpu).err().map(|error| backend::broken(&error)),
-        };
-        Some(reason.to_owned())
+    let missing = |id: BackendId| -> Option<String> {
+        if id.is_cpu() {
+            return None;
+        }
+        if let Some(reason) = backend::impossible(id.device()) {
+            return Some(reason.to_owned());
+        }
+        if id == BackendId::MlxCuda && !library::built_with_cuda() {
+            return Some("this MLX is a CPU build (no NVIDIA driver when scripts/setup ran)".to_owned());
+        }
+        if !library::gpu_available() {
+            return Some("MLX sees no GPU on this machine".to_owned());
+        }
+        computes(DeviceType::Gpu).err().map(|error| backend::broken(&error))
     };
-    for (id, missing) in [
-        (BackendId::MlxCpu, None),
-        (BackendId::MlxMetal, missing(false)),
-        (BackendId::MlxCuda, missing(true)),
-    ] {
-        match missing {
+    for &id in BackendId::ALL.iter().filter(|id| id.framework() == Framework::Mlx) {
+        match missing(id) {
             None => found.present.push(Box::new(Mlx { id })),
             Some(reason) => found.absent(id, reason),
         }
@@ -83,7 +81,8 @@ impl Backend for Mlx {
         backend::meaningful(case)?;
         match case.precision.recipe {
             Recipe::Optimizer => return no("MLX has no fused optimizer: compiling the step fuses it"),
-            Recipe::Attention if case.dropout() > 0.0 => {
+            Recipe::Graph => return no("MLX records graphs of its own accord"),
+            Recipe::Attention if case.dropout().weights > 0.0 => {
                 return no(
                     "MLX's fused attention has no dropout on the weights, and this model trains with it",
                 );

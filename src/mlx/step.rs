@@ -1,5 +1,5 @@
-//! The workloads in MLX. Each is one function from arrays to arrays; the plain recipe
-//! calls it, the `-opt` recipe compiles it.
+//! The workloads in MLX. Each is one function from arrays to arrays; the eager recipe
+//! calls it, the others compile it.
 
 use std::cell::RefCell;
 
@@ -11,9 +11,10 @@ use mlx_rs::transforms::compile::compile;
 use mlx_rs::transforms::{eval, value_and_grad_with_argnums, vjp};
 use mlx_rs::{Array, Dtype};
 use transformer_bench::backend::Prepared;
-use transformer_bench::case::{Case, Compute, Family, Shape, Workload};
-use transformer_bench::fixture::{AdamW, Fixture, Tensor as Named};
-use transformer_bench::model::{Attention, FeedForward, Gpt2, InOrder, Indicator};
+use transformer_bench::model::fixture::{AdamW, Fixture, Tensor as Named};
+use transformer_bench::model::parameters::{InOrder, Parts};
+use transformer_bench::model::{Dropout, ModelId};
+use transformer_bench::suite::{Case, Compute, Shape, Workload};
 
 use crate::net::{self, Layers, scalar};
 
@@ -40,7 +41,7 @@ pub struct Step {
 #[derive(Clone, Copy)]
 struct Program {
     case: Case,
-    dropout: f64,
+    dropout: Dropout,
     parameters: usize,
     inputs: usize,
 }
@@ -67,29 +68,32 @@ fn load(named: &Named, dtype: Dtype) -> Array {
     }
 }
 
+/// What the function reads beside parameters: of the optimizer alone its fixed gradients.
+fn inputs(fixture: &Fixture, dtype: Dtype) -> Vec<Array> {
+    let dtype_of = |name: &str| match name {
+        "tokens" | "next" => Dtype::Int32,
+        // The loss is in f32.
+        "usefulness" => Dtype::Float32,
+        _ => dtype,
+    };
+    let fixed = fixture.case.workload == Workload::OptimizerStep;
+    let all = if fixed { fixture.gradients() } else { fixture.inputs() };
+    all.iter().map(|named| load(named, dtype_of(&named.name))).collect()
+}
+
 impl Step {
     pub fn new(fixture: &Fixture) -> Result<Self> {
         let case = fixture.case;
         let dtype = crate::dtype(case.precision.compute);
         let parameters: Vec<Array> = fixture.parameters().iter().map(|p| load(p, dtype)).collect();
-        let inputs: Vec<Array> = if case.workload == Workload::OptimizerStep {
-            fixture.gradients().iter().map(|g| load(g, dtype)).collect()
-        } else {
-            let input = |named: &Named| match named.name.as_str() {
-                "tokens" | "next" => load(named, Dtype::Int32),
-                // The loss is in f32.
-                "usefulness" => load(named, Dtype::Float32),
-                _ => load(named, dtype),
-            };
-            fixture.inputs().iter().map(input).collect()
-        };
+        let inputs = inputs(fixture, dtype);
         let zeros = |p: &Array| mlx_rs::ops::zeros_like(p);
         let moments = if case.workload.optimizes() { &parameters[..] } else { &[] };
         let first = moments.iter().map(zeros).collect::<Result<Vec<_>, _>>()?;
         let second = moments.iter().map(zeros).collect::<Result<Vec<_>, _>>()?;
         let program =
             Program { case, dropout: fixture.dropout, parameters: parameters.len(), inputs: inputs.len() };
-        let function: Function = if case.precision.recipe.captured() {
+        let function: Function = if case.precision.recipe.whole_step() {
             Box::new(compile(move |args: &[Array]| program.run(args), None))
         } else {
             Box::new(move |args: &[Array]| program.run(args))
@@ -110,7 +114,7 @@ impl Step {
             results: Vec::new(),
             gradients: Vec::new(),
         };
-        if case.precision.recipe.captured() {
+        if case.precision.recipe.whole_step() {
             // Compiles: MLX builds kernels on the first evaluation, which can take a
             // minute. The state stays as it is, since arrays never change.
             let args = step.arguments(1);
@@ -120,93 +124,96 @@ impl Step {
     }
 }
 
+/// A program's arguments, apart.
+struct Arguments<'a> {
+    parameters: &'a [Array],
+    first: &'a [Array],
+    second: &'a [Array],
+    inputs: &'a [Array],
+    key: &'a Array,
+    /// AdamW's.
+    numbers: &'a [Array],
+}
+
 impl Program {
+    /// The names of the results.
+    fn names(&self) -> &'static [&'static str] {
+        match (self.case.workload, self.case.shape) {
+            (Workload::ForwardBackward | Workload::TrainStep, _) => &["loss"],
+            (_, Shape::Model { model, .. }) => model.output_names(),
+            _ => &["out"],
+        }
+    }
+
     fn returned(&self) -> Returned {
         let (results, gradients, updated) = match self.case.workload {
             Workload::AttentionGrad | Workload::FeedForwardGrad => (0, 1 + self.parameters, false),
             Workload::ForwardBackward => (1, self.parameters, false),
             Workload::TrainStep => (1, self.parameters, true),
             Workload::OptimizerStep => (0, 0, true),
-            Workload::Forward
-                if matches!(self.case.shape, Shape::Model { family: Family::Indicator, .. }) =>
-            {
-                (2, 0, false)
-            }
-            _ => (1, 0, false),
+            _ => (self.names().len(), 0, false),
         };
         Returned { results, gradients, updated }
     }
 
-    /// Arguments: parameters, first and second moments where the workload has them,
-    /// inputs, random key, and AdamW's four numbers. Returns results, gradients, what
-    /// was updated, and the next key.
-    fn run(&self, args: &[Array]) -> Result<Vec<Array>, Exception> {
+    /// Parameters, first and second moments where the workload has them, inputs, random key,
+    /// and AdamW's numbers.
+    fn apart<'a>(&self, args: &'a [Array]) -> Arguments<'a> {
         let (parameters, rest) = args.split_at(self.parameters);
         let moments = if self.returned().updated { self.parameters } else { 0 };
         let (first, rest) = rest.split_at(moments);
         let (second, rest) = rest.split_at(moments);
         let (inputs, rest) = rest.split_at(self.inputs);
-        let (key, numbers) = (&rest[0], &rest[1..]);
-        let case = self.case;
+        Arguments { parameters, first, second, inputs, key: &rest[0], numbers: &rest[1..] }
+    }
+
+    /// Takes what [`Program::apart`] takes apart. Returns results, gradients, what was
+    /// updated, and the next key.
+    fn run(&self, args: &[Array]) -> Result<Vec<Array>, Exception> {
+        let a = self.apart(args);
         // The state behind the step's last draw: from any other, later steps would draw some
         // of this one's masks again.
-        let state = RefCell::new(key.clone());
+        let state = RefCell::new(a.key.clone());
         let forward = |parameters: &[Array], inputs: &[Array]| -> Result<Vec<Array>, Exception> {
-            let mut layers = Layers {
-                fused: case.precision.recipe.fused_attention(),
-                dropout: self.dropout,
-                train: case.workload.trains(),
-                random: RandomState::from_key(key.clone()),
-            };
+            let mut layers = self.layers(a.key.clone());
             let out = self.forward(parameters, inputs, &mut layers)?;
             *state.borrow_mut() = layers.random.as_array().clone();
             Ok(out)
         };
-
-        let mut out = match case.workload {
-            Workload::MatmulPeak => {
-                let Shape::Square { chain, .. } = case.shape else { unreachable!("a square shape") };
-                let mut product = inputs[0].matmul(&inputs[1])?;
-                for _ in 1..chain {
-                    product = inputs[0].matmul(&product)?;
-                }
-                vec![product]
-            }
-            Workload::CopyPeak => vec![inputs[0].negative()?],
-            Workload::Forward | Workload::Attention | Workload::FeedForward => forward(parameters, inputs)?,
-            Workload::AttentionGrad | Workload::FeedForwardGrad => {
-                let mut primals = vec![inputs[0].clone()];
-                primals.extend_from_slice(parameters);
-                let upstream = inputs[1].clone();
-                // `vjp` takes no fallible function; a panic comes back as one.
-                let f = |a: &[Array]| -> Vec<Array> {
-                    let out = forward(&a[1..], &a[..1]).expect("the forward pass");
-                    let last = out[0].as_dtype(upstream.dtype()).expect("a cast");
-                    vec![last]
-                };
-                vjp(f, &primals, std::slice::from_ref(&upstream))?.1
-            }
-            Workload::ForwardBackward | Workload::TrainStep => {
-                let everything: Vec<i32> = (0..self.parameters as i32).collect();
-                let f = |p: &[Array]| -> Result<Vec<Array>, Exception> {
-                    let out = forward(p, inputs)?;
-                    Ok(vec![match <[Array; 2]>::try_from(out) {
-                        Ok(two) => net::indicator_loss(&two, &inputs[2])?,
-                        Err(one) => net::gpt2_loss(&one[0], &inputs[1])?,
-                    }])
-                };
-                let (loss, gradients) = value_and_grad_with_argnums(f, &everything)(parameters)?;
-                loss.into_iter().chain(gradients).collect()
-            }
+        let mut out = match self.case.workload {
             Workload::OptimizerStep => Vec::new(),
+            Workload::CopyPeak => vec![a.inputs[0].negative()?],
+            Workload::AttentionGrad | Workload::FeedForwardGrad => block_gradients(&forward, &a)?,
+            Workload::ForwardBackward | Workload::TrainStep => self.model_gradients(&forward, &a)?,
+            _ => forward(a.parameters, a.inputs)?,
         };
         if self.returned().updated {
-            let gradients = if case.workload == Workload::OptimizerStep { inputs } else { &out[1..] };
-            let updated = adamw(parameters, gradients, first, second, numbers)?;
-            out.extend(updated);
+            let fixed = self.case.workload == Workload::OptimizerStep;
+            let gradients = if fixed { a.inputs } else { &out[1..] };
+            out.extend(adamw(&a, gradients)?);
         }
         out.push(state.into_inner());
         Ok(out)
+    }
+
+    fn layers(&self, key: Array) -> Layers {
+        Layers {
+            model: self.case.shape.model().map_or(ModelId::indicator(), |(model, _)| model),
+            fused: self.case.precision.recipe.fused_attention(),
+            dropout: self.dropout,
+            random: RandomState::from_key(key),
+        }
+    }
+
+    /// Loss and every gradient.
+    fn model_gradients(&self, forward: Forward<'_>, a: &Arguments<'_>) -> Result<Vec<Array>, Exception> {
+        let Shape::Model { model, .. } = self.case.shape else { unreachable!("a model's workload") };
+        let everything: Vec<i32> = (0..self.parameters as i32).collect();
+        let f = |p: &[Array]| -> Result<Vec<Array>, Exception> {
+            Ok(vec![net::loss(&model, &forward(p, a.inputs)?, a.inputs)?])
+        };
+        let (loss, gradients) = value_and_grad_with_argnums(f, &everything)(a.parameters)?;
+        Ok(loss.into_iter().chain(gradients).collect())
     }
 
     fn forward(
@@ -221,30 +228,38 @@ impl Program {
             if amp && a.dtype() == Dtype::Float32 { a.as_dtype(Dtype::Bfloat16) } else { Ok(a.clone()) }
         };
         let parameters = parameters.iter().map(cast).collect::<Result<Vec<_>, _>>()?;
-        let x = cast(&inputs[0])?;
-        let mut source = InOrder(parameters.into_iter());
-        Ok(match self.case.shape {
-            Shape::Model { family: Family::Indicator, tiny, .. } => {
-                let sizes = Family::Indicator.sizes(tiny);
-                let model = Indicator::take(&mut source, &sizes);
-                layers.indicator(&x, &cast(&inputs[1])?, &model, &sizes)?.into()
+        // What the loss alone reads, the third, stays.
+        let inputs = inputs.iter().take(2).map(cast).collect::<Result<Vec<_>, _>>()?;
+        Ok(match Parts::take(&mut InOrder(parameters.into_iter()), self.case.shape) {
+            Parts::Model(network) => layers.model(&inputs, &network)?,
+            Parts::Attention(layer) => vec![layers.attention(&inputs[0], &layer)?],
+            Parts::FeedForward(layer) => vec![layers.feed_forward(&inputs[0], &layer)?],
+            Parts::None => {
+                let Shape::Square { chain, .. } = self.case.shape else { unreachable!("a square shape") };
+                let mut product = inputs[0].matmul(&inputs[1])?;
+                for _ in 1..chain {
+                    product = inputs[0].matmul(&product)?;
+                }
+                vec![product]
             }
-            Shape::Model { family: Family::Gpt2, tiny, .. } => {
-                let sizes = Family::Gpt2.sizes(tiny);
-                let model = Gpt2::take(&mut source, &sizes);
-                vec![layers.gpt2(&x, &model, &sizes)?]
-            }
-            Shape::Attention { heads, head_width, causal, .. } => {
-                let layer = Attention::take(&mut source, "", heads * head_width);
-                vec![layers.attention(&x, &layer, heads, causal)?]
-            }
-            Shape::FeedForward { width, hidden, tanh, .. } => {
-                let layer = FeedForward::take(&mut source, "", width, hidden);
-                vec![layers.feed_forward(&x, &layer, tanh)?]
-            }
-            Shape::Square { .. } | Shape::Buffer { .. } => unreachable!("peaks have no model"),
         })
     }
+}
+
+/// From parameters and inputs to what comes out, drawing from the step's random state.
+type Forward<'a> = &'a dyn Fn(&[Array], &[Array]) -> Result<Vec<Array>, Exception>;
+
+/// The gradients of a block's input and parameters.
+fn block_gradients(forward: Forward<'_>, a: &Arguments<'_>) -> Result<Vec<Array>, Exception> {
+    let mut primals = vec![a.inputs[0].clone()];
+    primals.extend_from_slice(a.parameters);
+    let upstream = a.inputs[1].clone();
+    // `vjp` takes no fallible function; a panic comes back as one.
+    let f = |p: &[Array]| -> Vec<Array> {
+        let out = forward(&p[1..], &p[..1]).expect("the forward pass");
+        vec![out[0].as_dtype(upstream.dtype()).expect("a cast")]
+    };
+    Ok(vjp(f, &primals, std::slice::from_ref(&upstream))?.1)
 }
 
 /// The numbers of AdamW's step `t`, in the parameters' type: decay factor, β1, β2, step
@@ -259,24 +274,18 @@ fn adamw_numbers(s: &AdamW, t: i32, dtype: Dtype) -> Vec<Array> {
 
 /// One AdamW step with bias correction, written as MLX's Python optimizer writes it
 /// (mlx-rs's own has no correction). Returns parameters, then both moments.
-fn adamw(
-    parameters: &[Array],
-    gradients: &[Array],
-    first: &[Array],
-    second: &[Array],
-    numbers: &[Array],
-) -> Result<Vec<Array>, Exception> {
-    let [decay, beta1, rest1, beta2, rest2, step_size, root, eps] = numbers else {
+fn adamw(a: &Arguments<'_>, gradients: &[Array]) -> Result<Vec<Array>, Exception> {
+    let [decay, beta1, rest1, beta2, rest2, step_size, root, eps] = a.numbers else {
         unreachable!("eight numbers");
     };
     let (mut p_new, mut m_new, mut v_new) = (Vec::new(), Vec::new(), Vec::new());
-    for i in 0..parameters.len() {
+    for i in 0..a.parameters.len() {
         let g = &gradients[i];
-        let m = first[i].multiply(beta1)?.add(g.multiply(rest1)?)?;
-        let v = second[i].multiply(beta2)?.add(g.square()?.multiply(rest2)?)?;
+        let m = a.first[i].multiply(beta1)?.add(g.multiply(rest1)?)?;
+        let v = a.second[i].multiply(beta2)?.add(g.square()?.multiply(rest2)?)?;
         let denominator = v.sqrt()?.multiply(root)?.add(eps)?;
         let update = m.multiply(step_size)?.divide(denominator)?;
-        p_new.push(parameters[i].multiply(decay)?.subtract(update)?);
+        p_new.push(a.parameters[i].multiply(decay)?.subtract(update)?);
         m_new.push(m);
         v_new.push(v);
     }
@@ -344,15 +353,9 @@ impl Prepared for Step {
             flat.eval()?;
             Ok(Named { name, dims: dims.to_vec(), data: flat.try_as_slice::<f32>()?.to_vec() })
         };
-        let names: &[&str] = match (self.program.case.workload, self.program.case.shape) {
-            (Workload::ForwardBackward | Workload::TrainStep, _) => &["loss"],
-            (_, Shape::Model { family: Family::Indicator, .. }) => &["selection", "weights"],
-            (_, Shape::Model { family: Family::Gpt2, .. }) => &["logits"],
-            _ => &["out"],
-        };
         let mut all = Vec::new();
         let dims_of = |a: &Array| a.shape().iter().map(|&d| d as usize).collect::<Vec<_>>();
-        for (name, array) in names.iter().zip(&self.results) {
+        for (name, array) in self.program.names().iter().zip(&self.results) {
             all.push(read((*name).to_owned(), &dims_of(array), array)?);
         }
         let mut gradients = self.gradients.iter();

@@ -24,8 +24,10 @@ pub fn read(text: &str, place: &str) -> Result<Results> {
         "{place} has version {version}, and this program reads up to {}: update transformer-bench",
         crate::results::VERSION
     );
-    let results: Results =
+    let mut results: Results =
         serde_json::from_value(value).with_context(|| format!("{place} lacks what a run has"))?;
+    crate::results::upgrade(version, &mut results.cases);
+    results.version = crate::results::VERSION;
     for record in &results.cases {
         check(record).with_context(|| format!("{place}: {}", record.id))?;
     }
@@ -34,7 +36,7 @@ pub fn read(text: &str, place: &str) -> Result<Results> {
 
 /// Whether a record is one that a run can leave.
 fn check(record: &Record) -> Result<()> {
-    record.id.parse::<crate::case::Case>().map_err(anyhow::Error::msg)?;
+    record.id.parse::<crate::suite::Case>().map_err(anyhow::Error::msg)?;
     if record.status == Status::Measured {
         let median = record.median_ns.context("measured, and without a median")?;
         let [low, high] = record.ci_ns.context("measured, and without an interval")?;
@@ -122,9 +124,9 @@ pub fn bmf(results: &Results) -> Result<String> {
 mod tests {
     use super::super::tests::record;
     use super::*;
-    use crate::case::{Set, cases};
-    use crate::machine::Machine;
+    use crate::results::machine::Machine;
     use crate::results::{Setting, Throughput};
+    use crate::suite::{Set, cases};
 
     fn results() -> Results {
         let mut results = Results::new(Machine::default(), Vec::new());
@@ -205,10 +207,13 @@ mod tests {
             "arch commit cores cpu dirty driver environment gpus memory_bytes os power profile versions"
         );
         assert_eq!(keys(&json["settings"][0]), "commit id ratio ratio_ci setting with_ns without_ns");
-        let readme = include_str!("../../README.md");
+        let readme = include_str!("../../criterion-baselines/README.md");
         let all = [&json["cases"][1], &json["machine"], &json["settings"][0]].map(keys).join(" ");
         for key in all.split(' ') {
-            assert!(readme.contains(&format!("`{key}`")), "README.md does not explain {key}");
+            assert!(
+                readme.contains(&format!("`{key}`")),
+                "criterion-baselines/README.md does not explain {key}"
+            );
         }
     }
 
@@ -221,7 +226,7 @@ mod tests {
             ("", "empty"),
             ("{\"cases\":", "damaged"),
             ("{\"version\": 99}", "update transformer-bench"),
-            ("{\"version\": 1}", "lacks"),
+            ("{\"version\": 2}", "lacks"),
             (&hostile, "unknown workload"),
             (&infinite, "no time"),
         ] {

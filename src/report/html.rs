@@ -67,9 +67,9 @@ mod tests {
 
     use super::super::tests::record;
     use super::*;
-    use crate::case::{Set, cases};
-    use crate::machine::Machine;
+    use crate::results::machine::Machine;
     use crate::results::{Record, Status};
+    use crate::suite::{Set, cases};
 
     #[test]
     fn hostile_names_are_text() {

@@ -66,9 +66,9 @@ mod tests {
     use super::super::headlines;
     use super::super::tests::record;
     use super::*;
-    use crate::case::Case;
-    use crate::machine::Machine;
+    use crate::results::machine::Machine;
     use crate::results::{Record, Status};
+    use crate::suite::Case;
 
     #[test]
     fn a_mac_is_asked_for_its_figures() {
@@ -96,7 +96,7 @@ mod tests {
             text.lines().filter(first).collect()
         };
         for row in headlines() {
-            assert_eq!(lines(row.label).len(), 2, "{}", row.label);
+            assert_eq!(lines(&row.label).len(), 2, "{}", row.label);
         }
         let line = |label: &str| lines(label)[0].to_owned();
         assert!(line("PyTorch CPU").contains("32.0") && line("PyTorch CPU").contains("1.00×"));

@@ -8,44 +8,55 @@ pub mod side_by_side;
 pub mod tables;
 pub mod words;
 
-use crate::case::{self, BackendId, Case, Compute, Family, Precision, Shape, Workload};
-use crate::cost;
+use crate::model::ModelId;
 use crate::results::{Record, Results, Status};
+use crate::suite::{BackendId, Case, Compute, Precision, Shape, Workload, cost};
+
+pub use crate::suite::HEADLINE_SHAPE;
 
 /// A row of the headline tables.
 pub struct Headline {
-    pub label: &'static str,
+    pub label: String,
     pub case: Case,
 }
 
-/// The shape that the headline tables stand for.
-pub const HEADLINE_SHAPE: Shape = Shape::model(Family::Indicator, case::HEADLINE_BATCH);
-
 /// The rows, always all of them; the first that was measured is 1.0×.
 pub fn headlines() -> Vec<Headline> {
-    let row = |label, backend, precision| Headline {
-        label,
-        case: Case { workload: Workload::TrainStep, backend, precision, shape: HEADLINE_SHAPE },
+    use BackendId::{MlxCpu, MlxCuda, MlxMetal, TorchCpu, TorchCuda, TorchMps};
+    let f32 = Precision::eager(Compute::F32);
+    let f32_opt = Precision::opt(Compute::F32);
+    let amp = Precision::eager(Compute::Amp);
+    let amp_opt = Precision::opt(Compute::Amp);
+    let row = |(backend, precision): (BackendId, Precision)| {
+        let what = match precision {
+            p if p == f32 => "",
+            p if p == amp => " + AMP",
+            p if p == f32_opt => " + All Opt, f32",
+            _ => " + All Opt",
+        };
+        Headline {
+            label: format!("{}{what}", backend.label()),
+            case: Case { workload: Workload::TrainStep, backend, precision, shape: HEADLINE_SHAPE },
+        }
     };
-    let plain = Precision::plain(Compute::F32);
-    let amp = Precision::plain(Compute::Amp);
-    let all = Precision::opt(Compute::Amp);
-    vec![
-        row("PyTorch CPU", BackendId::TorchCpu, plain),
-        row("MLX (Metal)", BackendId::MlxMetal, plain),
-        row("PyTorch MPS", BackendId::TorchMps, plain),
-        row("PyTorch MPS + AMP", BackendId::TorchMps, amp),
-        row("PyTorch MPS + All Opt", BackendId::TorchMps, all),
-        row("MLX (Metal) + All Opt", BackendId::MlxMetal, all),
-        row("PyTorch CUDA", BackendId::TorchCuda, plain),
-        row("PyTorch CUDA + AMP", BackendId::TorchCuda, amp),
-        row("PyTorch CUDA + All Opt", BackendId::TorchCuda, all),
-        row("MLX (CUDA)", BackendId::MlxCuda, plain),
-        row("MLX (CUDA) + All Opt", BackendId::MlxCuda, all),
-        row("PyTorch CPU + All Opt, f32", BackendId::TorchCpu, Precision::opt(Compute::F32)),
-        row("MLX (CPU)", BackendId::MlxCpu, plain),
-        row("MLX (CPU) + All Opt, f32", BackendId::MlxCpu, Precision::opt(Compute::F32)),
+    [
+        (TorchCpu, f32),
+        (MlxMetal, f32),
+        (TorchMps, f32),
+        (TorchMps, amp),
+        (TorchMps, amp_opt),
+        (MlxMetal, amp_opt),
+        (TorchCuda, f32),
+        (TorchCuda, amp),
+        (TorchCuda, amp_opt),
+        (MlxCuda, f32),
+        (MlxCuda, amp_opt),
+        (TorchCpu, f32_opt),
+        (MlxCpu, f32),
+        (MlxCpu, f32_opt),
     ]
+    .map(row)
+    .into()
 }
 
 /// The record of a case, if the run has one.
@@ -89,15 +100,15 @@ pub fn all_measured(results: &Results) -> Vec<Measured<'_>> {
 }
 
 /// What each optimisation brings to the training step: rows of a recipe with its time
-/// and its speed against the plain recipe in f32 of the same backend and shape.
+/// and its speed against the eager recipe in f32 of the same backend and shape.
 pub fn ablation<'a>(all: &'a [Measured<'a>]) -> Vec<(&'a Measured<'a>, f64)> {
     let steps = all.iter().filter(|m| m.case.workload == Workload::TrainStep);
     let mut rows = Vec::new();
-    for plain in steps.clone().filter(|m| m.case.precision == Precision::plain(Compute::F32)) {
+    for eager in steps.clone().filter(|m| m.case.precision == Precision::eager(Compute::F32)) {
         let same = steps
             .clone()
-            .filter(|m| m.case.backend == plain.case.backend && m.case.shape == plain.case.shape);
-        let same: Vec<_> = same.map(|m| (m, plain.median_ns / m.median_ns)).collect();
+            .filter(|m| m.case.backend == eager.case.backend && m.case.shape == eager.case.shape);
+        let same: Vec<_> = same.map(|m| (m, eager.median_ns / m.median_ns)).collect();
         // A row alone compares with nothing.
         if same.len() > 1 {
             rows.extend(same);
@@ -108,22 +119,26 @@ pub fn ablation<'a>(all: &'a [Measured<'a>]) -> Vec<(&'a Measured<'a>, f64)> {
 
 /// The training step's speed over batch sizes.
 pub struct Sweep {
+    pub model: ModelId,
     pub backend: BackendId,
     pub precision: Precision,
     /// (batch, samples/s), by batch.
     pub speeds: Vec<(usize, f64)>,
 }
 
-/// Every backend and precision that was measured at more than one batch.
+/// Every model, backend and precision that was measured at more than one batch.
 pub fn batches(all: &[Measured<'_>]) -> Vec<Sweep> {
     let mut sweeps: Vec<Sweep> = Vec::new();
     for m in all.iter().filter(|m| m.case.workload == Workload::TrainStep) {
-        if let Shape::Model { family: Family::Indicator, tiny: false, batch } = m.case.shape {
+        if let Shape::Model { model, batch } = m.case.shape
+            && !model.is_miniature()
+        {
             let Case { backend, precision, .. } = m.case;
             let speed = (batch, batch as f64 / m.median_ns * 1e9);
-            match sweeps.iter_mut().find(|s| (s.backend, s.precision) == (backend, precision)) {
+            match sweeps.iter_mut().find(|s| (s.model, s.backend, s.precision) == (model, backend, precision))
+            {
                 Some(sweep) => sweep.speeds.push(speed),
-                None => sweeps.push(Sweep { backend, precision, speeds: vec![speed] }),
+                None => sweeps.push(Sweep { model, backend, precision, speeds: vec![speed] }),
             }
         }
     }
@@ -163,7 +178,7 @@ pub fn measured_peak(all: &[Measured<'_>], backend: BackendId, compute: Compute)
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::machine::Machine;
+    use crate::results::machine::Machine;
 
     pub(super) fn record(id: &str, median: f64) -> Record {
         let case: Case = id.parse().unwrap();
@@ -174,12 +189,12 @@ mod tests {
     }
 
     #[test]
-    fn optimisations_are_compared_with_plain_f32() {
+    fn optimisations_are_compared_with_eager_f32() {
         let results = Results::new(
             Machine::default(),
             vec![
                 record("train-step/torch-cuda/f32/indicator-b16", 10e6),
-                record("train-step/torch-cuda/f32-captured/indicator-b16", 5e6),
+                record("train-step/torch-cuda/f32-graph/indicator-b16", 5e6),
                 record("train-step/mlx-cuda/f32/indicator-b16", 7e6),
             ],
         );
@@ -193,8 +208,7 @@ mod tests {
     fn every_backend_has_a_row_and_a_partner() {
         for &backend in BackendId::ALL {
             assert!(headlines().iter().any(|row| row.case.backend == backend), "{backend} has no row");
-            let pairs = words::PAIRS.iter().filter(|(a, b, _)| [a, b].contains(&&backend));
-            assert_eq!(pairs.count(), 1, "{backend} is compared with none, or with two");
+            assert_eq!(backend.rivals().count(), 1, "{backend} is compared with none, or with two");
         }
     }
 

@@ -9,9 +9,8 @@ use plotters::prelude::*;
 
 use super::tables::{digits, time};
 use super::{Measured, batches, measured_peak};
-use crate::case::{BackendId, Case, Compute, Precision, Shape, Workload};
-use crate::cost;
 use crate::results::Results;
+use crate::suite::{BackendId, Case, Compute, Precision, Shape, Workload, cost};
 
 /// A picture and what it shows.
 pub struct Plot {
@@ -53,7 +52,7 @@ fn wrong(error: impl std::fmt::Display) -> anyhow::Error {
 }
 
 fn colour(backend: BackendId) -> RGBColor {
-    let place = BackendId::ALL.iter().position(|&b| b == backend).unwrap_or(6);
+    let place = backend.index() % COLOURS.len();
     COLOURS[place]
 }
 
@@ -136,7 +135,7 @@ fn parts(all: &[Measured<'_>]) -> Result<Option<Plot>> {
     let mut rows = Vec::new();
     for &backend in BackendId::ALL {
         let of = |workload| {
-            let precision = Precision::plain(Compute::F32);
+            let precision = Precision::eager(Compute::F32);
             let case = Case { workload, backend, precision, shape: super::HEADLINE_SHAPE };
             all.iter().find(|m| m.case == case).map(|m| m.median_ns)
         };
@@ -295,7 +294,7 @@ fn over_batch(title: &str, unit: &str, lines: &[Line]) -> Result<Option<Plot>> {
 fn sweeps(all: &[Measured<'_>]) -> Result<Vec<Plot>> {
     let sweeps = batches(all);
     let line = |s: &super::Sweep, values: Vec<(usize, f64)>| {
-        (format!("{} {}", s.backend, s.precision), colour(s.backend), values)
+        (format!("{} {} {}", s.model, s.backend, s.precision), colour(s.backend), values)
     };
     let speeds: Vec<_> = sweeps.iter().map(|s| line(s, s.speeds.clone())).collect();
     let memory: Vec<_> = sweeps
@@ -305,7 +304,7 @@ fn sweeps(all: &[Measured<'_>]) -> Result<Vec<Plot>> {
                 let m = all.iter().find(|m| {
                     m.case.workload == Workload::TrainStep
                         && (m.case.backend, m.case.precision) == (s.backend, s.precision)
-                        && m.case.shape == Shape::model(crate::case::Family::Indicator, batch)
+                        && m.case.shape == (Shape::Model { model: s.model, batch })
                 })?;
                 Some((batch, m.record.peak_bytes? as f64 / 1e6))
             };

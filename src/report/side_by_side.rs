@@ -4,8 +4,8 @@ use std::fmt::Write;
 
 use super::tables::{digits, machine_lines};
 use super::{find, headlines, measured};
-use crate::case::{BackendId, Case, Compute, Precision, Workload};
 use crate::results::Results;
+use crate::suite::{BackendId, Case, Compute, Precision, Workload};
 
 /// Markdown: for each headline row the speed on each machine, in samples/s and against
 /// the machine's own PyTorch on the CPU in f32. Only rows of the same case share a line,
@@ -16,14 +16,14 @@ pub fn render(machines: &[(String, Results)]) -> String {
         let [hardware, versions] = machine_lines(results);
         let _ = writeln!(out, "- **{name}**: {hardware} {versions}");
     }
-    let batch = super::case::HEADLINE_BATCH as f64;
+    let batch = crate::suite::HEADLINE_BATCH as f64;
     let names: Vec<&str> = machines.iter().map(|(name, _)| name.as_str()).collect();
     out.push_str("\nsamples/s (95 % interval, and times that machine's own PyTorch CPU in f32)\n\n");
     let _ = writeln!(out, "| case | {} |\n| --- |{}", names.join(" | "), " --- |".repeat(names.len()));
     let own = Case {
         workload: Workload::TrainStep,
         backend: BackendId::TorchCpu,
-        precision: Precision::plain(Compute::F32),
+        precision: Precision::eager(Compute::F32),
         shape: super::HEADLINE_SHAPE,
     };
     let mut cases: Vec<Case> = headlines().iter().map(|row| row.case).collect();
@@ -58,7 +58,7 @@ pub fn render(machines: &[(String, Results)]) -> String {
 mod tests {
     use super::super::tests::record;
     use super::*;
-    use crate::machine::Machine;
+    use crate::results::machine::Machine;
 
     #[test]
     fn machines_share_the_lines_of_their_common_cases() {

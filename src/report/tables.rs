@@ -4,9 +4,9 @@ use super::{
     HEADLINE_SHAPE, Measured, Sweep, Utilisation, ablation, all_measured, batches, find, headlines, measured,
     measured_peak, reason, utilisation,
 };
-use crate::case::{BackendId, Case, Family, Shape, Workload};
-use crate::results::{Record, Results, Status};
-use crate::{cost, machine, memory};
+use crate::memory;
+use crate::results::{Record, Results, Status, machine};
+use crate::suite::{BackendId, Case, Device, Shape, Workload, cost};
 
 /// The title of the table that has them all.
 pub const EVERY_CASE: &str = "Every case";
@@ -57,8 +57,7 @@ fn spread(median: f64, ci: [f64; 2]) -> f64 {
 }
 
 fn speed(results: &Results) -> Table {
-    let Shape::Model { batch, .. } = HEADLINE_SHAPE else { unreachable!("a model") };
-    let batch = batch as f64;
+    let batch = HEADLINE_SHAPE.batch() as f64;
     let base = headlines().iter().find_map(|row| measured(find(results, &row.case)).map(|m| m.1));
     let rows: Vec<_> = headlines()
         .iter()
@@ -66,14 +65,14 @@ fn speed(results: &Results) -> Table {
             let record = find(results, &row.case);
             match (measured(record), base) {
                 (Some((_, median, ci)), Some(base)) => vec![
-                    row.label.to_owned(),
+                    row.label.clone(),
                     digits(batch / median * 1e9),
                     format!("{} to {}", digits(batch / ci[1] * 1e9), digits(batch / ci[0] * 1e9)),
                     format!("{:.2}×", base / median),
                     String::new(),
                 ],
                 _ => {
-                    vec![row.label.to_owned(), "–".to_owned(), "–".to_owned(), "–".to_owned(), reason(record)]
+                    vec![row.label.clone(), "–".to_owned(), "–".to_owned(), "–".to_owned(), reason(record)]
                 }
             }
         })
@@ -94,7 +93,7 @@ fn memory(results: &Results) -> Table {
             let figures = measured(record).map(|m| m.0);
             let none = || "–".to_owned();
             vec![
-                row.label.to_owned(),
+                row.label.clone(),
                 figures.and_then(|r| bytes(r.peak_bytes)).unwrap_or_else(none),
                 figures.and_then(|r| bytes(r.rss_peak_bytes)).unwrap_or_else(none),
                 match figures {
@@ -161,8 +160,8 @@ fn settings(results: &Results) -> Table {
         })
         .collect();
     for (backend, tip) in TIPS {
-        let plain = headlines().into_iter().map(|row| row.case).find(|case| case.backend == backend);
-        let Some((record, ..)) = measured(plain.and_then(|case| find(results, &case))) else { continue };
+        let eager = headlines().into_iter().map(|row| row.case).find(|case| case.backend == backend);
+        let Some((record, ..)) = measured(eager.and_then(|case| find(results, &case))) else { continue };
         if !results.settings.iter().any(|s| s.setting == tip) {
             let command = format!("not measured: ./scripts/compare worktree --env {tip} '{}'", record.id);
             let none = || "–".to_owned();
@@ -171,7 +170,7 @@ fn settings(results: &Results) -> Table {
     }
     Table {
         title: "What settings bring".to_owned(),
-        note: "Environment variables, measured in turns with and without.",
+        note: "Environment variables, interleaved with and without.",
         header: &["setting", "case", "without", "with", "speed", "99 % interval"],
         rows,
     }
@@ -180,17 +179,23 @@ fn settings(results: &Results) -> Table {
 fn sweep(all: &[Measured<'_>]) -> Table {
     let rows: Vec<_> = batches(all)
         .into_iter()
-        .map(|Sweep { backend, precision, speeds }| {
+        .map(|Sweep { model, backend, precision, speeds }| {
             let best = speeds.iter().max_by(|a, b| a.1.total_cmp(&b.1)).expect("more than one");
             let list: Vec<_> =
                 speeds.iter().map(|(batch, speed)| format!("{batch}: {}", digits(*speed))).collect();
-            vec![backend.to_string(), precision.to_string(), list.join(", "), format!("{}", best.0)]
+            vec![
+                model.to_string(),
+                backend.to_string(),
+                precision.to_string(),
+                list.join(", "),
+                format!("{}", best.0),
+            ]
         })
         .collect();
     Table {
         title: "Batch size: samples/s of a training step".to_owned(),
         note: "",
-        header: &["backend", "precision", "samples/s by batch", "best batch"],
+        header: &["model", "backend", "precision", "samples/s by batch", "best batch"],
         rows,
     }
 }
@@ -203,20 +208,23 @@ fn percent(part: Utilisation) -> String {
     }
 }
 
-fn gpt2(results: &Results, all: &[Measured<'_>]) -> Table {
+fn of_tokens(results: &Results, all: &[Measured<'_>]) -> Table {
     let rows: Vec<_> = all
         .iter()
         .filter_map(|m| {
-            let Shape::Model { family: Family::Gpt2, tiny: false, batch } = m.case.shape else { return None };
+            let Shape::Model { model, batch } = m.case.shape else { return None };
+            if !model.of_tokens() || model.is_miniature() {
+                return None;
+            }
             if !matches!(m.case.workload, Workload::TrainStep | Workload::Forward | Workload::ForwardBackward)
             {
                 return None;
             }
             let seconds = m.median_ns * 1e-9;
-            let tokens = (batch * Family::Gpt2.sizes(false).tokens) as f64 / seconds;
+            let tokens = (batch * model.tokens) as f64 / seconds;
             let rate = cost::flops(&m.case) as f64 / seconds;
             let compute = m.case.precision.compute;
-            let gpu = matches!(m.case.backend, BackendId::TorchCuda | BackendId::MlxCuda);
+            let gpu = m.case.backend.device() == Device::NvidiaGpu;
             let sheet = results.machine.gpus.first().filter(|_| gpu);
             let sheet = sheet.and_then(|gpu| machine::dense_peak(gpu, compute));
             let own = measured_peak(all, m.case.backend, compute);
@@ -231,7 +239,7 @@ fn gpt2(results: &Results, all: &[Measured<'_>]) -> Table {
         })
         .collect();
     Table {
-        title: "GPT-2 small, 1024 tokens".to_owned(),
+        title: "Models of tokens".to_owned(),
         note: "Model FLOPs utilisation: against the data sheet's dense peak, and against the best \
                `matmul-peak` of the same backend and format in this run.",
         header: &["case", "median", "tokens/s", "TFLOP/s", "of the data sheet", "of matmul-peak"],
@@ -271,7 +279,7 @@ fn faults(record: &Record) -> String {
 pub fn all(results: &Results) -> Vec<Table> {
     let measured = all_measured(results);
     let mut tables = vec![speed(results), memory(results)];
-    tables.extend([recipes(&measured), settings(results), sweep(&measured), gpt2(results, &measured)]);
+    tables.extend([recipes(&measured), settings(results), sweep(&measured), of_tokens(results, &measured)]);
     tables.push(Table {
         title: EVERY_CASE.to_owned(),
         note: "",

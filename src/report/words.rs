@@ -2,16 +2,9 @@
 
 use super::tables::{bytes, digits};
 use super::{HEADLINE_SHAPE, all_measured, batches, find, measured};
-use crate::case::{BackendId, Case, Compute, Framework, Precision, Shape, Workload};
 use crate::memory;
 use crate::results::{Record, Results};
-
-/// Backends on the same device, one of each framework.
-pub(super) const PAIRS: [(BackendId, BackendId, &str); 3] = [
-    (BackendId::TorchCpu, BackendId::MlxCpu, "on the CPU"),
-    (BackendId::TorchMps, BackendId::MlxMetal, "on Apple's GPU"),
-    (BackendId::TorchCuda, BackendId::MlxCuda, "on the NVIDIA GPU"),
-];
+use crate::suite::{BackendId, Case, Compute, Framework, Precision, Workload};
 
 /// Step times in nanoseconds: the median and its 95 % interval.
 type Figure = (f64, [f64; 2]);
@@ -47,18 +40,13 @@ fn faster(what: &str, names: [&str; 2], figures: [Figure; 2], unit: f64) -> Stri
     )
 }
 
-fn batch_of(shape: Shape) -> f64 {
-    match shape {
-        Shape::Model { batch, .. } => batch as f64,
-        _ => 1.0,
-    }
-}
-
 /// The sentences, most asked first. Every run gives at least one.
 pub fn verdict(results: &Results) -> Vec<String> {
     let mut all = Vec::new();
-    for (torch, mlx, place) in PAIRS {
-        all.extend(pair(results, torch, mlx, place));
+    for &backend in BackendId::ALL {
+        for rival in backend.rivals().filter(|rival| backend < *rival) {
+            all.extend(pair(results, [backend, rival]));
+        }
     }
     let has =
         |framework: Framework| all_measured(results).iter().any(|m| m.case.backend.framework() == framework);
@@ -76,54 +64,67 @@ pub fn verdict(results: &Results) -> Vec<String> {
     all.into_iter().map(|s| if s.ends_with('.') { s } else { s + "." }).collect()
 }
 
-fn pair(results: &Results, torch: BackendId, mlx: BackendId, place: &str) -> Vec<String> {
-    let mut all = Vec::new();
+/// What can be said of two backends on one device.
+fn pair(results: &Results, backends: [BackendId; 2]) -> Vec<String> {
+    let mut all = speeds(results, backends);
+    all.extend(memory_of(results, backends));
+    all
+}
+
+fn speeds(results: &Results, [first, second]: [BackendId; 2]) -> Vec<String> {
+    let (mut all, place) = (Vec::new(), first.device());
     let rows = [
-        (Workload::TrainStep, Precision::plain(Compute::F32), "Training in f32"),
+        (Workload::TrainStep, Precision::eager(Compute::F32), "Training in f32"),
         (Workload::TrainStep, Precision::opt(Compute::F32), "Training in f32 with all optimisations"),
-        (Workload::TrainStep, Precision::plain(Compute::Amp), "Training in mixed precision"),
+        (Workload::TrainStep, Precision::eager(Compute::Amp), "Training in mixed precision"),
         (
             Workload::TrainStep,
             Precision::opt(Compute::Amp),
             "Training in mixed precision with all optimisations",
         ),
-        (Workload::Forward, Precision::plain(Compute::F32), "Inference in f32"),
+        (Workload::Forward, Precision::eager(Compute::F32), "Inference in f32"),
     ];
     for (workload, precision, what) in rows {
         let case = |backend| Case { workload, backend, precision, shape: HEADLINE_SHAPE };
-        if let (Some(a), Some(b)) = (figure(results, &case(torch)), figure(results, &case(mlx))) {
-            let what = format!("{what} {place}");
-            all.push(faster(&what, ["PyTorch", "MLX"], [a, b], batch_of(HEADLINE_SHAPE)));
+        if let (Some(a), Some(b)) = (figure(results, &case(first)), figure(results, &case(second))) {
+            let what = format!("{what} on {place}");
+            let names = [first, second].map(|backend| backend.framework().names().0);
+            all.push(faster(&what, names, [a, b], HEADLINE_SHAPE.batch() as f64));
         }
     }
+    all
+}
+
+fn memory_of(results: &Results, backends: [BackendId; 2]) -> Option<String> {
     let case = |backend| Case {
         workload: Workload::TrainStep,
         backend,
-        precision: Precision::plain(Compute::F32),
+        precision: Precision::eager(Compute::F32),
         shape: HEADLINE_SHAPE,
     };
     let peak = |backend, of: fn(&Record) -> Option<u64>| {
         measured(find(results, &case(backend))).and_then(|m| of(m.0))
     };
+    let place = backends[0].device();
+    let names = backends.map(|backend| backend.framework().names().0);
     // One definition a sentence.
-    for (name, of) in [
-        ("peak of the allocator", (|r: &Record| r.peak_bytes) as fn(&Record) -> Option<u64>),
-        ("resident peak of the process", |r| r.rss_peak_bytes),
-    ] {
-        if let (Some(a), Some(b)) = (peak(torch, of), peak(mlx, of)) {
-            let (less, more, names) =
-                if a <= b { (a, b, ["PyTorch", "MLX"]) } else { (b, a, ["MLX", "PyTorch"]) };
-            let [less_text, more_text] = [less, more].map(|v| bytes(Some(v)).unwrap_or_default());
-            let text = if (more as f64) < 1.05 * less as f64 {
-                format!("Memory {place} ({name}): no clear difference, {less_text} and {more_text}")
-            } else {
-                format!("Memory {place} ({name}): {} needs {less_text}, {} {more_text}", names[0], names[1])
-            };
-            all.push(text);
-            break;
-        }
-    }
-    all
+    let definitions: [(&str, fn(&Record) -> Option<u64>); 2] =
+        [("peak of the allocator", |r| r.peak_bytes), ("resident peak of the process", |r| r.rss_peak_bytes)];
+    definitions.into_iter().find_map(|(name, of)| {
+        let [a, b] = backends.map(|backend| peak(backend, of));
+        let (a, b) = (a?, b?);
+        let (less, more) = if a <= b { (0, 1) } else { (1, 0) };
+        let values = [a, b];
+        let [less_text, more_text] = [less, more].map(|i| bytes(Some(values[i])).unwrap_or_default());
+        Some(if (values[more] as f64) < 1.05 * values[less] as f64 {
+            format!("Memory on {place} ({name}): no clear difference, {less_text} and {more_text}")
+        } else {
+            format!(
+                "Memory on {place} ({name}): {} needs {less_text}, {} {more_text}",
+                names[less], names[more]
+            )
+        })
+    })
 }
 
 /// What pays most on each backend.
@@ -132,16 +133,16 @@ fn tips(results: &Results) -> Vec<String> {
     for &backend in BackendId::ALL {
         let case =
             |precision| Case { workload: Workload::TrainStep, backend, precision, shape: HEADLINE_SHAPE };
-        let Some(plain) = figure(results, &case(Precision::plain(Compute::F32))) else { continue };
+        let Some(eager) = figure(results, &case(Precision::eager(Compute::F32))) else { continue };
         let mut gains: Vec<(String, f64, [f64; 2])> = Vec::new();
         for m in all_measured(results) {
             if m.case.backend == backend
                 && m.case.workload == Workload::TrainStep
                 && m.case.shape == HEADLINE_SHAPE
-                && m.case.precision != Precision::plain(Compute::F32)
+                && m.case.precision != Precision::eager(Compute::F32)
                 && let Some(own) = figure(results, &m.case)
             {
-                let (times, range) = ratio(own, plain);
+                let (times, range) = ratio(own, eager);
                 gains.push((m.case.precision.to_string(), times, range));
             }
         }
@@ -149,13 +150,13 @@ fn tips(results: &Results) -> Vec<String> {
         let Some((name, times, [low, high])) = gains.first() else { continue };
         all.push(if *low > 1.0 {
             format!(
-                "On {backend} the best precision is {name}: {} times the speed of plain f32 ({} to {})",
+                "On {backend} the best precision is {name}: {} times the speed of eager f32 ({} to {})",
                 digits(*times),
                 digits(*low),
                 digits(*high)
             )
         } else {
-            format!("On {backend} no precision or optimisation is clearly faster than plain f32 (best: {name}, {}×)", digits(*times))
+            format!("On {backend} no precision or optimisation is clearly faster than eager f32 (best: {name}, {}×)", digits(*times))
         });
     }
     all
@@ -170,7 +171,8 @@ fn sizes(results: &Results) -> Vec<String> {
         .filter_map(|sweep| {
             let (batch, speed) = best_of(&sweep.speeds)?;
             Some(format!(
-                "Training on {} in {} is fastest at batch {batch}: {} samples/s",
+                "Training {} on {} in {} is fastest at batch {batch}: {} samples/s",
+                sweep.model,
                 sweep.backend,
                 sweep.precision,
                 digits(speed)
@@ -199,7 +201,7 @@ fn faulting(results: &Results) -> Option<String> {
 mod tests {
     use super::super::tests::record;
     use super::*;
-    use crate::machine::Machine;
+    use crate::results::machine::Machine;
 
     fn of(cases: &[(&str, f64)]) -> Vec<String> {
         let cases = cases.iter().map(|(id, median)| record(id, *median)).collect();
@@ -267,6 +269,6 @@ mod tests {
             ("train-step/torch-cpu/f32/indicator-b16", 100e6),
             ("train-step/torch-cpu/amp/indicator-b16", 100e6),
         ]);
-        assert!(said.iter().any(|s| s.contains("clearly faster than plain f32")), "{said:?}");
+        assert!(said.iter().any(|s| s.contains("clearly faster than eager f32")), "{said:?}");
     }
 }

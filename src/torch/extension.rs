@@ -7,7 +7,7 @@ use std::sync::Once;
 
 use anyhow::{Result, anyhow};
 use tch::{Device, Tensor};
-use transformer_bench::fixture::AdamW;
+use transformer_bench::model::fixture::AdamW;
 
 /// A tensor as libtorch's C++ side sees it.
 type Raw = *mut c_void;

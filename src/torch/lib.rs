@@ -1,16 +1,17 @@
 //! The PyTorch backends: libtorch through `tch` on CPU, MPS and CUDA.
 //!
-//! `extension` wraps what tch lacks, `net` is the models, `step` the workloads.
+//! `extension` wraps what tch lacks, `net` is the network, `leaves` its parameters, `step` the workloads.
 
 mod extension;
+mod leaves;
 mod net;
 mod step;
 
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 use transformer_bench::backend::{self, Backend, Found, Prepared, Unsupported, broken};
-use transformer_bench::case::{BackendId, Case, Compute, Recipe};
-use transformer_bench::fixture::Fixture;
+use transformer_bench::model::fixture::Fixture;
+use transformer_bench::suite::{self, BackendId, Case, Compute, Recipe};
 
 /// PyTorch on one device.
 struct Torch {
@@ -32,8 +33,8 @@ pub fn find() -> Found {
 }
 
 fn mps_missing() -> Option<String> {
-    if cfg!(not(target_os = "macos")) {
-        return Some("MPS needs macOS on Apple silicon".to_owned());
+    if let Some(reason) = backend::impossible(suite::Device::AppleGpu) {
+        return Some(reason.to_owned());
     }
     if !tch::utils::has_mps() {
         return Some("this Mac offers libtorch no MPS device".to_owned());
@@ -42,8 +43,8 @@ fn mps_missing() -> Option<String> {
 }
 
 fn cuda_missing() -> Option<String> {
-    if cfg!(target_os = "macos") {
-        return Some("CUDA does not exist on macOS".to_owned());
+    if let Some(reason) = backend::impossible(suite::Device::NvidiaGpu) {
+        return Some(reason.to_owned());
     }
     if let Err(reason) = extension::load_cuda() {
         return Some(reason);
@@ -82,11 +83,15 @@ impl Backend for Torch {
         let compute = case.precision.compute;
         let no = |reason: &str| Err(Unsupported(reason.to_owned()));
         backend::meaningful(case)?;
-        if case.precision.recipe == Recipe::Captured && self.id != BackendId::TorchCuda {
-            return no("libtorch captures steps on CUDA alone, and has no torch.compile");
+        match case.precision.recipe {
+            Recipe::Graph if self.id != BackendId::TorchCuda => {
+                return no("a graph is recorded on CUDA alone");
+            }
+            Recipe::Compile => return no("libtorch has no compiler: torch.compile is Python's"),
+            _ => {}
         }
-        if compute == Compute::Autocast && case.precision.recipe.captured() {
-            return no("autocast casts at every operation; a captured step casts once, which is amp");
+        if compute == Compute::Autocast && case.precision.recipe.whole_step() {
+            return no("autocast casts at every operation; a step made as a whole casts once, which is amp");
         }
         if compute == Compute::Tf32 && self.id != BackendId::TorchCuda {
             return no("TF32 is a format of NVIDIA's tensor cores");

@@ -1,8 +1,8 @@
 //! Runs the conformance suite on every MLX backend of this machine, one after the
 //! other: timings must not share the cores with other tests.
 
-use transformer_bench::case::BackendId;
-use transformer_bench::conformance;
+use transformer_bench::parity::conformance;
+use transformer_bench::suite::BackendId;
 
 #[test]
 fn every_backend_conforms() {

@@ -1,0 +1,67 @@
+//! The command behind the scripts: a subcommand each.
+
+mod baseline;
+mod calibrate;
+mod compare;
+mod flamegraph;
+mod list;
+mod output;
+mod report;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use transformer_bench::compare::stop;
+
+/// Measured training speed of PyTorch and MLX on the same transformer, on this machine.
+///
+/// scripts/bench measures; these keep, compare and show what it found. scripts/NAME sets up
+/// and builds first, and then does the same as transformer-bench NAME.
+#[derive(Parser)]
+#[command(name = "transformer-bench", version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Baseline(baseline::Arguments),
+    Compare(compare::Arguments),
+    Flamegraph(flamegraph::Arguments),
+    Report(report::Arguments),
+    List(list::Arguments),
+    #[command(alias = "selftest")]
+    Calibrate(calibrate::Arguments),
+}
+
+fn main() -> ExitCode {
+    let (name, result) = match Arguments::parse().command {
+        Command::Baseline(arguments) => ("baseline", baseline::run(arguments).map(|()| 0)),
+        Command::Report(arguments) => ("report", report::run(&arguments).map(|()| 0)),
+        Command::List(arguments) => ("list", list::run(&arguments).map(|()| 0)),
+        Command::Compare(arguments) => {
+            stop::catch_interrupts();
+            ("compare", compare::run(&arguments))
+        }
+        Command::Flamegraph(arguments) => {
+            stop::catch_interrupts();
+            ("flamegraph", flamegraph::run(&arguments).map(|()| 0))
+        }
+        Command::Calibrate(arguments) => {
+            stop::catch_interrupts();
+            ("calibrate", calibrate::run(&arguments).map(|()| 0))
+        }
+    };
+    match result {
+        Ok(code) => ExitCode::from(code),
+        Err(_) if stop::interrupted() => {
+            eprintln!("{name}: interrupted");
+            ExitCode::from(130)
+        }
+        Err(reason) => {
+            eprintln!("{name}: {reason:#}");
+            ExitCode::from(2)
+        }
+    }
+}

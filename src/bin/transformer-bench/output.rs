@@ -1,0 +1,260 @@
+//! The table of a comparison: text, Markdown and JSON from the same lines.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use transformer_bench::compare::rounds::Row;
+use transformer_bench::compare::rule::{Estimate, Verdict};
+use transformer_bench::results::Setting;
+use transformer_bench::suite::Case;
+
+/// What was found of a case.
+pub struct Line {
+    pub id: String,
+    pub verdict: Verdict,
+    pub estimate: Option<Estimate>,
+    /// Step times in seconds, base and head.
+    pub times: Option<[f64; 2]>,
+    pub rounds: usize,
+    pub reason: String,
+    /// The side that failed.
+    failed_side: Option<usize>,
+}
+
+impl Line {
+    pub fn named(id: &str, verdict: Verdict) -> Self {
+        Self {
+            id: id.to_owned(),
+            verdict,
+            estimate: None,
+            times: None,
+            rounds: 0,
+            reason: String::new(),
+            failed_side: None,
+        }
+    }
+
+    pub fn without(case: &Case, verdict: Verdict) -> Self {
+        Self::named(&case.to_string(), verdict)
+    }
+
+    pub fn failed(case: &Case, reason: &str) -> Self {
+        Self { reason: reason.to_owned(), failed_side: Some(1), ..Self::without(case, Verdict::Failed) }
+    }
+
+    pub fn judged(case: &Case, verdict: Verdict, estimate: Estimate, times: [f64; 2], rounds: usize) -> Self {
+        Self { estimate: Some(estimate), times: Some(times), rounds, ..Self::without(case, verdict) }
+    }
+
+    pub fn of(row: &Row, names: &[String; 2]) -> Self {
+        let verdict = row.verdict().unwrap_or(Verdict::Inconclusive);
+        let mut line = Self::without(&row.base, verdict);
+        if row.base != row.head {
+            // Two backends: the id without one.
+            line.id = format!("{}/{}/{}", row.base.workload, row.base.precision, row.base.shape);
+        }
+        if let Some((side, reason)) = &row.failed {
+            line.reason = format!("{}: {reason}", names[*side]);
+            line.failed_side = Some(*side);
+            return line;
+        }
+        line.estimate = row.estimate();
+        line.rounds = row.judge.rounds();
+        line.times = (line.rounds > 0).then(|| [row.step_time(0), row.step_time(1)]);
+        line
+    }
+}
+
+/// A whole comparison.
+pub struct Report {
+    names: [String; 2],
+    lines: Vec<Line>,
+    notes: Vec<String>,
+    threshold: f64,
+    elapsed: Duration,
+}
+
+impl Report {
+    pub fn new(
+        names: [String; 2],
+        mut lines: Vec<Line>,
+        notes: Vec<String>,
+        threshold: f64,
+        elapsed: Duration,
+    ) -> Self {
+        let rank = |v: Verdict| Verdict::BY_SEVERITY.iter().position(|&w| w == v);
+        let size = |l: &Line| l.estimate.map_or(0.0, |e| -e.ratio.ln().abs());
+        lines.sort_by(|a, b| rank(a.verdict).cmp(&rank(b.verdict)).then(size(a).total_cmp(&size(b))));
+        Self { names, lines, notes, threshold, elapsed }
+    }
+
+    /// 1 a regression, 3 not measured well enough, else 0.
+    pub fn exit_code(&self, strict: bool) -> u8 {
+        let any = |verdict| self.lines.iter().any(|l| l.verdict == verdict);
+        // A case that only fails on the head's side got worse.
+        let broken = self.lines.iter().any(|l| l.verdict == Verdict::Failed && l.failed_side == Some(1));
+        let decided =
+            [Verdict::Equivalent, Verdict::Faster, Verdict::New, Verdict::Gone].into_iter().any(any);
+        if any(Verdict::Slower) || broken {
+            1
+        } else if !decided || (strict && (any(Verdict::Inconclusive) || any(Verdict::Failed))) {
+            3
+        } else {
+            0
+        }
+    }
+
+    fn summary(&self) -> String {
+        let counts: Vec<String> = Verdict::BY_SEVERITY
+            .iter()
+            .filter_map(|&v| {
+                let count = self.lines.iter().filter(|l| l.verdict == v).count();
+                (count > 0).then(|| format!("{count} {}", v.id()))
+            })
+            .collect();
+        let time = if self.elapsed.is_zero() {
+            String::new()
+        } else {
+            format!(", {:.0} s", self.elapsed.as_secs_f64())
+        };
+        format!("{} (threshold {} %{time})", counts.join(", "), self.threshold)
+    }
+
+    pub fn show(&self, json: bool, markdown: bool) {
+        if json {
+            println!("{:#}", self.json());
+            return;
+        }
+        let rows: Vec<[String; 6]> = self.lines.iter().map(cells).collect();
+        let head = ["verdict", "head / base", "99 % interval", "base", "head", "case"];
+        if markdown {
+            println!("### {} against {}\n\n{}\n", self.names[1], self.names[0], self.summary());
+            println!("| {} |\n|{}", head.join(" | "), " --- |".repeat(head.len()));
+            for row in &rows {
+                println!("| {} |", row.join(" | "));
+            }
+            println!();
+            self.notes.iter().for_each(|note| println!("- {note}"));
+            return;
+        }
+        println!("base: {}\nhead: {}\n", self.names[0], self.names[1]);
+        let widths: Vec<usize> = (0..head.len())
+            .map(|i| rows.iter().map(|r| r[i].chars().count()).chain([head[i].len()]).max().unwrap_or(0))
+            .collect();
+        let print = |row: &[String]| {
+            let cells: Vec<String> = row.iter().zip(&widths).map(|(c, w)| format!("{c:<w$}")).collect();
+            println!("{}", cells.join("  ").trim_end());
+        };
+        print(&head.map(str::to_owned));
+        rows.iter().for_each(|row| print(row));
+        println!("\n{}", self.summary());
+        self.notes.iter().for_each(|note| println!("note: {note}"));
+    }
+
+    /// What a setting of the head brought to each case that both sides could run.
+    pub fn settings(&self, setting: &str, commit: &str) -> Vec<Setting> {
+        let of = |line: &Line| {
+            let ([base, head], estimate) = (line.times?, line.estimate?);
+            let finite = estimate.ci.iter().all(|c| c.is_finite());
+            finite.then(|| Setting {
+                setting: setting.to_owned(),
+                id: line.id.clone(),
+                without_ns: base * 1e9,
+                with_ns: head * 1e9,
+                ratio: estimate.ratio,
+                ratio_ci: estimate.ci,
+                commit: commit.to_owned(),
+            })
+        };
+        self.lines.iter().filter_map(of).collect()
+    }
+
+    pub fn json(&self) -> Value {
+        let finite = |value: f64| if value.is_finite() { json!(value) } else { Value::Null };
+        let cases: Vec<Value> = self
+            .lines
+            .iter()
+            .map(|l| {
+                json!({
+                    "id": l.id,
+                    "verdict": l.verdict,
+                    "ratio": l.estimate.map_or(Value::Null, |e| finite(e.ratio)),
+                    "ci": l.estimate.map_or(Value::Null, |e| json!([finite(e.ci[0]), finite(e.ci[1])])),
+                    "base_ns": l.times.map_or(Value::Null, |t| finite(t[0] * 1e9)),
+                    "head_ns": l.times.map_or(Value::Null, |t| finite(t[1] * 1e9)),
+                    "rounds": l.rounds,
+                    "reason": l.reason,
+                })
+            })
+            .collect();
+        json!({
+            "base": self.names[0],
+            "head": self.names[1],
+            "threshold": self.threshold / 100.0,
+            "seconds": self.elapsed.as_secs_f64(),
+            "notes": self.notes,
+            "cases": cases,
+        })
+    }
+}
+
+fn cells(line: &Line) -> [String; 6] {
+    let or = |text: Option<String>| text.unwrap_or_else(|| "–".to_owned());
+    let case =
+        if line.reason.is_empty() { line.id.clone() } else { format!("{} ({})", line.id, line.reason) };
+    [
+        line.verdict.id().to_owned(),
+        or(line.estimate.map(|e| format!("{:.3}", e.ratio))),
+        or(line.estimate.map(|e| format!("{:.3} to {:.3}", e.ci[0], e.ci[1]))),
+        or(line.times.map(|t| duration(t[0]))),
+        or(line.times.map(|t| duration(t[1]))),
+        case,
+    ]
+}
+
+fn duration(seconds: f64) -> String {
+    match seconds {
+        s if s >= 1.0 => format!("{s:.3} s"),
+        s if s >= 1e-3 => format!("{:.3} ms", s * 1e3),
+        s => format!("{:.2} µs", s * 1e6),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report(verdicts: &[Verdict]) -> Report {
+        let lines = verdicts.iter().map(|&v| Line::named("a/b/c/d", v)).collect();
+        Report::new(["a".to_owned(), "b".to_owned()], lines, Vec::new(), 2.0, Duration::ZERO)
+    }
+
+    #[test]
+    fn exit_codes_say_what_a_gate_needs() {
+        use Verdict::*;
+        for (verdicts, strict, code) in [
+            (&[Equivalent, Faster][..], true, 0),
+            (&[Equivalent, Slower], false, 1),
+            (&[Equivalent, Inconclusive], false, 0),
+            (&[Equivalent, Inconclusive], true, 3),
+            (&[Inconclusive], false, 3),
+            (&[New, Gone], true, 0),
+            (&[Slower, Inconclusive], true, 1),
+        ] {
+            assert_eq!(report(verdicts).exit_code(strict), code, "{verdicts:?}");
+        }
+        let case: Case = "forward/torch-cpu/f32/indicator-b16".parse().unwrap();
+        let failed = Report { lines: vec![Line::failed(&case, "it crashed")], ..report(&[]) };
+        assert_eq!(failed.exit_code(false), 1);
+    }
+
+    #[test]
+    fn what_needs_attention_comes_first() {
+        let shown = report(&[Verdict::Equivalent, Verdict::Faster, Verdict::Slower]);
+        assert_eq!(shown.lines[0].verdict, Verdict::Slower);
+        assert_eq!(shown.lines[2].verdict, Verdict::Equivalent);
+        let json = shown.json();
+        assert_eq!(json["cases"][0]["verdict"], "slower");
+        assert!(json["cases"][0]["ratio"].is_null());
+    }
+}

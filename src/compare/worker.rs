@@ -1,0 +1,219 @@
+//! One half of a comparison, and the protocol with its processes (`benches/harness/worker.rs`).
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Write};
+use std::path::PathBuf;
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail};
+
+use super::cores::cores;
+use super::stop::go_on;
+use crate::results::machine::Machine;
+use crate::statistics::lower_quartile;
+use crate::suite::{Case, Framework, Set};
+
+/// The share of its time above which a step is said to wait for something.
+const WAITING: f64 = 0.01;
+/// One half of a comparison.
+#[derive(Clone, Debug, Default)]
+pub struct Side {
+    pub name: String,
+    pub executables: BTreeMap<Framework, PathBuf>,
+    pub environment: Vec<(String, String)>,
+}
+
+impl Side {
+    /// The cases that it can run here, asked of each of its executables.
+    pub fn cases(&self, set: Set, filter: &str) -> Result<Vec<Case>> {
+        let mut all = Vec::new();
+        for &framework in self.executables.keys() {
+            let mut worker = Worker::start(self, framework, Threads::All)?;
+            all.extend(worker.cases(set, filter).with_context(|| format!("{}, {framework}", self.name))?);
+        }
+        Ok(all)
+    }
+}
+
+/// How many threads and cores the processes of a comparison get.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Threads {
+    /// Both sides on one core, CPU backends with one thread and by CPU time: what interleaving needs on a
+    /// shared machine, where two cores are seldom alike at a time. A GPU backend keeps its
+    /// threads, but its launches come from that core: its intervals get several times narrower.
+    One,
+    /// As the user's own runs.
+    All,
+}
+
+/// What is true of how the two sides of a comparison run, for its reader; None of [`Threads::All`].
+pub fn how(threads: Threads) -> Option<&'static str> {
+    (threads == Threads::One).then(|| {
+        if cores().is_empty() {
+            "CPU backends on one thread, by the CPU time of their process where steps never wait; this system \
+             keeps no process on a core, so expect less to be decided"
+        } else {
+            "both sides on the same core, CPU backends on one thread, by its CPU time: --threads all for all"
+        }
+    })
+}
+
+/// A benchmark process that times steps on request (`benches/harness/worker.rs`).
+pub struct Worker {
+    child: Child,
+    pub(super) input: Option<ChildStdin>,
+    output: BufReader<ChildStdout>,
+    last_error: Arc<Mutex<String>>,
+}
+
+impl Worker {
+    /// A process with one thread for a CPU backend, or with all.
+    ///
+    /// # Errors
+    /// Where the executable does not start.
+    pub fn start(side: &Side, framework: Framework, threads: Threads) -> Result<Self> {
+        let executable = side
+            .executables
+            .get(&framework)
+            .with_context(|| format!("{} has no executable for {framework}", side.name))?;
+        let mut command = Command::new(executable);
+        command
+            .args(["--bench", "--worker"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        if threads == Threads::One {
+            for name in
+                ["OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"]
+            {
+                command.env(name, "1");
+            }
+        }
+        command.envs(side.environment.iter().map(|(k, v)| (k, v)));
+        let mut child = command.spawn().with_context(|| format!("{} did not start", executable.display()))?;
+        let last_error = Arc::new(Mutex::new(String::new()));
+        let errors = BufReader::new(child.stderr.take().context("a pipe")?);
+        let keep = Arc::clone(&last_error);
+        std::thread::spawn(move || {
+            for line in errors.lines().map_while(Result::ok).filter(|l| !l.trim().is_empty()) {
+                *keep.lock().expect("no panic holds it") = line;
+            }
+        });
+        Ok(Self {
+            input: child.stdin.take(),
+            output: BufReader::new(child.stdout.take().context("a pipe")?),
+            child,
+            last_error,
+        })
+    }
+
+    /// Sends a request and returns the answer.
+    fn ask(&mut self, request: &str) -> Result<String> {
+        let input = self.input.as_mut().context("the process has ended")?;
+        let sent = writeln!(input, "{request}").and_then(|()| input.flush());
+        let mut line = String::new();
+        if sent.is_err() || self.output.read_line(&mut line)? == 0 {
+            go_on()?;
+            let status = self.child.wait()?;
+            // The reason may still be on its way through the other pipe.
+            std::thread::sleep(Duration::from_millis(50));
+            let reason = self.last_error.lock().expect("no panic holds it").clone();
+            bail!("the process ended with {status} {reason}");
+        }
+        match line.trim().strip_prefix("failed: ") {
+            Some(reason) => Err(anyhow!("{reason}")),
+            None => Ok(line.trim().to_owned()),
+        }
+    }
+
+    fn cases(&mut self, set: Set, filter: &str) -> Result<Vec<Case>> {
+        let text = self.ask(&format!("cases {set} {filter}"))?;
+        // A case that only the other side knows is new or gone, by its text.
+        Ok(text.split_whitespace().filter_map(|id| id.parse().ok()).collect())
+    }
+
+    pub fn machine(&mut self) -> Result<Machine> {
+        serde_json::from_str(&self.ask("machine")?)
+            .context("the executable describes its machine in another way")
+    }
+
+    pub fn load(&mut self, case: &Case) -> Result<()> {
+        self.ask(&format!("case {case}")).map(|_| ())
+    }
+
+    /// Seconds that rounds of thrown-away arithmetic take.
+    pub fn work(&mut self, rounds: u64) -> Result<f64> {
+        let answer = self.ask(&format!("work {rounds}"))?;
+        Ok(answer.parse::<f64>().with_context(|| format!("'{answer}' is no time"))? * 1e-9)
+    }
+
+    pub fn time(&mut self, steps: u64) -> Result<Step> {
+        let answer = self.ask(&steps.to_string())?;
+        let seconds = |text: &str| {
+            let nanoseconds: f64 = text.parse().with_context(|| format!("'{answer}' is no time"))?;
+            Ok::<f64, anyhow::Error>(nanoseconds * 1e-9 / steps as f64)
+        };
+        // Older executables tell less: as if they had waited throughout.
+        let mut words = answer.split(' ');
+        let mut next = || seconds(words.next().unwrap_or("0"));
+        Ok(Step { wall: next()?, cpu: next()?, delayed: next()? })
+    }
+}
+
+/// What a step took in seconds: by the clock; of that on a CPU, over all threads; and ready
+/// for one that something else had.
+#[derive(Clone, Copy, Debug)]
+pub struct Step {
+    pub wall: f64,
+    pub cpu: f64,
+    pub delayed: f64,
+}
+
+/// Whether blocks show that neither side's steps wait for anything but the core. Where the
+/// system does not tell who was ready, three quarters of them may have lost the core to
+/// others, but a step that waits does so in all.
+pub fn never_wait(blocks: &[[Step; 2]]) -> bool {
+    (0..2).all(|side| {
+        let waited = |s: Step| 1.0 - (s.cpu + s.delayed) / s.wall;
+        let shares: Vec<f64> = blocks.iter().map(|b| waited(b[side])).collect();
+        lower_quartile(&shares) <= WAITING
+    })
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        // The end of its input ends it; a hanging one is killed.
+        self.input = None;
+        for _ in 0..100 {
+            if matches!(self.child.try_wait(), Ok(Some(_)) | Err(_)) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_step_waits_only_where_every_block_shows_it() {
+        let step = |wall, cpu, delayed| Step { wall, cpu, delayed };
+        let interrupted =
+            [[step(2.0, 1.0, 0.0), step(1.0, 1.0, 0.0)], [step(1.0, 1.0, 0.0), step(3.0, 1.0, 0.0)]];
+        assert!(never_wait(&interrupted));
+        let waiting =
+            [[step(1.0, 1.0, 0.0), step(1.5, 1.0, 0.0)], [step(1.0, 1.0, 0.0), step(1.4, 1.0, 0.0)]];
+        assert!(!never_wait(&waiting));
+        let untold = [[step(1.5, 0.0, 0.0), step(1.5, 1.0, 0.0)]];
+        assert!(!never_wait(&untold));
+        // The core was another's for half of the time of every block.
+        assert!(never_wait(&[[step(2.0, 1.0, 1.0), step(2.1, 1.0, 1.1)]]));
+        assert!(!never_wait(&[[step(2.0, 1.0, 0.5), step(2.0, 1.0, 1.0)]]));
+    }
+}

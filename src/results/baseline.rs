@@ -1,0 +1,424 @@
+//! Baselines: a run with its samples and the machine that it was taken on, in a text
+//! file that can be committed.
+//!
+//! `criterion-baselines/<machine>/<name>/baseline.json`, with `report.md` beside it for
+//! readers. The file is JSON with a line for each case, so that a diff shows which cases
+//! changed. Its third line is a checksum (FNV-1a, 64 bits) of everything that follows.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::machine::Machine;
+use super::run::{self, Part};
+use super::{Record, Results, Status};
+use crate::results;
+use crate::suite::Case;
+
+/// The format that this version writes, and the newest that it reads.
+pub const VERSION: u64 = 2;
+const FORMAT: &str = "transformer-bench baseline";
+
+/// A case with what Criterion kept of it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Kept {
+    #[serde(flatten)]
+    pub record: Record,
+    /// Criterion's `sample.json`, `estimates.json` and `benchmark.json` as they were; null
+    /// where the case was not measured.
+    pub sample: Value,
+    pub estimates: Value,
+    pub benchmark: Value,
+}
+
+impl Kept {
+    /// Seconds a step, in the order in which they were taken.
+    pub fn samples(&self) -> Vec<f64> {
+        let list = |name: &str| -> Vec<f64> {
+            self.sample[name].as_array().into_iter().flatten().filter_map(Value::as_f64).collect()
+        };
+        list("times").iter().zip(list("iters")).map(|(time, steps)| time * 1e-9 / steps).collect()
+    }
+
+    fn is_measured(&self) -> bool {
+        self.record.status == Status::Measured
+    }
+}
+
+/// Which cases a part of the run selected.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Selection {
+    pub framework: String,
+    pub set: String,
+    pub filter: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Baseline {
+    /// What measures it again.
+    pub command: String,
+    pub selections: Vec<Selection>,
+    pub machine: Machine,
+    pub cases: Vec<Kept>,
+}
+
+impl Baseline {
+    /// The last run, from its records and from what Criterion left of it.
+    ///
+    /// # Errors
+    /// Where there is no run, or Criterion's files are of another one. With `named`, that
+    /// is also where Criterion has a baseline of this name from another run.
+    pub fn of_last_run(folder: &Path, home: &Path, named: &str) -> Result<Self> {
+        let (merged, parts) = run::merge(folder)?;
+        let mut cases = Vec::new();
+        for record in merged.cases {
+            cases.push(keep(home, record, named)?);
+        }
+        ensure!(
+            cases.iter().any(Kept::is_measured),
+            "the last run measured nothing: run ./scripts/bench first"
+        );
+        let of = |p: &Part| -> Vec<Selection> {
+            let selection = |s: &run::Selection| Selection {
+                framework: p.framework.clone(),
+                set: s.set.clone(),
+                filter: s.filter.clone(),
+            };
+            p.selections.iter().map(selection).collect()
+        };
+        let selections: Vec<Selection> = parts.iter().flat_map(of).collect();
+        Ok(Self { command: run::command(&parts), selections, machine: merged.machine, cases })
+    }
+
+    /// As the file holds it.
+    pub fn render(&self) -> Result<String> {
+        let mut body = String::new();
+        body.push_str(&format!("\"command\": {},\n", serde_json::to_string(&self.command)?));
+        body.push_str(&format!("\"selections\": {},\n", serde_json::to_string(&self.selections)?));
+        body.push_str(&format!("\"machine\": {},\n", serde_json::to_string_pretty(&self.machine)?));
+        let lines = self.cases.iter().map(serde_json::to_string).collect::<Result<Vec<_>, _>>()?;
+        body.push_str(&format!("\"cases\": [\n{}\n]\n}}\n", lines.join(",\n")));
+        Ok(format!(
+            "{{\"format\": \"{FORMAT}\",\n\"version\": {VERSION},\n\"checksum\": \"{:016x}\",\n{body}",
+            results::checksum(body.as_bytes())
+        ))
+    }
+
+    /// Reads a file's text; `place` names it in errors.
+    pub fn parse(text: &str, place: &str) -> Result<Self> {
+        ensure!(!text.trim().is_empty(), "{place} is empty: restore it from git, or save it again");
+        let value: Value = serde_json::from_str(text)
+            .with_context(|| format!("{place} is damaged: restore it from git, or save it again"))?;
+        ensure!(value["format"] == FORMAT, "{place} is no baseline of this suite");
+        let version = value["version"].as_u64().unwrap_or(0);
+        ensure!(
+            version <= VERSION,
+            "{place} has format {version}, and this version reads up to {VERSION}: update transformer-bench"
+        );
+        ensure!(version > 0, "{place} has no format version: restore it from git, or save it again");
+        let body = text.splitn(4, '\n').nth(3).unwrap_or("");
+        ensure!(
+            value["checksum"] == format!("{:016x}", results::checksum(body.as_bytes())),
+            "{place} was changed after it was saved: restore it from git, or save it again"
+        );
+        let mut baseline: Self =
+            serde_json::from_value(value).with_context(|| format!("{place} is damaged"))?;
+        results::upgrade(version, baseline.cases.iter_mut().map(|kept| &mut kept.record));
+        for kept in &baseline.cases {
+            let samples = kept.samples();
+            ensure!(
+                !kept.is_measured()
+                    || (!samples.is_empty() && samples.iter().all(|s| s.is_finite() && *s > 0.0)),
+                "{place}: {} has no valid samples",
+                kept.record.id
+            );
+        }
+        ensure!(baseline.cases.iter().any(Kept::is_measured), "{place} holds no measured case");
+        Ok(baseline)
+    }
+
+    pub fn results(&self) -> Results {
+        Results::new(self.machine.clone(), self.cases.iter().map(|kept| kept.record.clone()).collect())
+    }
+
+    pub fn case(&self, id: &str) -> Option<&Kept> {
+        self.cases.iter().find(|kept| kept.record.id == id && kept.is_measured())
+    }
+
+    /// Puts it where Criterion and critcmp look for a baseline called `name`. Returns how
+    /// many cases.
+    ///
+    /// # Errors
+    /// Where Criterion has one of that name already, unless `force`.
+    pub fn restore(&self, home: &Path, name: &str, force: bool) -> Result<usize> {
+        let mut folders = Vec::new();
+        for kept in self.cases.iter().filter(|kept| kept.is_measured()) {
+            let case: Case = kept.record.id.parse().map_err(anyhow::Error::msg)?;
+            let folder = results::criterion_folder(home, &case).join(name);
+            ensure!(
+                force || !folder.exists(),
+                "Criterion has a baseline '{name}' of {case} already: --force replaces it"
+            );
+            folders.push((folder, kept));
+        }
+        for (folder, kept) in &folders {
+            for (file, value) in
+                [("sample", &kept.sample), ("estimates", &kept.estimates), ("benchmark", &kept.benchmark)]
+            {
+                results::write_whole(&folder.join(format!("{file}.json")), &serde_json::to_string(value)?)?;
+            }
+        }
+        Ok(folders.len())
+    }
+}
+
+fn keep(home: &Path, record: Record, named: &str) -> Result<Kept> {
+    let mut kept = Kept { record, sample: Value::Null, estimates: Value::Null, benchmark: Value::Null };
+    if !kept.is_measured() {
+        return Ok(kept);
+    }
+    let id = kept.record.id.clone();
+    let case: Case = id.parse().map_err(anyhow::Error::msg)?;
+    let folder = results::criterion_folder(home, &case);
+    let read = |run: &str, name: &str| -> Result<Value> {
+        let path = folder.join(run).join(name);
+        let text = fs::read_to_string(&path).with_context(|| {
+            format!("Criterion's {} is missing: run ./scripts/bench again", path.display())
+        })?;
+        serde_json::from_str(&text)
+            .with_context(|| format!("{} is damaged: run ./scripts/bench again", path.display()))
+    };
+    kept.estimates = read("new", "estimates.json")?;
+    let same = |estimates: &Value| estimates["median"]["point_estimate"].as_f64() == kept.record.median_ns;
+    ensure!(
+        same(&kept.estimates),
+        "Criterion's files of {id} are of another run than the last one: run ./scripts/bench again"
+    );
+    if folder.join(named).join("estimates.json").exists() && !same(&read(named, "estimates.json")?) {
+        bail!(
+            "Criterion's baseline '{named}' of {id} is of another run than the last one: choose another name, \
+             or run cargo bench -- --save-baseline {named} again"
+        );
+    }
+    kept.sample = read("new", "sample.json")?;
+    kept.benchmark = read("new", "benchmark.json")?;
+    Ok(kept)
+}
+
+/// The folder of all baselines: of the project that the command stands in, or was built in.
+pub fn root() -> PathBuf {
+    let here = Path::new("criterion-baselines");
+    if here.is_dir() { here.to_owned() } else { Path::new(env!("CARGO_MANIFEST_DIR")).join(here) }
+}
+
+/// All baselines under `root`: machine, name, file.
+pub fn list(root: &Path) -> Vec<(String, String, PathBuf)> {
+    let mut all = Vec::new();
+    let entries = |folder: &Path| fs::read_dir(folder).into_iter().flatten().flatten().map(|e| e.path());
+    let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    for machine in entries(root) {
+        for folder in entries(&machine) {
+            let file = folder.join("baseline.json");
+            if file.exists() {
+                all.push((name(&machine), name(&folder), file));
+            }
+        }
+    }
+    all.sort();
+    all
+}
+
+/// Refuses what would be no folder name, or leave the folder.
+pub fn check_name(name: &str) -> Result<()> {
+    let good = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    ensure!(
+        !name.is_empty() && !name.starts_with(['.', '-']) && name.chars().all(good),
+        "'{name}' is no name for a baseline: letters, digits, '-', '_' and '.'"
+    );
+    // Criterion's own folders.
+    ensure!(
+        !["new", "base", "change", "report"].contains(&name),
+        "'{name}' is a name that Criterion uses itself"
+    );
+    Ok(())
+}
+
+/// The file of `NAME` or `MACHINE/NAME`; a bare name is this machine's before another's.
+pub fn find(root: &Path, text: &str, slug: &str) -> Result<PathBuf> {
+    let all = list(root);
+    let fits: Vec<_> = match text.split_once('/') {
+        Some((machine, name)) => all.iter().filter(|(m, n, _)| m == machine && n == name).collect(),
+        None => all.iter().filter(|(_, n, _)| n == text).collect(),
+    };
+    if let Some(own) = fits.iter().find(|(machine, ..)| machine == slug) {
+        return Ok(own.2.clone());
+    }
+    match fits.as_slice() {
+        [one] => Ok(one.2.clone()),
+        [] => {
+            let known: Vec<String> = all.iter().map(|(m, n, _)| format!("{m}/{n}")).collect();
+            let known = if known.is_empty() { "there are none yet".to_owned() } else { known.join(", ") };
+            bail!("no baseline '{text}' in {}: {known}", root.display())
+        }
+        several => {
+            let names: Vec<String> = several.iter().map(|(m, n, _)| format!("{m}/{n}")).collect();
+            bail!("'{text}' is the name of several baselines: say {}", names.join(" or "))
+        }
+    }
+}
+
+/// Reads a baseline's file.
+pub fn load(file: &Path) -> Result<Baseline> {
+    let place = file.display().to_string();
+    let text = fs::read_to_string(file).with_context(|| format!("{place} could not be read"))?;
+    Baseline::parse(&text, &place)
+}
+
+/// Reads `NAME` or `MACHINE/NAME`.
+pub fn read(root: &Path, text: &str, slug: &str) -> Result<Baseline> {
+    load(&find(root, text, slug)?)
+}
+
+/// Writes a baseline and its report whole or not at all; returns the file.
+///
+/// # Errors
+/// Where there is one of that name, unless `force`; what was there before stays.
+pub fn write(root: &Path, name: &str, baseline: &Baseline, report: &str, force: bool) -> Result<PathBuf> {
+    check_name(name)?;
+    let folder = root.join(baseline.machine.slug()).join(name);
+    let file = folder.join("baseline.json");
+    ensure!(
+        force || !file.exists(),
+        "{} is there already: choose another name, or --force to replace it",
+        file.display()
+    );
+    results::write_whole(&file, &baseline.render()?)?;
+    results::write_whole(&folder.join("report.md"), report)?;
+    Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn baseline() -> Baseline {
+        let case: Case = "forward/torch-cpu/f32/indicator-b16".parse().unwrap();
+        let skipped: Case = "forward/mlx-metal/f32/indicator-b16".parse().unwrap();
+        let kept = |record: Record, sample: Value| Kept {
+            record,
+            sample,
+            estimates: serde_json::json!({"median": {"point_estimate": 2.0}}),
+            benchmark: serde_json::json!({"group_id": "forward"}),
+        };
+        let mut measured = Record::without(&case, Status::Measured, "");
+        measured.median_ns = Some(2.0);
+        Baseline {
+            command: "./scripts/bench --quick 'forward'".to_owned(),
+            selections: vec![Selection {
+                framework: "torch".to_owned(),
+                set: "quick".to_owned(),
+                filter: "forward".to_owned(),
+            }],
+            machine: Machine { cpu: "Xeon".to_owned(), cores: 2, ..Machine::default() },
+            cases: vec![
+                kept(measured, serde_json::json!({"iters": [2.0, 2.0], "times": [4.0, 5.0]})),
+                kept(Record::without(&skipped, Status::Skipped, "no Mac"), Value::Null),
+            ],
+        }
+    }
+
+    fn scratch(name: &str) -> PathBuf {
+        let folder = std::env::temp_dir().join(format!("transformer-bench-{}-{name}", std::process::id()));
+        let _ = fs::remove_dir_all(&folder);
+        folder
+    }
+
+    #[test]
+    fn a_baseline_comes_back_as_it_was_with_a_line_a_case() {
+        let text = baseline().render().unwrap();
+        assert_eq!(Baseline::parse(&text, "x").unwrap(), baseline());
+        assert_eq!(text.lines().filter(|l| l.contains("\"id\":")).count(), 2);
+        assert_eq!(baseline().cases[0].samples(), [2e-9, 2.5e-9]);
+    }
+
+    #[test]
+    fn files_that_are_no_longer_what_was_saved_are_refused_with_the_way_out() {
+        let good = baseline().render().unwrap();
+        let newer = good.replace("\"version\": 2", "\"version\": 3");
+        let edited = good.replace("5.0]", "4.1]");
+        let unmeasured = {
+            let mut b = baseline();
+            b.cases.remove(0);
+            b.render().unwrap()
+        };
+        let infinite = {
+            let mut b = baseline();
+            b.cases[0].sample = serde_json::json!({"iters": [0.0], "times": [4.0]});
+            b.render().unwrap()
+        };
+        for (text, word) in [
+            ("", "empty"),
+            (&good[..good.len() / 2], "damaged"),
+            ("{\"a\": 1}", "no baseline"),
+            (&newer, "update transformer-bench"),
+            (&edited, "changed after it was saved"),
+            (&unmeasured, "no measured case"),
+            (&infinite, "no valid samples"),
+        ] {
+            let error = Baseline::parse(text, "x/baseline.json").unwrap_err().to_string();
+            assert!(error.contains(word) && error.starts_with("x/baseline.json"), "{word}: {error}");
+        }
+    }
+
+    #[test]
+    fn nothing_is_overwritten_unasked_and_a_failed_write_loses_nothing() {
+        let root = scratch("baselines");
+        let file = write(&root, "main", &baseline(), "report", false).unwrap();
+        let before = fs::read_to_string(&file).unwrap();
+        let again = write(&root, "main", &baseline(), "report", false).unwrap_err().to_string();
+        assert!(again.contains("--force"), "{again}");
+        // As on a full disk: the temporary file can't be written.
+        fs::create_dir(file.with_extension("partial")).unwrap();
+        assert!(write(&root, "main", &baseline(), "report", true).is_err());
+        assert_eq!(fs::read_to_string(&file).unwrap(), before);
+        for bad in ["", "../x", "a/b", ".hidden", "new", "a b"] {
+            assert!(check_name(bad).is_err(), "{bad}");
+        }
+        fs::remove_dir_all(root).unwrap();
+    }
+
+    #[test]
+    fn names_are_found_on_this_machine_first() {
+        let root = scratch("find");
+        let other = Baseline {
+            machine: Machine { gpus: vec!["H100".to_owned()], ..Machine::default() },
+            ..baseline()
+        };
+        write(&root, "main", &baseline(), "", false).unwrap();
+        write(&root, "main", &other, "", false).unwrap();
+        write(&root, "only", &other, "", false).unwrap();
+        let find = |text: &str, slug: &str| find(&root, text, slug).map(|p| p.display().to_string());
+        assert!(find("main", "h100").unwrap().contains("h100"));
+        assert!(find("main", "elsewhere").unwrap_err().to_string().contains("several"));
+        assert!(find("xeon-2-cores/main", "h100").unwrap().contains("xeon"));
+        assert!(find("only", "elsewhere").is_ok());
+        assert!(find("never", "h100").unwrap_err().to_string().contains("h100/only"));
+        fs::remove_dir_all(root).unwrap();
+    }
+
+    #[test]
+    fn restored_files_are_where_criterion_looks() {
+        let home = scratch("restore");
+        assert_eq!(baseline().restore(&home, "main", false).unwrap(), 1);
+        let folder = home.join("forward/torch-cpu_f32/indicator-b16/main");
+        for name in ["sample.json", "estimates.json", "benchmark.json"] {
+            assert!(folder.join(name).exists(), "{name}");
+        }
+        assert!(baseline().restore(&home, "main", false).unwrap_err().to_string().contains("--force"));
+        assert!(baseline().restore(&home, "main", true).is_ok());
+        fs::remove_dir_all(home).unwrap();
+    }
+}

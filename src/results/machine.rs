@@ -1,0 +1,436 @@
+//! What a run stands on: hardware, system and commit.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Result, bail};
+use serde::{Deserialize, Serialize};
+
+use crate::suite::{BackendId, Compute, Device, Framework};
+
+/// The machine, as written into every result.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Machine {
+    pub cpu: String,
+    /// Cores that this process may use.
+    pub cores: usize,
+    pub memory_bytes: u64,
+    pub os: String,
+    pub arch: String,
+    /// NVIDIA GPUs with their driver, or Apple's chip; empty where there is none.
+    pub gpus: Vec<String>,
+    pub driver: String,
+    pub commit: String,
+    /// Whether the working tree differed from the commit.
+    pub dirty: bool,
+    /// Framework, BLAS and thread counts, by name, from the backends themselves.
+    pub versions: Vec<(String, String)>,
+    /// How this program was built.
+    #[serde(default)]
+    pub profile: String,
+    /// What governs clocks and power, where the system tells.
+    #[serde(default)]
+    pub power: Vec<(String, String)>,
+    /// Environment variables that the frameworks and their libraries read.
+    #[serde(default)]
+    pub environment: Vec<(String, String)>,
+}
+
+fn output(program: &str, arguments: &[&str]) -> Option<String> {
+    let done = Command::new(program).args(arguments).output().ok()?;
+    let text = String::from_utf8_lossy(&done.stdout).trim().to_owned();
+    (done.status.success() && !text.is_empty()).then_some(text)
+}
+
+impl Machine {
+    /// Reads the machine; `versions` is left to the backends.
+    pub fn read() -> Self {
+        let mut system = sysinfo::System::new();
+        system.refresh_memory();
+        system.refresh_cpu_all();
+        let cpu = system.cpus().first().map(|c| c.brand().trim().to_owned()).unwrap_or_default();
+        let (mut gpus, mut driver) = (Vec::new(), String::new());
+        if let Some(text) =
+            output("nvidia-smi", &["--query-gpu=name,driver_version", "--format=csv,noheader"])
+        {
+            for line in text.lines() {
+                let (name, version) = line.rsplit_once(", ").unwrap_or((line, ""));
+                gpus.push(name.to_owned());
+                driver = format!("NVIDIA {version}");
+            }
+        } else if cfg!(target_os = "macos") {
+            gpus.push(format!("{cpu} GPU"));
+        }
+        // An executable may have been carried to another machine.
+        let built = env!("CARGO_MANIFEST_DIR");
+        let root = if Path::new(built).exists() { built } else { "." };
+        let commit = output("git", &["-C", root, "rev-parse", "--short=12", "HEAD"]);
+        let dirty = output("git", &["-C", root, "status", "--porcelain", "--untracked-files=no"]);
+        Self {
+            cpu,
+            cores: std::thread::available_parallelism().map_or(1, usize::from),
+            memory_bytes: system.total_memory(),
+            os: sysinfo::System::long_os_version().unwrap_or_else(|| std::env::consts::OS.to_owned()),
+            arch: std::env::consts::ARCH.to_owned(),
+            gpus,
+            driver,
+            dirty: commit.is_some() && dirty.is_some(),
+            commit: commit.unwrap_or_else(|| "unknown".to_owned()),
+            versions: Vec::new(),
+            profile: if cfg!(debug_assertions) { "debug" } else { "release" }.to_owned(),
+            power: power(),
+            environment: environment(),
+        }
+    }
+
+    /// Adds versions that are not there yet.
+    pub fn add_versions(&mut self, versions: impl IntoIterator<Item = (String, String)>) {
+        for entry in versions {
+            if !self.versions.contains(&entry) {
+                self.versions.push(entry);
+            }
+        }
+    }
+
+    /// A readable name for the hardware, `[a-z0-9-]+`: the GPU where there is one.
+    pub fn slug(&self) -> String {
+        let name = match self.gpus.first() {
+            Some(gpu) => gpu.trim_start_matches("NVIDIA ").to_owned(),
+            None => format!("{} {} cores", self.cpu, self.cores),
+        };
+        let mut slug = String::new();
+        for c in name.to_lowercase().replace("(r)", " ").replace("(tm)", " ").chars() {
+            match c {
+                c if c.is_ascii_alphanumeric() => slug.push(c),
+                _ if !slug.is_empty() && !slug.ends_with('-') => slug.push('-'),
+                _ => {}
+            }
+        }
+        let slug = slug.trim_end_matches('-');
+        if slug.is_empty() { "unknown".to_owned() } else { slug.to_owned() }
+    }
+
+    /// What makes figures of two machines incomparable, a line each: everything but the
+    /// commit.
+    pub fn differences(&self, other: &Machine) -> Vec<String> {
+        let mut all = Vec::new();
+        let mut differ = |what: &str, a: String, b: String| {
+            if a != b {
+                let word = |text: String| if text.is_empty() { "none".to_owned() } else { text };
+                all.push(format!("{what}: {} / {}", word(a), word(b)));
+            }
+        };
+        differ("CPU", self.cpu.clone(), other.cpu.clone());
+        differ("cores", self.cores.to_string(), other.cores.to_string());
+        // Kernels reserve a little more or less from boot to boot.
+        let gib = |bytes: u64| format!("{} GiB", (bytes as f64 / (1u64 << 30) as f64).round());
+        differ("memory", gib(self.memory_bytes), gib(other.memory_bytes));
+        differ("architecture", self.arch.clone(), other.arch.clone());
+        differ("system", self.os.clone(), other.os.clone());
+        differ("GPU", self.gpus.join(", "), other.gpus.join(", "));
+        differ("driver", self.driver.clone(), other.driver.clone());
+        differ("build profile", self.profile.clone(), other.profile.clone());
+        for (what, ours, theirs) in [
+            ("", &self.versions, &other.versions),
+            ("power: ", &self.power, &other.power),
+            ("environment: ", &self.environment, &other.environment),
+        ] {
+            let of = |list: &[(String, String)], name: &str| {
+                list.iter().find(|(n, _)| n == name).map(|(_, v)| v.clone()).unwrap_or_default()
+            };
+            let names: std::collections::BTreeSet<&String> =
+                ours.iter().chain(theirs.iter()).map(|(name, _)| name).collect();
+            for name in names {
+                differ(&format!("{what}{name}"), of(ours, name), of(theirs, name));
+            }
+        }
+        all
+    }
+}
+
+/// Clock governor, turbo and energy preference; on NVIDIA the power limit; on a Mac
+/// whether it runs on battery or saves power.
+fn power() -> Vec<(String, String)> {
+    let mut all = Vec::new();
+    let mut keep = |name: &str, value: Option<String>| {
+        if let Some(value) = value.map(|v| v.trim().to_owned()).filter(|v| !v.is_empty()) {
+            all.push((name.to_owned(), value));
+        }
+    };
+    let cpufreq = "/sys/devices/system/cpu/cpu0/cpufreq";
+    keep("governor", fs::read_to_string(format!("{cpufreq}/scaling_governor")).ok());
+    keep("energy preference", fs::read_to_string(format!("{cpufreq}/energy_performance_preference")).ok());
+    keep("no turbo", fs::read_to_string("/sys/devices/system/cpu/intel_pstate/no_turbo").ok());
+    let query = ["--query-gpu=power.limit,clocks.max.sm,mig.mode.current", "--format=csv,noheader"];
+    keep("GPU power limit, maximum clock, MIG", output("nvidia-smi", &query).map(|t| t.replace('\n', "; ")));
+    if cfg!(target_os = "macos") {
+        let source = output("pmset", &["-g", "batt"]).unwrap_or_default();
+        keep("source", source.lines().next().map(str::to_owned));
+        let saving = output("pmset", &["-g"]).unwrap_or_default();
+        let saving = saving.lines().find(|l| l.contains("lowpowermode"));
+        keep("low power mode", saving.and_then(|l| l.split_whitespace().last()).map(str::to_owned));
+    }
+    all
+}
+
+fn environment() -> Vec<(String, String)> {
+    const READ: &[&str] = &[
+        "OMP_",
+        "KMP_",
+        "GOMP_",
+        "MKL_",
+        "OPENBLAS_",
+        "VECLIB_",
+        "PYTORCH_",
+        "TORCH_",
+        "MLX_",
+        "CUDA_",
+        "CUBLAS_",
+        "CUDNN_",
+        "NVIDIA_TF32_OVERRIDE",
+        "MALLOC_",
+        "GLIBC_TUNABLES",
+        "LD_PRELOAD",
+        "DYLD_INSERT_LIBRARIES",
+        "TRANSFORMER_BENCH_HEAP",
+        "DNNL_",
+        "ONEDNN_",
+        "ATEN_",
+    ];
+    let mut all: Vec<(String, String)> = std::env::vars()
+        .filter(|(name, _)| READ.iter().any(|prefix| name.starts_with(prefix)))
+        // Set by this program itself, from the precision that it measures.
+        .filter(|(name, _)| name != "MLX_ENABLE_TF32")
+        .collect();
+    all.sort();
+    all
+}
+
+/// Asks a system with fast and slow cores for the fast ones, for this thread and those that it
+/// starts (`pthread/qos.h`); elsewhere nothing.
+pub fn prefer_fast_cores() {
+    #[cfg(target_os = "macos")]
+    // SAFETY: no pointers.
+    unsafe {
+        libc::pthread_set_qos_class_self_np(libc::qos_class_t::QOS_CLASS_USER_INTERACTIVE, 0);
+    }
+}
+
+/// The shared libraries that this process has loaded.
+pub fn loaded_libraries() -> Vec<String> {
+    #[cfg(target_os = "macos")]
+    {
+        unsafe extern "C" {
+            fn _dyld_image_count() -> u32;
+            fn _dyld_get_image_name(index: u32) -> *const std::ffi::c_char;
+        }
+        // SAFETY: dyld returns NUL-terminated names, or null past the end.
+        (0..unsafe { _dyld_image_count() })
+            .filter_map(|i| unsafe {
+                let name = _dyld_get_image_name(i);
+                (!name.is_null()).then(|| std::ffi::CStr::from_ptr(name).to_string_lossy().into_owned())
+            })
+            .collect()
+    }
+    #[cfg(not(target_os = "macos"))]
+    {
+        let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
+        let mut all: Vec<String> = maps
+            .lines()
+            .filter_map(|line| line.split_whitespace().nth(5))
+            .filter(|path| path.contains(".so"))
+            .map(str::to_owned)
+            .collect();
+        all.sort();
+        all.dedup();
+        all
+    }
+}
+
+/// Fails where this process holds a framework that it does not measure: each brings a
+/// BLAS whose symbols the other could bind to.
+pub fn assert_isolated(framework: Framework) -> Result<()> {
+    let foreign = |name: &str| {
+        Framework::ALL.iter().any(|other| *other != framework && name.starts_with(other.names().1))
+    };
+    let found = loaded_libraries()
+        .into_iter()
+        .find(|path| Path::new(path).file_name().is_some_and(|name| foreign(&name.to_string_lossy())));
+    match found {
+        Some(path) => bail!("this process measures {framework} and has also loaded {path}"),
+        None => Ok(()),
+    }
+}
+
+/// More FLOP/s than the device can reach, to tell a broken clock from a fast machine;
+/// None where nothing is known of it.
+///
+/// NVIDIA: dense data-sheet peaks with a tenth on top. CPUs: every core at 6 GHz with
+/// the widest fused multiply-add units sold. Apple's GPU: 4 times an M4 Max.
+pub fn flops_ceiling(backend: BackendId, compute: Compute, machine: &Machine) -> Option<f64> {
+    let half = compute.is_half() || compute.is_mixed();
+    match backend.device() {
+        Device::NvidiaGpu => {
+            let peak = dense_peak(machine.gpus.first()?, compute)?;
+            Some(1.1 * peak)
+        }
+        Device::AppleGpu => Some(if half { 150e12 } else { 75e12 }),
+        Device::Cpu => {
+            // f32: two 16-wide multiply-adds a cycle; halves: a matrix unit's 2 048.
+            // Apple's CPUs share matrix units of at most 2 TFLOP/s a cluster.
+            let per_cycle = if half || cfg!(target_os = "macos") { 2048.0 } else { 64.0 };
+            Some(machine.cores as f64 * 6e9 * per_cycle)
+        }
+    }
+}
+
+/// Refuses a time that the hardware can't have reached: the clock or the wait is wrong.
+pub fn check_rate(flops: u64, median_ns: f64, ceiling: Option<f64>) -> Result<()> {
+    let rate = flops as f64 / (median_ns * 1e-9);
+    if let Some(ceiling) = ceiling
+        && rate > ceiling
+    {
+        bail!(
+            "implies {:.2} TFLOP/s, and this hardware reaches at most {:.2}: the time is wrong",
+            rate / 1e12,
+            ceiling / 1e12
+        );
+    }
+    Ok(())
+}
+
+/// The dense peak of an NVIDIA GPU in FLOP/s, from its data sheet.
+pub fn dense_peak(gpu: &str, compute: Compute) -> Option<f64> {
+    // (name, f32, tf32, bf16 and f16), in TFLOP/s
+    const SHEETS: &[(&str, f64, f64, f64)] = &[
+        ("H200", 66.9, 494.7, 989.4),
+        ("H100 NVL", 60.0, 417.5, 835.0),
+        ("H100 PCIe", 51.2, 378.0, 756.0),
+        ("H100", 66.9, 494.7, 989.4),
+        ("A100", 19.5, 156.0, 312.0),
+        ("L40S", 91.6, 183.0, 362.0),
+        ("L4", 30.3, 60.0, 121.0),
+        ("RTX 4090", 82.6, 82.6, 165.2),
+    ];
+    let (_, f32, tf32, half) = SHEETS.iter().find(|(name, ..)| gpu.contains(name))?;
+    let peak = match compute {
+        Compute::F32 => f32,
+        Compute::Tf32 => tf32,
+        Compute::Bf16 | Compute::F16 | Compute::Amp | Compute::Autocast => half,
+    };
+    Some(peak * 1e12)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_this_machine() {
+        let machine = Machine::read();
+        assert!(machine.cores >= 1 && machine.memory_bytes > 1 << 28, "{machine:?}");
+        assert!(!machine.cpu.is_empty() && !machine.os.is_empty(), "{machine:?}");
+        assert!(!loaded_libraries().is_empty());
+        assert!(crate::memory::resident_bytes() > 1 << 16);
+    }
+
+    #[test]
+    fn every_difference_that_matters_is_named() {
+        let base = Machine {
+            cpu: "Xeon".to_owned(),
+            cores: 2,
+            memory_bytes: 8 << 30,
+            os: "Linux 1".to_owned(),
+            arch: "x86_64".to_owned(),
+            gpus: vec!["NVIDIA H100 80GB HBM3".to_owned()],
+            driver: "NVIDIA 1".to_owned(),
+            commit: "a".to_owned(),
+            dirty: false,
+            versions: [
+                "PyTorch",
+                "PyTorch threads",
+                "PyTorch BLAS",
+                "PyTorch instruction set",
+                "MLX",
+                "MLX BLAS",
+                "MLX BLAS threads",
+            ]
+            .map(|name| (name.to_owned(), "1".to_owned()))
+            .into(),
+            profile: "release".to_owned(),
+            power: ["governor", "no turbo", "GPU power limit, maximum clock, MIG"]
+                .map(|name| (name.to_owned(), "1".to_owned()))
+                .into(),
+            environment: vec![("OMP_NUM_THREADS".to_owned(), "1".to_owned())],
+        };
+        assert!(base.differences(&base).is_empty());
+        assert!(base.differences(&Machine { commit: "b".to_owned(), ..base.clone() }).is_empty());
+        let mut seeded: Vec<(String, Machine)> = Vec::new();
+        let mut plant = |name: &str, edit: &dyn Fn(&mut Machine)| {
+            let mut other = base.clone();
+            edit(&mut other);
+            seeded.push((name.to_owned(), other));
+        };
+        plant("CPU", &|m| m.cpu.push('2'));
+        plant("cores", &|m| m.cores = 4);
+        plant("memory", &|m| m.memory_bytes *= 2);
+        plant("system", &|m| m.os.push('2'));
+        plant("architecture", &|m| m.arch = "aarch64".to_owned());
+        plant("GPU", &|m| m.gpus[0] = "NVIDIA H200".to_owned());
+        plant("GPU", &|m| m.gpus.push("NVIDIA H100 80GB HBM3".to_owned()));
+        plant("GPU", &|m| m.gpus.clear());
+        plant("driver", &|m| m.driver.push('2'));
+        plant("build profile", &|m| m.profile = "debug".to_owned());
+        for i in 0..base.versions.len() {
+            plant(&base.versions[i].0, &|m| m.versions[i].1.push('2'));
+        }
+        plant("MLX", &|m| m.versions.retain(|(name, _)| name != "MLX"));
+        for i in 0..base.power.len() {
+            plant(&base.power[i].0, &|m| m.power[i].1.push('2'));
+        }
+        plant("OMP_NUM_THREADS", &|m| m.environment[0].1 = "2".to_owned());
+        plant("OMP_NUM_THREADS", &|m| m.environment.clear());
+        plant("MKL_NUM_THREADS", &|m| m.environment.push(("MKL_NUM_THREADS".to_owned(), "1".to_owned())));
+        assert!(seeded.len() >= 20);
+        for (name, other) in seeded {
+            let found = base.differences(&other);
+            assert_eq!(found.len(), 1, "{name}: {found:?}");
+            assert!(found[0].contains(&name), "{name}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn slugs_are_readable() {
+        let mut machine =
+            Machine { cpu: "Intel(R) Xeon(R) Processor".to_owned(), cores: 2, ..Machine::default() };
+        assert_eq!(machine.slug(), "intel-xeon-processor-2-cores");
+        machine.gpus.push("NVIDIA H100 80GB HBM3".to_owned());
+        assert_eq!(machine.slug(), "h100-80gb-hbm3");
+        assert_eq!(Machine::default().slug(), "0-cores");
+    }
+
+    #[test]
+    fn the_library_itself_links_no_framework() {
+        assert_isolated(Framework::Torch).unwrap();
+        assert_isolated(Framework::Mlx).unwrap();
+    }
+
+    #[test]
+    fn a_time_beyond_the_hardware_is_an_error() {
+        let machine = Machine { cores: 2, ..Machine::default() };
+        let ceiling = flops_ceiling(BackendId::TorchCpu, Compute::F32, &machine);
+        // 2·1024³ FLOPs: 300 GFLOP/s is fast on two cores, 200 TFLOP/s is no CPU.
+        assert!(check_rate(2 << 30, 7e6, ceiling).is_ok());
+        let error = check_rate(2 << 30, 1e4, ceiling).unwrap_err().to_string();
+        assert!(error.contains("TFLOP/s") && error.contains("wrong"), "{error}");
+        assert!(check_rate(2 << 30, 1.0, None).is_ok());
+    }
+
+    #[test]
+    fn gpus_are_known_by_their_longest_name() {
+        assert_eq!(dense_peak("NVIDIA H100 80GB HBM3", Compute::Amp), Some(989.4e12));
+        assert_eq!(dense_peak("NVIDIA H100 PCIe", Compute::Bf16), Some(756e12));
+        assert_eq!(dense_peak("Voodoo 2", Compute::F32), None);
+    }
+}

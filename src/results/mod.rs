@@ -1,0 +1,256 @@
+//! The record of a run: what each case gave, or why it gave nothing. Written by the
+//! harness, one file a framework, and merged into `results.json`.
+
+pub mod baseline;
+pub mod machine;
+pub mod run;
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::suite::Case;
+use machine::Machine;
+
+/// What became of a case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Status {
+    Measured,
+    Skipped,
+    TooSlow,
+    ParityFailed,
+    Error,
+}
+
+/// Work over the median time.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Throughput {
+    pub value: f64,
+    /// `samples/s`, `FLOP/s` or `B/s`
+    pub unit: String,
+}
+
+/// One case of a run. Times are nanoseconds an iteration.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    pub id: String,
+    pub workload: String,
+    pub backend: String,
+    pub precision: String,
+    pub shape: String,
+    pub status: Status,
+    /// Empty where the case was measured.
+    pub reason: String,
+    pub median_ns: Option<f64>,
+    /// 95 % interval of the median.
+    pub ci_ns: Option<[f64; 2]>,
+    pub samples: Option<u64>,
+    pub throughput: Option<Throughput>,
+    /// Peak of the framework's own allocator.
+    pub peak_bytes: Option<u64>,
+    /// Peak of the process's resident size, everything in it included.
+    pub rss_peak_bytes: Option<u64>,
+    /// Page faults a step, the median of the samples.
+    #[serde(default)]
+    pub page_faults: Option<f64>,
+    /// What they take of the median, at what a fault takes in this process.
+    #[serde(default)]
+    pub page_fault_share: Option<f64>,
+}
+
+/// A reason on a line that can be read: a framework may put a compiler's whole output into one.
+pub fn one_line(reason: &str) -> String {
+    const MOST: usize = 300;
+    let mut line = reason.split_whitespace().collect::<Vec<_>>().join(" ");
+    if let Some((end, _)) = line.char_indices().nth(MOST) {
+        line.replace_range(end.., "…");
+    }
+    line
+}
+
+impl Record {
+    /// A case without a figure; its reason becomes [`one_line`].
+    pub fn without(case: &Case, status: Status, reason: impl Into<String>) -> Self {
+        Self {
+            id: case.to_string(),
+            workload: case.workload.to_string(),
+            backend: case.backend.to_string(),
+            precision: case.precision.to_string(),
+            shape: case.shape.to_string(),
+            status,
+            reason: one_line(&reason.into()),
+            median_ns: None,
+            ci_ns: None,
+            samples: None,
+            throughput: None,
+            peak_bytes: None,
+            rss_peak_bytes: None,
+            page_faults: None,
+            page_fault_share: None,
+        }
+    }
+}
+
+/// What environment variables bring to a case, found interleaved by `scripts/compare --env`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Setting {
+    /// `NAME=VALUE`, several joined by spaces.
+    pub setting: String,
+    pub id: String,
+    /// Median step times in nanoseconds.
+    pub without_ns: f64,
+    pub with_ns: f64,
+    /// Time with over time without, and its 99 % interval.
+    pub ratio: f64,
+    pub ratio_ci: [f64; 2],
+    pub commit: String,
+}
+
+/// Settings that were measured, whatever the commit.
+pub fn settings(folder: &Path) -> Result<Vec<Setting>> {
+    let path = settings_path(folder);
+    if path.exists() { read_json(&path, "remove it and compare again") } else { Ok(Vec::new()) }
+}
+
+fn settings_path(folder: &Path) -> PathBuf {
+    folder.join("settings.json")
+}
+
+/// Keeps what was measured, in place of what older comparisons found of the same.
+pub fn keep_settings(folder: &Path, new: Vec<Setting>) -> Result<()> {
+    let mut all = settings(folder)?;
+    all.retain(|old| !new.iter().any(|n| (&n.setting, &n.id) == (&old.setting, &old.id)));
+    all.extend(new);
+    write_whole(&settings_path(folder), &serde_json::to_string_pretty(&all)?)
+}
+
+/// The version of `results.json` that is written, and the newest that is read.
+///
+/// 2: `autocast` is a precision of its own, `amp` one computation in both frameworks; `-captured`
+/// is `-graph` in PyTorch and `-compile` in MLX.
+pub const VERSION: u64 = 2;
+
+fn first_version() -> u64 {
+    1
+}
+
+/// Gives records of an older version the ids of today.
+pub fn upgrade<'a>(version: u64, records: impl IntoIterator<Item = &'a mut Record>) {
+    for record in records.into_iter().filter(|_| version < VERSION) {
+        record.id = Case::id_of_version_1(&record.id);
+        if let Some(precision) = record.id.split('/').nth(2) {
+            record.precision = precision.to_owned();
+        }
+    }
+}
+
+/// Everything that a run left.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Results {
+    #[serde(default = "first_version")]
+    pub version: u64,
+    pub machine: Machine,
+    pub cases: Vec<Record>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub settings: Vec<Setting>,
+}
+
+impl Results {
+    pub fn new(machine: Machine, cases: Vec<Record>) -> Self {
+        Self { version: VERSION, machine, cases, settings: Vec::new() }
+    }
+}
+
+/// FNV-1a, 64 bits, <https://www.rfc-editor.org/rfc/rfc9923>.
+pub fn checksum(bytes: &[u8]) -> u64 {
+    bytes
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325, |hash, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
+}
+
+/// Writes a file whole or not at all.
+pub fn write_whole(path: &Path, text: &str) -> Result<()> {
+    let folder = path.parent().context("a file lies in a folder")?;
+    let partial = path.with_extension("partial");
+    let write = || -> std::io::Result<()> {
+        fs::create_dir_all(folder)?;
+        let mut file = fs::File::create(&partial)?;
+        file.write_all(text.as_bytes())?;
+        file.sync_all()?;
+        fs::rename(&partial, path)
+    };
+    write().map_err(|error| {
+        let _ = fs::remove_file(&partial);
+        anyhow::anyhow!(
+            "{} could not be written: {error}; what was there before is untouched",
+            path.display()
+        )
+    })
+}
+
+/// Where a run's files lie: `target/transformer-bench` of the target folder in use, or
+/// what TRANSFORMER_BENCH_RESULTS says.
+pub fn folder() -> PathBuf {
+    std::env::var_os("TRANSFORMER_BENCH_RESULTS")
+        .map_or_else(|| target_folder().join("transformer-bench"), PathBuf::from)
+}
+
+/// Cargo's target folder: this executable lies in `<target>/<profile>/[deps/]`.
+pub fn target_folder() -> PathBuf {
+    let exe = std::env::current_exe().unwrap_or_default();
+    exe.ancestors()
+        .find(|folder| folder.join("CACHEDIR.TAG").exists())
+        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("target"), Path::to_path_buf)
+}
+
+/// Where Criterion keeps its files.
+pub fn criterion_home() -> PathBuf {
+    std::env::var_os("CRITERION_HOME").map_or_else(|| target_folder().join("criterion"), PathBuf::from)
+}
+
+/// Where Criterion keeps a case: group, function and value, with `/` made `_`.
+pub fn criterion_folder(home: &Path, case: &Case) -> PathBuf {
+    home.join(case.workload.id())
+        .join(format!("{}_{}", case.backend, case.precision))
+        .join(case.shape.to_string())
+}
+
+/// Reads a file of ours; `advice` says what to do where it is damaged.
+pub(crate) fn read_json<T: DeserializeOwned>(path: &Path, advice: &str) -> Result<T> {
+    let text = fs::read_to_string(path).with_context(|| format!("{} could not be read", path.display()))?;
+    serde_json::from_str(&text).with_context(|| format!("{} is damaged: {advice}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn scratch(name: &str) -> PathBuf {
+        let folder = std::env::temp_dir().join(format!("transformer-bench-{}-{name}", std::process::id()));
+        let _ = fs::remove_dir_all(&folder);
+        folder
+    }
+
+    #[test]
+    fn a_reason_is_one_short_line() {
+        assert_eq!(one_line("a\n  b\tc "), "a b c");
+        let long = one_line(&"é".repeat(1000));
+        assert!(long.ends_with("é…") && long.chars().count() == 301, "{long}");
+    }
+
+    #[test]
+    fn a_failed_write_leaves_the_old_file() {
+        let folder = scratch("write");
+        let path = folder.join("a.json");
+        write_whole(&path, "old").unwrap();
+        fs::create_dir(path.with_extension("partial")).unwrap();
+        assert!(write_whole(&path, "new").unwrap_err().to_string().contains("untouched"));
+        assert_eq!(fs::read_to_string(&path).unwrap(), "old");
+        fs::remove_dir_all(folder).unwrap();
+    }
+}

@@ -1,0 +1,258 @@
+//! The last run: a file for each process that measured, merged into one record. A filtered run
+//! is merged into what the same executable has left on the same machine; another replaces it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+
+use super::machine::Machine;
+use super::{Record, Results, checksum, read_json, settings, write_whole};
+use crate::suite::{Case, Framework, Set, cases};
+
+/// What a run selected.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Selection {
+    pub set: String,
+    /// Empty for all.
+    pub filter: String,
+}
+
+/// The part of one process.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Part {
+    pub framework: String,
+    /// A checksum of what measured.
+    pub executable: String,
+    pub selections: Vec<Selection>,
+    #[serde(flatten)]
+    pub results: Results,
+}
+
+/// A framework's part of a run, or that of the process that measures it in TF32.
+pub fn part_path(folder: &Path, framework: Framework, tf32: bool) -> PathBuf {
+    let tf32 = if tf32 { "-tf32" } else { "" };
+    folder.join("run").join(format!("{framework}{tf32}.json"))
+}
+
+/// The parts that are there, with their files.
+fn parts(folder: &Path) -> Result<Vec<(PathBuf, Part)>> {
+    let paths = Framework::ALL.iter().flat_map(|&f| [false, true].map(|tf32| part_path(folder, f, tf32)));
+    let read = |path: PathBuf| read_json(&path, "run ./scripts/bench again").map(|part| (path, part));
+    paths.filter(|path| path.exists()).map(read).collect()
+}
+
+/// Whether two parts belong to one run: the same code on the same machine with the same settings.
+fn together(a: &Machine, b: &Machine) -> bool {
+    let of = |m: &Machine| {
+        (m.commit.clone(), m.dirty, m.cpu.clone(), m.cores, m.os.clone(), m.gpus.clone(), m.profile.clone())
+    };
+    of(a) == of(b) && (&a.driver, &a.power, &a.environment) == (&b.driver, &b.power, &b.environment)
+}
+
+/// A process's part while it grows.
+pub struct Writer {
+    path: PathBuf,
+    part: Part,
+    /// What an earlier run left that this one adds to.
+    kept: Vec<Record>,
+}
+
+impl Writer {
+    /// Begins a part. Parts that can't stand beside it are dropped; with a filter, what the
+    /// same executable left before is kept.
+    ///
+    /// # Errors
+    /// Where the executable can't be read.
+    pub fn begin(
+        folder: &Path,
+        framework: Framework,
+        tf32: bool,
+        selection: Selection,
+        machine: Machine,
+    ) -> Result<Self> {
+        let exe = std::env::current_exe()?;
+        let bytes = fs::read(&exe).with_context(|| format!("{} could not be read", exe.display()))?;
+        let executable = format!("{:016x}", checksum(&bytes));
+        let path = part_path(folder, framework, tf32);
+        let (mut selections, mut kept) = (Vec::new(), Vec::new());
+        let filtered = !selection.filter.is_empty();
+        // What can't be read is dropped too: a new run is what mends it.
+        for (other, part) in parts(folder).unwrap_or_default() {
+            let fits = together(&part.results.machine, &machine);
+            let same = fits && part.executable == executable && filtered;
+            if other == path && same {
+                selections = part.selections;
+                kept = part.results.cases;
+            } else if !fits || (part.framework == framework.id() && !same && !tf32) {
+                fs::remove_file(&other).with_context(|| format!("{} can't be removed", other.display()))?;
+            }
+        }
+        // What a whole set covers is covered still.
+        let covered = selections.iter().any(|s| s.set == selection.set && s.filter.is_empty());
+        if !covered && !selections.contains(&selection) {
+            selections.push(selection);
+        }
+        let results = Results::new(machine, Vec::new());
+        let part = Part { framework: framework.to_string(), executable, selections, results };
+        Ok(Self { path, part, kept })
+    }
+
+    /// Writes what has been measured so far, and what is kept of before.
+    pub fn save(&mut self, records: &[Record]) -> Result<()> {
+        let old = self.kept.iter().filter(|old| !records.iter().any(|new| new.id == old.id));
+        self.part.results.cases = old.chain(records).cloned().collect();
+        write_whole(&self.path, &serde_json::to_string_pretty(&self.part)?)
+    }
+}
+
+/// Reads the parts of the last run and merges them in the order of the table.
+pub fn merge(folder: &Path) -> Result<(Results, Vec<Part>)> {
+    let parts: Vec<Part> = parts(folder)?.into_iter().map(|(_, part)| part).collect();
+    let Some(first) = parts.first() else {
+        bail!("no run to report in {}: run ./scripts/bench first", folder.display());
+    };
+    let mut machine = first.results.machine.clone();
+    for part in &parts[1..] {
+        let other = &part.results.machine;
+        if !together(&machine, other) {
+            bail!("the frameworks' parts come from different runs: run ./scripts/bench again");
+        }
+        machine.add_versions(other.versions.iter().cloned());
+    }
+    let mut records: Vec<Record> = parts.iter().flat_map(|p| p.results.cases.clone()).collect();
+    let order: Vec<String> =
+        Set::ALL.iter().rev().flat_map(|&set| cases(set)).map(|c: Case| c.to_string()).collect();
+    records.sort_by_key(|r| order.iter().position(|id| *id == r.id).unwrap_or(usize::MAX));
+    let mut results = Results::new(machine, records);
+    // Those of other commits say nothing of this one.
+    results.settings = settings(folder)?;
+    results.settings.retain(|s| s.commit == results.machine.commit);
+    Ok((results, parts))
+}
+
+/// What measures the parts' cases again.
+pub fn command(parts: &[Part]) -> String {
+    let mut lines: Vec<String> = Vec::new();
+    for Selection { set, filter } in parts.iter().flat_map(|p| &p.selections) {
+        let filter = if filter.is_empty() { String::new() } else { format!(" '{filter}'") };
+        let line = format!("./scripts/bench --{set}{filter}");
+        if !lines.contains(&line) {
+            lines.push(line);
+        }
+    }
+    lines.join(" && ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::results::{Setting, Status, keep_settings, settings_path};
+
+    fn scratch(name: &str) -> PathBuf {
+        let folder = std::env::temp_dir().join(format!("transformer-bench-{}-{name}", std::process::id()));
+        let _ = fs::remove_dir_all(&folder);
+        folder
+    }
+
+    fn part(framework: Framework, id: &str) -> Part {
+        let case: Case = id.parse().unwrap();
+        Part {
+            framework: framework.to_string(),
+            executable: "1".to_owned(),
+            selections: vec![Selection { set: Set::Quick.to_string(), filter: String::new() }],
+            results: Results::new(
+                Machine::default(),
+                vec![Record::without(&case, Status::Skipped, "not here")],
+            ),
+        }
+    }
+
+    #[test]
+    fn parts_merge_in_the_order_of_the_table() {
+        let folder = scratch("merge");
+        for (framework, id) in [
+            (Framework::Torch, "train-step/torch-cpu/f32/indicator-b16"),
+            (Framework::Mlx, "attention/mlx-cpu/f32/b16-h8-n111-d32"),
+        ] {
+            let text = serde_json::to_string(&part(framework, id)).unwrap();
+            write_whole(&part_path(&folder, framework, false), &text).unwrap();
+        }
+        let (results, parts) = merge(&folder).unwrap();
+        assert_eq!(parts.len(), 2);
+        assert!(results.cases[0].id.starts_with("attention/"));
+        let json = serde_json::to_value(&results).unwrap();
+        assert_eq!(json["cases"][1]["status"], "skipped");
+        fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[test]
+    fn settings_of_the_same_commit_come_with_the_run() {
+        let folder = scratch("settings");
+        let case = "train-step/torch-cpu/f32/indicator-b16";
+        let text = serde_json::to_string(&part(Framework::Torch, case)).unwrap();
+        write_whole(&part_path(&folder, Framework::Torch, false), &text).unwrap();
+        let setting = |ratio: f64, commit: &str| Setting {
+            setting: "OMP_NUM_THREADS=1".to_owned(),
+            id: case.to_owned(),
+            without_ns: 1e6,
+            with_ns: 1e6 * ratio,
+            ratio,
+            ratio_ci: [0.9 * ratio, 1.1 * ratio],
+            commit: commit.to_owned(),
+        };
+        keep_settings(&folder, vec![setting(1.5, "")]).unwrap();
+        keep_settings(&folder, vec![setting(1.8, "")]).unwrap();
+        let found = merge(&folder).unwrap().0.settings;
+        assert_eq!(found, [setting(1.8, "")]);
+        keep_settings(&folder, vec![setting(1.8, "another")]).unwrap();
+        assert!(merge(&folder).unwrap().0.settings.is_empty());
+        write_whole(&settings_path(&folder), "[").unwrap();
+        assert!(merge(&folder).unwrap_err().to_string().contains("damaged"));
+        fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[test]
+    fn an_empty_folder_and_a_damaged_part_say_what_to_do() {
+        let folder = scratch("damaged");
+        assert!(merge(&folder).unwrap_err().to_string().contains("scripts/bench"));
+        write_whole(&part_path(&folder, Framework::Mlx, false), "{\"machine\":").unwrap();
+        assert!(merge(&folder).unwrap_err().to_string().contains("damaged"));
+        fs::remove_dir_all(folder).unwrap();
+    }
+
+    const FORWARD: &str = "forward/torch-cpu/f32/indicator-b16";
+    const STEP: &str = "train-step/torch-cpu/f32/indicator-b16";
+
+    /// Runs cases with a filter; what the report then holds.
+    fn run(folder: &Path, commit: &str, filter: &str, ids: &[(&str, &str)]) -> Vec<(String, String)> {
+        let machine = Machine { commit: commit.to_owned(), ..Machine::default() };
+        let selection = Selection { set: "quick".to_owned(), filter: filter.to_owned() };
+        let mut writer = Writer::begin(folder, Framework::Torch, false, selection, machine).unwrap();
+        let record =
+            |(id, reason): &(&str, &str)| Record::without(&id.parse().unwrap(), Status::Skipped, *reason);
+        writer.save(&ids.iter().map(record).collect::<Vec<_>>()).unwrap();
+        merge(folder).unwrap().0.cases.into_iter().map(|r| (r.id, r.reason)).collect()
+    }
+
+    #[test]
+    fn a_filtered_run_adds_to_the_last_one_and_loses_nothing() {
+        let folder = scratch("filtered");
+        let of = |list: &[(&str, &str)]| {
+            list.iter().map(|(a, b)| ((*a).to_owned(), (*b).to_owned())).collect::<Vec<_>>()
+        };
+        assert_eq!(run(&folder, "a", "", &[(FORWARD, "1"), (STEP, "1")]), of(&[(FORWARD, "1"), (STEP, "1")]));
+        assert_eq!(run(&folder, "a", "train", &[(STEP, "2")]), of(&[(FORWARD, "1"), (STEP, "2")]));
+        assert_eq!(command(&merge(&folder).unwrap().1), "./scripts/bench --quick");
+        // Another commit, and a run of all, begin anew.
+        assert_eq!(run(&folder, "b", "train", &[(STEP, "3")]), of(&[(STEP, "3")]));
+        assert_eq!(run(&folder, "b", "forward", &[(FORWARD, "3")]), of(&[(FORWARD, "3"), (STEP, "3")]));
+        assert_eq!(
+            command(&merge(&folder).unwrap().1),
+            "./scripts/bench --quick 'train' && ./scripts/bench --quick 'forward'"
+        );
+        assert_eq!(run(&folder, "b", "", &[(STEP, "4")]), of(&[(STEP, "4")]));
+        fs::remove_dir_all(folder).unwrap();
+    }
+}

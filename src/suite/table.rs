@@ -1,0 +1,219 @@
+//! The table of cases: rows to read, and what they mean.
+
+use super::{BackendId, Block, Case, Framework, Precision, Set, Shape, Workload};
+use crate::model::ModelId;
+
+/// The batch and shape that the headline tables stand for.
+pub const HEADLINE_BATCH: usize = 16;
+pub const HEADLINE_SHAPE: Shape = Shape::Model { model: ModelId::indicator(), batch: HEADLINE_BATCH };
+
+/// Where a row is measured.
+#[derive(Clone, Copy)]
+enum On {
+    Any,
+    Cpu,
+    Gpu,
+    /// By one framework alone.
+    Of(Framework),
+}
+
+/// What a row is measured at.
+#[derive(Clone, Copy)]
+enum At {
+    /// Models (or their blocks) and batches.
+    Models(&'static [(&'static str, usize)]),
+    /// Widths of square products.
+    Square(&'static [usize]),
+    /// MiB of a buffer.
+    Buffer(&'static [usize]),
+}
+
+struct Row {
+    set: Set,
+    workloads: &'static [Workload],
+    on: On,
+    at: At,
+    /// Ids, apart by spaces.
+    precisions: &'static str,
+}
+
+const fn row(set: Set, workloads: &'static [Workload], on: On, at: At, precisions: &'static str) -> Row {
+    Row { set, workloads, on, at, precisions }
+}
+
+use At::{Buffer, Models, Square};
+use Framework::{Mlx, Torch};
+use On::{Any, Cpu, Gpu, Of};
+use Set::{Full, Quick, Smoke};
+use Workload::{
+    Attention, AttentionGrad, CopyPeak, FeedForward, FeedForwardGrad, Forward, ForwardBackward, MatmulPeak,
+    OptimizerStep, TrainStep,
+};
+
+const INFER: &[Workload] = &[Attention, FeedForward, Forward];
+const GRAD: &[Workload] = &[AttentionGrad, FeedForwardGrad, ForwardBackward];
+const MODEL: &[Workload] =
+    &[Attention, AttentionGrad, FeedForward, FeedForwardGrad, Forward, ForwardBackward, OptimizerStep];
+
+const TINY: At = Models(&[("indicator-tiny", 2), ("gpt2-tiny", 2)]);
+const B16: At = Models(&[("indicator", 16)]);
+const GPT2_B8: At = Models(&[("gpt2", 8)]);
+const ALL: At =
+    Models(&[("indicator", 1), ("indicator", 16), ("indicator", 64), ("indicator", 256), ("gpt2", 8)]);
+// The sweep over batches.
+const SWEEP: At = Models(&[
+    ("indicator", 1),
+    ("indicator", 4),
+    ("indicator", 16),
+    ("indicator", 64),
+    ("indicator", 256),
+    ("gpt2", 8),
+]);
+const BOTH: At = Models(&[("indicator", 16), ("gpt2", 8)]);
+
+const STORED: &str = "f32 bf16 f16";
+const MIXED: &str = "amp f32-opt bf16-opt amp-opt";
+const TF32: &str = "tf32 tf32-opt";
+/// What each optimisation brings alone.
+const SINGLE: &str = "f32-attention f32-optimizer amp-attention amp-optimizer";
+
+#[rustfmt::skip]
+const TABLE: &[Row] = &[
+    // Every case at its miniature: the suite's own test.
+    row(Smoke, MODEL,         Any,       TINY,                        STORED),
+    row(Smoke, &[TrainStep],  Any,       TINY,                        STORED),
+    row(Smoke, GRAD,          Any,       TINY,                        MIXED),
+    row(Smoke, &[TrainStep],  Any,       TINY,                        MIXED),
+    row(Smoke, GRAD,          Of(Torch), TINY,                        "autocast"),
+    row(Smoke, &[TrainStep],  Of(Torch), TINY,                        "autocast"),
+    row(Smoke, &[TrainStep],  Any,       TINY,                        TF32),
+    row(Smoke, &[TrainStep],  Any,       TINY,                        SINGLE),
+    row(Smoke, &[TrainStep],  Of(Torch), TINY,                        "f32-graph amp-graph"),
+    row(Smoke, &[TrainStep],  Of(Mlx),   TINY,                        "f32-compile amp-compile"),
+    row(Smoke, &[MatmulPeak], Any,       Square(&[64]),               "f32 tf32 bf16 f16"),
+    row(Smoke, &[CopyPeak],   Any,       Buffer(&[1]),                STORED),
+    // What the headline tables need.
+    row(Quick, MODEL,         Any,       B16,                         "f32"),
+    row(Quick, &[TrainStep],  Any,       B16,                         "f32 f32-opt amp amp-opt"),
+    row(Quick, &[TrainStep],  Of(Torch), B16,                         "autocast"),
+    row(Quick, &[TrainStep],  Gpu,       B16,                         "bf16 bf16-opt"),
+    // In f32 it takes long and answers nothing quickly.
+    row(Quick, &[TrainStep],  Gpu,       GPT2_B8,                     "bf16 bf16-opt amp amp-opt"),
+    row(Quick, &[MatmulPeak], Cpu,       Square(&[1024]),             "f32"),
+    row(Quick, &[MatmulPeak], Gpu,       Square(&[8192]),             "f32 bf16"),
+    row(Quick, &[CopyPeak],   Cpu,       Buffer(&[256]),              "f32"),
+    row(Quick, &[CopyPeak],   Gpu,       Buffer(&[1024]),             "f32"),
+    // Everything.
+    row(Full,  INFER,         Any,       ALL,                         STORED),
+    row(Full,  GRAD,          Any,       ALL,                         STORED),
+    row(Full,  GRAD,          Any,       ALL,                         MIXED),
+    row(Full,  GRAD,          Of(Torch), ALL,                         "autocast"),
+    // The optimizer's work does not depend on the batch.
+    row(Full,  &[OptimizerStep], Any,    BOTH,                        STORED),
+    row(Full,  &[TrainStep],  Any,       SWEEP,                       STORED),
+    row(Full,  &[TrainStep],  Any,       SWEEP,                       MIXED),
+    row(Full,  &[TrainStep],  Any,       SWEEP,                       TF32),
+    row(Full,  &[TrainStep],  Of(Torch), SWEEP,                       "autocast"),
+    row(Full,  &[TrainStep],  Any,       B16,                         SINGLE),
+    row(Full,  &[TrainStep],  Of(Torch), B16,                         "f32-graph amp-graph"),
+    row(Full,  &[TrainStep],  Of(Mlx),   B16,                         "f32-compile amp-compile"),
+    row(Full,  &[MatmulPeak], Cpu,       Square(&[1024, 2048]),       "f32 tf32 bf16 f16"),
+    row(Full,  &[MatmulPeak], Gpu,       Square(&[1024, 4096, 8192]), "f32 tf32 bf16 f16"),
+    row(Full,  &[CopyPeak],   Cpu,       Buffer(&[256]),              STORED),
+    row(Full,  &[CopyPeak],   Gpu,       Buffer(&[1024]),             STORED),
+];
+
+impl On {
+    fn holds(self, backend: BackendId) -> bool {
+        match self {
+            Self::Any => true,
+            Self::Cpu => backend.is_cpu(),
+            Self::Gpu => !backend.is_cpu(),
+            Self::Of(framework) => backend.framework() == framework,
+        }
+    }
+}
+
+impl At {
+    fn shapes(self, workload: Workload) -> Vec<Shape> {
+        let of_a_model = |&(name, batch): &(&str, usize)| {
+            let model = ModelId::named(name).unwrap_or_else(|| panic!("the table names no model '{name}'"));
+            match workload {
+                Attention | AttentionGrad => Shape::Block { part: Block::Attention, model, batch },
+                FeedForward | FeedForwardGrad => Shape::Block { part: Block::FeedForward, model, batch },
+                _ => Shape::Model { model, batch },
+            }
+        };
+        match self {
+            Self::Models(list) => list.iter().map(of_a_model).collect(),
+            Self::Square(list) => list.iter().map(|&n| Shape::Square { n, chain: 1 }).collect(),
+            Self::Buffer(list) => list.iter().map(|&mib| Shape::Buffer { mib }).collect(),
+        }
+    }
+}
+
+/// The cases of a set, in the order in which they run: by workload, backend, the rows' shapes,
+/// and precision. Every backend is listed whether or not this machine has it.
+pub fn cases(set: Set) -> Vec<Case> {
+    let mut all = Vec::new();
+    for &workload in Workload::ALL {
+        let rows: Vec<&Row> =
+            TABLE.iter().filter(|r| r.set == set && r.workloads.contains(&workload)).collect();
+        for &backend in BackendId::ALL {
+            let mut found: Vec<(Shape, Vec<Precision>)> = Vec::new();
+            for row in rows.iter().filter(|r| r.on.holds(backend)) {
+                for shape in row.at.shapes(workload) {
+                    let precisions = row.precisions.split(' ').map(|id| id.parse().expect("the table's own"));
+                    match found.iter_mut().find(|(known, _)| *known == shape) {
+                        Some((_, list)) => list.extend(precisions),
+                        None => found.push((shape, precisions.collect())),
+                    }
+                }
+            }
+            for (shape, mut precisions) in found {
+                precisions.sort();
+                precisions.dedup();
+                all.extend(precisions.into_iter().map(|precision| Case {
+                    workload,
+                    backend,
+                    precision,
+                    shape,
+                }));
+            }
+        }
+    }
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::suite::{Compute, Recipe};
+
+    #[test]
+    fn the_table_has_every_precision_recipe_and_model() {
+        let full = cases(Full);
+        for &compute in Compute::ALL {
+            assert!(full.iter().any(|c| c.precision.compute == compute), "no case in {compute}");
+        }
+        for &recipe in Recipe::ALL {
+            assert!(full.iter().any(|c| c.precision.recipe == recipe), "no case of {recipe}");
+        }
+        for model in ModelId::all() {
+            assert!(
+                full.iter().any(|c| c.shape.model().is_some_and(|(m, _)| m == model)),
+                "no case of {model}"
+            );
+        }
+    }
+
+    #[test]
+    fn quick_covers_every_workload_on_every_backend() {
+        let quick = cases(Quick);
+        for &workload in Workload::ALL {
+            for &backend in BackendId::ALL {
+                assert!(quick.iter().any(|c| c.workload == workload && c.backend == backend));
+            }
+        }
+    }
+}
