@@ -232,7 +232,7 @@ struct Computed {
 /// What a step of the fixture's case must put out, without the optimizer's results:
 /// those follow from a backend's own gradients through [`adamw`].
 pub fn expected(fixture: &Fixture) -> Vec<Expected> {
-    assert_eq!(fixture.dropout.any(), false, "the oracle has no dropout");
+    assert!(!fixture.dropout.any(), "the oracle has no dropout");
     let case = fixture.case;
     if case.workload == Workload::OptimizerStep {
         return Vec::new();

@@ -95,6 +95,9 @@ fn speeds(results: &Results, [first, second]: [BackendId; 2]) -> Vec<String> {
     all
 }
 
+/// Reads one definition of a peak.
+type Peak = fn(&Record) -> Option<u64>;
+
 fn memory_of(results: &Results, backends: [BackendId; 2]) -> Option<String> {
     let case = |backend| Case {
         workload: Workload::TrainStep,
@@ -102,13 +105,11 @@ fn memory_of(results: &Results, backends: [BackendId; 2]) -> Option<String> {
         precision: Precision::eager(Compute::F32),
         shape: HEADLINE_SHAPE,
     };
-    let peak = |backend, of: fn(&Record) -> Option<u64>| {
-        measured(find(results, &case(backend))).and_then(|m| of(m.0))
-    };
+    let peak = |backend, of: Peak| measured(find(results, &case(backend))).and_then(|m| of(m.0));
     let place = backends[0].device();
     let names = backends.map(|backend| backend.framework().names().0);
     // One definition a sentence.
-    let definitions: [(&str, fn(&Record) -> Option<u64>); 2] =
+    let definitions: [(&str, Peak); 2] =
         [("peak of the allocator", |r| r.peak_bytes), ("resident peak of the process", |r| r.rss_peak_bytes)];
     definitions.into_iter().find_map(|(name, of)| {
         let [a, b] = backends.map(|backend| peak(backend, of));
