@@ -90,7 +90,7 @@ pub fn levels(
     for round in 1..=PROCESSES {
         progress(round);
         for &framework in &frameworks {
-            let mut worker = Worker::start(side, framework, Threads::All)?;
+            let mut worker = Worker::start(side, framework, Threads::All)?.until(until);
             for case in cases.iter().filter(|c| c.backend.framework() == framework) {
                 go_on()?;
                 let entry = all.get_mut(&case.to_string()).expect("made above");
@@ -102,7 +102,7 @@ pub fn levels(
                     Ok(level) => levels.push(level),
                     Err(reason) => {
                         *entry = Err(format!("{reason:#}"));
-                        worker = Worker::start(side, framework, Threads::All)?;
+                        worker = Worker::start(side, framework, Threads::All)?.until(until);
                     }
                 }
             }

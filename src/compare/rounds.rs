@@ -217,13 +217,17 @@ impl<'a> Pinned<'a> {
             }
             if self.workers.iter().any(Option::is_none) {
                 // Few cases measure for longer, so that starting is never most of the time.
-                at_least = ROUND.max(self.start(&task.cases)? / tasks.len() as u32);
+                at_least = ROUND.max(self.start(&task.cases, until)? / tasks.len() as u32);
             }
             let found = self.round(task, at_least);
             if found.is_err() {
                 go_on()?;
                 // One that died is replaced, and the other with it.
                 self.workers = [None, None];
+                if Instant::now() >= until {
+                    // It was not waited for any longer, which says nothing of the case.
+                    break;
+                }
             }
             all.push((task.row, found));
         }
@@ -233,12 +237,13 @@ impl<'a> Pinned<'a> {
     }
 
     /// Starts both processes, and says how long that took.
-    fn start(&mut self, cases: &[Case; 2]) -> Result<Duration> {
+    fn start(&mut self, cases: &[Case; 2], until: Instant) -> Result<Duration> {
         let start = Instant::now();
         for side in self.order {
             let backend = cases[side].backend;
             let threads = if backend.is_cpu() { self.threads } else { Threads::All };
-            self.workers[side] = Some(Worker::start(&self.sides[side], backend.framework(), threads)?);
+            let worker = Worker::start(&self.sides[side], backend.framework(), threads)?;
+            self.workers[side] = Some(worker.until(until));
         }
         for worker in self.workers.iter_mut().flatten() {
             // Any answer says that it is up; what is wrong with it shows when it loads.

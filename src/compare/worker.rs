@@ -1,11 +1,14 @@
 //! One half of a comparison, and the protocol with its processes (`benches/harness/worker.rs`).
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::AsRawFd;
+#[cfg(target_os = "linux")]
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 
@@ -17,6 +20,14 @@ use crate::suite::{Case, Framework, Set};
 
 /// The share of its time above which a step is said to wait for something.
 const WAITING: f64 = 0.01;
+/// How long an answer may take that needs no more than the framework: loading it from a
+/// slow disk takes seconds.
+const SOON: Duration = Duration::from_secs(120);
+/// How long any may take: MLX builds kernels of a compiled step for minutes.
+const EVER: Duration = Duration::from_secs(900);
+/// What is given beyond a comparison's own end.
+const GRACE: Duration = Duration::from_secs(20);
+
 /// One half of a comparison.
 #[derive(Clone, Debug, Default)]
 pub struct Side {
@@ -64,7 +75,11 @@ pub fn how(threads: Threads) -> Option<&'static str> {
 pub struct Worker {
     child: Child,
     pub(super) input: Option<ChildStdin>,
-    output: BufReader<ChildStdout>,
+    output: ChildStdout,
+    /// What has been read behind the last whole line.
+    rest: Vec<u8>,
+    /// When whoever asks has no use for answers any more.
+    until: Option<Instant>,
     last_error: Arc<Mutex<String>>,
 }
 
@@ -92,6 +107,7 @@ impl Worker {
             }
         }
         command.envs(side.environment.iter().map(|(k, v)| (k, v)));
+        die_with_parent(&mut command);
         let mut child = command.spawn().with_context(|| format!("{} did not start", executable.display()))?;
         let last_error = Arc::new(Mutex::new(String::new()));
         let errors = BufReader::new(child.stderr.take().context("a pipe")?);
@@ -103,54 +119,96 @@ impl Worker {
         });
         Ok(Self {
             input: child.stdin.take(),
-            output: BufReader::new(child.stdout.take().context("a pipe")?),
+            output: child.stdout.take().context("a pipe")?,
+            rest: Vec::new(),
+            until: None,
             child,
             last_error,
         })
     }
 
+    /// No answer is waited for long beyond this.
+    pub fn until(mut self, until: Instant) -> Self {
+        self.until = Some(until);
+        self
+    }
+
     /// Sends a request and returns the answer.
-    fn ask(&mut self, request: &str) -> Result<String> {
+    ///
+    /// # Errors
+    /// What the process says against it, its end, or that it took longer than `patience`.
+    fn ask(&mut self, request: &str, patience: Duration) -> Result<String> {
         let input = self.input.as_mut().context("the process has ended")?;
         let sent = writeln!(input, "{request}").and_then(|()| input.flush());
-        let mut line = String::new();
-        if sent.is_err() || self.output.read_line(&mut line)? == 0 {
+        let start = Instant::now();
+        let last = start + patience;
+        let last = self.until.map_or(last, |until| last.min(until.max(start) + GRACE));
+        let line = if sent.is_ok() { self.line(request, start, last)? } else { None };
+        let Some(line) = line else {
             go_on()?;
+            let _ = self.child.kill();
             let status = self.child.wait()?;
             // The reason may still be on its way through the other pipe.
             std::thread::sleep(Duration::from_millis(50));
             let reason = self.last_error.lock().expect("no panic holds it").clone();
             bail!("the process ended with {status} {reason}");
-        }
+        };
         match line.trim().strip_prefix("failed: ") {
             Some(reason) => Err(anyhow!("{reason}")),
             None => Ok(line.trim().to_owned()),
         }
     }
 
+    /// The next line of the process; None at its end.
+    fn line(&mut self, request: &str, start: Instant, last: Instant) -> Result<Option<String>> {
+        loop {
+            if let Some(end) = self.rest.iter().position(|&byte| byte == b'\n') {
+                let line: Vec<u8> = self.rest.drain(..=end).collect();
+                return Ok(Some(String::from_utf8_lossy(&line).into_owned()));
+            }
+            go_on()?;
+            if Instant::now() >= last {
+                let _ = self.child.kill();
+                self.input = None;
+                let waited = start.elapsed().as_secs();
+                bail!("no answer to '{}' in {waited} s: ended", request.trim());
+            }
+            let mut ready = libc::pollfd { fd: self.output.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+            // SAFETY: one open file, described by plain data. A signal ends the wait early.
+            let found = unsafe { libc::poll(&raw mut ready, 1, 200) };
+            if found > 0 {
+                let mut bytes = [0; 4096];
+                match self.output.read(&mut bytes)? {
+                    0 => return Ok(None),
+                    count => self.rest.extend_from_slice(&bytes[..count]),
+                }
+            }
+        }
+    }
+
     fn cases(&mut self, set: Set, filter: &str) -> Result<Vec<Case>> {
-        let text = self.ask(&format!("cases {set} {filter}"))?;
+        let text = self.ask(&format!("cases {set} {filter}"), SOON)?;
         // A case that only the other side knows is new or gone, by its text.
         Ok(text.split_whitespace().filter_map(|id| id.parse().ok()).collect())
     }
 
     pub fn machine(&mut self) -> Result<Machine> {
-        serde_json::from_str(&self.ask("machine")?)
+        serde_json::from_str(&self.ask("machine", SOON)?)
             .context("the executable describes its machine in another way")
     }
 
     pub fn load(&mut self, case: &Case) -> Result<()> {
-        self.ask(&format!("case {case}")).map(|_| ())
+        self.ask(&format!("case {case}"), EVER).map(|_| ())
     }
 
     /// Seconds that rounds of thrown-away arithmetic take.
     pub fn work(&mut self, rounds: u64) -> Result<f64> {
-        let answer = self.ask(&format!("work {rounds}"))?;
+        let answer = self.ask(&format!("work {rounds}"), SOON)?;
         Ok(answer.parse::<f64>().with_context(|| format!("'{answer}' is no time"))? * 1e-9)
     }
 
     pub fn time(&mut self, steps: u64) -> Result<Step> {
-        let answer = self.ask(&steps.to_string())?;
+        let answer = self.ask(&steps.to_string(), EVER)?;
         let seconds = |text: &str| {
             let nanoseconds: f64 = text.parse().with_context(|| format!("'{answer}' is no time"))?;
             Ok::<f64, anyhow::Error>(nanoseconds * 1e-9 / steps as f64)
@@ -160,6 +218,21 @@ impl Worker {
         let mut next = || seconds(words.next().unwrap_or("0"));
         Ok(Step { wall: next()?, cpu: next()?, delayed: next()? })
     }
+}
+
+/// Ends a process when the thread that starts it ends, however that ends. Elsewhere than on
+/// Linux the end of its input does, once it reads.
+fn die_with_parent(command: &mut Command) {
+    #[cfg(target_os = "linux")]
+    // SAFETY: a system call that is safe between fork and exec.
+    unsafe {
+        command.pre_exec(|| {
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            Ok(())
+        });
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = command;
 }
 
 /// What a step took in seconds: by the clock; of that on a CPU, over all threads; and ready

@@ -279,8 +279,7 @@ fn adamw(a: &Arguments<'_>, gradients: &[Array]) -> Result<Vec<Array>, Exception
         unreachable!("eight numbers");
     };
     let (mut p_new, mut m_new, mut v_new) = (Vec::new(), Vec::new(), Vec::new());
-    for i in 0..a.parameters.len() {
-        let g = &gradients[i];
+    for (i, g) in gradients.iter().enumerate() {
         let m = a.first[i].multiply(beta1)?.add(g.multiply(rest1)?)?;
         let v = a.second[i].multiply(beta2)?.add(g.square()?.multiply(rest2)?)?;
         let denominator = v.sqrt()?.multiply(root)?.add(eps)?;
