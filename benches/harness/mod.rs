@@ -152,7 +152,7 @@ impl Suite {
         let here = |c: &&Case| self.found.backend(c.backend).is_some();
         let present: Vec<Case> = selected.iter().filter(here).copied().collect();
         self.options.check_baseline(&self.home, &present)?;
-        let mut part = if self.writes() { Some(self.part(framework)?) } else { None };
+        let mut part = if self.writes() { Some(self.part(framework, selected)?) } else { None };
         let mut records = Vec::new();
         let started = Instant::now();
         for (index, case) in selected.iter().enumerate() {
@@ -182,10 +182,10 @@ impl Suite {
     }
 
     /// Where the records go.
-    fn part(&self, framework: Framework) -> Result<Writer> {
+    fn part(&self, framework: Framework, selected: &[Case]) -> Result<Writer> {
         let selection = Selection { set: self.options.set.to_string(), filter: self.options.filter_text() };
         let tf32 = backend::is_tf32_process();
-        Writer::begin(&results::folder(), framework, tf32, selection, self.machine.clone())
+        Writer::begin(&results::folder(), framework, tf32, selection, selected, self.machine.clone())
     }
 
     /// None where the case was only profiled.

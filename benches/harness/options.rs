@@ -3,8 +3,9 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use regex::Regex;
+use transformer_bench::results::baseline::check_name;
 use transformer_bench::results::criterion_folder;
 use transformer_bench::suite::{self, Case, Set, cases};
 
@@ -81,7 +82,17 @@ impl Options {
                 "--list" => options.list = true,
                 "--exact" => exact = true,
                 "--profile-time" => options.profile = true,
-                "--sample-size" => options.own_samples = true,
+                "--sample-size" => {
+                    let enough =
+                        value.as_deref().and_then(|v| v.parse::<usize>().ok()).is_some_and(|n| n >= 10);
+                    ensure!(
+                        enough,
+                        "--sample-size {}: Criterion takes 10 at least",
+                        value.unwrap_or_default()
+                    );
+                    options.own_samples = true;
+                }
+                "-s" | "--save-baseline" => check_name(&value.unwrap_or_default())?,
                 "--warm-up-time" | "--measurement-time" => options.own_times = true,
                 "-b" | "--baseline" => options.baseline = value,
                 "--load-baseline" => {

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 
 use super::stop::go_on;
 use super::worker::Side;
@@ -77,13 +78,26 @@ fn fits_some(filter: &str) -> bool {
 
 fn root() -> PathBuf {
     let here = PathBuf::from(".");
-    if here.join("src/case.rs").exists() { here } else { PathBuf::from(env!("CARGO_MANIFEST_DIR")) }
+    if here.join("src/compare/sides.rs").exists() || here.join("src/sides.rs").exists() {
+        here
+    } else {
+        PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+    }
+}
+
+/// What git answers, or its own word against it.
+fn git_or_why(arguments: &[&str]) -> Result<String, String> {
+    let done = Command::new("git").arg("-C").arg(root()).args(arguments).output();
+    let done = done.map_err(|error| format!("git does not start: {error}"))?;
+    if done.status.success() {
+        return Ok(String::from_utf8_lossy(&done.stdout).trim().to_owned());
+    }
+    let why = String::from_utf8_lossy(&done.stderr);
+    Err(why.lines().next().unwrap_or("git gave no reason").trim_start_matches("fatal: ").to_owned())
 }
 
 fn git(arguments: &[&str]) -> Option<String> {
-    let done =
-        Command::new("git").arg("-C").arg(root()).args(arguments).stderr(Stdio::null()).output().ok()?;
-    done.status.success().then(|| String::from_utf8_lossy(&done.stdout).trim().to_owned())
+    git_or_why(arguments).ok()
 }
 
 /// The side that a word names; None where it names none.
@@ -111,10 +125,10 @@ fn source(text: &str) -> Result<Option<Source>> {
 pub fn named(text: &str) -> Result<Source> {
     source(text)?.with_context(|| {
         let how = "a git revision, baseline:NAME, dir:PATH or worktree";
-        match git(&["rev-parse", "--git-dir"]) {
-            Some(_) => format!("'{text}' is no revision of this repository; a side is {how}"),
-            None => {
-                format!("'{text}': this is no git checkout, so a side is baseline:NAME, dir:PATH or worktree")
+        match git_or_why(&["rev-parse", "--git-dir"]) {
+            Ok(_) => format!("'{text}' is no revision of this repository; a side is {how}"),
+            Err(why) => {
+                format!("'{text}': without git a side is baseline:NAME, dir:PATH or worktree ({why})")
             }
         }
     })
@@ -134,6 +148,7 @@ pub fn build(source: &Source, say: &dyn Fn(&str)) -> Result<Side> {
         name,
         executables: executables(folder),
         environment: Vec::new(),
+        scratch: None,
     };
     match source {
         Source::Past(name) => bail!("baseline {name} can't be run"),
@@ -143,10 +158,13 @@ pub fn build(source: &Source, say: &dyn Fn(&str)) -> Result<Side> {
             let changed =
                 git(&["status", "--porcelain", "--untracked-files=no"]).is_some_and(|t| !t.is_empty());
             let changes = if changed { " with changes" } else { "" };
-            // Copied: what the user builds meanwhile must not change what is measured.
-            let folder = results_folder().join("worktree");
+            // Copied: what the user builds meanwhile, or another comparison, must not change
+            // what is measured.
+            drop_left(&results_folder());
+            let folder = results_folder().join(format!("worktree-{}", std::process::id()));
+            let scratch = Some(Arc::new(Scratch(folder.clone())));
             copy(&compile(&root(), None, "the working tree")?, &folder)?;
-            Ok(side(format!("working tree ({commit}{changes})"), &folder))
+            Ok(Side { scratch, ..side(format!("working tree ({commit}{changes})"), &folder) })
         }
         Source::Revision { commit, name } => {
             let short = &commit[..12];
@@ -164,18 +182,33 @@ fn results_folder() -> PathBuf {
     results::folder().join("compare")
 }
 
-/// Where builds of revisions are kept between comparisons.
+/// Where builds of revisions are kept between comparisons. As set-up does, an empty or
+/// relative XDG_CACHE_HOME counts as unset (XDG base directory specification).
 fn cache() -> Result<PathBuf> {
-    let base = match std::env::var_os("XDG_CACHE_HOME") {
-        Some(cache) => PathBuf::from(cache),
+    let given = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
+    let base = match given {
+        Some(cache) => cache,
         None => PathBuf::from(std::env::var_os("HOME").context("neither XDG_CACHE_HOME nor HOME is set")?)
             .join(".cache"),
     };
     Ok(base.join("transformer-bench").join("compare"))
 }
 
+/// Removes copies of the working tree's executables whose comparison was killed.
+fn drop_left(folder: &Path) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let process = name.strip_prefix("worktree-").and_then(|rest| rest.split('.').next()?.parse().ok());
+        // SAFETY: signal 0 only asks whether the process is there.
+        if process.is_some_and(|process: i32| unsafe { libc::kill(process, 0) } != 0) {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
 /// Removes a folder when it goes.
-struct Scratch(PathBuf);
+#[derive(Debug)]
+pub struct Scratch(PathBuf);
 
 impl Drop for Scratch {
     fn drop(&mut self) {
@@ -312,7 +345,7 @@ fn compile(tree: &Path, target: Option<&Path>, name: &str) -> Result<Vec<(String
             "torch",
             "--bench",
             "mlx",
-            "--message-format=json",
+            "--message-format=json-render-diagnostics",
         ])
         .current_dir(tree);
     if let Some(target) = target {

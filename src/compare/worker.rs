@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 
 use super::cores::cores;
+use super::sides::Scratch;
 use super::stop::go_on;
 use crate::results::machine::Machine;
 use crate::statistics::lower_quartile;
@@ -34,6 +35,8 @@ pub struct Side {
     pub name: String,
     pub executables: BTreeMap<Framework, PathBuf>,
     pub environment: Vec<(String, String)>,
+    /// Where the executables are, where they are a copy for this comparison alone.
+    pub scratch: Option<Arc<Scratch>>,
 }
 
 impl Side {

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use serde_json::{Map, Value, json};
 
-use crate::results::{Record, Results, Status};
+use crate::results::{Record, Results, Setting, Status};
 
 /// `results.json` of this version; see the README for its fields.
 pub fn json(results: &Results) -> Result<String> {
@@ -31,17 +31,35 @@ pub fn read(text: &str, place: &str) -> Result<Results> {
     for record in &results.cases {
         check(record).with_context(|| format!("{place}: {}", record.id))?;
     }
+    results.settings.iter().try_for_each(check_setting).with_context(|| place.to_owned())?;
     Ok(results)
 }
 
+/// Whether a setting is one that a comparison can find.
+fn check_setting(setting: &Setting) -> Result<()> {
+    let Setting { without_ns, with_ns, ratio, ratio_ci: [low, high], .. } = setting;
+    let positive = [without_ns, with_ns, ratio, low, high].iter().all(|v| v.is_finite() && **v > 0.0);
+    ensure!(positive && low <= ratio && ratio <= high, "setting {}: no ratio and interval", setting.setting);
+    Ok(())
+}
+
 /// Whether a record is one that a run can leave.
-fn check(record: &Record) -> Result<()> {
+pub fn check(record: &Record) -> Result<()> {
     record.id.parse::<crate::suite::Case>().map_err(anyhow::Error::msg)?;
     if record.status == Status::Measured {
         let median = record.median_ns.context("measured, and without a median")?;
         let [low, high] = record.ci_ns.context("measured, and without an interval")?;
         ensure!(median.is_finite() && median > 0.0, "{median} ns is no time");
-        ensure!(low.is_finite() && high.is_finite() && low <= high, "{low} to {high} ns is no interval");
+        ensure!(
+            low.is_finite() && high.is_finite() && 0.0 < low && low <= median && median <= high,
+            "{low} to {high} ns is no interval of {median} ns"
+        );
+    }
+    if let Some(throughput) = &record.throughput {
+        ensure!(throughput.value.is_finite() && throughput.value > 0.0, "{} is no rate", throughput.value);
+    }
+    for share in [record.page_faults, record.page_fault_share].into_iter().flatten() {
+        ensure!(share.is_finite() && share >= 0.0, "{share} page faults can't be");
     }
     Ok(())
 }
@@ -124,8 +142,8 @@ pub fn bmf(results: &Results) -> Result<String> {
 mod tests {
     use super::super::tests::record;
     use super::*;
+    use crate::results::Throughput;
     use crate::results::machine::Machine;
-    use crate::results::{Setting, Throughput};
     use crate::suite::{Set, cases};
 
     fn results() -> Results {
@@ -229,6 +247,8 @@ mod tests {
             ("{\"version\": 2}", "lacks"),
             (&hostile, "unknown workload"),
             (&infinite, "no time"),
+            (&good.replacen("\"ratio\": 2.0", "\"ratio\": -2.0", 1), "no ratio"),
+            (&good.replacen("\"value\": 3", "\"value\": -3", 1), "no rate"),
         ] {
             let error = format!("{:#}", read(text, "results.json").unwrap_err());
             assert!(error.contains(word) && error.starts_with("results.json"), "{word}: {error}");

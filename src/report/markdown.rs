@@ -5,8 +5,25 @@ use std::fmt::Write;
 use super::{tables, words};
 use crate::results::Results;
 
+/// Text as a cell or a line of Markdown shows it: no HTML, no new column, no new line, and no
+/// code that a terminal would follow.
+pub fn escaped(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '|' => out.push_str("\\|"),
+            '<' => out.push_str("&lt;"),
+            c if c.is_control() => out.push(' '),
+            c => out.push(c),
+        }
+    }
+    out
+}
+
 /// A Markdown table whose columns line up as plain text too.
 fn table(out: &mut String, header: &[&str], rows: &[Vec<String>]) {
+    let rows: Vec<Vec<String>> =
+        rows.iter().map(|row| row.iter().map(|cell| escaped(cell)).collect()).collect();
     let width = |column: usize| {
         rows.iter()
             .map(|row| row[column].chars().count())
@@ -34,9 +51,9 @@ fn table(out: &mut String, header: &[&str], rows: &[Vec<String>]) {
 pub fn render(results: &Results, command: &str) -> String {
     let mut out = String::from("# transformer-bench\n\n");
     let [hardware, versions] = tables::machine_lines(results);
-    let _ = writeln!(out, "{hardware}  \n{versions}\n");
+    let _ = writeln!(out, "{}  \n{}\n", escaped(&hardware), escaped(&versions));
     for sentence in words::verdict(results) {
-        let _ = writeln!(out, "- {sentence}");
+        let _ = writeln!(out, "- {}", escaped(&sentence));
     }
     out.push('\n');
     for shown in tables::all(results) {
@@ -50,11 +67,11 @@ pub fn render(results: &Results, command: &str) -> String {
     if !missing.is_empty() {
         out.push_str("## Not measured\n\n");
         missing.iter().for_each(|line| {
-            let _ = writeln!(out, "- {line}");
+            let _ = writeln!(out, "- {}", escaped(line));
         });
         out.push('\n');
     }
-    let _ = writeln!(out, "Measured with `{command}`.");
+    let _ = writeln!(out, "Measured with `{}`.", escaped(command));
     if let Some(text) = tables::invitation(results) {
         let _ = writeln!(out, "\n{text}");
     }
@@ -69,6 +86,26 @@ mod tests {
     use crate::results::machine::Machine;
     use crate::results::{Record, Status};
     use crate::suite::Case;
+
+    #[test]
+    fn hostile_text_stays_text() {
+        assert_eq!(escaped("a|b\n<script>\u{1b}[31m"), "a\\|b &lt;script> [31m");
+        let mut results =
+            Results::new(Machine { cpu: "<b>|\n\u{1b}]0;x".to_owned(), ..Machine::default() }, Vec::new());
+        results.cases.push(Record::without(
+            &"forward/torch-cpu/f32/indicator-b16".parse().unwrap(),
+            Status::Skipped,
+            "<img src=x>|\u{7}",
+        ));
+        let text = render(&results, "x");
+        assert!(
+            !text.contains("<b>")
+                && !text.contains("<img")
+                && !text.contains('\u{1b}')
+                && !text.contains('\u{7}'),
+            "{text}"
+        );
+    }
 
     #[test]
     fn a_mac_is_asked_for_its_figures() {

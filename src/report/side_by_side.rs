@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use super::markdown::escaped;
 use super::tables::{digits, machine_lines};
 use super::{find, headlines, measured};
 use crate::results::Results;
@@ -14,7 +15,7 @@ pub fn render(machines: &[(String, Results)]) -> String {
     let mut out = String::from("# Training speed side by side\n\n");
     for (name, results) in machines {
         let [hardware, versions] = machine_lines(results);
-        let _ = writeln!(out, "- **{name}**: {hardware} {versions}");
+        let _ = writeln!(out, "- **{}**: {} {}", escaped(name), escaped(&hardware), escaped(&versions));
     }
     let batch = crate::suite::HEADLINE_BATCH as f64;
     let names: Vec<&str> = machines.iter().map(|(name, _)| name.as_str()).collect();

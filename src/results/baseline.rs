@@ -15,6 +15,7 @@ use serde_json::Value;
 use super::machine::Machine;
 use super::run::{self, Part};
 use super::{Record, Results, Status};
+use crate::report::export;
 use crate::results;
 use crate::suite::Case;
 
@@ -71,8 +72,16 @@ impl Baseline {
     /// # Errors
     /// Where there is no run, or Criterion's files are of another one. With `named`, that
     /// is also where Criterion has a baseline of this name from another run.
-    pub fn of_last_run(folder: &Path, home: &Path, named: &str) -> Result<Self> {
+    ///
+    /// A run that was cut off is refused unless `cut` is allowed.
+    pub fn of_last_run(folder: &Path, home: &Path, named: &str, cut: bool) -> Result<Self> {
         let (merged, parts) = run::merge(folder)?;
+        let left: Vec<String> = parts.iter().filter_map(run::cut).collect();
+        ensure!(
+            cut || left.is_empty(),
+            "the last run was cut off ({}): run ./scripts/bench again, or --force saves what there is",
+            left.join(", ")
+        );
         let mut cases = Vec::new();
         for record in merged.cases {
             cases.push(keep(home, record, named)?);
@@ -128,6 +137,13 @@ impl Baseline {
             serde_json::from_value(value).with_context(|| format!("{place} is damaged"))?;
         results::upgrade(version, baseline.cases.iter_mut().map(|kept| &mut kept.record));
         for kept in &baseline.cases {
+            export::check(&kept.record).with_context(|| format!("{place}: {}", kept.record.id))?;
+            ensure!(
+                !kept.is_measured()
+                    || [&kept.sample, &kept.estimates, &kept.benchmark].iter().all(|v| v.is_object()),
+                "{place}: {} lacks what Criterion kept of it",
+                kept.record.id
+            );
             let samples = kept.samples();
             ensure!(
                 !kept.is_measured()
@@ -295,9 +311,39 @@ pub fn write(root: &Path, name: &str, baseline: &Baseline, report: &str, force: 
         "{} is there already: choose another name, or --force to replace it",
         file.display()
     );
-    results::write_whole(&file, &baseline.render()?)?;
-    results::write_whole(&folder.join("report.md"), report)?;
+    // Both files exist in full before either takes its place.
+    let new = |name: &str| folder.join(format!("{name}.new"));
+    let place = || -> Result<()> {
+        results::write_whole(&new("report.md"), report)?;
+        results::write_whole(&new("baseline.json"), &baseline.render()?)?;
+        for name in ["report.md", "baseline.json"] {
+            fs::rename(new(name), folder.join(name))
+                .with_context(|| format!("{} could not be written", folder.join(name).display()))?;
+        }
+        Ok(())
+    };
+    place().inspect_err(|_| {
+        let _ = fs::remove_file(new("report.md"));
+        let _ = fs::remove_file(new("baseline.json"));
+        // Only where nothing else is in it.
+        let _ = fs::remove_dir(&folder);
+    })?;
     Ok(file)
+}
+
+/// Removes a baseline's own files, and its folder where it is empty then.
+pub fn remove(folder: &Path) -> Result<()> {
+    for name in ["baseline.json", "report.md"] {
+        let path = folder.join(name);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(error).with_context(|| format!("{} could not be removed", path.display()));
+            }
+            _ => {}
+        }
+    }
+    let _ = fs::remove_dir(folder);
+    Ok(())
 }
 
 #[cfg(test)]

@@ -26,8 +26,16 @@ pub struct Part {
     /// A checksum of what measured.
     pub executable: String,
     pub selections: Vec<Selection>,
+    /// How many cases were selected in all.
+    pub selected: usize,
     #[serde(flatten)]
     pub results: Results,
+}
+
+/// How much of a part is missing, where its process did not come to its end.
+pub fn cut(part: &Part) -> Option<String> {
+    let done = part.results.cases.len();
+    (done < part.selected).then(|| format!("{}: {done} of {} cases", part.framework, part.selected))
 }
 
 /// A framework's part of a run, or that of the process that measures it in TF32.
@@ -39,7 +47,15 @@ pub fn part_path(folder: &Path, framework: Framework, tf32: bool) -> PathBuf {
 /// The parts that are there, with their files.
 fn parts(folder: &Path) -> Result<Vec<(PathBuf, Part)>> {
     let paths = Framework::ALL.iter().flat_map(|&f| [false, true].map(|tf32| part_path(folder, f, tf32)));
-    let read = |path: PathBuf| read_json(&path, "run ./scripts/bench again").map(|part| (path, part));
+    let read = |path: PathBuf| -> Result<(PathBuf, Part)> {
+        let part: Part = read_json(&path, "run ./scripts/bench again")?;
+        for record in &part.results.cases {
+            crate::report::export::check(record).with_context(|| {
+                format!("{} is damaged ({}): run ./scripts/bench again", path.display(), record.id)
+            })?;
+        }
+        Ok((path, part))
+    };
     paths.filter(|path| path.exists()).map(read).collect()
 }
 
@@ -60,7 +76,7 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Begins a part. Parts that can't stand beside it are dropped; with a filter, what the
+    /// Begins a part of `selected` cases. Parts that can't stand beside it are dropped; with a filter, what the
     /// same executable left before is kept.
     ///
     /// # Errors
@@ -70,6 +86,7 @@ impl Writer {
         framework: Framework,
         tf32: bool,
         selection: Selection,
+        selected: &[Case],
         machine: Machine,
     ) -> Result<Self> {
         let exe = std::env::current_exe()?;
@@ -95,7 +112,9 @@ impl Writer {
             selections.push(selection);
         }
         let results = Results::new(machine, Vec::new());
-        let part = Part { framework: framework.to_string(), executable, selections, results };
+        let new = selected.iter().filter(|case| !kept.iter().any(|old| old.id == case.to_string()));
+        let selected = kept.len() + new.count();
+        let part = Part { framework: framework.to_string(), executable, selections, selected, results };
         Ok(Self { path, part, kept })
     }
 
@@ -161,6 +180,7 @@ mod tests {
         Part {
             framework: framework.to_string(),
             executable: "1".to_owned(),
+            selected: 1,
             selections: vec![Selection { set: Set::Quick.to_string(), filter: String::new() }],
             results: Results::new(
                 Machine::default(),
@@ -229,7 +249,9 @@ mod tests {
     fn run(folder: &Path, commit: &str, filter: &str, ids: &[(&str, &str)]) -> Vec<(String, String)> {
         let machine = Machine { commit: commit.to_owned(), ..Machine::default() };
         let selection = Selection { set: "quick".to_owned(), filter: filter.to_owned() };
-        let mut writer = Writer::begin(folder, Framework::Torch, false, selection, machine).unwrap();
+        let selected: Vec<Case> = ids.iter().map(|(id, _)| id.parse().unwrap()).collect();
+        let mut writer =
+            Writer::begin(folder, Framework::Torch, false, selection, &selected, machine).unwrap();
         let record =
             |(id, reason): &(&str, &str)| Record::without(&id.parse().unwrap(), Status::Skipped, *reason);
         writer.save(&ids.iter().map(record).collect::<Vec<_>>()).unwrap();
@@ -253,6 +275,22 @@ mod tests {
             "./scripts/bench --quick 'train' && ./scripts/bench --quick 'forward'"
         );
         assert_eq!(run(&folder, "b", "", &[(STEP, "4")]), of(&[(STEP, "4")]));
+        fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[test]
+    fn a_run_that_was_cut_off_says_so() {
+        let folder = scratch("cut");
+        let selection = Selection { set: "quick".to_owned(), filter: String::new() };
+        let selected = [FORWARD, STEP].map(|id| id.parse().unwrap());
+        let mut writer =
+            Writer::begin(&folder, Framework::Torch, false, selection, &selected, Machine::default())
+                .unwrap();
+        let record = |id: &Case| Record::without(id, Status::Skipped, "x");
+        writer.save(&[record(&selected[0])]).unwrap();
+        assert_eq!(cut(&merge(&folder).unwrap().1[0]).as_deref(), Some("torch: 1 of 2 cases"));
+        writer.save(&selected.each_ref().map(record)).unwrap();
+        assert_eq!(cut(&merge(&folder).unwrap().1[0]), None);
         fs::remove_dir_all(folder).unwrap();
     }
 }

@@ -1,9 +1,8 @@
 //! `scripts/baseline`: keeps runs, and brings them back.
 
-use std::fs;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, Subcommand};
 use transformer_bench::report::markdown;
 use transformer_bench::results::baseline::{self, Baseline};
@@ -58,16 +57,18 @@ pub fn run(arguments: Arguments) -> Result<()> {
         What::Save { name, force } => {
             baseline::check_name(&name)?;
             let folder = results::folder();
-            let kept = Baseline::of_last_run(&folder, &results::criterion_home(), &name)?;
+            let kept = Baseline::of_last_run(&folder, &results::criterion_home(), &name, force)?;
             let report = markdown::render(&kept.results(), &kept.command);
             let file = baseline::write(&root, &name, &kept, &report, force)?;
             let measured = kept.cases.iter().filter(|k| k.record.status == Status::Measured).count();
-            println!("saved {measured} cases as {}", file.display());
+            super::show(&format!("saved {measured} cases as {}\n", file.display()))?;
             if kept.machine.dirty {
-                println!("note: taken with uncommitted changes, so it can only be compared with --anyway");
+                super::show(
+                    "note: taken with uncommitted changes, so it can only be compared with --anyway\n",
+                )?;
             }
         }
-        What::List => list(&root),
+        What::List => list(&root)?,
         What::Show { name } => show(&baseline::find(&root, &name, &slug)?)?,
         What::Restore { name, force, anyway } => {
             let kept = baseline::read(&root, &name, &slug)?;
@@ -79,42 +80,49 @@ pub fn run(arguments: Arguments) -> Result<()> {
             }
             let short = name.rsplit('/').next().unwrap_or(&name);
             let count = kept.restore(&results::criterion_home(), short, force)?;
-            println!("restored {count} cases: cargo bench -- --baseline {short}");
+            super::show(&format!("restored {count} cases: cargo bench -- --baseline {short}\n"))?;
         }
         What::Remove { name } => {
             let file = baseline::find(&root, &name, &slug)?;
             let folder = file.parent().context("a file lies in a folder")?;
-            fs::remove_dir_all(folder)
-                .with_context(|| format!("{} could not be removed", folder.display()))?;
-            println!("removed {}", folder.display());
+            ensure!(
+                name.contains('/') || folder.parent().is_some_and(|machine| machine.ends_with(&slug)),
+                "{name} is of another machine: say {} to remove it",
+                folder.strip_prefix(&root).unwrap_or(folder).display()
+            );
+            baseline::remove(folder)?;
+            super::show(&format!("removed {}\n", folder.display()))?;
         }
     }
     Ok(())
 }
 
-fn list(root: &Path) {
+fn list(root: &Path) -> Result<()> {
+    let mut text = String::new();
     for (machine, name, file) in baseline::list(root) {
-        match baseline::load(&file) {
+        text.push_str(&match baseline::load(&file) {
             Ok(kept) => {
                 let m = &kept.machine;
                 let dirty = if m.dirty { " with changes" } else { "" };
-                println!("{machine}/{name}: {} cases at {}{dirty}", kept.cases.len(), m.commit);
+                format!("{machine}/{name}: {} cases at {}{dirty}\n", kept.cases.len(), m.commit)
             }
-            Err(reason) => println!("{machine}/{name}: {reason:#}"),
-        }
+            Err(reason) => format!("{machine}/{name}: {reason:#}\n"),
+        });
     }
+    super::show(&text)
 }
 
 fn show(file: &Path) -> Result<()> {
     let kept = baseline::load(file)?;
-    println!("{}\nmeasured by: {}\n", file.display(), kept.command);
-    println!("{}", serde_json::to_string_pretty(&kept.machine)?);
+    let mut text = format!("{}\nmeasured by: {}\n\n", file.display(), kept.command);
+    text.push_str(&serde_json::to_string_pretty(&kept.machine)?);
+    text.push('\n');
     for case in &kept.cases {
         let record = &case.record;
-        match record.median_ns {
-            Some(median) => println!("{:52} {:>14.3} ms", record.id, median * 1e-6),
-            None => println!("{:52} {:?}: {}", record.id, record.status, record.reason),
-        }
+        text.push_str(&match record.median_ns {
+            Some(median) => format!("{:52} {:>14.3} ms\n", record.id, median * 1e-6),
+            None => format!("{:52} {:?}: {}\n", record.id, record.status, record.reason),
+        });
     }
-    Ok(())
+    super::show(&text)
 }

@@ -25,6 +25,8 @@ use transformer_bench::results::machine::Machine;
 use transformer_bench::statistics::{lower_quartile, median};
 use transformer_bench::suite::{Case, Framework, Set};
 
+use super::compare::LONGEST;
+
 /// Compares this suite with itself, and with itself deliberately slowed, many times, and
 /// counts the wrong answers.
 ///
@@ -146,10 +148,11 @@ fn say(line: &str) {
 
 pub fn run(arguments: &Arguments) -> Result<()> {
     ensure!(
-        arguments.minutes.is_finite() && arguments.minutes > 0.0,
-        "--minutes {}: over 0",
+        arguments.minutes > 0.0 && arguments.minutes <= LONGEST,
+        "--minutes {}: over 0 and up to {LONGEST}",
         arguments.minutes
     );
+    ensure!(arguments.cases > 0, "--cases 0: at least 1");
     let source = arguments.executables.clone().map_or(Source::Worktree, Source::Folder);
     let own = sides::build(&source, &say)?;
     ensure!(!own.executables.is_empty(), "{} holds no executable torch or mlx", own.name);
@@ -201,7 +204,11 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     }
     counts.sort_by(|a, b| a.0.partial_cmp(&b.0).expect("numbers"));
     let table = table(&counts, criterion);
-    print!("{table}");
+    super::show(&table)?;
+    if arguments.write {
+        let full = counts.iter().all(|(_, count)| count.trials > 0) && !counts.is_empty();
+        ensure!(full, "nothing was compared, so nothing was written: give it more --minutes");
+    }
     if arguments.write { insert(Path::new("src/compare/README.md"), &table) } else { Ok(()) }
 }
 

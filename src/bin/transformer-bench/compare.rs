@@ -40,7 +40,7 @@ pub struct Arguments {
     /// A regular expression over ids: workload/backend/precision/shape
     filter: Option<String>,
     /// `same` means certainly within this many per cent
-    #[arg(long, value_name = "PER CENT", default_value_t = 100.0 * THRESHOLD)]
+    #[arg(long, value_name = "PER CENT", default_value_t = 100.0 * THRESHOLD, allow_negative_numbers = true)]
     threshold: f64,
     /// Which cases
     #[arg(long, default_value = "quick", value_parser = |text: &str| text.parse::<Set>())]
@@ -56,7 +56,7 @@ pub struct Arguments {
     #[arg(long)]
     threads: Option<ThreadsArgument>,
     /// Stop after so many minutes; what is undecided then is inconclusive
-    #[arg(long, value_name = "MINUTES", default_value_t = 30.0)]
+    #[arg(long, value_name = "MINUTES", default_value_t = 30.0, allow_negative_numbers = true)]
     budget: f64,
     /// Fail with 3 where a case stays inconclusive
     #[arg(long)]
@@ -71,6 +71,9 @@ pub struct Arguments {
     #[arg(long)]
     json: bool,
 }
+
+/// Minutes: a year.
+pub const LONGEST: f64 = 525_600.0;
 
 #[derive(Clone, Copy, ValueEnum)]
 enum ThreadsArgument {
@@ -90,8 +93,8 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
         arguments.threshold
     );
     ensure!(
-        arguments.budget.is_finite() && arguments.budget > 0.0,
-        "--budget {}: minutes, over 0",
+        arguments.budget > 0.0 && arguments.budget <= LONGEST,
+        "--budget {}: minutes, over 0 and up to {LONGEST}",
         arguments.budget
     );
     let spec = Spec::read(
@@ -106,9 +109,14 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
         .iter()
         .map(|text| {
             let (name, value) = text.split_once('=').with_context(|| format!("--env {text}: NAME=VALUE"))?;
+            ensure!(!name.is_empty() && !text.contains('\0'), "--env {text}: NAME=VALUE");
             Ok((name.to_owned(), value.to_owned()))
         })
         .collect::<Result<_>>()?;
+    if !environment.is_empty() {
+        // What was found is kept beside what is there: damage is told before hours of measuring.
+        results::settings(&results::folder())?;
+    }
     let as_users = arguments.backends.is_some() || !environment.is_empty();
     let threads = match arguments.threads {
         Some(ThreadsArgument::One) => Threads::One,
@@ -126,7 +134,7 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
         (_, Source::Past(head)) => against(arguments, &spec, &load(head)?, environment, true)?,
         _ => interleaved(arguments, &spec, environment, threads)?,
     };
-    report.show(arguments.json, arguments.markdown);
+    super::show(&report.text(arguments.json, arguments.markdown))?;
     if !arguments.env.is_empty() && spec.base == spec.head && arguments.backends.is_none() {
         let found = report.settings(&arguments.env.join(" "), &Machine::read().commit);
         results::keep_settings(&results::folder(), found)?;

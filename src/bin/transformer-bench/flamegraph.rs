@@ -58,9 +58,12 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         let folder = profile(&now, case, &home, arguments.seconds)?;
         for (name, unit) in [("flamegraph", Unit::Samples), ("gpu", Unit::Nanoseconds)] {
             let Some(found) = read(&folder, name)? else { continue };
-            println!("\n{case}: heaviest {}", if name == "gpu" { "kernels" } else { "frames" });
+            super::show(&format!(
+                "\n{case}: heaviest {}\n",
+                if name == "gpu" { "kernels" } else { "frames" }
+            ))?;
             for (frame, share) in found.heaviest(10) {
-                println!("{:6.1} %  {frame}", 100.0 * share);
+                super::show(&format!("{:6.1} %  {frame}\n", 100.0 * share))?;
             }
             pictures.push(folder.join(format!("{name}.svg")));
             if let Some(base) = &base {
@@ -75,8 +78,8 @@ pub fn run(arguments: &Arguments) -> Result<()> {
             }
         }
     }
-    println!();
-    pictures.iter().for_each(|picture| println!("{}", picture.display()));
+    let list: String = pictures.iter().map(|picture| format!("{}\n", picture.display())).collect();
+    super::show(&format!("\n{list}"))?;
     Ok(())
 }
 

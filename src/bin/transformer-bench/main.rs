@@ -8,8 +8,10 @@ mod list;
 mod output;
 mod report;
 
+use std::io::Write;
 use std::process::ExitCode;
 
+use anyhow::Context;
 use clap::{Parser, Subcommand};
 use transformer_bench::compare::stop;
 
@@ -33,6 +35,16 @@ enum Command {
     List(list::Arguments),
     #[command(alias = "selftest")]
     Calibrate(calibrate::Arguments),
+}
+
+/// Prints a result. Unlike `println!`, a full disk behind it is an error and no panic, and a
+/// reader who has had enough is none.
+fn show(text: &str) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        done => done.context("the result could not be printed"),
+    }
 }
 
 fn main() -> ExitCode {

@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use transformer_bench::compare::rounds::Row;
 use transformer_bench::compare::rule::{Estimate, Verdict};
+use transformer_bench::report::markdown::escaped;
 use transformer_bench::results::Setting;
 use transformer_bench::suite::Case;
 
@@ -120,35 +121,40 @@ impl Report {
         format!("{} (threshold {} %{time})", counts.join(", "), self.threshold)
     }
 
-    pub fn show(&self, json: bool, markdown: bool) {
+    pub fn text(&self, json: bool, markdown: bool) -> String {
         if json {
-            println!("{:#}", self.json());
-            return;
+            return format!("{:#}\n", self.json());
         }
         let rows: Vec<[String; 6]> = self.lines.iter().map(cells).collect();
         let head = ["verdict", "head / base", "99 % interval", "base", "head", "case"];
+        let mut out = String::new();
+        let mut line = |text: &str| {
+            out.push_str(text.trim_end());
+            out.push('\n');
+        };
         if markdown {
-            println!("### {} against {}\n\n{}\n", self.names[1], self.names[0], self.summary());
-            println!("| {} |\n|{}", head.join(" | "), " --- |".repeat(head.len()));
-            for row in &rows {
-                println!("| {} |", row.join(" | "));
-            }
-            println!();
-            self.notes.iter().for_each(|note| println!("- {note}"));
-            return;
+            line(&format!("### {} against {}\n\n{}\n", self.names[1], self.names[0], self.summary()));
+            line(&format!("\n| {} |\n|{}", head.join(" | "), " --- |".repeat(head.len())));
+            rows.iter()
+                .for_each(|row| line(&format!("| {} |", row.each_ref().map(|c| escaped(c)).join(" | "))));
+            line("");
+            self.notes.iter().for_each(|note| line(&format!("- {}", escaped(note))));
+            return out;
         }
-        println!("base: {}\nhead: {}\n", self.names[0], self.names[1]);
+        line(&format!("base: {}\nhead: {}\n", self.names[0], self.names[1]));
+        line("");
         let widths: Vec<usize> = (0..head.len())
             .map(|i| rows.iter().map(|r| r[i].chars().count()).chain([head[i].len()]).max().unwrap_or(0))
             .collect();
-        let print = |row: &[String]| {
+        let padded = |row: &[String]| -> String {
             let cells: Vec<String> = row.iter().zip(&widths).map(|(c, w)| format!("{c:<w$}")).collect();
-            println!("{}", cells.join("  ").trim_end());
+            cells.join("  ")
         };
-        print(&head.map(str::to_owned));
-        rows.iter().for_each(|row| print(row));
-        println!("\n{}", self.summary());
-        self.notes.iter().for_each(|note| println!("note: {note}"));
+        line(&padded(&head.map(str::to_owned)));
+        rows.iter().for_each(|row| line(&padded(row)));
+        line(&format!("\n{}", self.summary()));
+        self.notes.iter().for_each(|note| line(&format!("note: {note}")));
+        out
     }
 
     /// What a setting of the head brought to each case that both sides could run.

@@ -32,8 +32,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         for name in &arguments.machines {
             sides.push((name.clone(), baseline::read(&baseline::root(), name, &slug)?.results()));
         }
-        print!("{}", side_by_side::render(&sides));
-        return Ok(());
+        return super::show(&side_by_side::render(&sides));
     }
     if let Some(path) = &arguments.from {
         let place = path.display().to_string();
@@ -42,8 +41,12 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         return write(&folder, &read, &|_| Vec::new(), "./scripts/bench");
     }
     let (merged, parts) = run::merge(&folder)?;
+    let left: Vec<String> = parts.iter().filter_map(run::cut).collect();
+    if !left.is_empty() {
+        eprintln!("report: the run was cut off ({}): what is missing was not measured", left.join(", "));
+    }
     // The samples are Criterion's; without them the report lacks one picture.
-    let kept = Baseline::of_last_run(&folder, &results::criterion_home(), "new").ok();
+    let kept = Baseline::of_last_run(&folder, &results::criterion_home(), "new", true).ok();
     let samples = |id: &str| kept.as_ref().and_then(|k| k.case(id)).map(|c| c.samples()).unwrap_or_default();
     write(&folder, &merged, &samples, &run::command(&parts))
 }
@@ -65,7 +68,6 @@ fn write(
     for (name, content) in &files {
         results::write_whole(&folder.join(name), content)?;
     }
-    print!("{text}");
-    println!("\nWritten to {}: {}", folder.display(), files.map(|(name, _)| name).join(", "));
-    Ok(())
+    let names = files.map(|(name, _)| name).join(", ");
+    super::show(&format!("{text}\nWritten to {}: {names}\n", folder.display()))
 }
