@@ -101,6 +101,52 @@ class Bench(unittest.TestCase):
         self.assertNotEqual(bench("[")[0], 0)
         self.assertEqual(ids(), ["copy-peak", "matmul-peak"])
 
+    def test_a_second_run_says_that_one_is_running(self):
+        folder = Path(tempfile.mkdtemp())
+        self.addCleanup(shutil.rmtree, folder)
+        (folder / "bench.lock").mkdir()
+        (folder / "bench.lock/process").write_text(str(os.getpid()))
+        (folder / "run").mkdir()
+        code, text = run("scripts/bench", "copy-peak", env={"TRANSFORMER_BENCH_RESULTS": str(folder)})
+        self.assertEqual(code, 2, text)
+        self.assertIn("another run", text.splitlines()[-1])
+        self.assertTrue((folder / "run").exists())
+
+    def test_a_filter_that_fits_nothing_or_is_wrong(self):
+        folder = Path(tempfile.mkdtemp())
+        self.addCleanup(shutil.rmtree, folder)
+        (folder / "run").mkdir()
+        for wrong, word in (("nosuchcase", "no case of the quick set"), ("[", "no regular expression")):
+            code, text = run("scripts/bench", wrong, env={"TRANSFORMER_BENCH_RESULTS": str(folder)})
+            self.assertEqual(code, 2, text)
+            self.assertIn(word, text.splitlines()[-1])
+            self.assertTrue((folder / "run").exists())
+
+    def test_a_link_to_a_script_works(self):
+        folder = Path(tempfile.mkdtemp())
+        self.addCleanup(shutil.rmtree, folder)
+        for name, word in (("bench", "Usage"), ("list", "quick")):
+            (folder / name).symlink_to(ROOT / "scripts" / name)
+            code, text = run(folder / name, "--help")
+            self.assertEqual(code, 0, text)
+            self.assertIn(word, text)
+
+    def test_what_is_printed_may_have_no_reader_and_no_room(self):
+        code, text = run("bash", "-c", "set -o pipefail; target/release/transformer-bench list full | head -1")
+        self.assertEqual((code, len(text.splitlines())), (0, 1), text)
+        if Path("/dev/full").exists():
+            code, text = run("bash", "-c", "target/release/transformer-bench list full >/dev/full")
+            self.assertEqual((code, len(text.splitlines())), (2, 1), text)
+            self.assertIn("No space", text)
+
+    def test_what_criterion_would_die_of_is_refused(self):
+        for arguments, word in ((("--sample-size", "1"), "--sample-size"), (("--save-baseline", "../../x"), "no name"),
+                                (("--save-baseline", "new"), "Criterion uses")):
+            code, text = run("cargo", "bench", "--quiet", "--locked", "--bench", "mlx", "--", *arguments, "copy")
+            self.assertNotEqual(code, 0)
+            self.assertIn(word, text)
+            self.assertNotIn("panicked", text)
+
     def test_list_shows_ids(self):
         code, text = run("cargo", "bench", "--quiet", "--bench", "mlx", "--", "--list", "attention/.*/f32/")
         self.assertEqual(code, 0)
@@ -161,10 +207,13 @@ class Heap(unittest.TestCase):
                 self.assertEqual(worker.read(), "ready")
                 worker.time(3)
             faults = lambda: int(Path(f"/proc/{worker.process.pid}/stat").read_text().rpartition(")")[2].split()[7])
-            times, start = [], faults()
+            times, each = [], []
             for _ in range(12):
+                before = faults()
                 times.append(1e3 * worker.time(1))
-            return sorted(times)[len(times) // 4], (faults() - start) / len(times)
+                each.append(faults() - before)
+            # The heap grows in some of the first steps.
+            return sorted(times)[len(times) // 4], sorted(each)[len(each) // 2]
         finally:
             worker.close()
             worker.process.stdout.close()
@@ -182,8 +231,8 @@ class Heap(unittest.TestCase):
             ratios = []
             for _ in range(3):
                 (first, faults), (last, later) = self.measure(framework), self.measure(framework, others)
-                # A quarter of a microsecond is little for a fault: 400 are under 0.1 ms of over 30.
-                self.assertLess(max(faults, later), 400, framework)
+                # At 1.5 µs each, as measured on a virtual machine, 100 are 0.15 ms of over 30.
+                self.assertLess(max(faults, later), 100, framework)
                 ratios.append(last / first)
             # Faults made it 1.7 to 1.9 times; two runs on a shared machine differ by up to a quarter.
             self.assertLess(abs(sorted(ratios)[1] - 1), 0.25, f"{framework}: {ratios}")
@@ -299,6 +348,79 @@ for line in sys.stdin:
         with self.assertRaises(ProcessLookupError):
             os.kill(worker, 0)
 
+    def hanging(self):
+        """A side whose process never answers."""
+        folder = self.folder / "hanging"
+        folder.mkdir(exist_ok=True)
+        (folder / "torch").write_text(f"#!/bin/sh\necho $$ >{self.folder}/hanging-pid\nexec sleep 1000\n")
+        (folder / "torch").chmod(0o755)
+        (self.folder / "hanging-pid").unlink(missing_ok=True)
+        return f"dir:{folder}"
+
+    def gone(self):
+        """Waits for the hanging process to be over."""
+        process = int((self.folder / "hanging-pid").read_text())
+        for _ in range(50):
+            try:
+                os.kill(process, 0)
+                # A zombie is over, too.
+                if Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                    return True
+            except (ProcessLookupError, FileNotFoundError):
+                return True
+            time.sleep(0.1)
+        return False
+
+    def start(self, *arguments):
+        process = subprocess.Popen(["target/release/transformer-bench", "compare", *arguments], cwd=ROOT, text=True,
+                                   stderr=subprocess.PIPE, env={**os.environ, "TRANSFORMER_BENCH_RESULTS": str(self.folder)})
+        self.addCleanup(process.stderr.close)
+        for _ in range(100):
+            if (self.folder / "hanging-pid").exists() and (self.folder / "hanging-pid").read_text():
+                break
+            time.sleep(0.05)
+        return process
+
+    def test_a_worker_that_never_answers_ends_with_the_budget(self):
+        start = time.monotonic()
+        code, text = self.compare(self.hanging(), self.side("head"), "--set", "smoke", "--budget", "0.02")
+        self.assertEqual(code, 2, text)
+        self.assertIn("no answer", text)
+        self.assertLess(time.monotonic() - start, 40)
+        self.assertTrue(self.gone())
+
+    def test_term_and_kill_leave_no_process(self):
+        for number, code in ((signal.SIGTERM, 130), (signal.SIGKILL, -9)):
+            if number == signal.SIGKILL and platform.system() != "Linux":
+                continue
+            process = self.start(self.hanging(), self.side("head"), "--set", "smoke")
+            process.send_signal(number)
+            self.assertEqual(process.wait(timeout=10), code)
+            self.assertTrue(self.gone(), number)
+
+    def test_two_comparisons_of_the_working_tree_at_once(self):
+        command = ["target/release/transformer-bench", "compare", "worktree", "worktree", "^copy-peak/torch-cpu/f32/",
+                   "--set", "smoke", "--json"]
+        both = [subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                 env={**os.environ, "TRANSFORMER_BENCH_RESULTS": str(self.folder)}) for _ in range(2)]
+        for process in both:
+            out, error = process.communicate(timeout=300)
+            self.assertIn(process.returncode, (0, 3), error)
+            self.assertNotEqual(json.loads(out)["cases"][0]["verdict"], "failed", out)
+        self.assertEqual(list((self.folder / "compare").glob("worktree-*")), [])
+
+    def test_a_damaged_settings_file_is_told_before_measuring(self):
+        side = self.side("setting")
+        results = self.folder / "damaged-settings"
+        results.mkdir(exist_ok=True)
+        (results / "settings.json").write_text("{")
+        start = time.monotonic()
+        code, text = self.compare(side, side, "--set", "smoke", "--env", "A=1", env={"TRANSFORMER_BENCH_RESULTS": str(results)})
+        self.assertEqual(code, 2)
+        self.assertIn("damaged", text)
+        self.assertLess(time.monotonic() - start, 2)
+        self.assertEqual((results / "settings.json").read_text(), "{")
+
     def test_sides_that_are_none(self):
         for arguments, word in [
             ((), "scripts/compare main"),
@@ -307,6 +429,9 @@ for line in sys.stdin:
             ((f"dir:{self.folder}/nowhere",), "holds no executable"),
             (("worktree", "--threshold", "0"), "--threshold"),
             (("worktree", "--budget", "0"), "--budget"),
+            (("worktree", "--budget", "1e18"), "--budget"),
+            (("worktree", "--threshold", "-5"), "--threshold -5"),
+            (("worktree", "--env", "=x"), "NAME=VALUE"),
             (("worktree", "["), "no regular expression"),
             (("worktree", "--env", "X"), "NAME=VALUE"),
             (("worktree", "--backends", "torch-cpu", "torch-cpuu"), "unknown backend"),

@@ -41,10 +41,10 @@ pub struct Side {
 
 impl Side {
     /// The cases that it can run here, asked of each of its executables.
-    pub fn cases(&self, set: Set, filter: &str) -> Result<Vec<Case>> {
+    pub fn cases(&self, set: Set, filter: &str, until: Instant) -> Result<Vec<Case>> {
         let mut all = Vec::new();
         for &framework in self.executables.keys() {
-            let mut worker = Worker::start(self, framework, Threads::All)?;
+            let mut worker = Worker::start(self, framework, Threads::All)?.until(until);
             all.extend(worker.cases(set, filter).with_context(|| format!("{}, {framework}", self.name))?);
         }
         Ok(all)

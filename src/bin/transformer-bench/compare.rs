@@ -144,6 +144,11 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
     Ok(report.exit_code(arguments.strict))
 }
 
+/// When the budget is over, from now.
+fn until_of(arguments: &Arguments) -> Instant {
+    Instant::now() + Duration::from_secs_f64(60.0 * arguments.budget)
+}
+
 fn load(name: &str) -> Result<baseline::Baseline> {
     baseline::read(&baseline::root(), name, &Machine::read().slug())
 }
@@ -169,12 +174,13 @@ fn interleaved(
         head.name = format!("{} with {}", head.name, arguments.env.join(" "));
         head.environment = environment;
     }
+    let (start, until) = (Instant::now(), until_of(arguments));
     let mut lines: Vec<Line> = Vec::new();
     let pairs: Vec<(Case, Case)> = if let Some(backends) = &arguments.backends {
         let (a, b) = (backends[0], backends[1]);
         base.name = a.to_string();
         head.name = b.to_string();
-        let offered = base.cases(arguments.set, &spec.filter)?;
+        let offered = base.cases(arguments.set, &spec.filter, until)?;
         let of = |backend| offered.iter().filter(move |c: &&Case| c.backend == backend);
         for (backend, present) in [(a, of(a).count()), (b, of(b).count())] {
             ensure!(present > 0, "{backend} has no such case here: cargo bench -- --test says why");
@@ -185,7 +191,10 @@ fn interleaved(
             .extend(of(a).filter(|c| !of(b).any(|d| *d == twin(c))).map(|c| Line::without(c, Verdict::Gone)));
         both.map(|c| (*c, twin(c))).collect()
     } else {
-        let (old, new) = (base.cases(arguments.set, &spec.filter)?, head.cases(arguments.set, &spec.filter)?);
+        let (old, new) = (
+            base.cases(arguments.set, &spec.filter, until)?,
+            head.cases(arguments.set, &spec.filter, until)?,
+        );
         lines.extend(old.iter().filter(|c| !new.contains(c)).map(|c| Line::without(c, Verdict::Gone)));
         lines.extend(new.iter().filter(|c| !old.contains(c)).map(|c| Line::without(c, Verdict::New)));
         old.iter().filter(|c| new.contains(c)).map(|c| (*c, *c)).collect()
@@ -196,8 +205,6 @@ fn interleaved(
     let threshold = arguments.threshold / 100.0;
     let rule = rounds::rule(threshold, pairs.len());
     let mut rows: Vec<Row> = pairs.into_iter().map(|(a, b)| Row::new(a, b, rule)).collect();
-    let start = Instant::now();
-    let until = start + Duration::from_secs_f64(60.0 * arguments.budget);
     let sides = [base, head];
     rounds::decide(&sides, &mut rows, threads, until, |round, open| {
         eprintln!("round {round}: {open} of the cases open, {:.0} s so far", start.elapsed().as_secs_f64());
@@ -244,8 +251,7 @@ fn against(
     let mut notes = comparable(&past.machine, &machine_of(&now, past)?, arguments.anyway)?;
     notes.push("a baseline is one process of another time: the band holds its wandering, and that between processes now".to_owned());
     let (both, mut lines) = shared(arguments, spec, past, &now, reversed)?;
-    let start = Instant::now();
-    let until = start + Duration::from_secs_f64(60.0 * arguments.budget);
+    let (start, until) = (Instant::now(), until_of(arguments));
     let levels = past::levels(&now, &both, until, |round| say(&format!("process {round} of each backend")))?;
     for case in both {
         let id = case.to_string();
@@ -301,7 +307,7 @@ fn shared(
     let filter = pattern(&spec.filter)?;
     let sets = past.selections.iter().filter_map(|s| s.set.parse::<Set>().ok());
     let set = sets.max().unwrap_or(arguments.set);
-    let offered = now.cases(set, &spec.filter)?;
+    let offered = now.cases(set, &spec.filter, until_of(arguments))?;
     let covered = |case: &Case| {
         past.selections.iter().any(|s| {
             s.framework == case.backend.framework().id()
