@@ -114,7 +114,7 @@ pub fn check_probe(found: &[f32]) -> Result<()> {
 /// Why this system can't have a device at all; None where it may.
 pub fn impossible(device: Device) -> Option<&'static str> {
     match (device, cfg!(target_os = "macos")) {
-        (Device::AppleGpu, false) => Some("it needs macOS on Apple silicon"),
+        (Device::AppleGpu, false) => Some("needs macOS on Apple silicon"),
         (Device::NvidiaGpu, true) => Some("CUDA does not exist on macOS"),
         _ => None,
     }

@@ -508,6 +508,55 @@ for line in sys.stdin:
                 self.assertEqual(len(done.stderr.strip().splitlines()), 1)
 
 
+class Baseline(unittest.TestCase):
+    def setUp(self):
+        self.folder = Path(tempfile.mkdtemp())
+        self.addCleanup(shutil.rmtree, self.folder)
+        (self.folder / "criterion-baselines").mkdir()
+        self.built = load("reference").executables()
+        self.env = {**os.environ, "TRANSFORMER_BENCH_RESULTS": str(self.folder / "results"),
+                    "CRITERION_HOME": str(self.folder / "criterion")}
+
+    def command(self, *arguments):
+        done = subprocess.run([str(ROOT / "target/release/transformer-bench"), *arguments], cwd=self.folder, env=self.env,
+                              text=True, capture_output=True)
+        return done.returncode, done.stdout, done.stderr
+
+    def bench(self, framework, *arguments, **options):
+        return subprocess.Popen([self.built[framework], "--bench", *arguments], cwd=self.folder, env={**self.env, **options},
+                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+    def test_one_that_is_compared_at_once_with_its_own_code_is_no_regression(self):
+        for framework in ("torch", "mlx"):
+            self.assertEqual(self.bench(framework, "^(attention|feed-forward)/.*-cpu/f32/").wait(), 0)
+        code, _, error = self.command("baseline", "save", "now")
+        self.assertEqual(code, 0, error)
+        side = self.folder / "side"
+        side.mkdir()
+        for name, executable in self.built.items():
+            (side / name).symlink_to(executable)
+        # A checkout with changes is one of the differences that --anyway allows.
+        code, out, error = self.command("compare", "baseline:now", f"dir:{side}", "--anyway", "--json")
+        cases = json.loads(out)["cases"]
+        self.assertEqual(len(cases), 4, error)
+        self.assertNotIn("slower", [case["verdict"] for case in cases], out)
+        self.assertNotEqual(code, 1, error)
+
+    def test_a_run_that_is_killed_is_saved_with_force_alone(self):
+        process = self.bench("torch", "/torch-cpu/f32/", TRANSFORMER_BENCH_SET="smoke")
+        part = self.folder / "results/run/torch.json"
+        while not part.exists() or len(json.loads(part.read_text())["cases"]) < 2:
+            self.assertIsNone(process.poll(), "it ended before it was killed")
+            time.sleep(0.05)
+        process.kill()
+        process.communicate()
+        code, _, error = self.command("baseline", "save", "cut")
+        self.assertEqual(code, 2)
+        self.assertIn("cut off", error)
+        code, out, error = self.command("baseline", "save", "cut", "--force")
+        self.assertEqual(code, 0, error)
+
+
 class Flamegraph(unittest.TestCase):
     def test_a_case_of_each_framework(self):
         for framework, operators in [("torch", "at::"), ("mlx", "mlx::core::")]:

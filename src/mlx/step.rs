@@ -183,6 +183,7 @@ impl Program {
         let mut out = match self.case.workload {
             Workload::OptimizerStep => Vec::new(),
             Workload::CopyPeak => vec![a.inputs[0].negative()?],
+            Workload::MatmulPeak => vec![self.chain(a.inputs)?],
             Workload::AttentionGrad | Workload::FeedForwardGrad => block_gradients(&forward, &a)?,
             Workload::ForwardBackward | Workload::TrainStep => self.model_gradients(&forward, &a)?,
             _ => forward(a.parameters, a.inputs)?,
@@ -234,15 +235,17 @@ impl Program {
             Parts::Model(network) => layers.model(&inputs, &network)?,
             Parts::Attention(layer) => vec![layers.attention(&inputs[0], &layer)?],
             Parts::FeedForward(layer) => vec![layers.feed_forward(&inputs[0], &layer)?],
-            Parts::None => {
-                let Shape::Square { chain, .. } = self.case.shape else { unreachable!("a square shape") };
-                let mut product = inputs[0].matmul(&inputs[1])?;
-                for _ in 1..chain {
-                    product = inputs[0].matmul(&product)?;
-                }
-                vec![product]
-            }
+            Parts::None => unreachable!("peaks have no model"),
         })
+    }
+
+    fn chain(&self, inputs: &[Array]) -> Result<Array, Exception> {
+        let Shape::Square { chain, .. } = self.case.shape else { unreachable!("a square shape") };
+        let mut product = inputs[0].matmul(&inputs[1])?;
+        for _ in 1..chain {
+            product = inputs[0].matmul(&product)?;
+        }
+        Ok(product)
     }
 }
 

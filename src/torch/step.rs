@@ -179,9 +179,12 @@ impl Step {
 
     /// What the case puts out.
     fn forward(&self) -> Vec<Tensor> {
-        let inputs = self.narrowed();
+        if self.amp() { self.forward_of(&self.narrowed()) } else { self.forward_of(&self.inputs) }
+    }
+
+    fn forward_of(&self, inputs: &[Tensor]) -> Vec<Tensor> {
         match (&self.parts, self.case.shape) {
-            (Parts::Model(network), _) => self.layers.model(&inputs, network),
+            (Parts::Model(network), _) => self.layers.model(inputs, network),
             (Parts::Attention(layer), _) => vec![self.layers.attention(&inputs[0], layer)],
             (Parts::FeedForward(layer), _) => vec![self.layers.feed_forward(&inputs[0], layer)],
             (Parts::None, Shape::Square { chain, .. }) => {
