@@ -40,7 +40,7 @@ pub fn main(framework: Framework, find: fn() -> Found) -> ExitCode {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(reason) => {
-            eprintln!("error: {reason:#}");
+            eprintln!("error: {}", results::printable(&format!("{reason:#}")));
             ExitCode::from(2)
         }
     }

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "scripts" / "setup.d")]
 import configuration  # noqa: E402
 import crates  # noqa: E402
+import macho  # noqa: E402
 import mlx  # noqa: E402
 import pypi  # noqa: E402
 import shared  # noqa: E402
@@ -23,9 +25,10 @@ import target  # noqa: E402
 import torch  # noqa: E402
 
 
-def main_module():
-    loader = importlib.machinery.SourceFileLoader("setup", str(ROOT / "scripts" / "setup"))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("setup", loader))
+def script(name):
+    """A script as a module."""
+    loader = importlib.machinery.SourceFileLoader(name.replace("-", "_"), str(ROOT / "scripts" / name))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
     loader.exec_module(module)
     return module
 
@@ -37,7 +40,7 @@ class SetupCase(unittest.TestCase):
         self.folder = Path(tempfile.mkdtemp())
         self.addCleanup(shutil.rmtree, self.folder)
         self.patch(mock.patch.object(shared, "CACHE", self.folder / "cache"))
-        self.setup = main_module()
+        self.setup = script("setup")
         self.setup.STAMP = self.folder / "stamp.json"
 
     def patch(self, patcher):
@@ -226,6 +229,51 @@ class Wheels(SetupCase):
         self.assertTrue((built / "whole").exists())
         again = shared.component("thing", ["1"], lambda work: self.fail("built twice"))
         self.assertEqual(built, again)
+
+
+class CheckMac(SetupCase):
+    def library(self, name, defined, undefined):
+        """A Mach-O file that is a symbol table and nothing else."""
+        strings, entries = b"\0", b""
+        for kind, names in ((0x0F, defined), (0x01, undefined)):
+            for symbol in names:
+                entries += struct.pack("<IBBHQ", len(strings), kind, 0, 0, 0)
+                strings += symbol.encode() + b"\0"
+        head = struct.pack("<8I", macho.MAGIC, 0x0100000C, 0, 6, 1, 24, 0, 0)
+        start = len(head) + 24
+        table = struct.pack("<6I", macho.SYMTAB, 24, start, len(defined) + len(undefined), start + len(entries), len(strings))
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(head + table + entries + strings)
+        return path
+
+    def test_symbols_are_read(self):
+        path = self.library("x.dylib", ["_mlx_a", "_b"], ["_mlx_c"])
+        self.assertEqual(macho.symbols(path), ({"_mlx_a", "_b"}, {"_mlx_c"}))
+        path.write_bytes(b"\x7fELF" + bytes(64))
+        self.stops("no 64-bit Mach-O", macho.symbols, path)
+
+    def test_a_symbol_that_a_wheel_lacks_is_named(self):
+        check = script("check-mac")
+        self.patch(mock.patch.object(check, "OUT", self.folder))
+        for name in ("torch_cpu", "torch", "c10"):
+            self.library(f"torch/lib/lib{name}.dylib", [f"__ZN2at{name}"], [])
+        self.library("mlx/lib/libmlxc.dylib", ["_mlx_add"], [])
+        self.library("wheel/mlx/lib/libmlx.dylib", ["__ZN3mlx4core3addE"], [])
+        self.patch(mock.patch.object(check, "component", lambda *_: self.folder / "wheel"))
+        good = self.library("good", [], ["_mlx_add", "__ZN3mlx4core3addE", "__ZN2atc10", "_malloc"])
+        check.look_for_symbols("1", {"good": good})
+        for wanted in ("_mlx_gone", "__ZN3mlx4core4goneE", "__ZN2at4goneE", "__ZNK3c104goneE"):
+            bad = self.library("bad", [], ["_mlx_add", wanted])
+            self.stops(wanted, check.look_for_symbols, "1", {"bad": bad})
+        none = self.library("none", [], ["_malloc"])
+        self.stops("asks for nothing", check.look_for_symbols, "1", {"none": none})
+
+    def test_without_the_standard_library_it_is_skipped_and_says_so(self):
+        check = script("check-mac")
+        empty = subprocess.CompletedProcess([], 0, str(self.folder), "")
+        with mock.patch("subprocess.run", return_value=empty):
+            self.assertIn("rustup target add aarch64-apple-darwin", check.missing_std())
 
 
 class Bindings(SetupCase):

@@ -3,8 +3,6 @@
 //! time to be itself again, and whoever shares the hardware has had its caches meanwhile;
 //! asked from another core, the same steps take a fifth longer and scatter half as much again.
 
-use std::collections::BTreeSet;
-
 /// Cores for cores_used, one of each physical core, the last first: the first ones get more of the
 /// system's own work. Empty where threads can't be kept on a core.
 #[cfg(target_os = "linux")]
@@ -19,7 +17,7 @@ pub fn cores() -> Vec<usize> {
         }
         allowed
     };
-    let mut seen = BTreeSet::new();
+    let mut seen = std::collections::BTreeSet::new();
     (0..libc::CPU_SETSIZE as usize)
         .rev()
         // SAFETY: below the size of the set.

@@ -5,6 +5,9 @@ pub mod baseline;
 pub mod machine;
 pub mod run;
 
+#[cfg(test)]
+mod hostile_tests;
+
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -63,10 +66,15 @@ pub struct Record {
     pub page_fault_share: Option<f64>,
 }
 
+/// Text without what a terminal would follow: a file's fields are anybody's.
+pub fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+}
+
 /// A reason on a line that can be read: a framework may put a compiler's whole output into one.
 pub fn one_line(reason: &str) -> String {
     const MOST: usize = 300;
-    let mut line = reason.split_whitespace().collect::<Vec<_>>().join(" ");
+    let mut line = printable(reason).split_whitespace().collect::<Vec<_>>().join(" ");
     if let Some((end, _)) = line.char_indices().nth(MOST) {
         line.replace_range(end.., "…");
     }

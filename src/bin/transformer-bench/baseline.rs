@@ -7,7 +7,7 @@ use clap::{Args, Subcommand};
 use transformer_bench::report::markdown;
 use transformer_bench::results::baseline::{self, Baseline};
 use transformer_bench::results::machine::Machine;
-use transformer_bench::results::{self, Status};
+use transformer_bench::results::{self, Status, printable};
 
 /// Keeps runs as baselines in criterion-baselines/<machine>/<name>/.
 ///
@@ -100,28 +100,29 @@ pub fn run(arguments: Arguments) -> Result<()> {
 fn list(root: &Path) -> Result<()> {
     let mut text = String::new();
     for (machine, name, file) in baseline::list(root) {
-        text.push_str(&match baseline::load(&file) {
+        text.push_str(&printable(&match baseline::load(&file) {
             Ok(kept) => {
                 let m = &kept.machine;
                 let dirty = if m.dirty { " with changes" } else { "" };
-                format!("{machine}/{name}: {} cases at {}{dirty}\n", kept.cases.len(), m.commit)
+                format!("{machine}/{name}: {} cases at {}{dirty}", kept.cases.len(), m.commit)
             }
-            Err(reason) => format!("{machine}/{name}: {reason:#}\n"),
-        });
+            Err(reason) => format!("{machine}/{name}: {reason:#}"),
+        }));
+        text.push('\n');
     }
     super::show(&text)
 }
 
 fn show(file: &Path) -> Result<()> {
     let kept = baseline::load(file)?;
-    let mut text = format!("{}\nmeasured by: {}\n\n", file.display(), kept.command);
+    let mut text = format!("{}\nmeasured by: {}\n\n", file.display(), printable(&kept.command));
     text.push_str(&serde_json::to_string_pretty(&kept.machine)?);
     text.push('\n');
     for case in &kept.cases {
         let record = &case.record;
         text.push_str(&match record.median_ns {
             Some(median) => format!("{:52} {:>14.3} ms\n", record.id, median * 1e-6),
-            None => format!("{:52} {:?}: {}\n", record.id, record.status, record.reason),
+            None => format!("{:52} {:?}: {}\n", record.id, record.status, printable(&record.reason)),
         });
     }
     super::show(&text)

@@ -14,6 +14,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::{Parser, Subcommand};
 use transformer_bench::compare::stop;
+use transformer_bench::results::printable;
 
 /// Measured training speed of PyTorch and MLX on the same transformer, on this machine.
 ///
@@ -72,7 +73,7 @@ fn main() -> ExitCode {
             ExitCode::from(130)
         }
         Err(reason) => {
-            eprintln!("{name}: {reason:#}");
+            eprintln!("{name}: {}", printable(&format!("{reason:#}")));
             ExitCode::from(2)
         }
     }

@@ -1,0 +1,171 @@
+//! Files of a run, changed field by field by someone careless or hostile: each is refused in one
+//! line, or shown without harm. Nothing panics.
+
+use serde_json::{Map, Value, json};
+
+use super::baseline::{Baseline, Kept, Selection};
+use super::machine::Machine;
+use super::{Record, Results, Setting, Status, Throughput, checksum, printable};
+use crate::compare::past;
+use crate::report::{export, html, markdown, side_by_side};
+
+fn record(id: &str) -> Record {
+    let mut record = Record::without(&id.parse().unwrap(), Status::Measured, "");
+    record.median_ns = Some(2e6);
+    record.ci_ns = Some([1.9e6, 2.1e6]);
+    record.samples = Some(10);
+    record.throughput = Some(Throughput { value: 8e3, unit: "samples/s".to_owned() });
+    record.peak_bytes = Some(1 << 20);
+    record.rss_peak_bytes = Some(1 << 30);
+    record.page_faults = Some(3.0);
+    record.page_fault_share = Some(0.2);
+    record
+}
+
+const IDS: [&str; 3] = [
+    "train-step/torch-cpu/f32/indicator-b16",
+    "train-step/mlx-cpu/f32/indicator-b16",
+    "matmul-peak/torch-cpu/f32/n1024",
+];
+
+fn machine() -> Machine {
+    Machine { cpu: "Xeon".to_owned(), cores: 2, gpus: vec!["NVIDIA H100".to_owned()], ..Machine::default() }
+}
+
+/// Every value in a document, by its path.
+fn paths(value: &Value, here: &str, all: &mut Vec<String>) {
+    all.push(here.to_owned());
+    match value {
+        Value::Object(map) => map.iter().for_each(|(key, v)| paths(v, &format!("{here}/{key}"), all)),
+        Value::Array(list) => {
+            list.iter().enumerate().for_each(|(i, v)| paths(v, &format!("{here}/{i}"), all));
+        }
+        _ => {}
+    }
+}
+
+/// The document with each value in turn replaced by each of these, or gone.
+fn mutations(good: &Value) -> Vec<(String, Value)> {
+    let mut all = Vec::new();
+    let mut places = Vec::new();
+    paths(good, "", &mut places);
+    let hostile = "\u{1b}[31m|<script>alert(1)</script>\n../../x";
+    for place in places.iter().filter(|place| !place.is_empty()) {
+        for new in [
+            json!(null),
+            json!(-1),
+            json!(1e300),
+            json!(u64::MAX),
+            json!(hostile),
+            json!([]),
+            json!({}),
+            json!(true),
+        ] {
+            let mut changed = good.clone();
+            *changed.pointer_mut(place).unwrap() = new.clone();
+            all.push((format!("{place} = {new}"), changed));
+        }
+        let (parent, key) = place.rsplit_once('/').unwrap();
+        let mut changed = good.clone();
+        if let Some(Value::Object(map)) = changed.pointer_mut(parent) {
+            map.remove(key);
+            all.push((format!("without {place}"), changed));
+        }
+    }
+    all
+}
+
+/// Shows results in every way; what comes out carries no code and no markup of theirs.
+fn show(what: &str, results: &Results) {
+    let texts = [
+        markdown::render(results, "x"),
+        side_by_side::render(&[("x".to_owned(), results.clone())]),
+        html::render(results, &|_| Vec::new(), "x").unwrap(),
+    ];
+    export::json(results).unwrap();
+    export::csv(results).unwrap();
+    export::bmf(results).unwrap();
+    for text in texts {
+        assert!(!text.contains("<script>alert"), "{what}: {text}");
+    }
+}
+
+fn refused(what: &str, reason: &anyhow::Error) {
+    // As every command prints it.
+    let line = printable(&format!("{reason:#}"));
+    assert!(!line.trim().is_empty() && !line.contains(['\u{1b}', '\n']), "{what}: {line:?}");
+}
+
+#[test]
+fn results_changed_in_any_field_are_refused_or_shown_without_harm() {
+    let mut good = Results::new(machine(), IDS.map(record).into());
+    good.settings.push(Setting {
+        setting: "A=1".to_owned(),
+        id: IDS[0].to_owned(),
+        without_ns: 1e6,
+        with_ns: 2e6,
+        ratio: 2.0,
+        ratio_ci: [1.9, 2.1],
+        commit: "a".to_owned(),
+    });
+    let (mut kept, mut not) = (0, 0);
+    for (what, value) in mutations(&serde_json::to_value(&good).unwrap()) {
+        match export::read(&value.to_string(), "results.json") {
+            Ok(results) => {
+                show(&what, &results);
+                kept += 1;
+            }
+            Err(reason) => {
+                refused(&what, &reason);
+                not += 1;
+            }
+        }
+    }
+    println!("results.json: {kept} mutations shown, {not} refused");
+    assert!(not > kept && kept > 0);
+}
+
+#[test]
+fn baselines_changed_in_any_field_are_refused_or_shown_without_harm() {
+    let criterion = json!({"iters": [1.0, 2.0], "times": [2e6, 4e6]});
+    let keep = |id| Kept {
+        record: record(id),
+        sample: criterion.clone(),
+        estimates: json!({"median": {"point_estimate": 2e6}}),
+        benchmark: json!({"group_id": "x"}),
+    };
+    let good = Baseline {
+        command: "./scripts/bench".to_owned(),
+        selections: vec![Selection {
+            framework: "torch".to_owned(),
+            set: "quick".to_owned(),
+            filter: String::new(),
+        }],
+        machine: machine(),
+        cases: IDS[..2].iter().map(|id| keep(id)).collect(),
+    };
+    let (mut kept, mut not) = (0, 0);
+    for (what, value) in mutations(&serde_json::to_value(&good).unwrap()) {
+        let fields: Map<String, Value> = value.as_object().unwrap().clone();
+        let body = format!("{}\n", &serde_json::to_string(&fields).unwrap()[1..]);
+        // As its author would, with a checksum that fits.
+        let text = format!(
+            "{{\"format\": \"transformer-bench baseline\",\n\"version\": 2,\n\"checksum\": \"{:016x}\",\n{body}",
+            checksum(body.as_bytes())
+        );
+        match Baseline::parse(&text, "baseline.json") {
+            Ok(baseline) => {
+                show(&what, &baseline.results());
+                baseline.cases.iter().for_each(|case| drop(past::past(&case.samples())));
+                baseline.machine.differences(&machine());
+                kept += 1;
+            }
+            Err(reason) => {
+                refused(&what, &reason);
+                not += 1;
+            }
+        }
+    }
+    println!("baseline.json: {kept} mutations shown, {not} refused");
+    assert!(not > kept && kept > 0);
+}
