@@ -524,23 +524,29 @@ class Baseline(unittest.TestCase):
 
     def bench(self, framework, *arguments, **options):
         return subprocess.Popen([self.built[framework], "--bench", *arguments], cwd=self.folder, env={**self.env, **options},
-                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def test_one_that_is_compared_at_once_with_its_own_code_is_no_regression(self):
-        for framework in ("torch", "mlx"):
-            self.assertEqual(self.bench(framework, "^(attention|feed-forward)/.*-cpu/f32/").wait(), 0)
-        code, _, error = self.command("baseline", "save", "now")
-        self.assertEqual(code, 0, error)
         side = self.folder / "side"
         side.mkdir()
         for name, executable in self.built.items():
             (side / name).symlink_to(executable)
-        # A checkout with changes is one of the differences that --anyway allows.
-        code, out, error = self.command("compare", "baseline:now", f"dir:{side}", "--anyway", "--json")
-        cases = json.loads(out)["cases"]
-        self.assertEqual(len(cases), 4, error)
-        self.assertNotIn("slower", [case["verdict"] for case in cases], out)
-        self.assertNotEqual(code, 1, error)
+        # Who shares the machine can slow it down between the two; what is wrong with the suite
+        # shows every time.
+        for attempt in range(3):
+            for framework in ("torch", "mlx"):
+                self.assertEqual(self.bench(framework, "^(attention|feed-forward)/.*-cpu/f32/").wait(), 0)
+            code, _, error = self.command("baseline", "save", "now", "--force")
+            self.assertEqual(code, 0, error)
+            # A checkout with changes is one of the differences that --anyway allows.
+            code, out, error = self.command("compare", "baseline:now", f"dir:{side}", "--anyway", "--json")
+            cases = json.loads(out)["cases"]
+            self.assertEqual(len(cases), 4, error)
+            slower = [case for case in cases if case["verdict"] == "slower"]
+            self.assertEqual(code == 1, bool(slower), error)
+            if not slower:
+                return
+        self.fail(f"slower than itself, three times: {slower}")
 
     def test_a_run_that_is_killed_is_saved_with_force_alone(self):
         process = self.bench("torch", "/torch-cpu/f32/", TRANSFORMER_BENCH_SET="smoke")
@@ -549,7 +555,7 @@ class Baseline(unittest.TestCase):
             self.assertIsNone(process.poll(), "it ended before it was killed")
             time.sleep(0.05)
         process.kill()
-        process.communicate()
+        process.wait()
         code, _, error = self.command("baseline", "save", "cut")
         self.assertEqual(code, 2)
         self.assertIn("cut off", error)

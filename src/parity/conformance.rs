@@ -41,7 +41,7 @@ pub enum Outcome {
 
 use Outcome::{Holds, Skipped};
 
-/// Every precision and recipe that the backend offers computes what the reference does.
+/// Every precision and recipe that the backend offers computes what the oracle does.
 pub fn parity_holds(backend: &dyn Backend) -> Result<Outcome> {
     let mut proven = 0;
     for &compute in Compute::ALL {
