@@ -361,6 +361,7 @@ mod tests {
         };
         let mut measured = Record::without(&case, Status::Measured, "");
         measured.median_ns = Some(2.0);
+        measured.ci_ns = Some([1.9, 2.1]);
         Baseline {
             command: "./scripts/bench --quick 'forward'".to_owned(),
             selections: vec![Selection {
@@ -427,9 +428,15 @@ mod tests {
         let again = write(&root, "main", &baseline(), "report", false).unwrap_err().to_string();
         assert!(again.contains("--force"), "{again}");
         // As on a full disk: the temporary file can't be written.
-        fs::create_dir(file.with_extension("partial")).unwrap();
-        assert!(write(&root, "main", &baseline(), "report", true).is_err());
+        fs::create_dir(file.with_extension("json.partial")).unwrap();
+        assert!(write(&root, "main", &baseline(), "another report", true).is_err());
         assert_eq!(fs::read_to_string(&file).unwrap(), before);
+        assert_eq!(fs::read_to_string(file.with_file_name("report.md")).unwrap(), "report");
+        // A new one leaves nothing at all.
+        let folder = file.parent().unwrap().with_file_name("fresh");
+        fs::create_dir_all(folder.join("baseline.json.partial")).unwrap();
+        assert!(write(&root, "fresh", &baseline(), "report", false).is_err());
+        assert!(!folder.join("report.md").exists() && !folder.join("report.md.new").exists());
         for bad in ["", "../x", "a/b", ".hidden", "new", "a b"] {
             assert!(check_name(bad).is_err(), "{bad}");
         }
