@@ -49,7 +49,10 @@ pub fn find() -> Found {
 
 /// Whether a device gets a small product right.
 fn computes(device: DeviceType) -> Result<()> {
-    Device::set_default(&Device::new(device, 0));
+    let device = Device::new(device, 0);
+    Device::set_default(&device);
+    // MLX leaves the default as it was where it has no such device.
+    ensure!(Device::try_default()? == device, "MLX computes on another device instead");
     let side = backend::PROBE as i32;
     let x = Array::from_slice(&backend::probe(), &[side, side]);
     let product = x.matmul(&x)?;
