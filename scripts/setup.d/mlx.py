@@ -37,10 +37,9 @@ def format_flags(libtorch):
     raise Stop("this C++ compiler has no <format> and LIBTORCH carries no fmt headers: install gcc 13 or newer")
 
 
-def unpacked(row, version):
-    """The wheel as it is: signed libraries stay byte for byte, and Metal's kernels beside
-    libmlx, where it looks for them."""
-    chosen = mlx_platform(row)
+def unpacked(row, version, chosen):
+    """The wheel for the platform `chosen` (None: as pip chooses) as it is: signed libraries stay
+    byte for byte, and Metal's kernels beside libmlx, where it looks for them."""
 
     def build(work):
         path = wheel(f"{row.mlx}=={version}", chosen)
@@ -161,7 +160,7 @@ def prepare(row, mlx_sys, version, libtorch, cuda):
             if (cuda / "nvidia").is_dir():
                 (work / "nvidia").symlink_to(cuda / "nvidia")
         else:
-            shutil.copytree(unpacked(row, version), work, dirs_exist_ok=True, symlinks=True)
+            shutil.copytree(unpacked(row, version, mlx_platform(row)), work, dirs_exist_ok=True, symlinks=True)
         bundled = next(iter(work.glob("mlx_*.libs")), None)
         blas = put_blas(work / "mlx" / "lib" / row.name("mlx"), bundled) if row.linux and bundled else "as bundled"
         (work / "blas").write_text(("Accelerate" if not row.linux else blas) + "\n")

@@ -177,7 +177,7 @@ class Wheels(SetupCase):
             return path
 
         with mock.patch.object(mlx, "wheel", wheel):
-            folder = mlx.unpacked(target.MAC, "0.32.2")
+            folder = mlx.unpacked(target.MAC, "0.32.2", target.mlx_platform(target.MAC))
         self.assertEqual(asked, [("mlx-metal==0.32.2", "macosx_15_0_arm64")])
         # Metal's kernels are looked for beside libmlx.
         self.assertEqual(sorted(p.name for p in (folder / "mlx" / "lib").iterdir()),
@@ -260,7 +260,7 @@ class CheckMac(SetupCase):
             self.library(f"torch/lib/lib{name}.dylib", [f"__ZN2at{name}"], [])
         self.library("mlx/lib/libmlxc.dylib", ["_mlx_add"], [])
         self.library("wheel/mlx/lib/libmlx.dylib", ["__ZN3mlx4core3addE"], [])
-        self.patch(mock.patch.object(check, "component", lambda *_: self.folder / "wheel"))
+        self.patch(mock.patch.object(mlx, "unpacked", lambda *_: self.folder / "wheel"))
         good = self.library("good", [], ["_mlx_add", "__ZN3mlx4core3addE", "__ZN2atc10", "_malloc"])
         check.look_for_symbols("1", {"good": good})
         for wanted in ("_mlx_gone", "__ZN3mlx4core4goneE", "__ZN2at4goneE", "__ZNK3c104goneE"):
