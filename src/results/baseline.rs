@@ -349,6 +349,7 @@ pub fn remove(folder: &Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::results::tests::scratch;
 
     fn baseline() -> Baseline {
         let case: Case = "forward/torch-cpu/f32/indicator-b16".parse().unwrap();
@@ -375,12 +376,6 @@ mod tests {
                 kept(Record::without(&skipped, Status::Skipped, "no Mac"), Value::Null),
             ],
         }
-    }
-
-    fn scratch(name: &str) -> PathBuf {
-        let folder = std::env::temp_dir().join(format!("transformer-bench-{}-{name}", std::process::id()));
-        let _ = fs::remove_dir_all(&folder);
-        folder
     }
 
     #[test]

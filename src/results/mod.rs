@@ -235,10 +235,11 @@ pub(crate) fn read_json<T: DeserializeOwned>(path: &Path, advice: &str) -> Resul
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn scratch(name: &str) -> PathBuf {
+    /// A folder of this process's own that is not there yet.
+    pub fn scratch(name: &str) -> PathBuf {
         let folder = std::env::temp_dir().join(format!("transformer-bench-{}-{name}", std::process::id()));
         let _ = fs::remove_dir_all(&folder);
         folder

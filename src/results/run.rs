@@ -167,13 +167,8 @@ pub fn command(parts: &[Part]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::results::tests::scratch;
     use crate::results::{Setting, Status, keep_settings, settings_path};
-
-    fn scratch(name: &str) -> PathBuf {
-        let folder = std::env::temp_dir().join(format!("transformer-bench-{}-{name}", std::process::id()));
-        let _ = fs::remove_dir_all(&folder);
-        folder
-    }
 
     fn part(framework: Framework, id: &str) -> Part {
         let case: Case = id.parse().unwrap();
