@@ -46,6 +46,8 @@ pub struct Fixture {
     /// None in parity runs, whatever the case says.
     pub dropout: Dropout,
     pub adamw: AdamW,
+    /// Which sample stands at each place of the batch.
+    samples: Vec<usize>,
     inputs: OnceCell<Vec<Tensor>>,
     parameters: OnceCell<Vec<Tensor>>,
     gradients: OnceCell<Vec<Tensor>>,
@@ -58,6 +60,24 @@ pub fn round_to(compute: Compute, values: &mut [f32]) {
         Compute::F16 => values.iter_mut().for_each(|v| *v = f16::from_f32(*v).to_f32()),
         Compute::F32 | Compute::Tf32 | Compute::Amp | Compute::Autocast => {}
     }
+}
+
+/// Tokens of which the samples of a parity run may differ: the oracle takes about a second
+/// for so many, and every kernel of a backend still runs at its full size.
+const DISTINCT_TOKENS: usize = 1024;
+
+/// The samples of a parity run: the first ones differ, and later places repeat some of them, the
+/// lower numbers more often, so that what leaves out a part of the batch changes every mean.
+fn repeated(shape: Shape) -> Vec<usize> {
+    let Some((model, batch)) = shape.model() else { return vec![0] };
+    let distinct = (DISTINCT_TOKENS / model.tokens).max(2).min(batch);
+    let mut draw = Draw::new("samples");
+    (0..batch)
+        .map(|place| {
+            let skewed = draw.unit().powi(2) * distinct as f32;
+            if place < distinct { place } else { skewed as usize }
+        })
+        .collect()
 }
 
 struct Draw(ChaCha8Rng);
@@ -88,15 +108,23 @@ impl Fixture {
             case,
             dropout: case.dropout(),
             adamw: AdamW::TRAINING,
+            samples: (0..case.shape.batch()).collect(),
             inputs: OnceCell::new(),
             parameters: OnceCell::new(),
             gradients: OnceCell::new(),
         }
     }
 
-    /// The fixture of a parity run: no dropout, and an optimizer whose every term shows.
+    /// The fixture of a parity run: no dropout, an optimizer whose every term shows, and in a
+    /// large batch few samples, each several times, so that the oracle can follow.
     pub fn for_parity(case: Case) -> Self {
-        Self { dropout: Dropout::NONE, adamw: AdamW::PARITY, ..Self::new(case) }
+        let samples = repeated(case.shape);
+        Self { dropout: Dropout::NONE, adamw: AdamW::PARITY, samples, ..Self::new(case) }
+    }
+
+    /// Which sample stands at each place of the batch; the same number is the same sample.
+    pub fn samples(&self) -> &[usize] {
+        &self.samples
     }
 
     /// The initial parameters, in the order of [`parameters::parameters`].
@@ -159,6 +187,10 @@ impl Fixture {
             if !matches!(name, "tokens" | "next") {
                 round_to(compute, &mut data);
             }
+            if self.samples.iter().enumerate().any(|(place, &sample)| place != sample) {
+                let each = data.len() / self.samples.len();
+                data = self.samples.iter().flat_map(|i| data[i * each..(i + 1) * each].to_vec()).collect();
+            }
             Tensor { name: name.to_owned(), dims: dims.to_vec(), data }
         };
         let signed = |draw: &mut Draw| draw.uniform(1.0);
@@ -215,6 +247,24 @@ mod tests {
         assert_eq!(a.parameters(), b.parameters());
         assert_eq!(a.inputs(), b.inputs());
         assert_ne!(a.parameters()[0].data, a.gradients()[0].data);
+    }
+
+    #[test]
+    fn a_large_parity_batch_repeats_few_samples_unevenly() {
+        let case = "train-step/torch-cpu/f32/indicator-b64".parse().unwrap();
+        let parity = Fixture::for_parity(case);
+        let times = |i| parity.samples().iter().filter(|&&s| s == i).count();
+        assert_eq!(parity.samples()[..9], [0, 1, 2, 3, 4, 5, 6, 7, 8]);
+        assert!(parity.samples().iter().all(|&s| s < 9) && times(0) > 2 * times(8), "{:?}", parity.samples());
+        let half = &parity.samples()[..32];
+        assert!((0..9).any(|i| 2 * half.iter().filter(|&&s| s == i).count() != times(i)));
+        let (all, few) = (Fixture::new(case), &parity.input("values").data);
+        for (place, &sample) in parity.samples().iter().enumerate() {
+            let of = |data: &[f32], at: usize| data[at * 111..(at + 1) * 111].to_vec();
+            assert_eq!(of(few, place), of(&all.input("values").data, sample));
+        }
+        let tiny = Fixture::for_parity("train-step/torch-cpu/f32/indicator-tiny-b2".parse().unwrap());
+        assert_eq!(tiny.samples(), [0, 1]);
     }
 
     #[test]

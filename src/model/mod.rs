@@ -6,7 +6,7 @@
 //! | `presets.rs` | the two models of the suite, and their miniatures |
 //! | `parameters.rs` | names, dims, initial values and order of the parameters |
 //! | `fixture.rs` | seeded inputs, targets and parameters of a case |
-//! | `oracle.rs`, `tape.rs` | the same mathematics in f64, one scalar at a time |
+//! | `oracle/` | the same mathematics in f64: one scalar at a time, and in matrix products |
 //!
 //! Letters as everywhere: B batch, N (T) tokens, D width, H heads, F hidden, V vocabulary.
 
@@ -14,7 +14,6 @@ pub mod fixture;
 pub mod oracle;
 pub mod parameters;
 mod presets;
-mod tape;
 
 use std::fmt;
 use std::ops::Deref;

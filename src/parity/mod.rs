@@ -9,6 +9,7 @@ use anyhow::{Context, Result};
 
 use crate::backend::{Backend, Prepared};
 use crate::model::fixture::{Fixture, Tensor};
+use crate::model::oracle::rounding::Format;
 use crate::model::oracle::{self, Expected};
 use crate::suite::{Case, Compute, Precision, Set, Shape, Workload, cases};
 
@@ -64,7 +65,7 @@ fn error(found: &[f32], expected: &[f64], floor: f64) -> f64 {
 
 /// The f64 results that a backend's outputs are held against.
 fn expectations(fixture: &Fixture, found: &[Tensor]) -> Vec<Expected> {
-    let mut all = oracle::expected(fixture);
+    let mut all = oracle::scalar::expected(fixture);
     let steps = match fixture.case.workload {
         Workload::OptimizerStep => OPTIMIZER_STEPS,
         Workload::TrainStep => 1,
@@ -82,7 +83,7 @@ fn expectations(fixture: &Fixture, found: &[Tensor]) -> Vec<Expected> {
         if let Some(gradient) = gradient {
             all.push(Expected {
                 name: format!("param/{}", parameter.name),
-                data: oracle::adamw(&fixture.adamw, &parameter.data, &gradient.data, steps),
+                data: oracle::adamw(&fixture.adamw, &parameter.data, &gradient.data, steps, Format::Whole),
             });
         }
     }

@@ -1,7 +1,7 @@
 //! A reverse-mode tape over scalars in f64 (Griewank and Walther, *Evaluating Derivatives*,
 //! 2008): no shapes to get wrong, so it is slow and easy to trust.
 
-use super::Activation;
+use crate::model::Activation;
 
 /// A scalar on the tape.
 #[derive(Clone, Copy, Debug)]

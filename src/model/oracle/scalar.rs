@@ -1,12 +1,12 @@
-//! The same mathematics in f64, one scalar operation at a time: what every backend is held
-//! against. It serves the miniatures alone.
+//! The oracle that is easy to trust, one scalar operation at a time. It serves the miniatures alone.
 
-use super::fixture::{AdamW, Fixture, Tensor};
-use super::parameters::{
+use super::Expected;
+use super::tape::{Tape, Var};
+use crate::model::fixture::{Fixture, Tensor};
+use crate::model::parameters::{
     Attention, Block, Embedding, FeedForward, Head, InOrder, Linear, Network, Norm, Parts,
 };
-use super::tape::{Tape, Var};
-use super::{Model, NormKind, NormPlace, Output, Position};
+use crate::model::{Model, NormKind, NormPlace, Output, Position};
 use crate::suite::{Shape, Workload};
 
 /// Layers, row by row.
@@ -208,13 +208,6 @@ enum Sample<'a> {
     Indicator { values: &'a [Var], features: &'a [Var] },
 }
 
-/// A result of the oracle; values in f64.
-#[derive(Clone, Debug)]
-pub struct Expected {
-    pub name: String,
-    pub data: Vec<f64>,
-}
-
 fn leaves(tape: &mut Tape, tensor: &Tensor) -> Vec<Var> {
     tensor.data.iter().map(|&v| tape.leaf(f64::from(v))).collect()
 }
@@ -230,7 +223,7 @@ struct Computed {
 }
 
 /// What a step of the fixture's case must put out, without the optimizer's results:
-/// those follow from a backend's own gradients through [`adamw`].
+/// those follow from a backend's own gradients through [`super::adamw`].
 pub fn expected(fixture: &Fixture) -> Vec<Expected> {
     assert!(!fixture.dropout.any(), "the oracle has no dropout");
     let case = fixture.case;
@@ -366,27 +359,6 @@ fn told(tape: &Tape, fixture: &Fixture, parameters: &[Vec<Var>], computed: &Comp
     all
 }
 
-/// A parameter after `steps` AdamW steps with the same gradient, from zero moments.
-pub fn adamw(setting: &AdamW, parameter: &[f32], gradient: &[f32], steps: i32) -> Vec<f64> {
-    parameter
-        .iter()
-        .zip(gradient)
-        .map(|(&p, &g)| {
-            let (mut p, g) = (f64::from(p), f64::from(g));
-            let (mut m, mut v) = (0.0, 0.0);
-            for step in 1..=steps {
-                p -= setting.lr * setting.weight_decay * p;
-                m = setting.beta1 * m + (1.0 - setting.beta1) * g;
-                v = setting.beta2 * v + (1.0 - setting.beta2) * g * g;
-                let m_hat = m / (1.0 - setting.beta1.powi(step));
-                let v_hat: f64 = v / (1.0 - setting.beta2.powi(step));
-                p -= setting.lr * m_hat / (v_hat.sqrt() + setting.eps);
-            }
-            p
-        })
-        .collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -430,12 +402,5 @@ mod tests {
     fn gradients_agree_with_central_differences() {
         differences("train-step/torch-cpu/f32/indicator-tiny-b2");
         differences("train-step/torch-cpu/f32/gpt2-tiny-b2-t16");
-    }
-
-    #[test]
-    fn adamw_moves_by_the_learning_rate_and_decays() {
-        // One step from zero moments is lr·sign(g), after the decay.
-        let p = adamw(&AdamW::PARITY, &[1.0, -2.0], &[0.3, -0.7], 1);
-        assert!((p[0] - (1.0 - 0.05 - 0.1)).abs() < 1e-6 && (p[1] - (-2.0 + 0.1 + 0.1)).abs() < 1e-6);
     }
 }

@@ -1,0 +1,412 @@
+//! Reverse mode over matrices: what the scalar tape does one number at a time, in products of
+//! whole matrices, each result stored as the [`Rounding`] says. One sample: N rows.
+
+use std::borrow::Cow;
+
+use super::matrix::{Matrix, Real};
+use super::rounding::{Format, Rounding};
+use crate::model::Activation;
+
+/// A matrix on the graph.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Var(usize);
+
+impl Var {
+    /// Its gradient, out of those that [`Graph::backward`] gives.
+    pub fn take<R>(self, all: &mut [Option<Matrix<R>>]) -> Option<Matrix<R>> {
+        all[self.0].take()
+    }
+}
+
+struct Node<R> {
+    value: Matrix<R>,
+    /// Of its value and of its gradient.
+    format: Format,
+    op: Op<R>,
+}
+
+enum Op<R> {
+    Leaf,
+    /// x·weightᵀ + bias
+    Linear {
+        x: Var,
+        weight: Var,
+        bias: Option<Var>,
+    },
+    Add(Var, Var),
+    /// The one row of the second is added to each of the first.
+    AddRow(Var, Var),
+    Norm {
+        x: Var,
+        weight: Var,
+        bias: Var,
+        unit: Matrix<R>,
+        /// 1 over the deviation, of each row.
+        inverse: Vec<R>,
+    },
+    Attention {
+        qkv: [Var; 3],
+        heads: Vec<Head<R>>,
+    },
+    Activate(Var, Activation),
+    Relu(Var),
+    /// Dropout: a factor for each element.
+    Mask(Var, Matrix<R>),
+    /// Over the rows of the one column.
+    Softmax(Var),
+    /// Rows of a table.
+    Rows(Var, Vec<usize>),
+    /// A sum whose slopes by each input are known.
+    Known(Vec<(Var, Matrix<R>)>),
+}
+
+/// What attention keeps of a head.
+struct Head<R> {
+    weights: Matrix<R>,
+    mask: Option<Matrix<R>>,
+}
+
+/// A step's operations, in order.
+pub struct Graph<R> {
+    nodes: Vec<Node<R>>,
+    rounding: Rounding,
+    threads: usize,
+}
+
+/// [N, D] → the columns of head `index`.
+fn of_head(index: usize, all: usize, m: usize) -> (usize, usize) {
+    let each = m / all;
+    (index * each, each)
+}
+
+impl<R: Real> Graph<R> {
+    pub fn new(rounding: Rounding, threads: usize) -> Self {
+        Self { nodes: Vec::new(), rounding, threads }
+    }
+
+    fn push(&mut self, mut value: Matrix<R>, format: Format, op: Op<R>) -> Var {
+        format.round_all(&mut value.data);
+        self.nodes.push(Node { value, format, op });
+        Var(self.nodes.len() - 1)
+    }
+
+    pub fn leaf(&mut self, value: Matrix<R>) -> Var {
+        self.push(value, self.rounding.leaf, Op::Leaf)
+    }
+
+    pub fn get(&self, a: Var) -> &Matrix<R> {
+        &self.nodes[a.0].value
+    }
+
+    /// A value as products read it.
+    fn operand(&self, a: Var) -> Cow<'_, Matrix<R>> {
+        self.as_operand(self.get(a), self.nodes[a.0].format)
+    }
+
+    fn as_operand<'a>(&self, value: &'a Matrix<R>, format: Format) -> Cow<'a, Matrix<R>> {
+        let wanted = self.rounding.operand;
+        if wanted == Format::Whole || wanted == format {
+            return Cow::Borrowed(value);
+        }
+        Cow::Owned(value.map(|v| wanted.round(v)))
+    }
+
+    /// x [N, in], weight [out, in], bias [1, out] → [N, out]
+    pub fn linear(&mut self, x: Var, weight: Var, bias: Option<Var>) -> Var {
+        let mut y =
+            self.operand(x).view().product(self.operand(weight).view().transposed(), self.threads);
+        if let Some(bias) = bias {
+            let row = &self.operand(bias).data;
+            for out in y.data.chunks_mut(row.len()) {
+                out.iter_mut().zip(row).for_each(|(v, &b)| *v += b);
+            }
+        }
+        self.push(y, self.rounding.product, Op::Linear { x, weight, bias })
+    }
+
+    pub fn add(&mut self, a: Var, b: Var) -> Var {
+        let sum = self.get(a).zip(self.get(b), |a, b| a + b);
+        self.push(sum, self.rounding.stream, Op::Add(a, b))
+    }
+
+    pub fn add_row(&mut self, x: Var, row: Var) -> Var {
+        let mut sum = self.get(x).clone();
+        let row_values = &self.get(row).data;
+        for out in sum.data.chunks_mut(row_values.len()) {
+            out.iter_mut().zip(row_values).for_each(|(v, &b)| *v += b);
+        }
+        self.push(sum, self.rounding.stream, Op::AddRow(x, row))
+    }
+
+    pub fn norm(&mut self, x: Var, weight: Var, bias: Var, eps: f64) -> Var {
+        let values = self.get(x);
+        let (count, eps) = (R::from_f64(values.columns as f64), R::from_f64(eps));
+        let mut unit = values.clone();
+        let mut inverse = Vec::with_capacity(values.rows);
+        for row in unit.data.chunks_mut(values.columns) {
+            let mean = row.iter().copied().sum::<R>() / count;
+            row.iter_mut().for_each(|v| *v = *v - mean);
+            let variance = row.iter().map(|&v| v * v).sum::<R>() / count;
+            let scale = R::one() / (variance + eps).sqrt();
+            row.iter_mut().for_each(|v| *v *= scale);
+            inverse.push(scale);
+        }
+        let (w, b) = (&self.get(weight).data, &self.get(bias).data);
+        let mut y = unit.clone();
+        for row in y.data.chunks_mut(w.len()) {
+            row.iter_mut().zip(w.iter().zip(b)).for_each(|(v, (&w, &b))| *v = *v * w + b);
+        }
+        self.push(y, self.rounding.stream, Op::Norm { x, weight, bias, unit, inverse })
+    }
+
+    /// q, k, v [N, H·d] → [N, H·d]; `mask` gives each head's dropout factors [N, N].
+    pub fn attention(
+        &mut self,
+        qkv: [Var; 3],
+        heads: usize,
+        causal: bool,
+        mask: impl Fn(usize) -> Option<Matrix<R>>,
+    ) -> Var {
+        let [q, k, v] = qkv.map(|a| self.operand(a));
+        let (rows, inner) = (q.rows, q.columns);
+        let scale = R::from_f64(1.0 / ((inner / heads) as f64).sqrt());
+        let mut mixed = Matrix::zeros(rows, inner);
+        let mut kept = Vec::with_capacity(heads);
+        let Rounding { product, stream, .. } = self.rounding;
+        for index in 0..heads {
+            let (first, each) = of_head(index, heads, inner);
+            let mut weights =
+                q.part(first, each).product(k.part(first, each).transposed(), self.threads);
+            for (n, row) in weights.data.chunks_mut(rows).enumerate() {
+                let (seen, hidden) = row.split_at_mut(if causal { n + 1 } else { rows });
+                hidden.fill(R::zero());
+                seen.iter_mut().for_each(|s| *s = product.round(product.round(*s) * scale));
+                softmax(seen);
+                stream.round_all(seen);
+            }
+            let head = Head { mask: mask(index), weights };
+            let read = head.dropped(stream);
+            let read = self.as_operand(&read, stream);
+            mixed.set_part(first, &read.view().product(v.part(first, each), self.threads));
+            kept.push(head);
+        }
+        self.push(mixed, product, Op::Attention { qkv, heads: kept })
+    }
+
+    pub fn activate(&mut self, x: Var, kind: Activation) -> Var {
+        let format = self.nodes[x.0].format;
+        let y = self.get(x).map(|v| Gate::new(v, kind, format).value());
+        self.push(y, format, Op::Activate(x, kind))
+    }
+
+    pub fn relu(&mut self, x: Var) -> Var {
+        let y = self.get(x).map(|v| v.max(R::zero()));
+        self.push(y, self.nodes[x.0].format, Op::Relu(x))
+    }
+
+    /// Dropout by known factors; None leaves the value as it is.
+    pub fn mask(&mut self, x: Var, factors: Option<Matrix<R>>) -> Var {
+        let Some(factors) = factors else { return x };
+        let y = self.get(x).zip(&factors, |v, f| v * f);
+        self.push(y, self.nodes[x.0].format, Op::Mask(x, factors))
+    }
+
+    pub fn softmax(&mut self, x: Var) -> Var {
+        let mut y = self.get(x).clone();
+        softmax(&mut y.data);
+        self.push(y, self.rounding.stream, Op::Softmax(x))
+    }
+
+    pub fn rows(&mut self, table: Var, indices: Vec<usize>) -> Var {
+        let all = self.get(table);
+        let data = indices.iter().flat_map(|&i| all.row(i)).copied().collect();
+        let y = Matrix::new(indices.len(), all.columns, data);
+        self.push(y, self.nodes[table.0].format, Op::Rows(table, indices))
+    }
+
+    /// A value of the loss, which is computed in f32 whatever the rest is.
+    pub fn known(&mut self, value: R, slopes: Vec<(Var, Matrix<R>)>) -> Var {
+        self.push(Matrix::new(1, 1, vec![value]), Format::Whole, Op::Known(slopes))
+    }
+
+    /// The gradients of the leaves, from that of `of`; those of parameters are not rounded yet.
+    pub fn backward(self, of: Var, upstream: Matrix<R>) -> Vec<Option<Matrix<R>>> {
+        let mut all: Vec<Option<Matrix<R>>> = self.nodes.iter().map(|_| None).collect();
+        all[of.0] = Some(upstream);
+        for (index, node) in self.nodes.iter().enumerate().rev() {
+            if matches!(node.op, Op::Leaf) {
+                continue;
+            }
+            let Some(gradient) = all[index].take() else { continue };
+            for (parent, mut part) in self.slopes(node, &gradient) {
+                let leaf = matches!(self.nodes[parent.0].op, Op::Leaf);
+                let format = if leaf { Format::Whole } else { self.nodes[parent.0].format };
+                format.round_all(&mut part.data);
+                match &mut all[parent.0] {
+                    Some(sum) => {
+                        sum.add(&part);
+                        format.round_all(&mut sum.data);
+                    }
+                    empty => *empty = Some(part),
+                }
+            }
+        }
+        all
+    }
+
+    /// The gradients of what a node was made from.
+    fn slopes(&self, node: &Node<R>, g: &Matrix<R>) -> Vec<(Var, Matrix<R>)> {
+        match &node.op {
+            Op::Leaf => Vec::new(),
+            Op::Linear { x, weight, bias } => {
+                let read = self.as_operand(g, node.format);
+                let to_x = read.view().product(self.operand(*weight).view(), self.threads);
+                let to_weight =
+                    read.view().transposed().product(self.operand(*x).view(), self.threads);
+                let mut all = vec![(*x, to_x), (*weight, to_weight)];
+                all.extend(bias.map(|bias| (bias, g.column_sums())));
+                all
+            }
+            Op::Add(a, b) => vec![(*a, g.clone()), (*b, g.clone())],
+            Op::AddRow(x, row) => vec![(*x, g.clone()), (*row, g.column_sums())],
+            Op::Norm { x, weight, bias, unit, inverse } => {
+                let to_weight = g.zip(unit, |g, u| g * u).column_sums();
+                let mut to_x = g.clone();
+                let w = &self.get(*weight).data;
+                let count = R::from_f64(w.len() as f64);
+                for ((row, unit), &scale) in
+                    to_x.data.chunks_mut(w.len()).zip(unit.data.chunks(w.len())).zip(inverse)
+                {
+                    row.iter_mut().zip(w).for_each(|(g, &w)| *g *= w);
+                    let mean = row.iter().copied().sum::<R>() / count;
+                    let along = row.iter().zip(unit).map(|(&g, &u)| g * u).sum::<R>() / count;
+                    row.iter_mut().zip(unit).for_each(|(g, &u)| *g = scale * (*g - mean - u * along));
+                }
+                vec![(*x, to_x), (*weight, to_weight), (*bias, g.column_sums())]
+            }
+            Op::Attention { qkv, heads } => self.attention_slopes(*qkv, heads, g),
+            Op::Activate(x, kind) => {
+                let format = node.format;
+                let slope = |v: R, g: R| Gate::new(v, *kind, format).slope(g);
+                vec![(*x, self.get(*x).zip(g, slope))]
+            }
+            Op::Relu(x) => {
+                vec![(*x, self.get(*x).zip(g, |v, g| if v > R::zero() { g } else { R::zero() }))]
+            }
+            Op::Mask(x, factors) => vec![(*x, g.zip(factors, |g, f| g * f))],
+            Op::Softmax(x) => {
+                let mut to_x = g.clone();
+                softmax_slope(&node.value.data, &mut to_x.data);
+                vec![(*x, to_x)]
+            }
+            Op::Rows(table, indices) => {
+                let all = self.get(*table);
+                let mut sum = Matrix::zeros(all.rows, all.columns);
+                for (n, &row) in indices.iter().enumerate() {
+                    let into = &mut sum.data[row * all.columns..(row + 1) * all.columns];
+                    into.iter_mut().zip(g.row(n)).for_each(|(a, &b)| *a += b);
+                }
+                vec![(*table, sum)]
+            }
+            Op::Known(slopes) => slopes.iter().map(|(x, slope)| (*x, slope.map(|s| s * g.data[0]))).collect(),
+        }
+    }
+
+    fn attention_slopes(&self, qkv: [Var; 3], heads: &[Head<R>], g: &Matrix<R>) -> Vec<(Var, Matrix<R>)> {
+        let Rounding { product, stream, .. } = self.rounding;
+        let [q, k, v] = qkv.map(|a| self.operand(a));
+        let (rows, inner) = (q.rows, q.columns);
+        let scale = R::from_f64(1.0 / ((inner / heads.len()) as f64).sqrt());
+        let g = self.as_operand(g, product);
+        let mut to = [(); 3].map(|()| Matrix::zeros(rows, inner));
+        for (index, head) in heads.iter().enumerate() {
+            let (first, each) = of_head(index, heads.len(), inner);
+            let part = g.part(first, each);
+            let read = head.dropped(stream);
+            let read = self.as_operand(&read, stream);
+            to[2].set_part(first, &read.view().transposed().product(part, self.threads));
+            let mut scores = part.product(v.part(first, each).transposed(), self.threads);
+            product.round_all(&mut scores.data);
+            if let Some(mask) = &head.mask {
+                scores = scores.zip(mask, |g, f| stream.round(g * f));
+            }
+            for (row, weights) in scores.data.chunks_mut(rows).zip(head.weights.data.chunks(rows)) {
+                softmax_slope(weights, row);
+                row.iter_mut().for_each(|s| *s = product.round(product.round(*s) * scale));
+            }
+            let scores = self.as_operand(&scores, product);
+            to[0].set_part(first, &scores.view().product(k.part(first, each), self.threads));
+            to[1].set_part(first, &scores.view().transposed().product(q.part(first, each), self.threads));
+        }
+        qkv.into_iter().zip(to).collect()
+    }
+}
+
+impl<R: Real> Head<R> {
+    /// The weights behind dropout.
+    fn dropped(&self, format: Format) -> Cow<'_, Matrix<R>> {
+        match &self.mask {
+            None => Cow::Borrowed(&self.weights),
+            Some(mask) => Cow::Owned(self.weights.zip(mask, |w, f| format.round(w * f))),
+        }
+    }
+}
+
+fn softmax<R: Real>(row: &mut [R]) {
+    let largest = row.iter().copied().fold(R::min_value(), R::max);
+    row.iter_mut().for_each(|v| *v = (*v - largest).exp());
+    let total = row.iter().copied().sum::<R>();
+    row.iter_mut().for_each(|v| *v = *v / total);
+}
+
+/// Turns the gradient of a softmax's result into that of its input.
+fn softmax_slope<R: Real>(weights: &[R], gradient: &mut [R]) {
+    let along = weights.iter().zip(&*gradient).map(|(&w, &g)| w * g).sum::<R>();
+    gradient.iter_mut().zip(weights).for_each(|(g, &w)| *g = w * (*g - along));
+}
+
+/// The gate of GELU at a value, x·gate; each elementary step is rounded, as frameworks without
+/// a fused kernel have it.
+struct Gate<R> {
+    x: R,
+    /// 1 + erf or 1 + tanh.
+    twice: R,
+    /// The derivative of the gate's inner function by x.
+    inner: R,
+    format: Format,
+}
+
+impl<R: Real> Gate<R> {
+    fn new(x: R, kind: Activation, format: Format) -> Self {
+        use std::f64::consts::{FRAC_1_SQRT_2, FRAC_2_SQRT_PI, PI};
+        let (of, r, one) = (R::from_f64, |v: R| format.round(v), R::one());
+        let (twice, inner) = match kind {
+            Activation::Gelu => {
+                let at = r(x * of(FRAC_1_SQRT_2));
+                let slope = r(of(FRAC_2_SQRT_PI) * r((-r(at * at)).exp()));
+                (r(one + r(at.erf())), r(slope * of(FRAC_1_SQRT_2)))
+            }
+            Activation::GeluTanh => {
+                let (cubic, root) = (of(0.044715), of((2.0 / PI).sqrt()));
+                let square = r(x * x);
+                let inside = r(x + r(r(square * x) * cubic));
+                let t = r(r(inside * root).tanh());
+                let along = r(root * r(one + r(of(3.0) * r(cubic * square))));
+                (r(one + t), r(r(one - r(t * t)) * along))
+            }
+        };
+        Self { x, twice, inner, format }
+    }
+
+    fn value(&self) -> R {
+        let r = |v| self.format.round(v);
+        r(r(self.x * R::from_f64(0.5)) * self.twice)
+    }
+
+    fn slope(&self, gradient: R) -> R {
+        let r = |v| self.format.round(v);
+        let half = R::from_f64(0.5);
+        let direct = r(half * r(gradient * self.twice));
+        r(direct + r(r(gradient * r(self.x * half)) * self.inner))
+    }
+}

@@ -1,0 +1,214 @@
+//! Matrices in f64 or f32, and their product by `matrixmultiply`, on all cores.
+
+use std::fmt::Debug;
+use std::iter::Sum;
+use std::ops::{AddAssign, MulAssign};
+
+use num_traits::Float;
+
+/// The arithmetic of the blocked oracle: f64 for the truth, f32 for what rounding costs.
+pub trait Real: Float + Send + Sync + Debug + Default + Sum + AddAssign + MulAssign + 'static {
+    fn from_f32(value: f32) -> Self;
+    fn from_f64(value: f64) -> Self;
+    fn as_f32(self) -> f32;
+    fn as_f64(self) -> f64;
+    fn erf(self) -> Self;
+
+    /// c = a·b for a [m, k], b [k, n]; strides in elements.
+    ///
+    /// # Safety
+    /// All elements that sizes and strides name must be there, and c's belong to nobody else.
+    unsafe fn product(sizes: [usize; 3], a: Strided<Self>, b: Strided<Self>, c: *mut Self, columns: isize);
+}
+
+/// Where a matrix begins, and the distance of its rows and of its columns.
+pub type Strided<R> = (*const R, isize, isize);
+
+macro_rules! real {
+    ($type:ident, $product:path, $erf:path) => {
+        impl Real for $type {
+            fn from_f32(value: f32) -> Self {
+                value.into()
+            }
+            fn from_f64(value: f64) -> Self {
+                value as $type
+            }
+            fn as_f32(self) -> f32 {
+                self as f32
+            }
+            fn as_f64(self) -> f64 {
+                self.into()
+            }
+            fn erf(self) -> Self {
+                $erf(self)
+            }
+            unsafe fn product(
+                [m, k, n]: [usize; 3],
+                a: Strided<Self>,
+                b: Strided<Self>,
+                c: *mut Self,
+                columns: isize,
+            ) {
+                // SAFETY: as the caller holds it.
+                unsafe { $product(m, k, n, 1.0, a.0, a.1, a.2, b.0, b.1, b.2, 0.0, c, columns, 1) }
+            }
+        }
+    };
+}
+
+real!(f64, matrixmultiply::dgemm, libm::erf);
+real!(f32, matrixmultiply::sgemm, libm::erff);
+
+/// Row-major [rows, columns].
+#[derive(Clone, Debug, Default)]
+pub struct Matrix<R> {
+    pub rows: usize,
+    pub columns: usize,
+    pub data: Vec<R>,
+}
+
+/// A part of a matrix, or its transpose.
+#[derive(Clone, Copy)]
+pub struct View<'a, R> {
+    rows: usize,
+    columns: usize,
+    /// Distance of two rows, and of two columns.
+    strides: [usize; 2],
+    data: &'a [R],
+}
+
+impl<R: Real> Matrix<R> {
+    pub fn new(rows: usize, columns: usize, data: Vec<R>) -> Self {
+        assert_eq!(rows * columns, data.len());
+        Self { rows, columns, data }
+    }
+
+    pub fn zeros(rows: usize, columns: usize) -> Self {
+        Self::new(rows, columns, vec![R::zero(); rows * columns])
+    }
+
+    pub fn view(&self) -> View<'_, R> {
+        self.part(0, self.columns)
+    }
+
+    /// `count` columns from `first` on.
+    pub fn part(&self, first: usize, count: usize) -> View<'_, R> {
+        assert!(first + count <= self.columns);
+        let data = if self.rows == 0 { &[] } else { &self.data[first..] };
+        View { rows: self.rows, columns: count, strides: [self.columns, 1], data }
+    }
+
+    /// Puts a matrix at the columns from `first` on.
+    pub fn set_part(&mut self, first: usize, part: &Self) {
+        for (row, from) in self.data.chunks_mut(self.columns).zip(part.data.chunks(part.columns)) {
+            row[first..first + part.columns].copy_from_slice(from);
+        }
+    }
+
+    pub fn add(&mut self, other: &Self) {
+        self.data.iter_mut().zip(&other.data).for_each(|(a, &b)| *a += b);
+    }
+
+    pub fn map(&self, f: impl Fn(R) -> R) -> Self {
+        Self::new(self.rows, self.columns, self.data.iter().map(|&v| f(v)).collect())
+    }
+
+    pub fn zip(&self, other: &Self, f: impl Fn(R, R) -> R) -> Self {
+        assert_eq!((self.rows, self.columns), (other.rows, other.columns));
+        let data = self.data.iter().zip(&other.data).map(|(&a, &b)| f(a, b)).collect();
+        Self::new(self.rows, self.columns, data)
+    }
+
+    pub fn row(&self, index: usize) -> &[R] {
+        &self.data[index * self.columns..(index + 1) * self.columns]
+    }
+
+    /// The sum of each column: [1, columns]
+    pub fn column_sums(&self) -> Self {
+        let mut sums = Self::zeros(1, self.columns);
+        for row in self.data.chunks(self.columns) {
+            sums.data.iter_mut().zip(row).for_each(|(sum, &v)| *sum += v);
+        }
+        sums
+    }
+}
+
+impl<'a, R: Real> View<'a, R> {
+    pub fn transposed(self) -> Self {
+        let [rows, columns] = self.strides;
+        Self { rows: self.columns, columns: self.rows, strides: [columns, rows], data: self.data }
+    }
+
+    fn strided(&self) -> Strided<R> {
+        (self.data.as_ptr(), self.strides[0] as isize, self.strides[1] as isize)
+    }
+
+    /// From a row on.
+    fn from_row(self, row: usize, rows: usize) -> Self {
+        Self { rows, data: &self.data[row * self.strides[0]..], ..self }
+    }
+
+    /// self·other, by `threads` threads.
+    pub fn product(self, other: View<'_, R>, threads: usize) -> Matrix<R> {
+        assert_eq!(self.columns, other.rows, "the inner sizes of a product");
+        let mut result = Matrix::zeros(self.rows, other.columns);
+        if result.data.is_empty() || self.columns == 0 {
+            return result;
+        }
+        // Under a million products a thread costs more than it brings.
+        let work = self.rows * self.columns * other.columns;
+        let threads = threads.min(work >> 20).max(1);
+        let each = self.rows.div_ceil(threads);
+        let columns = other.columns;
+        let part = |first: usize, into: &mut [R]| {
+            let a = self.from_row(first, into.len() / columns);
+            // SAFETY: views lie within their slices, and `into` is this call's alone.
+            unsafe {
+                R::product(
+                    [a.rows, a.columns, columns],
+                    a.strided(),
+                    other.strided(),
+                    into.as_mut_ptr(),
+                    columns as isize,
+                );
+            }
+        };
+        let chunks = result.data.chunks_mut(each * columns).enumerate();
+        if threads == 1 {
+            chunks.for_each(|(i, into)| part(i * each, into));
+        } else {
+            std::thread::scope(|scope| {
+                chunks.for_each(|(i, into)| {
+                    scope.spawn(move || part(i * each, into));
+                });
+            });
+        }
+        result
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn products_of_parts_and_transposes_are_right() {
+        let make = |rows: usize, columns: usize| {
+            let data = (0..rows * columns).map(|i| ((i * 7 + 3) % 11) as f64 - 5.0).collect();
+            Matrix::new(rows, columns, data)
+        };
+        let (a, b) = (make(33, 7), make(33, 9));
+        let direct = |i: usize, j: usize| (0..33).map(|k| a.row(k)[2 + i] * b.row(k)[j]).sum::<f64>();
+        for threads in [1, 3] {
+            let c = a.part(2, 4).transposed().product(b.view(), threads);
+            assert_eq!((c.rows, c.columns), (4, 9));
+            assert!((0..36).all(|at| c.data[at] == direct(at / 9, at % 9)));
+        }
+        // Large enough for threads, and rows that do not divide.
+        let (a, b) = (make(131, 128), make(97, 128));
+        let one = a.view().product(b.view().transposed(), 1);
+        let many = a.view().product(b.view().transposed(), 4);
+        assert_eq!(one.data, many.data);
+        assert_eq!(one.row(130)[96], (0..128).map(|k| a.row(130)[k] * b.row(96)[k]).sum::<f64>());
+    }
+}

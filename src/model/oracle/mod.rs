@@ -1,0 +1,109 @@
+//! The same mathematics in f64: what every backend is held against.
+//!
+//! Twice: `scalar` (with `tape`) one number at a time, for the miniatures, with nothing to get wrong
+//! but the mathematics; and `blocked` (with `graph` and `matrix`) in matrix products, at the sizes
+//! that are timed, itself held against the first. The second also computes as a precision does,
+//! rounding every result (`rounding`): what that costs is what a backend is allowed.
+
+pub mod blocked;
+mod graph;
+mod matrix;
+pub mod rounding;
+pub mod scalar;
+mod tape;
+
+pub use matrix::Real;
+
+use super::fixture::AdamW;
+use rounding::Format;
+
+/// A result of the oracle; values in f64.
+#[derive(Clone, Debug)]
+pub struct Expected {
+    pub name: String,
+    pub data: Vec<f64>,
+}
+
+/// A parameter after `steps` AdamW steps with the same gradient, from zero moments; every result
+/// is stored in the format.
+pub fn adamw<R: Real>(
+    setting: &AdamW,
+    parameter: &[f32],
+    gradient: &[f32],
+    steps: i32,
+    format: Format,
+) -> Vec<R> {
+    let r = |v: R| format.round(v);
+    let of = |v: f64| format.round(R::from_f64(v));
+    let decay = of(1.0 - setting.lr * setting.weight_decay);
+    let [beta1, rest1] = [of(setting.beta1), of(1.0 - setting.beta1)];
+    let [beta2, rest2] = [of(setting.beta2), of(1.0 - setting.beta2)];
+    let corrections: Vec<[R; 2]> = (1..=steps)
+        .map(|t| {
+            let root = 1.0 / (1.0 - setting.beta2.powi(t)).sqrt();
+            [of(setting.lr / (1.0 - setting.beta1.powi(t))), of(root)]
+        })
+        .collect();
+    let eps = of(setting.eps);
+    let moved = |(&p, &g): (&f32, &f32)| {
+        let (mut p, g) = (R::from_f32(p), R::from_f32(g));
+        let (mut m, mut v) = (R::zero(), R::zero());
+        for &[step_size, root] in &corrections {
+            p = r(p * decay);
+            m = r(r(beta1 * m) + r(rest1 * g));
+            v = r(r(beta2 * v) + r(rest2 * r(g * g)));
+            p = r(p - r(r(step_size * m) / r(r(r(v.sqrt()) * root) + eps)));
+        }
+        p
+    };
+    parameter.iter().zip(gradient).map(moved).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::fixture::Fixture;
+    use crate::suite::{BackendId, Case, Compute, Precision, Set, cases};
+    use rounding::Rounding;
+
+    #[test]
+    fn adamw_moves_by_the_learning_rate_and_decays() {
+        // One step from zero moments is lr·sign(g), after the decay.
+        let p = adamw::<f64>(&AdamW::PARITY, &[1.0, -2.0], &[0.3, -0.7], 1, Format::Whole);
+        assert!((p[0] - (1.0 - 0.05 - 0.1)).abs() < 1e-6 && (p[1] - (-2.0 + 0.1 + 0.1)).abs() < 1e-6);
+    }
+
+    /// The largest difference of two results over the larger's size, and where.
+    fn difference(a: &[Expected], b: &[blocked::Computed<f64>]) -> (f64, String) {
+        assert_eq!(a.len(), b.len());
+        let mut worst = (0.0, String::new());
+        let all = a.iter().flat_map(|t| &t.data).fold(0.0_f64, |m, v| m.max(v.abs()));
+        for (a, b) in a.iter().zip(b) {
+            assert_eq!((&a.name, a.data.len()), (&b.name, b.data.len()));
+            let size = a.data.iter().fold(1e-6 * all, |m, v| m.max(v.abs()));
+            let miss = a.data.iter().zip(&b.data).fold(0.0_f64, |m, (x, y)| m.max((x - y).abs()));
+            if miss / size > worst.0 {
+                worst = (miss / size, a.name.clone());
+            }
+        }
+        worst
+    }
+
+    #[test]
+    fn the_blocked_oracle_is_the_scalar_one() {
+        let eager = Precision::eager(Compute::F32);
+        let all = cases(Set::Smoke);
+        let mut tried = 0;
+        for case in all.into_iter().filter(|c| c.backend == BackendId::TorchCpu && c.precision == eager) {
+            // A copy of 256 MiB has no mathematics.
+            let fixture = Fixture::for_parity(case);
+            let found = blocked::computed::<f64>(&fixture, Rounding::NONE, None);
+            let (worst, name) = difference(&scalar::expected(&fixture), &found);
+            // Sums in another order, in 2⁻⁵³ each.
+            assert!(worst < 1e-11, "{case}: {name} differs by {worst:.1e}");
+            tried += 1;
+        }
+        assert!(tried > 10);
+        let _ = Case::dropout;
+    }
+}
