@@ -6,6 +6,7 @@ use std::path::Path;
 use anyhow::{Result, bail};
 
 use crate::model::fixture::{Fixture, Tensor};
+pub use crate::model::oracle::rounding::Sums;
 use crate::suite::{BackendId, Case, Compute, Device, Framework, Workload};
 
 /// Why a case can't run here; shown as the row's reason.
@@ -30,6 +31,9 @@ pub trait Backend {
 
     /// Loads the fixture and returns the case, ready to step.
     fn prepare(&self, fixture: &Fixture) -> Result<Box<dyn Prepared>>;
+
+    /// In which type it keeps sums over rows: decides what a gradient may be off by.
+    fn sums(&self) -> Sums;
 
     /// Waits until the device has nothing left to do.
     fn synchronize(&self) -> Result<()>;

@@ -29,6 +29,7 @@
 
 pub mod backend;
 pub mod compare;
+pub mod disturbance;
 pub mod memory;
 pub mod model;
 pub mod parity;

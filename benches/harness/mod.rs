@@ -1,17 +1,18 @@
 //! What both bench targets share: which cases run, in what order, and what is kept.
 //!
-//! For each selected case: parity of its backend and precision, once; the fixture; one
+//! First parity of every selected case, at its own shape. Then for each case: the fixture; one
 //! step alone, from which the plan is made; Criterion's samples; the record. Records
 //! are written after every case, so a run that is killed keeps what it has.
 
+mod by_hand;
 mod options;
 mod profiler;
+mod proving;
 mod symbols;
 mod ticker;
 mod timing;
 mod worker;
 
-use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -19,20 +20,24 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use criterion::{BenchmarkId, Criterion, SamplingMode, Throughput};
 use transformer_bench::backend::{self, Backend, Found, Prepared};
+use transformer_bench::disturbance::{self, Watch};
 use transformer_bench::memory;
 use transformer_bench::model::fixture::Fixture;
-use transformer_bench::parity;
 use transformer_bench::profile::gpu;
 use transformer_bench::results::machine::{self, Machine};
 use transformer_bench::results::run::{Selection, Writer};
 use transformer_bench::results::{self, Record, Status, criterion_folder};
 use transformer_bench::statistics;
 use transformer_bench::suite::cost::{self, Work};
-use transformer_bench::suite::{BackendId, Case, Device, Framework, Precision, cases};
+use transformer_bench::suite::{Case, Device, Framework, cases};
 
 use options::Options;
 use profiler::Sampler;
+use proving::Proven;
 use timing::Plan;
+
+/// How long the machine is looked at before a run.
+const LOOK: Duration = Duration::from_millis(500);
 
 /// Runs a framework's cases.
 pub fn main(framework: Framework, find: fn() -> Found) -> ExitCode {
@@ -121,37 +126,75 @@ fn criterion_home() -> PathBuf {
     home
 }
 
+/// What can run, and on what.
+struct Here {
+    found: Found,
+    machine: Machine,
+}
+
+impl Here {
+    /// The backend of a case that can run here, else why not. Cases that can't fit are refused
+    /// before anything is allocated.
+    fn runs(&self, case: &Case) -> Result<&dyn Backend, String> {
+        let Some(backend) = self.found.backend(case.backend) else {
+            let absent = self.found.absent.iter().find(|a| a.id == case.backend);
+            return Err(absent.map_or_else(|| "not found".to_owned(), |a| a.reason.clone()));
+        };
+        backend.supports(case).map_err(|unsupported| unsupported.to_string())?;
+        let need = cost::memory_estimate(case) as f64 / 1e9;
+        let have = backend.memory_total().unwrap_or(self.machine.memory_bytes) as f64 / 1e9;
+        if need > 0.85 * have {
+            return Err(format!("needs about {need:.0} GB of memory and {have:.0} GB is there"));
+        }
+        Ok(backend)
+    }
+}
+
 struct Suite {
     criterion: Criterion,
     sampler: Sampler,
     home: PathBuf,
     options: Options,
-    found: Found,
-    machine: Machine,
-    /// Parity, once for each backend and precision; the text says what failed.
-    proven: HashMap<(BackendId, Precision), Result<(), (Status, String)>>,
+    here: Here,
+    proven: Proven,
 }
 
 impl Suite {
     fn new(options: Options, home: PathBuf, found: Found) -> Self {
         let sampler = Sampler::default();
+        let mut machine = machine_of(&found);
+        if !options.test && !options.load_baseline {
+            let others = disturbance::others(LOOK);
+            machine.others = Some(others);
+            if others > disturbance::MUCH * machine.cores as f64 {
+                eprintln!(
+                    "note: others use {others:.1} of this machine's {} cores: what they disturb is marked",
+                    machine.cores
+                );
+            }
+        }
         let criterion = Criterion::default().with_profiler(sampler.clone());
         Self {
             criterion: criterion.configure_from_args().without_plots(),
             sampler,
             home,
             options,
-            machine: machine_of(&found),
-            found,
-            proven: HashMap::new(),
+            here: Here { machine, found },
+            proven: Proven::new(),
         }
     }
 
     /// True unless a case failed.
     fn measure_all(&mut self, framework: Framework, selected: &[Case]) -> Result<bool> {
-        let here = |c: &&Case| self.found.backend(c.backend).is_some();
+        let here = |c: &&Case| self.here.found.backend(c.backend).is_some();
         let present: Vec<Case> = selected.iter().filter(here).copied().collect();
         self.options.check_baseline(&self.home, &present)?;
+        // What is only looked at needs no proof.
+        if !self.options.profile && !self.options.load_baseline {
+            let runs = |case: &&Case| self.here.runs(case).is_ok();
+            let runs: Vec<Case> = selected.iter().filter(runs).copied().collect();
+            self.proven = proving::prove(framework, &runs)?;
+        }
         let mut part = if self.writes() { Some(self.part(framework, selected)?) } else { None };
         let mut records = Vec::new();
         let started = Instant::now();
@@ -185,37 +228,26 @@ impl Suite {
     fn part(&self, framework: Framework, selected: &[Case]) -> Result<Writer> {
         let selection = Selection { set: self.options.set.to_string(), filter: self.options.filter_text() };
         let tf32 = backend::is_tf32_process();
-        Writer::begin(&results::folder(), framework, tf32, selection, selected, self.machine.clone())
+        Writer::begin(&results::folder(), framework, tf32, selection, selected, self.here.machine.clone())
     }
 
     /// None where the case was only profiled.
     fn measure(&mut self, case: &Case, place: &str) -> Option<Record> {
-        let Some(backend) = self.found.present.iter().find(|b| b.id() == case.backend) else {
-            let absent = self.found.absent.iter().find(|a| a.id == case.backend);
-            let reason = absent.map_or_else(|| "not found".to_owned(), |a| a.reason.clone());
-            return Some(self.told(place, Record::without(case, Status::Skipped, reason)));
+        let backend = match self.here.runs(case) {
+            Ok(backend) => backend,
+            Err(reason) => return Some(self.told(place, Record::without(case, Status::Skipped, reason))),
         };
-        let backend = backend.as_ref();
-        let fits = backend.supports(case).map_err(|u| u.to_string()).and_then(|()| self.fits(backend, case));
-        if let Err(reason) = fits {
-            return Some(self.told(place, Record::without(case, Status::Skipped, reason)));
-        }
-        let pair = (case.backend, case.precision);
-        let proof = self.proven.entry(pair).or_insert_with(|| {
-            eprintln!("{place} parity of {} in {}", case.backend, case.precision);
-            match parity::check(backend, *case) {
-                Ok(None) => Ok(()),
-                Ok(Some(mismatch)) => Err((Status::ParityFailed, mismatch.to_string())),
-                Err(error) => Err((Status::Error, format!("parity could not be checked: {error:#}"))),
+        let share = match self.proven.get(case) {
+            Some(Err((status, reason))) => {
+                return Some(self.told(place, Record::without(case, *status, reason.clone())));
             }
-        });
-        if let Err((status, reason)) = proof.clone() {
-            return Some(self.told(place, Record::without(case, status, reason)));
-        }
+            proven => proven.and_then(|p| p.as_ref().ok()).copied(),
+        };
         let record = sample(&mut self.criterion, &self.sampler, &self.options, backend, case, place)
             .unwrap_or_else(|error| Some(failure(case, &error)))?;
+        let record = Record { parity: share, ..record };
         let record = if record.status == Status::Measured && !self.options.test {
-            figures(&self.home, case, record, &self.machine)
+            figures(&self.home, case, record, &self.here.machine)
                 .unwrap_or_else(|error| Record::without(case, Status::Error, format!("{error:#}")))
         } else {
             record
@@ -225,16 +257,6 @@ impl Suite {
             let _ = std::fs::remove_dir_all(criterion_folder(&self.home, case).join("new"));
         }
         Some(self.told(place, record))
-    }
-
-    /// Cases that can't fit are refused before anything is allocated.
-    fn fits(&self, backend: &dyn Backend, case: &Case) -> Result<(), String> {
-        let need = cost::memory_estimate(case) as f64 / 1e9;
-        let have = backend.memory_total().unwrap_or(self.machine.memory_bytes) as f64 / 1e9;
-        if need > 0.85 * have {
-            return Err(format!("needs about {need:.0} GB of memory and {have:.0} GB is there"));
-        }
-        Ok(())
     }
 
     /// Prints what became of a case where Criterion does not.
@@ -275,11 +297,7 @@ fn sample(
     let watch = watch.transpose().map(drop);
     let (step, plan) = plan(prepared.as_mut(), options, case)?;
     let Some(plan) = plan else {
-        let mut record =
-            Record::without(case, Status::TooSlow, format!("too slow: {:.1} s a step", step.as_secs_f64()));
-        record.median_ns = Some(step.as_nanos() as f64);
-        record.samples = Some(1);
-        return Ok(Some(record));
+        return few(prepared.as_mut(), options, backend, case, place, step).map(Some);
     };
     if !options.test {
         let seconds = plan.duration(step).as_secs_f64().ceil();
@@ -304,7 +322,40 @@ fn sample(
     record.peak_bytes = backend.peak_memory();
     record.rss_peak_bytes = seen.peak_rss;
     record.page_faults = Some(statistics::median(&seen.faults));
+    record.waiting_share = seen.watch.waiting_share();
+    if seen.watch.throttled() {
+        eprintln!("{place} {case}: the CPU got too hot and was slowed down meanwhile");
+    }
     Ok(Some(record))
+}
+
+/// A case whose steps are too slow for Criterion's ten samples: as many as fit.
+fn few(
+    prepared: &mut dyn Prepared,
+    options: &Options,
+    backend: &dyn Backend,
+    case: &Case,
+    place: &str,
+    step: Duration,
+) -> Result<Record> {
+    let before = (Watch::now(), memory::faults());
+    let Some(steps) = timing::few(prepared, step, options.set, case.workload)? else {
+        let reason = format!("too slow: {:.1} s a step", step.as_secs_f64());
+        let mut record = Record::without(case, Status::TooSlow, reason);
+        record.median_ns = Some(step.as_nanos() as f64);
+        record.samples = Some(1);
+        return Ok(record);
+    };
+    eprintln!("{place} {case}: {} steps of {:.1} s", steps.len(), step.as_secs_f64());
+    let mut record = Record::without(case, Status::Measured, "");
+    record.peak_bytes = backend.peak_memory();
+    record.rss_peak_bytes = memory::resident_peak_bytes();
+    record.page_faults = Some((memory::faults() - before.1) as f64 / steps.len() as f64);
+    record.waiting_share = Watch::now().since(before.0).waiting_share();
+    if !options.test {
+        by_hand::write(&criterion_folder(&results::criterion_home(), case), case, &steps)?;
+    }
+    Ok(record)
 }
 
 /// Runs one step, or two, and makes the plan from the faster; None where it is too slow.
@@ -324,6 +375,7 @@ struct Seen {
     peak_rss: Option<u64>,
     /// Page faults a step, of each sample.
     faults: Vec<f64>,
+    watch: Watch,
 }
 
 /// Takes Criterion's samples.
@@ -354,13 +406,14 @@ fn time_samples(
             if failed.is_some() {
                 return Duration::from_secs(1);
             }
-            let before = memory::faults();
+            let (before, watch) = (memory::faults(), Watch::now());
             let elapsed = if options.profile {
                 sampler.run(prepared, iterations)
             } else {
                 timing::time(prepared, iterations)
             };
             seen.peak_rss = memory::resident_peak_bytes();
+            seen.watch.add(Watch::now().since(watch));
             seen.faults.push((memory::faults() - before) as f64 / iterations as f64);
             // Criterion can't be stopped; the figures are thrown away below.
             elapsed.unwrap_or_else(|error| {

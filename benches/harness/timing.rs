@@ -28,6 +28,26 @@ pub struct Plan {
 const FEWEST: usize = 10;
 const MOST: usize = 100;
 
+/// The fewest steps that make a median with an interval, where Criterion's ten samples do not fit.
+const VERY_FEW: usize = 3;
+/// A step that takes longer is measured once and called too slow.
+const LONGEST: Duration = Duration::from_secs(60);
+
+/// Times as many steps as fit into a case's limit, at least three; None where one takes over a
+/// minute.
+pub fn few(
+    prepared: &mut dyn Prepared,
+    step: Duration,
+    set: Set,
+    workload: Workload,
+) -> Result<Option<Vec<Duration>>> {
+    if step > LONGEST {
+        return Ok(None);
+    }
+    let fit = (Plan::limit(set, workload).as_secs_f64() / step.as_secs_f64()) as usize;
+    (0..fit.clamp(VERY_FEW, FEWEST - 1)).map(|_| time(prepared, 1)).collect::<Result<_>>().map(Some)
+}
+
 /// Seconds that a case should take, and at most may.
 fn budget(set: Set, workload: Workload) -> (f64, f64) {
     match (set, workload) {
@@ -46,7 +66,7 @@ impl Plan {
         Duration::from_secs_f64(budget(set, workload).1)
     }
 
-    /// From the time of a step; None where ten samples and a warm-up do not fit.
+    /// From the time of a step; None where ten samples and a warm-up do not fit: see [`few`].
     pub fn new(step: Duration, set: Set, workload: Workload) -> Option<Self> {
         let (target, limit) = budget(set, workload);
         let step = step.as_secs_f64();

@@ -6,6 +6,7 @@
 //! | `cases SET FILTER` | the ids of the set that can run here and that the regular expression matches, joined by spaces |
 //! | `machine` | the machine and the versions, as JSON |
 //! | `case ID` | `ready` once the case has been prepared and has done a step, or `failed: ` and why |
+//! | `prove ID` | `now SHARE` or `before SHARE` where parity holds at the case's shape, proven now or remembered: how much of the allowed error it took; `wrong`, and what is |
 //! | `work ROUNDS` | the nanoseconds that so many rounds of thrown-away arithmetic take |
 //! | a number | the nanoseconds that so many steps of the case took, those that this process had a CPU meanwhile, and those that its threads were ready and had none, or `failed: ` and why |
 //!
@@ -16,9 +17,14 @@ use std::io::{BufRead, Write};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use transformer_bench::backend::{Found, Prepared, TF32_PROCESS, is_tf32_process, needs_tf32_process};
+use transformer_bench::backend::{
+    Backend, Found, Prepared, TF32_PROCESS, is_tf32_process, needs_tf32_process,
+};
+use transformer_bench::disturbance::{cpu_time, delay};
 use transformer_bench::model::fixture::Fixture;
-use transformer_bench::results::{machine, one_line};
+use transformer_bench::parity::Prover;
+use transformer_bench::parity::proofs::Proofs;
+use transformer_bench::results::{self, machine, one_line};
 use transformer_bench::suite::{Case, Framework, cases, pattern};
 
 use super::timing;
@@ -37,6 +43,8 @@ struct Worker<'a> {
     found: &'a Found,
     framework: Framework,
     current: Option<Box<dyn Prepared>>,
+    prover: Prover,
+    proofs: Option<Proofs>,
 }
 
 /// Becomes a worker.
@@ -53,7 +61,7 @@ pub fn start(framework: Framework, find: fn() -> Found, first: Option<String>) -
 
 /// Answers until its input ends, and ends the process then.
 fn serve(found: &Found, framework: Framework, first: Option<String>) -> Result<Infallible> {
-    let mut worker = Worker { found, framework, current: None };
+    let mut worker = Worker { found, framework, current: None, prover: Prover::default(), proofs: None };
     if let Some(id) = first {
         worker.load(&id)?;
         say("ready")?;
@@ -76,7 +84,7 @@ fn say(line: &str) -> Result<()> {
     Ok(output.flush()?)
 }
 
-impl Worker<'_> {
+impl<'a> Worker<'a> {
     fn answer(&mut self, line: &str) -> Result<String> {
         if let Ok(steps) = line.parse() {
             let (delayed, before) = (delay(), cpu_time());
@@ -91,6 +99,7 @@ impl Worker<'_> {
                 let (set, filter) = rest.split_once(' ').unwrap_or((rest, ""));
                 self.cases(set, filter)
             }
+            ("prove", id) => self.prove(id),
             ("work", rounds) => {
                 let rounds = rounds.parse().with_context(|| format!("'{rounds}' is no number"))?;
                 let start = Instant::now();
@@ -115,9 +124,32 @@ impl Worker<'_> {
         Ok(ids.join(" "))
     }
 
-    fn load(&mut self, id: &str) -> Result<()> {
-        // Freed first: two cases may not fit side by side.
+    /// Proves a case, unless this executable has on this machine.
+    fn prove(&mut self, id: &str) -> Result<String> {
         self.current = None;
+        let (case, backend) = self.runnable(id)?;
+        let proofs = match &self.proofs {
+            Some(proofs) => proofs,
+            // Before the first case runs: engines load more libraries then.
+            None => {
+                let machine = super::machine_of(self.found);
+                self.proofs.insert(Proofs::open(&results::folder(), &machine)?)
+            }
+        };
+        if let Some(share) = proofs.of(&case) {
+            return Ok(format!("before {share}"));
+        }
+        match self.prover.prove(backend, case)? {
+            Ok(share) => {
+                proofs.keep(&case, share)?;
+                Ok(format!("now {share}"))
+            }
+            Err(mismatch) => Ok(format!("wrong {}", one_line(&mismatch.to_string()))),
+        }
+    }
+
+    /// A case that runs here, and its backend.
+    fn runnable(&self, id: &str) -> Result<(Case, &'a dyn Backend)> {
         let case: Case = id.parse().map_err(anyhow::Error::msg)?;
         let Some(backend) = self.found.backend(case.backend) else {
             let reason = self.found.absent.iter().find(|a| a.id == case.backend).map(|a| a.reason.as_str());
@@ -126,6 +158,13 @@ impl Worker<'_> {
         if let Err(reason) = backend.supports(&case) {
             bail!("{case}: {reason}");
         }
+        Ok((case, backend))
+    }
+
+    fn load(&mut self, id: &str) -> Result<()> {
+        // Freed first: two cases may not fit side by side.
+        self.current = None;
+        let (case, backend) = self.runnable(id)?;
         backend.reset_peak_memory()?;
         let mut prepared = backend.prepare(&Fixture::new(case))?;
         prepared.step()?;
@@ -140,25 +179,6 @@ impl Worker<'_> {
         let prepared = self.current.as_mut().context("no case: say 'case ID' first")?;
         timing::time(prepared.as_mut(), steps)
     }
-}
-
-/// CPU time of all threads of this process.
-fn cpu_time() -> Duration {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the call fills plain data.
-    unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &raw mut time) };
-    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
-}
-
-/// Nanoseconds that all threads of this process were ready and had no CPU so far; 0 where
-/// the system does not tell (`man proc_pid_schedstat`).
-fn delay() -> u64 {
-    let tasks = std::fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
-    let of = |task: std::fs::DirEntry| -> Option<u64> {
-        let text = std::fs::read_to_string(task.path().join("schedstat")).ok()?;
-        text.split_whitespace().nth(1)?.parse().ok()
-    };
-    tasks.filter_map(of).sum()
 }
 
 /// A case whose every step does extra work.

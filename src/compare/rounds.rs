@@ -9,7 +9,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
 use super::cores::{cores, on_cores};
-use super::rule::{Estimate, Judge, Rule, Verdict};
+use super::rule::{Estimate, Judge, Rule, THRESHOLD, Verdict};
 use super::stop::go_on;
 use super::worker::{Side, Step, Threads, Worker, never_wait};
 use crate::statistics::median;
@@ -92,6 +92,15 @@ impl Row {
 /// The rule for a number of cases.
 pub fn rule(threshold: f64, cases: usize) -> Rule {
     Rule { threshold, cases, most: MOST }
+}
+
+/// Rounds of a comparison that wants an interval, not a verdict: the fewest whose spread says
+/// something (Student's t with two degrees of freedom).
+const FEW: usize = 3;
+
+/// The rule for a number of cases that are compared for their intervals.
+pub fn few(cases: usize) -> Rule {
+    Rule { most: FEW, ..rule(THRESHOLD, cases) }
 }
 
 /// Runs rounds until every row has its verdict, or the time is over.

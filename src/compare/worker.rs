@@ -26,6 +26,9 @@ const WAITING: f64 = 0.01;
 const SOON: Duration = Duration::from_secs(120);
 /// How long any may take: MLX builds kernels of a compiled step for minutes.
 const EVER: Duration = Duration::from_secs(900);
+/// How long a proof may take: on two cores the oracle takes two minutes of GPT-2, and a step of
+/// the slowest backend as many.
+const PROOF: Duration = Duration::from_secs(3600);
 /// What is given beyond a comparison's own end.
 const GRACE: Duration = Duration::from_secs(20);
 
@@ -204,6 +207,24 @@ impl Worker {
         self.ask(&format!("case {case}"), EVER).map(|_| ())
     }
 
+    /// Has a case proven, or recalled.
+    pub fn prove(&mut self, case: &Case) -> Result<Proof> {
+        let answer = self.ask(&format!("prove {case}"), PROOF)?;
+        let (word, rest) = answer.split_once(' ').unwrap_or((&answer, ""));
+        let share = || rest.parse().with_context(|| format!("'{answer}' is no proof"));
+        match word {
+            "now" => Ok(Proof::Now(share()?)),
+            "before" => Ok(Proof::Before(share()?)),
+            "wrong" => Ok(Proof::Wrong(rest.to_owned())),
+            _ => bail!("'{answer}' is no proof"),
+        }
+    }
+
+    /// Whether the process still runs.
+    pub fn alive(&mut self) -> bool {
+        self.input.is_some() && matches!(self.child.try_wait(), Ok(None))
+    }
+
     /// Seconds that rounds of thrown-away arithmetic take.
     pub fn work(&mut self, rounds: u64) -> Result<f64> {
         let answer = self.ask(&format!("work {rounds}"), SOON)?;
@@ -221,6 +242,17 @@ impl Worker {
         let mut next = || seconds(words.next().unwrap_or("0"));
         Ok(Step { wall: next()?, cpu: next()?, delayed: next()? })
     }
+}
+
+/// What a process says of a case's parity.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Proof {
+    /// How much of the error that is allowed the worst tensor took.
+    Now(f64),
+    /// The same, of an earlier proof.
+    Before(f64),
+    /// What is wrong.
+    Wrong(String),
 }
 
 /// Ends a process when the thread that starts it ends, however that ends. Elsewhere than on

@@ -167,6 +167,14 @@ impl Fixture {
         edit(&mut one.unwrap_or_else(|| panic!("no parameter {name}")).data);
     }
 
+    /// Replaces an input's values.
+    pub fn edit_input(&mut self, name: &str, edit: impl FnOnce(&mut Vec<f32>)) {
+        self.inputs();
+        let all = self.inputs.get_mut().expect("just made");
+        let one = all.iter_mut().find(|t| t.name == name);
+        edit(&mut one.unwrap_or_else(|| panic!("no input {name}")).data);
+    }
+
     fn like_parameters(&self, kind: &str, value: impl Fn(&mut Draw, &Spec) -> f32) -> Vec<Tensor> {
         parameters::parameters(self.case.shape)
             .into_iter()

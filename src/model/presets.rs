@@ -1,5 +1,7 @@
 //! The models of the suite, as values.
 
+use std::sync::Mutex;
+
 use super::*;
 
 /// A post-norm encoder over 111 indicator tokens with two heads and a mixed loss; 4.8 M
@@ -56,6 +58,9 @@ impl Model {
 static MODELS: [Model; 4] =
     [INDICATOR, INDICATOR.miniature("indicator-tiny", 8), GPT2, GPT2.miniature("gpt2-tiny", 16)];
 
+/// Models that this process has added; they stay for its life.
+static ADDED: Mutex<Vec<&'static Model>> = Mutex::new(Vec::new());
+
 /// A model of the list, by its place in it: small, and equal only to itself.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ModelId(usize);
@@ -80,13 +85,28 @@ impl ModelId {
         Self(0)
     }
 
+    /// A model that is on no list, for this process.
+    pub fn add(model: Model) -> Self {
+        let mut added = ADDED.lock().expect("no panic holds it");
+        let known = added.iter().position(|known| **known == model);
+        Self(
+            MODELS.len()
+                + known.unwrap_or_else(|| {
+                    added.push(Box::leak(Box::new(model)));
+                    added.len() - 1
+                }),
+        )
+    }
+
     /// Itself where it is one.
     pub fn miniature(self) -> Self {
+        assert!(self.0 < MODELS.len(), "a model on the list");
         Self(self.0 | 1)
     }
 
+    /// Whether the scalar oracle can follow.
     pub fn is_miniature(self) -> bool {
-        self.0 % 2 == 1
+        self.width <= MODELS[1].width && self.tokens <= MODELS[3].tokens
     }
 }
 
@@ -94,7 +114,7 @@ impl Deref for ModelId {
     type Target = Model;
 
     fn deref(&self) -> &Model {
-        &MODELS[self.0]
+        MODELS.get(self.0).unwrap_or_else(|| ADDED.lock().expect("no panic holds it")[self.0 - MODELS.len()])
     }
 }
 

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use serde_json::{Map, Value, json};
 
-use crate::results::{Record, Results, Setting, Status};
+use crate::results::{Record, Results, Setting, Status, Turn};
 
 /// `results.json` of this version; see the README for its fields.
 pub fn json(results: &Results) -> Result<String> {
@@ -32,7 +32,16 @@ pub fn read(text: &str, place: &str) -> Result<Results> {
         check(record).with_context(|| format!("{place}: {}", record.id))?;
     }
     results.settings.iter().try_for_each(check_setting).with_context(|| place.to_owned())?;
+    results.turns.iter().try_for_each(check_turn).with_context(|| place.to_owned())?;
     Ok(results)
+}
+
+/// Whether a comparison in turns is one that rounds can give.
+fn check_turn(turn: &Turn) -> Result<()> {
+    let Turn { ratio, ratio_ci: [low, high], .. } = turn;
+    let positive = [ratio, low, high].iter().all(|v| v.is_finite() && **v > 0.0);
+    ensure!(positive && low <= ratio && ratio <= high, "{} in turns: no ratio and interval", turn.base);
+    Ok(())
 }
 
 /// Whether a setting is one that a comparison can find.
@@ -61,6 +70,9 @@ pub fn check(record: &Record) -> Result<()> {
     for share in [record.page_faults, record.page_fault_share].into_iter().flatten() {
         ensure!(share.is_finite() && share >= 0.0, "{share} page faults can't be");
     }
+    for share in [record.parity, record.waiting_share].into_iter().flatten() {
+        ensure!((0.0..=1.0).contains(&share), "{share} is no share");
+    }
     Ok(())
 }
 
@@ -85,6 +97,8 @@ pub fn csv(results: &Results) -> Result<String> {
         "rss_peak_bytes",
         "page_faults",
         "page_fault_share",
+        "parity",
+        "waiting_share",
     ])?;
     for r in &results.cases {
         // As JSON writes numbers, so that both files hold the same digits.
@@ -109,6 +123,8 @@ pub fn csv(results: &Results) -> Result<String> {
             count(r.rss_peak_bytes),
             float(r.page_faults),
             float(r.page_fault_share),
+            float(r.parity),
+            float(r.waiting_share),
         ])?;
     }
     Ok(String::from_utf8(writer.into_inner()?)?)
@@ -159,6 +175,14 @@ mod tests {
             }
             results.cases.push(r);
         }
+        results.turns.push(Turn {
+            base: "train-step/torch-cpu/f32/indicator-b16".to_owned(),
+            head: "train-step/mlx-cpu/f32/indicator-b16".to_owned(),
+            ratio: 3.0,
+            ratio_ci: [2.5, 3.5],
+            rounds: 3,
+            commit: String::new(),
+        });
         results.settings.push(Setting {
             setting: "A=1".to_owned(),
             id: results.cases[0].id.clone(),
@@ -215,18 +239,20 @@ mod tests {
     fn the_schema_is_the_documented_one() {
         let json: Value = serde_json::from_str(&json(&results()).unwrap()).unwrap();
         let keys = |value: &Value| value.as_object().unwrap().keys().cloned().collect::<Vec<_>>().join(" ");
-        assert_eq!(keys(&json), "cases machine settings version");
+        assert_eq!(keys(&json), "cases machine settings turns version");
         assert_eq!(
             keys(&json["cases"][1]),
-            "backend ci_ns id median_ns page_fault_share page_faults peak_bytes precision reason rss_peak_bytes samples shape status throughput workload"
+            "backend ci_ns id median_ns page_fault_share page_faults parity peak_bytes precision reason rss_peak_bytes samples shape status throughput waiting_share workload"
         );
         assert_eq!(
             keys(&json["machine"]),
-            "arch commit cores cpu dirty driver environment gpus memory_bytes os power profile versions"
+            "arch commit cores cpu dirty driver environment gpus memory_bytes os others power profile versions"
         );
         assert_eq!(keys(&json["settings"][0]), "commit id ratio ratio_ci setting with_ns without_ns");
         let readme = include_str!("../../criterion-baselines/README.md");
-        let all = [&json["cases"][1], &json["machine"], &json["settings"][0]].map(keys).join(" ");
+        assert_eq!(keys(&json["turns"][0]), "base commit head ratio ratio_ci rounds");
+        let parts = [&json["cases"][1], &json["machine"], &json["settings"][0], &json["turns"][0]];
+        let all = parts.map(keys).join(" ");
         for key in all.split(' ') {
             assert!(
                 readme.contains(&format!("`{key}`")),

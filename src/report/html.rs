@@ -106,13 +106,17 @@ mod tests {
 
     #[test]
     fn every_headline_figure_and_its_command_is_on_the_page() {
-        let results = Results::new(
-            Machine::default(),
-            vec![
-                record("train-step/torch-cpu/f32/indicator-b16", 500e6),
-                record("train-step/mlx-cpu/f32/indicator-b16", 1000e6),
-            ],
-        );
+        let ids = ["train-step/torch-cpu/f32/indicator-b16", "train-step/mlx-cpu/f32/indicator-b16"];
+        let cases = vec![record(ids[0], 500e6), record(ids[1], 1000e6)];
+        let mut results = Results::new(Machine::default(), cases);
+        results.turns.push(crate::results::Turn {
+            base: ids[0].to_owned(),
+            head: ids[1].to_owned(),
+            ratio: 2.0,
+            ratio_ci: [1.9, 2.1],
+            rounds: 3,
+            commit: String::new(),
+        });
         let page = render(&results, &|_| Vec::new(), "./scripts/bench --quick").unwrap();
         let page = page.replace("&#x2f;", "/");
         for text in

@@ -59,6 +59,27 @@ pub fn headlines() -> Vec<Headline> {
     .into()
 }
 
+/// The training steps in which two frameworks on one device are compared.
+pub fn rivals() -> Vec<[Case; 2]> {
+    let precisions = [
+        Precision::eager(Compute::F32),
+        Precision::opt(Compute::F32),
+        Precision::eager(Compute::Amp),
+        Precision::opt(Compute::Amp),
+    ];
+    let case = |backend, precision| Case {
+        workload: Workload::TrainStep,
+        backend,
+        precision,
+        shape: HEADLINE_SHAPE,
+    };
+    let of = |a: BackendId| {
+        let rivals = a.rivals().filter(move |b| a < *b);
+        rivals.flat_map(move |b| precisions.map(|p| [case(a, p), case(b, p)]))
+    };
+    BackendId::ALL.iter().copied().flat_map(of).collect()
+}
+
 /// The record of a case, if the run has one.
 pub fn find<'a>(results: &'a Results, case: &Case) -> Option<&'a Record> {
     let id = case.to_string();

@@ -64,15 +64,26 @@ fn speed(results: &Results) -> Table {
         .map(|row| {
             let record = find(results, &row.case);
             match (measured(record), base) {
-                (Some((_, median, ci)), Some(base)) => vec![
+                (Some((record, median, ci)), Some(base)) => vec![
                     row.label.clone(),
                     digits(batch / median * 1e9),
                     format!("{} to {}", digits(batch / ci[1] * 1e9), digits(batch / ci[0] * 1e9)),
                     format!("{:.2}×", base / median),
-                    String::new(),
+                    remarks(record),
                 ],
                 _ => {
-                    vec![row.label.clone(), "–".to_owned(), "–".to_owned(), "–".to_owned(), reason(record)]
+                    // Of what is too slow there is one measurement.
+                    let once = record.filter(|r| r.status == Status::TooSlow).and_then(|r| r.median_ns);
+                    let speed = once.map_or_else(|| "–".to_owned(), |ns| digits(batch / ns * 1e9));
+                    let times = match (once, base) {
+                        (Some(ns), Some(base)) => format!("{:.2}×", base / ns),
+                        _ => "–".to_owned(),
+                    };
+                    let why = match once {
+                        Some(_) => format!("{}, measured once", reason(record)),
+                        None => reason(record),
+                    };
+                    vec![row.label.clone(), speed, "–".to_owned(), times, why]
                 }
             }
         })
@@ -80,9 +91,17 @@ fn speed(results: &Results) -> Table {
     Table {
         title: format!("Training speed, {HEADLINE_SHAPE}"),
         note: "Speed is against the first row that was measured.",
-        header: &["", "samples/s", "95 % interval", "speed", "why not"],
+        header: &["", "samples/s", "95 % interval", "speed", "remarks"],
         rows,
     }
+}
+
+/// What a reader of a figure must know.
+fn remarks(record: &Record) -> String {
+    let few = record.few().map(|n| format!("{n} steps, whose range is shown"));
+    let waited = record.waiting_share.filter(|_| record.disturbed());
+    let waited = waited.map(|s| format!("disturbed: waited for a core for {:.0} % of its time", 100.0 * s));
+    few.into_iter().chain(waited).collect::<Vec<_>>().join("; ")
 }
 
 fn memory(results: &Results) -> Table {
@@ -261,6 +280,14 @@ fn case_row(record: &Record) -> Vec<String> {
         throughput.map_or_else(|| "–".to_owned(), |t| format!("{}{}", prefixed(t.value), t.unit)),
         record.samples.filter(|_| median.is_some()).map_or_else(|| "–".to_owned(), |n| n.to_string()),
         faults(record),
+        record.parity.map_or_else(|| "–".to_owned(), |share| format!("{share:.2}")),
+        record.waiting_share.map_or_else(
+            || "–".to_owned(),
+            |share| {
+                let mark = if record.disturbed() { ": disturbed" } else { "" };
+                format!("{} %{mark}", digits(100.0 * share))
+            },
+        ),
     ]
 }
 
@@ -282,8 +309,9 @@ pub fn all(results: &Results) -> Vec<Table> {
     tables.extend([recipes(&measured), settings(results), sweep(&measured), of_tokens(results, &measured)]);
     tables.push(Table {
         title: EVERY_CASE.to_owned(),
-        note: "",
-        header: &["case", "median", "95 % interval", "throughput", "samples", "page faults"],
+        note: "Parity: how much of the error that its precision allows the worst tensor of the case took, at this \
+               shape. Waited: the part of its time that threads were ready and had no core.",
+        header: &["case", "median", "95 % interval", "throughput", "samples", "page faults", "parity", "waited"],
         rows: results.cases.iter().filter(|r| r.status == Status::Measured).map(case_row).collect(),
     });
     tables.retain(|table| !table.rows.is_empty());

@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 
 use super::baseline::{Baseline, Kept, Selection};
 use super::machine::Machine;
-use super::{Record, Results, Setting, Status, Throughput, checksum, printable};
+use super::{Record, Results, Setting, Status, Throughput, Turn, checksum, printable};
 use crate::compare::past;
 use crate::report::{export, html, markdown, side_by_side};
 
@@ -19,6 +19,8 @@ fn record(id: &str) -> Record {
     record.rss_peak_bytes = Some(1 << 30);
     record.page_faults = Some(3.0);
     record.page_fault_share = Some(0.2);
+    record.parity = Some(0.4);
+    record.waiting_share = Some(0.3);
     record
 }
 
@@ -99,6 +101,14 @@ fn refused(what: &str, reason: &anyhow::Error) {
 #[test]
 fn results_changed_in_any_field_are_refused_or_shown_without_harm() {
     let mut good = Results::new(machine(), IDS.map(record).into());
+    good.turns.push(Turn {
+        base: IDS[0].to_owned(),
+        head: IDS[1].to_owned(),
+        ratio: 3.0,
+        ratio_ci: [2.5, 3.5],
+        rounds: 3,
+        commit: String::new(),
+    });
     good.settings.push(Setting {
         setting: "A=1".to_owned(),
         id: IDS[0].to_owned(),

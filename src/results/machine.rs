@@ -32,6 +32,9 @@ pub struct Machine {
     /// What governs clocks and power, where the system tells.
     #[serde(default)]
     pub power: Vec<(String, String)>,
+    /// Cores' worth of work that others did before the run.
+    #[serde(default)]
+    pub others: Option<f64>,
     /// Environment variables that the frameworks and their libraries read.
     #[serde(default)]
     pub environment: Vec<(String, String)>,
@@ -80,6 +83,7 @@ impl Machine {
             versions: Vec::new(),
             profile: if cfg!(debug_assertions) { "debug" } else { "release" }.to_owned(),
             power: power(),
+            others: None,
             environment: environment(),
         }
     }
@@ -338,6 +342,7 @@ mod tests {
     #[test]
     fn every_difference_that_matters_is_named() {
         let base = Machine {
+            others: None,
             cpu: "Xeon".to_owned(),
             cores: 2,
             memory_bytes: 8 << 30,

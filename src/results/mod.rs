@@ -16,6 +16,7 @@ use anyhow::{Context, Result};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::disturbance;
 use crate::suite::Case;
 use machine::Machine;
 
@@ -64,6 +65,13 @@ pub struct Record {
     /// What they take of the median, at what a fault takes in this process.
     #[serde(default)]
     pub page_fault_share: Option<f64>,
+    /// How much of the error that its precision allows the worst tensor took when the case was
+    /// proven.
+    #[serde(default)]
+    pub parity: Option<f64>,
+    /// The part of its time that the process's threads were ready and had no core.
+    #[serde(default)]
+    pub waiting_share: Option<f64>,
 }
 
 /// Text without what a terminal would follow: a file's fields are anybody's.
@@ -100,7 +108,23 @@ impl Record {
             rss_peak_bytes: None,
             page_faults: None,
             page_fault_share: None,
+            parity: None,
+            waiting_share: None,
         }
+    }
+}
+
+impl Record {
+    /// Whether something else had the machine while the case was measured, so that nothing
+    /// should be concluded from it.
+    pub fn disturbed(&self) -> bool {
+        self.waiting_share.is_some_and(|share| share > disturbance::MUCH)
+    }
+
+    /// Whether there were too few steps for Criterion's ten samples; the interval is then the
+    /// range of what was measured.
+    pub fn few(&self) -> Option<u64> {
+        self.samples.filter(|n| self.status == Status::Measured && *n < 10)
     }
 }
 
@@ -119,10 +143,43 @@ pub struct Setting {
     pub commit: String,
 }
 
+/// Two backends on the same case, measured in turns.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Turn {
+    /// Ids of the two cases.
+    pub base: String,
+    pub head: String,
+    /// Step time of head over that of base, and its 99 % interval.
+    pub ratio: f64,
+    pub ratio_ci: [f64; 2],
+    pub rounds: u64,
+    pub commit: String,
+}
+
 /// Settings that were measured, whatever the commit.
 pub fn settings(folder: &Path) -> Result<Vec<Setting>> {
-    let path = settings_path(folder);
-    if path.exists() { read_json(&path, "remove it and compare again") } else { Ok(Vec::new()) }
+    kept(&settings_path(folder))
+}
+
+/// What was measured in turns, whatever the commit.
+pub fn turns(folder: &Path) -> Result<Vec<Turn>> {
+    kept(&turns_path(folder))
+}
+
+fn turns_path(folder: &Path) -> PathBuf {
+    folder.join("turns.json")
+}
+
+fn kept<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
+    if path.exists() { read_json(path, "remove it and compare again") } else { Ok(Vec::new()) }
+}
+
+/// Keeps what was measured in turns, in place of what older rounds found of the same.
+pub fn keep_turns(folder: &Path, new: Vec<Turn>) -> Result<()> {
+    let mut all = turns(folder)?;
+    all.retain(|old| !new.iter().any(|n| (&n.base, &n.head) == (&old.base, &old.head)));
+    all.extend(new);
+    write_whole(&turns_path(folder), &serde_json::to_string_pretty(&all)?)
 }
 
 fn settings_path(folder: &Path) -> PathBuf {
@@ -166,11 +223,13 @@ pub struct Results {
     pub cases: Vec<Record>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub settings: Vec<Setting>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub turns: Vec<Turn>,
 }
 
 impl Results {
     pub fn new(machine: Machine, cases: Vec<Record>) -> Self {
-        Self { version: VERSION, machine, cases, settings: Vec::new() }
+        Self { version: VERSION, machine, cases, settings: Vec::new(), turns: Vec::new() }
     }
 }
 

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use super::machine::Machine;
-use super::{Record, Results, checksum, read_json, settings, write_whole};
+use super::{Record, Results, checksum, read_json, settings, turns, write_whole};
 use crate::suite::{Case, Framework, Set, cases};
 
 /// What a run selected.
@@ -148,6 +148,8 @@ pub fn merge(folder: &Path) -> Result<(Results, Vec<Part>)> {
     // Those of other commits say nothing of this one.
     results.settings = settings(folder)?;
     results.settings.retain(|s| s.commit == results.machine.commit);
+    results.turns = turns(folder)?;
+    results.turns.retain(|t| t.commit == results.machine.commit);
     Ok((results, parts))
 }
 

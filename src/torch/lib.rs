@@ -9,7 +9,7 @@ mod step;
 
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
-use transformer_bench::backend::{self, Backend, Found, Prepared, Unsupported, broken};
+use transformer_bench::backend::{self, Backend, Found, Prepared, Sums, Unsupported, broken};
 use transformer_bench::model::fixture::Fixture;
 use transformer_bench::suite::{self, BackendId, Case, Compute, Recipe};
 
@@ -103,6 +103,16 @@ impl Backend for Torch {
         extension::allow_tf32(fixture.case.precision.compute == Compute::Tf32)?;
         tch::manual_seed(1);
         extension::caught(|| step::Step::new(self.device, fixture).map(|s| Box::new(s) as Box<dyn Prepared>))
+    }
+
+    /// The CPU's layer norm adds up its gradients in bf16 (measured: over 1,776 rows they are off by 15
+    /// to 20 % of their norm); CUDA's in f32. What MPS does is not known, so the most is allowed.
+    fn sums(&self) -> Sums {
+        match self.id {
+            BackendId::TorchCpu => Sums::NarrowInNorms,
+            BackendId::TorchCuda => Sums::Wide,
+            _ => Sums::Narrow,
+        }
     }
 
     fn synchronize(&self) -> Result<()> {

@@ -7,6 +7,7 @@ mod flamegraph;
 mod list;
 mod output;
 mod report;
+mod turns;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -33,6 +34,7 @@ enum Command {
     Compare(compare::Arguments),
     Flamegraph(flamegraph::Arguments),
     Report(report::Arguments),
+    Turns(turns::Arguments),
     List(list::Arguments),
     #[command(alias = "selftest")]
     Calibrate(calibrate::Arguments),
@@ -56,6 +58,10 @@ fn main() -> ExitCode {
         Command::Compare(arguments) => {
             stop::catch_interrupts();
             ("compare", compare::run(&arguments))
+        }
+        Command::Turns(arguments) => {
+            stop::catch_interrupts();
+            ("turns", turns::run(&arguments).map(|()| 0))
         }
         Command::Flamegraph(arguments) => {
             stop::catch_interrupts();

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::graph::{Graph, Var};
 use super::matrix::{Matrix, Real};
-use super::rounding::{Format, Rounding};
+use super::rounding::Rounding;
 use crate::model::fixture::{Fixture, Tensor};
 use crate::model::parameters::{
     Attention, Block, Embedding, FeedForward, Head, InOrder, Linear, Network, Norm, Parts,
@@ -18,18 +18,32 @@ use crate::suite::{Shape, Workload};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Site {
     /// Attention's weights of a layer's head.
-    Weights { layer: usize, head: usize },
+    Weights {
+        layer: usize,
+        head: usize,
+    },
     /// What a layer's attention adds to the residual stream.
-    AttentionResidual { layer: usize },
-    Hidden { layer: usize },
+    AttentionResidual {
+        layer: usize,
+    },
+    Hidden {
+        layer: usize,
+    },
     /// What a layer's feed-forward part adds to the residual stream.
-    FeedForwardResidual { layer: usize },
+    FeedForwardResidual {
+        layer: usize,
+    },
     /// An output head.
-    Head { index: usize },
+    Head {
+        index: usize,
+    },
 }
 
-/// The factors of dropout at a site, by rows and columns; None where it does nothing.
-pub type Masks<'a> = &'a (dyn Fn(Site, usize, usize) -> Option<Vec<f64>> + Sync);
+/// The factors of dropout at a sample's site, of so many rows and columns; None where it does nothing.
+pub type Masks<'a> = &'a (dyn Fn(usize, Site, [usize; 2]) -> Option<Vec<f64>> + Sync);
+
+/// What follows `loss`: the parts of which it is the sum, one a token.
+pub const TERMS: &str = "loss/terms";
 
 /// A result, by the names of a backend's outputs.
 #[derive(Clone, Debug)]
@@ -75,7 +89,7 @@ fn squares<R: Real>(fixture: &Fixture, n: usize, chain: usize, rounding: Roundin
     let (a, mut out) = (load("a").map(|v| rounding.operand.round(v)), load("b"));
     for _ in 0..chain {
         out = a.view().product(out.map(|v| rounding.operand.round(v)).view(), cores());
-        rounding.product.round_all(&mut out.data);
+        rounding.round_all(rounding.product, &mut out.data);
     }
     out.data
 }
@@ -88,9 +102,11 @@ struct Run<'a> {
 }
 
 /// What one sample gave.
+#[derive(Default)]
 struct OfSample<R> {
     results: Vec<(&'static str, Vec<R>)>,
-    loss: Option<R>,
+    /// Of the loss, one a token.
+    terms: Vec<R>,
     /// By the input, then by each parameter.
     input: Option<Vec<R>>,
     gradients: Vec<Matrix<R>>,
@@ -123,8 +139,9 @@ impl Run<'_> {
                         }
                         let mut one = self.sample::<R>(index, threads);
                         let times = order.iter().filter(|&&i| i == index).count();
-                        let own = std::mem::take(&mut one.gradients);
-                        add(&mut gradients.lock().expect("no thread panicked"), own, times);
+                        let mut sums = gradients.lock().expect("no thread panicked");
+                        self.add_products(&mut sums, &mut one.gradients, times);
+                        drop(sums);
                         found.lock().expect("no thread panicked").push((index, one));
                     }
                 });
@@ -134,6 +151,21 @@ impl Run<'_> {
         found.sort_by_key(|(index, _)| *index);
         let samples: Vec<OfSample<R>> = found.into_iter().map(|(_, one)| one).collect();
         self.together(order, &samples, gradients.into_inner().expect("no thread panicked"))
+    }
+
+    /// Adds `times` of the gradients that are products, and keeps the others.
+    fn add_products<R: Real>(&self, sums: &mut Vec<Matrix<R>>, own: &mut [Matrix<R>], times: usize) {
+        let times = R::from_f64(times as f64);
+        let first = sums.is_empty();
+        for (index, (tensor, own)) in self.fixture.parameters().iter().zip(own).enumerate() {
+            let mut part = if summed(tensor) { Matrix::default() } else { std::mem::take(own) };
+            part.data.iter_mut().for_each(|v| *v *= times);
+            if first {
+                sums.push(part);
+            } else {
+                sums[index].add(&part);
+            }
+        }
     }
 
     fn together<R: Real>(
@@ -153,13 +185,22 @@ impl Run<'_> {
         }
         let mut all = Vec::new();
         if workload.takes_model() {
-            let loss = order.iter().filter_map(|&i| samples[i].loss).sum::<R>();
-            all.push(named("loss", vec![loss]));
+            let terms = joined(&|one| &one.terms);
+            all.push(named("loss", vec![terms.iter().copied().sum()]));
+            all.push(named(TERMS, terms));
         } else {
             all.push(named("grad/x", joined(&|one| one.input.as_deref().unwrap_or(&[]))));
         }
-        for (tensor, mut gradient) in self.fixture.parameters().iter().zip(gradients) {
-            self.rounding.product.round_all(&mut gradient.data);
+        for (index, (tensor, mut gradient)) in self.fixture.parameters().iter().zip(gradients).enumerate() {
+            if summed(tensor) {
+                gradient = Matrix::zeros(1, tensor.data.len());
+                let of_norm = tensor.name.contains("norm");
+                for &i in order {
+                    let rows = &samples[i].gradients[index].data;
+                    self.rounding.sum(self.rounding.product, of_norm, &mut gradient.data, rows);
+                }
+            }
+            self.rounding.round_all(self.rounding.product, &mut gradient.data);
             all.push(named(&format!("grad/{}", tensor.name), gradient.data));
         }
         all
@@ -177,18 +218,9 @@ impl Run<'_> {
     }
 }
 
-/// Adds `times` of each gradient.
-fn add<R: Real>(sums: &mut Vec<Matrix<R>>, own: Vec<Matrix<R>>, times: usize) {
-    let times = R::from_f64(times as f64);
-    let scaled = own.into_iter().map(|mut m| {
-        m.data.iter_mut().for_each(|v| *v *= times);
-        m
-    });
-    if sums.is_empty() {
-        sums.extend(scaled);
-    } else {
-        sums.iter_mut().zip(scaled).for_each(|(sum, m)| sum.add(&m));
-    }
+/// Whether a gradient is a sum of rows (or of whole tensors, one a sample), not a product.
+fn summed(parameter: &Tensor) -> bool {
+    parameter.dims.len() == 1 || parameter.name == "position"
 }
 
 impl<R: Real> Sample<'_, R> {
@@ -212,8 +244,12 @@ impl<R: Real> Sample<'_, R> {
     }
 
     fn factors(&self, site: Site, rows: usize, columns: usize) -> Option<Matrix<R>> {
-        let factors = self.run.masks?(site, rows, columns)?;
-        Some(Matrix::new(rows, columns, factors.into_iter().map(R::from_f64).collect()))
+        let factors = self.run.masks?(self.index, site, [rows, columns])?;
+        Some(Matrix::new(
+            rows,
+            columns,
+            factors.into_iter().map(|f| self.run.rounding.leaf.round(R::from_f64(f))).collect(),
+        ))
     }
 
     fn dropped(&mut self, x: Var, site: Site) -> Var {
@@ -328,7 +364,7 @@ impl<R: Real> Sample<'_, R> {
         if !case.workload.trains() {
             let results = m.output_names().iter().zip(&out);
             let results = results.map(|(name, &a)| (*name, self.graph.get(a).data.clone())).collect();
-            return OfSample { results, loss: None, input: None, gradients: Vec::new() };
+            return OfSample { results, ..OfSample::default() };
         }
         // Losses are means over the batch and the tokens.
         let scale = R::from_f64(1.0 / (case.shape.batch() * m.tokens) as f64);
@@ -336,18 +372,20 @@ impl<R: Real> Sample<'_, R> {
             Output::Tied => self.cross_entropy(out[0], scale),
             Output::IndicatorHeads => self.indicator_loss([out[0], out[1]], scale),
         };
-        let value = self.graph.get(loss).data[0];
-        let one = Matrix::new(1, 1, vec![R::one()]);
-        let gradients = self.gradients(loss, one, parameters).1;
-        OfSample { results: Vec::new(), loss: Some(value), input: None, gradients }
+        let terms = self.graph.get(loss).data.clone();
+        let gradients = self.gradients(loss, Matrix::default(), parameters).1;
+        OfSample { terms, gradients, ..OfSample::default() }
     }
 
     /// The gradients of a value's `input`, where there is one, and of the parameters.
-    fn gradients(self, of: Var, upstream: Matrix<R>, wanted: &[Var]) -> (Vec<Option<Matrix<R>>>, Vec<Matrix<R>>) {
-        let shapes: Vec<(usize, usize)> = wanted
-            .iter()
-            .map(|&a| (self.graph.get(a).rows, self.graph.get(a).columns))
-            .collect();
+    fn gradients(
+        self,
+        of: Var,
+        upstream: Matrix<R>,
+        wanted: &[Var],
+    ) -> (Vec<Option<Matrix<R>>>, Vec<Matrix<R>>) {
+        let shapes: Vec<(usize, usize)> =
+            wanted.iter().map(|&a| (self.graph.get(a).rows, self.graph.get(a).columns)).collect();
         let mut all = self.graph.backward(of, upstream);
         let own = wanted
             .iter()
@@ -367,17 +405,16 @@ impl<R: Real> Sample<'_, R> {
         };
         if !self.run.fixture.case.workload.trains() {
             let results = vec![("out", self.graph.get(out).data.clone())];
-            return OfSample { results, loss: None, input: None, gradients: Vec::new() };
+            return OfSample { results, ..OfSample::default() };
         }
         let format = self.run.rounding.product;
-        let upstream: Vec<R> =
-            self.input("upstream").iter().map(|&v| format.round(R::from_f32(v))).collect();
+        let upstream: Vec<R> = self.input("upstream").iter().map(|&v| format.round(R::from_f32(v))).collect();
         let upstream = Matrix::new(m.tokens, m.width, upstream);
-        let leaf = self.run.rounding.leaf;
+        let Run { rounding, .. } = *self.run;
         let (mut all, gradients) = self.gradients(out, upstream, parameters);
         let mut input = x.take(&mut all).unwrap_or_default().data;
-        leaf.round_all(&mut input);
-        OfSample { results: Vec::new(), loss: None, input: Some(input), gradients }
+        rounding.round_all(rounding.leaf, &mut input);
+        OfSample { input: Some(input), gradients, ..OfSample::default() }
     }
 
     /// This sample's part of BCE(selection, u) + 0.5·MSE(weights, t) + 0.1·mean(σ(selection)),
@@ -391,35 +428,36 @@ impl<R: Real> Sample<'_, R> {
         let target: Vec<R> = useful.iter().zip(&p).map(|(&u, &p)| u * p / total).collect();
         let miss: Vec<R> = w.iter().zip(&target).map(|(&w, &t)| w - t).collect();
         let along = miss.iter().zip(&target).map(|(&m, &t)| -scale * m * t).sum::<R>();
-        let mut loss = R::zero();
+        let mut terms = Vec::with_capacity(s.len());
         let mut by_selection = Vec::with_capacity(s.len());
         for n in 0..s.len() {
             let softplus = s[n].max(R::zero()) + (-s[n].abs()).exp().ln_1p();
-            loss += softplus - s[n] * useful[n] + half * miss[n] * miss[n] + tenth * p[n];
+            let term = softplus - s[n] * useful[n] + half * miss[n] * miss[n] + tenth * p[n];
+            terms.push(scale * term);
             let by_raw = (-scale * miss[n] - along) / total;
             let by_p = useful[n] * by_raw + tenth * scale;
             by_selection.push(p[n] * (one - p[n]) * by_p + scale * (p[n] - useful[n]));
         }
         let column = |data: Vec<R>| Matrix::new(data.len(), 1, data);
         let by_weights = column(miss.iter().map(|&m| scale * m).collect());
-        self.graph.known(loss * scale, vec![(selection, column(by_selection)), (weights, by_weights)])
+        self.graph.known(terms, vec![(selection, column(by_selection)), (weights, by_weights)])
     }
 
     /// This sample's part of the mean of −ln softmax(logits)[next].
     fn cross_entropy(&mut self, logits: Var, scale: R) -> Var {
         let next = self.input("next");
         let mut slopes = self.graph.get(logits).clone();
-        let mut loss = R::zero();
+        let mut terms = Vec::with_capacity(next.len());
         for (row, &token) in slopes.data.chunks_mut(self.run.model.vocabulary).zip(&next) {
             let token = token as usize;
             let largest = row.iter().copied().fold(R::min_value(), R::max);
             let target = row[token];
             row.iter_mut().for_each(|v| *v = (*v - largest).exp());
             let total = row.iter().copied().sum::<R>();
-            loss += total.ln() + largest - target;
+            terms.push(scale * (total.ln() + largest - target));
             row.iter_mut().for_each(|v| *v = *v / total * scale);
             row[token] = row[token] - scale;
         }
-        self.graph.known(loss * scale, vec![(logits, slopes)])
+        self.graph.known(terms, vec![(logits, slopes)])
     }
 }

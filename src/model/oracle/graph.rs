@@ -4,7 +4,7 @@
 use std::borrow::Cow;
 
 use super::matrix::{Matrix, Real};
-use super::rounding::{Format, Rounding};
+use super::rounding::{Format, Rounding, Sums};
 use crate::model::Activation;
 
 /// A matrix on the graph.
@@ -56,7 +56,7 @@ enum Op<R> {
     Softmax(Var),
     /// Rows of a table.
     Rows(Var, Vec<usize>),
-    /// A sum whose slopes by each input are known.
+    /// The slopes of its sum are known.
     Known(Vec<(Var, Matrix<R>)>),
 }
 
@@ -85,13 +85,17 @@ impl<R: Real> Graph<R> {
     }
 
     fn push(&mut self, mut value: Matrix<R>, format: Format, op: Op<R>) -> Var {
-        format.round_all(&mut value.data);
+        // Leaves are given; everything else is a result.
+        if !matches!(op, Op::Leaf) {
+            self.rounding.round_all(format, &mut value.data);
+        }
         self.nodes.push(Node { value, format, op });
         Var(self.nodes.len() - 1)
     }
 
     pub fn leaf(&mut self, value: Matrix<R>) -> Var {
-        self.push(value, self.rounding.leaf, Op::Leaf)
+        let format = self.rounding.leaf;
+        self.push(value.map(|v| format.round(v)), format, Op::Leaf)
     }
 
     pub fn get(&self, a: Var) -> &Matrix<R> {
@@ -113,8 +117,7 @@ impl<R: Real> Graph<R> {
 
     /// x [N, in], weight [out, in], bias [1, out] → [N, out]
     pub fn linear(&mut self, x: Var, weight: Var, bias: Option<Var>) -> Var {
-        let mut y =
-            self.operand(x).view().product(self.operand(weight).view().transposed(), self.threads);
+        let mut y = self.operand(x).view().product(self.operand(weight).view().transposed(), self.threads);
         if let Some(bias) = bias {
             let row = &self.operand(bias).data;
             for out in y.data.chunks_mut(row.len()) {
@@ -172,21 +175,21 @@ impl<R: Real> Graph<R> {
         let scale = R::from_f64(1.0 / ((inner / heads) as f64).sqrt());
         let mut mixed = Matrix::zeros(rows, inner);
         let mut kept = Vec::with_capacity(heads);
-        let Rounding { product, stream, .. } = self.rounding;
+        let product = self.rounding.product;
+        let round = |v| self.rounding.round(product, v);
         for index in 0..heads {
             let (first, each) = of_head(index, heads, inner);
-            let mut weights =
-                q.part(first, each).product(k.part(first, each).transposed(), self.threads);
+            let mut weights = q.part(first, each).product(k.part(first, each).transposed(), self.threads);
             for (n, row) in weights.data.chunks_mut(rows).enumerate() {
                 let (seen, hidden) = row.split_at_mut(if causal { n + 1 } else { rows });
                 hidden.fill(R::zero());
-                seen.iter_mut().for_each(|s| *s = product.round(product.round(*s) * scale));
+                seen.iter_mut().for_each(|s| *s = round(round(*s) * scale));
                 softmax(seen);
-                stream.round_all(seen);
+                seen.iter_mut().for_each(|s| *s = round(*s));
             }
             let head = Head { mask: mask(index), weights };
-            let read = head.dropped(stream);
-            let read = self.as_operand(&read, stream);
+            let read = head.dropped(product);
+            let read = self.as_operand(&read, product);
             mixed.set_part(first, &read.view().product(v.part(first, each), self.threads));
             kept.push(head);
         }
@@ -195,7 +198,8 @@ impl<R: Real> Graph<R> {
 
     pub fn activate(&mut self, x: Var, kind: Activation) -> Var {
         let format = self.nodes[x.0].format;
-        let y = self.get(x).map(|v| Gate::new(v, kind, format).value());
+        let round = |v| self.rounding.round(format, v);
+        let y = self.get(x).map(|v| Gate::new(v, kind, &round).value());
         self.push(y, format, Op::Activate(x, kind))
     }
 
@@ -224,12 +228,13 @@ impl<R: Real> Graph<R> {
         self.push(y, self.nodes[table.0].format, Op::Rows(table, indices))
     }
 
-    /// A value of the loss, which is computed in f32 whatever the rest is.
-    pub fn known(&mut self, value: R, slopes: Vec<(Var, Matrix<R>)>) -> Var {
-        self.push(Matrix::new(1, 1, vec![value]), Format::Whole, Op::Known(slopes))
+    /// The terms of a loss, which is computed in f32 whatever the rest is.
+    pub fn known(&mut self, terms: Vec<R>, slopes: Vec<(Var, Matrix<R>)>) -> Var {
+        self.push(Matrix::new(terms.len(), 1, terms), Format::Whole, Op::Known(slopes))
     }
 
-    /// The gradients of the leaves, from that of `of`; those of parameters are not rounded yet.
+    /// The gradients of the leaves, from that of `of`, not rounded yet; of a leaf of one row a row
+    /// of each token.
     pub fn backward(self, of: Var, upstream: Matrix<R>) -> Vec<Option<Matrix<R>>> {
         let mut all: Vec<Option<Matrix<R>>> = self.nodes.iter().map(|_| None).collect();
         all[of.0] = Some(upstream);
@@ -240,12 +245,16 @@ impl<R: Real> Graph<R> {
             let Some(gradient) = all[index].take() else { continue };
             for (parent, mut part) in self.slopes(node, &gradient) {
                 let leaf = matches!(self.nodes[parent.0].op, Op::Leaf);
-                let format = if leaf { Format::Whole } else { self.nodes[parent.0].format };
-                format.round_all(&mut part.data);
+                let format = self.nodes[parent.0].format;
+                if !leaf {
+                    self.rounding.round_all(format, &mut part.data);
+                }
                 match &mut all[parent.0] {
                     Some(sum) => {
                         sum.add(&part);
-                        format.round_all(&mut sum.data);
+                        if !leaf {
+                            self.rounding.round_all(format, &mut sum.data);
+                        }
                     }
                     empty => *empty = Some(part),
                 }
@@ -261,16 +270,15 @@ impl<R: Real> Graph<R> {
             Op::Linear { x, weight, bias } => {
                 let read = self.as_operand(g, node.format);
                 let to_x = read.view().product(self.operand(*weight).view(), self.threads);
-                let to_weight =
-                    read.view().transposed().product(self.operand(*x).view(), self.threads);
+                let to_weight = read.view().transposed().product(self.operand(*x).view(), self.threads);
                 let mut all = vec![(*x, to_x), (*weight, to_weight)];
-                all.extend(bias.map(|bias| (bias, g.column_sums())));
+                all.extend(bias.map(|bias| (bias, self.summed(bias, g.clone()))));
                 all
             }
             Op::Add(a, b) => vec![(*a, g.clone()), (*b, g.clone())],
-            Op::AddRow(x, row) => vec![(*x, g.clone()), (*row, g.column_sums())],
+            Op::AddRow(x, row) => vec![(*x, g.clone()), (*row, self.summed(*row, g.clone()))],
             Op::Norm { x, weight, bias, unit, inverse } => {
-                let to_weight = g.zip(unit, |g, u| g * u).column_sums();
+                let to_weight = self.summed(*weight, g.zip(unit, |g, u| g * u));
                 let mut to_x = g.clone();
                 let w = &self.get(*weight).data;
                 let count = R::from_f64(w.len() as f64);
@@ -282,12 +290,12 @@ impl<R: Real> Graph<R> {
                     let along = row.iter().zip(unit).map(|(&g, &u)| g * u).sum::<R>() / count;
                     row.iter_mut().zip(unit).for_each(|(g, &u)| *g = scale * (*g - mean - u * along));
                 }
-                vec![(*x, to_x), (*weight, to_weight), (*bias, g.column_sums())]
+                vec![(*x, to_x), (*weight, to_weight), (*bias, self.summed(*bias, g.clone()))]
             }
             Op::Attention { qkv, heads } => self.attention_slopes(*qkv, heads, g),
             Op::Activate(x, kind) => {
-                let format = node.format;
-                let slope = |v: R, g: R| Gate::new(v, *kind, format).slope(g);
+                let round = |v| self.rounding.round(node.format, v);
+                let slope = |v: R, g: R| Gate::new(v, *kind, &round).slope(g);
                 vec![(*x, self.get(*x).zip(g, slope))]
             }
             Op::Relu(x) => {
@@ -296,7 +304,7 @@ impl<R: Real> Graph<R> {
             Op::Mask(x, factors) => vec![(*x, g.zip(factors, |g, f| g * f))],
             Op::Softmax(x) => {
                 let mut to_x = g.clone();
-                softmax_slope(&node.value.data, &mut to_x.data);
+                self.softmax_slope(node.format, &node.value.data, &mut to_x.data);
                 vec![(*x, to_x)]
             }
             Op::Rows(table, indices) => {
@@ -308,12 +316,33 @@ impl<R: Real> Graph<R> {
                 }
                 vec![(*table, sum)]
             }
-            Op::Known(slopes) => slopes.iter().map(|(x, slope)| (*x, slope.map(|s| s * g.data[0]))).collect(),
+            Op::Known(slopes) => slopes.clone(),
         }
     }
 
+    /// The sum of the rows that arrive at a row; of a leaf the rows themselves, since those of all
+    /// samples make one sum.
+    fn summed(&self, into: Var, rows: Matrix<R>) -> Matrix<R> {
+        let node = &self.nodes[into.0];
+        if matches!(node.op, Op::Leaf) {
+            return rows;
+        }
+        let mut sum = Matrix::zeros(1, rows.columns);
+        self.rounding.sum(node.format, false, &mut sum.data, &rows.data);
+        sum
+    }
+
+    /// Turns the gradient of a softmax's result into that of its input.
+    fn softmax_slope(&self, format: Format, weights: &[R], gradient: &mut [R]) {
+        let narrow = self.rounding.sums == Sums::Narrow;
+        let r = |v: R| if narrow { format.round(v) } else { v };
+        let along = weights.iter().zip(&*gradient).fold(R::zero(), |sum, (&w, &g)| r(sum + r(w * g)));
+        gradient.iter_mut().zip(weights).for_each(|(g, &w)| *g = r(r(w * *g) - r(w * along)));
+    }
+
     fn attention_slopes(&self, qkv: [Var; 3], heads: &[Head<R>], g: &Matrix<R>) -> Vec<(Var, Matrix<R>)> {
-        let Rounding { product, stream, .. } = self.rounding;
+        let product = self.rounding.product;
+        let round = |v| self.rounding.round(product, v);
         let [q, k, v] = qkv.map(|a| self.operand(a));
         let (rows, inner) = (q.rows, q.columns);
         let scale = R::from_f64(1.0 / ((inner / heads.len()) as f64).sqrt());
@@ -322,17 +351,17 @@ impl<R: Real> Graph<R> {
         for (index, head) in heads.iter().enumerate() {
             let (first, each) = of_head(index, heads.len(), inner);
             let part = g.part(first, each);
-            let read = head.dropped(stream);
-            let read = self.as_operand(&read, stream);
+            let read = head.dropped(product);
+            let read = self.as_operand(&read, product);
             to[2].set_part(first, &read.view().transposed().product(part, self.threads));
             let mut scores = part.product(v.part(first, each).transposed(), self.threads);
-            product.round_all(&mut scores.data);
+            scores.data.iter_mut().for_each(|v| *v = round(*v));
             if let Some(mask) = &head.mask {
-                scores = scores.zip(mask, |g, f| stream.round(g * f));
+                scores = scores.zip(mask, |g, f| round(g * f));
             }
             for (row, weights) in scores.data.chunks_mut(rows).zip(head.weights.data.chunks(rows)) {
-                softmax_slope(weights, row);
-                row.iter_mut().for_each(|s| *s = product.round(product.round(*s) * scale));
+                self.softmax_slope(product, weights, row);
+                row.iter_mut().for_each(|s| *s = round(round(*s) * scale));
             }
             let scores = self.as_operand(&scores, product);
             to[0].set_part(first, &scores.view().product(k.part(first, each), self.threads));
@@ -359,27 +388,21 @@ fn softmax<R: Real>(row: &mut [R]) {
     row.iter_mut().for_each(|v| *v = *v / total);
 }
 
-/// Turns the gradient of a softmax's result into that of its input.
-fn softmax_slope<R: Real>(weights: &[R], gradient: &mut [R]) {
-    let along = weights.iter().zip(&*gradient).map(|(&w, &g)| w * g).sum::<R>();
-    gradient.iter_mut().zip(weights).for_each(|(g, &w)| *g = w * (*g - along));
-}
-
 /// The gate of GELU at a value, x·gate; each elementary step is rounded, as frameworks without
 /// a fused kernel have it.
-struct Gate<R> {
+struct Gate<R, F> {
     x: R,
     /// 1 + erf or 1 + tanh.
     twice: R,
     /// The derivative of the gate's inner function by x.
     inner: R,
-    format: Format,
+    round: F,
 }
 
-impl<R: Real> Gate<R> {
-    fn new(x: R, kind: Activation, format: Format) -> Self {
+impl<R: Real, F: Fn(R) -> R> Gate<R, F> {
+    fn new(x: R, kind: Activation, round: F) -> Self {
         use std::f64::consts::{FRAC_1_SQRT_2, FRAC_2_SQRT_PI, PI};
-        let (of, r, one) = (R::from_f64, |v: R| format.round(v), R::one());
+        let (of, r, one) = (R::from_f64, &round, R::one());
         let (twice, inner) = match kind {
             Activation::Gelu => {
                 let at = r(x * of(FRAC_1_SQRT_2));
@@ -395,16 +418,16 @@ impl<R: Real> Gate<R> {
                 (r(one + t), r(r(one - r(t * t)) * along))
             }
         };
-        Self { x, twice, inner, format }
+        Self { x, twice, inner, round }
     }
 
     fn value(&self) -> R {
-        let r = |v| self.format.round(v);
+        let r = &self.round;
         r(r(self.x * R::from_f64(0.5)) * self.twice)
     }
 
     fn slope(&self, gradient: R) -> R {
-        let r = |v| self.format.round(v);
+        let r = &self.round;
         let half = R::from_f64(0.5);
         let direct = r(half * r(gradient * self.twice));
         r(direct + r(r(gradient * r(self.x * half)) * self.inner))

@@ -122,15 +122,6 @@ impl<R: Real> Matrix<R> {
     pub fn row(&self, index: usize) -> &[R] {
         &self.data[index * self.columns..(index + 1) * self.columns]
     }
-
-    /// The sum of each column: [1, columns]
-    pub fn column_sums(&self) -> Self {
-        let mut sums = Self::zeros(1, self.columns);
-        for row in self.data.chunks(self.columns) {
-            sums.data.iter_mut().zip(row).for_each(|(sum, &v)| *sum += v);
-        }
-        sums
-    }
 }
 
 impl<'a, R: Real> View<'a, R> {
@@ -144,7 +135,7 @@ impl<'a, R: Real> View<'a, R> {
     }
 
     /// From a row on.
-    fn from_row(self, row: usize, rows: usize) -> Self {
+    fn rows_from(self, row: usize, rows: usize) -> Self {
         Self { rows, data: &self.data[row * self.strides[0]..], ..self }
     }
 
@@ -161,7 +152,7 @@ impl<'a, R: Real> View<'a, R> {
         let each = self.rows.div_ceil(threads);
         let columns = other.columns;
         let part = |first: usize, into: &mut [R]| {
-            let a = self.from_row(first, into.len() / columns);
+            let a = self.rows_from(first, into.len() / columns);
             // SAFETY: views lie within their slices, and `into` is this call's alone.
             unsafe {
                 R::product(

@@ -24,31 +24,26 @@ pub struct Expected {
     pub data: Vec<f64>,
 }
 
-/// A parameter after `steps` AdamW steps with the same gradient, from zero moments; every result
-/// is stored in the format.
-pub fn adamw<R: Real>(
-    setting: &AdamW,
-    parameter: &[f32],
-    gradient: &[f32],
-    steps: i32,
-    format: Format,
-) -> Vec<R> {
+/// A parameter after an AdamW step with each of the gradients, from zero moments; every result is
+/// stored in the format.
+pub fn adamw<R: Real>(setting: &AdamW, parameter: &[f32], gradients: &[&[f32]], format: Format) -> Vec<R> {
     let r = |v: R| format.round(v);
     let of = |v: f64| format.round(R::from_f64(v));
     let decay = of(1.0 - setting.lr * setting.weight_decay);
     let [beta1, rest1] = [of(setting.beta1), of(1.0 - setting.beta1)];
     let [beta2, rest2] = [of(setting.beta2), of(1.0 - setting.beta2)];
-    let corrections: Vec<[R; 2]> = (1..=steps)
+    let eps = of(setting.eps);
+    let corrections: Vec<[R; 2]> = (1..=gradients.len() as i32)
         .map(|t| {
             let root = 1.0 / (1.0 - setting.beta2.powi(t)).sqrt();
             [of(setting.lr / (1.0 - setting.beta1.powi(t))), of(root)]
         })
         .collect();
-    let eps = of(setting.eps);
-    let moved = |(&p, &g): (&f32, &f32)| {
-        let (mut p, g) = (R::from_f32(p), R::from_f32(g));
+    let moved = |(index, &start): (usize, &f32)| {
+        let mut p = R::from_f32(start);
         let (mut m, mut v) = (R::zero(), R::zero());
-        for &[step_size, root] in &corrections {
+        for (gradient, &[step_size, root]) in gradients.iter().zip(&corrections) {
+            let g = R::from_f32(gradient[index]);
             p = r(p * decay);
             m = r(r(beta1 * m) + r(rest1 * g));
             v = r(r(beta2 * v) + r(rest2 * r(g * g)));
@@ -56,25 +51,26 @@ pub fn adamw<R: Real>(
         }
         p
     };
-    parameter.iter().zip(gradient).map(moved).collect()
+    parameter.iter().enumerate().map(moved).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::model::fixture::Fixture;
-    use crate::suite::{BackendId, Case, Compute, Precision, Set, cases};
+    use crate::suite::{BackendId, Compute, Precision, Set, cases};
     use rounding::Rounding;
 
     #[test]
     fn adamw_moves_by_the_learning_rate_and_decays() {
         // One step from zero moments is lr·sign(g), after the decay.
-        let p = adamw::<f64>(&AdamW::PARITY, &[1.0, -2.0], &[0.3, -0.7], 1, Format::Whole);
+        let p = adamw::<f64>(&AdamW::PARITY, &[1.0, -2.0], &[&[0.3, -0.7]], Format::Whole);
         assert!((p[0] - (1.0 - 0.05 - 0.1)).abs() < 1e-6 && (p[1] - (-2.0 + 0.1 + 0.1)).abs() < 1e-6);
     }
 
     /// The largest difference of two results over the larger's size, and where.
     fn difference(a: &[Expected], b: &[blocked::Computed<f64>]) -> (f64, String) {
+        let b: Vec<_> = b.iter().filter(|c| c.name != blocked::TERMS).collect();
         assert_eq!(a.len(), b.len());
         let mut worst = (0.0, String::new());
         let all = a.iter().flat_map(|t| &t.data).fold(0.0_f64, |m, v| m.max(v.abs()));
@@ -95,7 +91,6 @@ mod tests {
         let all = cases(Set::Smoke);
         let mut tried = 0;
         for case in all.into_iter().filter(|c| c.backend == BackendId::TorchCpu && c.precision == eager) {
-            // A copy of 256 MiB has no mathematics.
             let fixture = Fixture::for_parity(case);
             let found = blocked::computed::<f64>(&fixture, Rounding::NONE, None);
             let (worst, name) = difference(&scalar::expected(&fixture), &found);
@@ -104,6 +99,5 @@ mod tests {
             tried += 1;
         }
         assert!(tried > 10);
-        let _ = Case::dropout;
     }
 }

@@ -1,0 +1,56 @@
+//! The frameworks' headline steps in turns: what `scripts/bench` ends with.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use clap::Args;
+use transformer_bench::compare::rounds::{self, Row};
+use transformer_bench::compare::sides::{self, Source};
+use transformer_bench::compare::worker::Threads;
+use transformer_bench::report::{find, measured, rivals};
+use transformer_bench::results::{self, Turn, run};
+use transformer_bench::suite::Case;
+
+/// Compares the frameworks' training steps of the last run in turns, for the report.
+///
+/// Two figures taken one after the other name no winner: on a shared machine, runs of the same
+/// code differ by 13 to 24 %. Here both run at once in fresh processes, by turns.
+#[derive(Args)]
+pub struct Arguments {
+    /// Stop after so many seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 60.0, allow_negative_numbers = true)]
+    budget: f64,
+}
+
+pub fn run(arguments: &Arguments) -> Result<()> {
+    ensure!(
+        arguments.budget > 0.0 && arguments.budget <= 86400.0,
+        "--budget {}: seconds, over 0 and up to a day",
+        arguments.budget
+    );
+    let folder = results::folder();
+    let (last, _) = run::merge(&folder)?;
+    let was_measured = |case: &Case| measured(find(&last, case)).is_some();
+    let pairs: Vec<[Case; 2]> = rivals().into_iter().filter(|pair| pair.iter().all(was_measured)).collect();
+    if pairs.is_empty() {
+        return Ok(());
+    }
+    eprintln!("in turns: {} pairs of training steps, {:.0} s at most", pairs.len(), arguments.budget);
+    let until = Instant::now() + Duration::from_secs_f64(arguments.budget);
+    let side = sides::build(&Source::Worktree, &|line: &str| eprintln!("{line}"))?;
+    let rule = rounds::few(pairs.len());
+    let mut rows: Vec<Row> = pairs.iter().map(|[base, head]| Row::new(*base, *head, rule)).collect();
+    rounds::decide(&[side.clone(), side], &mut rows, Threads::All, until, |_, _| {})?;
+    let turn = |row: &Row| -> Option<Turn> {
+        let estimate = row.estimate()?;
+        estimate.ci.iter().all(|c| c.is_finite()).then(|| Turn {
+            base: row.base.to_string(),
+            head: row.head.to_string(),
+            ratio: estimate.ratio,
+            ratio_ci: estimate.ci,
+            rounds: row.judge.rounds() as u64,
+            commit: last.machine.commit.clone(),
+        })
+    };
+    results::keep_turns(&folder, rows.iter().filter_map(turn).collect())
+}

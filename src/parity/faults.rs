@@ -1,0 +1,270 @@
+//! Wrong kernels, planted on purpose: each must be caught in every precision that can show it.
+//!
+//! They are planted in what a backend is given (a scaled query projection is a wrong scale in
+//! attention), in the model that it is told, in what it returns, or in the oracle's own rounding
+//! in a backend's place; never by a switch in code that is timed. The table is in README.md.
+
+use anyhow::Result;
+
+use super::dropout::{self, Probe};
+use super::truth::Oracle;
+use super::{Mismatch, Prover, judge};
+use crate::backend::{Backend, Prepared};
+use crate::model::fixture::{Fixture, Tensor};
+use crate::model::oracle::blocked::computed;
+use crate::model::oracle::rounding::{Rounding, Sums};
+use crate::model::{Activation, Dropout, Model, ModelId, NormKind, NormPlace};
+use crate::suite::{Block, Case, Compute, Precision, Shape, Workload};
+
+/// Where a fault sits.
+enum Plant {
+    /// What the backend is given.
+    Given(fn(&mut Fixture)),
+    /// The model that it is told.
+    Told(fn(&mut Model)),
+    /// What it returns, from what it found in each step so far.
+    Returned(fn(&[Vec<Tensor>]) -> Vec<Tensor>),
+    /// Its dropout, or what it is given where dropout is looked at.
+    Drops(fn(&mut Fixture)),
+    /// What it returns where dropout is looked at.
+    DropsReturned(fn(&[Vec<Tensor>]) -> Vec<Tensor>),
+    /// Number formats: the oracle computes in the backend's place.
+    Rounds(fn() -> Rounding),
+}
+
+/// A wrong kernel.
+pub struct Fault {
+    pub name: &'static str,
+    /// Ids of precisions whose rounding hides it; README.md says by how much.
+    pub hidden: &'static [Compute],
+    workload: Workload,
+    model: &'static str,
+    plant: Plant,
+}
+
+use Compute::{Amp, Autocast, Bf16, F16, Tf32};
+use Plant::{Drops, DropsReturned, Given, Returned, Rounds, Told};
+use Workload::{
+    Attention, AttentionGrad, FeedForward, FeedForwardGrad, Forward, ForwardBackward, OptimizerStep,
+    TrainStep,
+};
+
+const HALVES: &[Compute] = &[Bf16, F16, Amp, Autocast];
+
+const fn fault(
+    name: &'static str,
+    workload: Workload,
+    model: &'static str,
+    plant: Plant,
+    hidden: &'static [Compute],
+) -> Fault {
+    Fault { name, hidden, workload, model, plant }
+}
+
+#[rustfmt::skip]
+pub const FAULTS: &[Fault] = &[
+    fault("attention scale 10 % off", Attention, "indicator", Given(|f| scale_queries(f, "attention", 1.1)), &[Bf16, Amp, Autocast]),
+    fault("attention scale 10 % off, gradients", AttentionGrad, "indicator", Given(|f| scale_queries(f, "attention", 1.1)), &[]),
+    fault("attention scale 10 % off in one layer", ForwardBackward, "indicator", Given(|f| scale_queries(f, "blocks.1.attention", 1.1)), &[]),
+    fault("feed-forward 5 % too large", FeedForward, "indicator", Given(|f| scale(f, "feed-forward.down.weight", 1.05)), &[]),
+    fault("feed-forward 5 % too large in one layer", ForwardBackward, "gpt2", Given(|f| scale(f, "blocks.0.feed-forward.down.weight", 1.05)), &[Bf16, Amp, Autocast]),
+    fault("feed-forward 1 % too large", FeedForwardGrad, "indicator", Given(|f| scale(f, "feed-forward.down.weight", 1.01)), HALVES),
+    fault("no bias before the activation", FeedForward, "indicator", Given(|f| fill(f, "feed-forward.up.bias", 0.0)), &[]),
+    fault("no bias of v", Attention, "gpt2", Given(|f| fill(f, "attention.v.bias", 0.0)), &[]),
+    fault("no bias of one layer", Forward, "gpt2", Given(|f| fill(f, "blocks.0.feed-forward.down.bias", 0.0)), &[]),
+    fault("norm without weight", ForwardBackward, "indicator", Given(|f| fill(f, "blocks.1.norm1.weight", 1.0)), &[]),
+    fault("norm without bias", ForwardBackward, "indicator", Given(|f| fill(f, "blocks.0.norm2.bias", 0.0)), &[]),
+    fault("positions off by one", Forward, "gpt2", Given(|f| f.edit_parameter("position", |p| p.rotate_left(32))), &[]),
+    fault("two heads' queries exchanged", AttentionGrad, "indicator", Given(|f| f.edit_parameter("attention.q.weight", |w| w.rotate_left(8 * 32))), &[]),
+    fault("tokens off by one", ForwardBackward, "gpt2", Given(|f| f.edit_input("tokens", |t| t.iter_mut().for_each(|v| *v = (*v + 1.0) % 64.0))), &[]),
+    fault("targets not shifted", TrainStep, "gpt2", Given(|f| f.edit_input("next", |t| t.rotate_left(1))), &[]),
+    fault("half of the batch", TrainStep, "indicator", Given(first_half), &[]),
+    fault("targets 5 % too large", ForwardBackward, "indicator", Given(|f| f.edit_input("usefulness", |u| u.iter_mut().for_each(|v| *v *= 1.05))), &[]),
+    fault("no weight decay", TrainStep, "indicator", Given(|f| f.adamw.weight_decay = 0.0), &[]),
+    fault("no weight decay, optimizer alone", OptimizerStep, "indicator", Given(|f| f.adamw.weight_decay = 0.0), &[]),
+    fault("no bias correction", TrainStep, "indicator", Given(|f| f.adamw.lr *= 0.1 / 0.001f64.sqrt()), &[]),
+    fault("β2 of 0.9", TrainStep, "gpt2", Given(|f| f.adamw.beta2 = 0.9), &[Bf16]),
+    fault("learning rate 5 % off", OptimizerStep, "indicator", Given(|f| f.adamw.lr *= 1.05), &[]),
+    fault("no causal mask", Forward, "gpt2", Told(|m| m.causal = false), &[]),
+    fault("no causal mask, gradients", AttentionGrad, "gpt2", Told(|m| m.causal = false), &[]),
+    fault("a causal mask too many", ForwardBackward, "indicator", Told(|m| m.causal = true), &[]),
+    fault("tanh's GELU for erf's", FeedForwardGrad, "indicator", Told(|m| m.activation = Activation::GeluTanh), &[Tf32, Bf16, F16, Amp, Autocast]),
+    fault("norm's ε of 1e-2", ForwardBackward, "indicator", Told(|m| m.norm = NormKind::Layer { eps: 1e-2 }), HALVES),
+    fault("norm's ε of 1e-2, small activations", Forward, "gpt2", Told(|m| m.norm = NormKind::Layer { eps: 1e-2 }), &[]),
+    fault("norm on the other side", ForwardBackward, "indicator", Told(|m| m.norm_place = NormPlace::Before), &[]),
+    fault("twice the heads, half as wide", AttentionGrad, "indicator", Told(|m| (m.heads, m.head_width) = (2 * m.heads, m.head_width / 2)), &[]),
+    fault("a gradient that is zero", ForwardBackward, "indicator", Returned(|all| with(all, "grad/blocks.0.attention.k.weight", |g| g.fill(0.0))), &[]),
+    fault("a gradient of another parameter", TrainStep, "gpt2", Returned(exchanged), &[]),
+    fault("a tile of a gradient that is zero", FeedForwardGrad, "gpt2", Returned(|all| with(all, "grad/feed-forward.up.weight", |g| (0..64).for_each(|i| g[i / 8 * 32 + i % 8] = 0.0))), &[]),
+    fault("a gradient that is no number", ForwardBackward, "gpt2", Returned(|all| with(all, "grad/token", |g| g[3] = f32::NAN)), &[]),
+    fault("sum for mean", ForwardBackward, "indicator", Returned(|all| with(all, "grad/", |g| g.iter_mut().for_each(|v| *v *= 16.0))), &[]),
+    fault("loss 5 % off", ForwardBackward, "indicator", Returned(|all| with(all, "loss", |l| l[0] *= 1.05)), &[]),
+    fault("loss 0.1 % off", ForwardBackward, "gpt2", Returned(|all| with(all, "loss", |l| l[0] *= 1.001)), HALVES),
+    fault("a parameter that stays", TrainStep, "indicator", Returned(unmoved), &[]),
+    fault("the first step again (stale replay)", TrainStep, "indicator", Returned(|all| all[0].clone()), &[]),
+    fault("the step before", TrainStep, "gpt2", Returned(|all| all[all.len().saturating_sub(2)].clone()), &[]),
+    fault("gradients that add up over steps", ForwardBackward, "gpt2", Returned(added), &[]),
+    fault("dropout 0.2 for 0.1", TrainStep, "indicator", Drops(|f| f.dropout = Dropout::everywhere(0.2)), &[]),
+    fault("dropout 0.01 for 0.1", TrainStep, "indicator", Drops(|f| f.dropout = Dropout::everywhere(0.01)), &[]),
+    fault("no dropout", ForwardBackward, "indicator", Drops(|f| f.dropout = Dropout::NONE), &[]),
+    fault("no dropout of attention's weights", AttentionGrad, "indicator", Drops(|f| f.dropout.weights = 0.0), &[]),
+    fault("no dropout of the residual", TrainStep, "indicator", Drops(|f| f.dropout.residual = 0.0), &[]),
+    fault("no dropout of the hidden units", FeedForwardGrad, "indicator", Drops(|f| f.dropout.hidden = 0.0), &[]),
+    fault("no dropout in the heads", ForwardBackward, "indicator", Drops(|f| f.dropout.heads = 0.0), &[]),
+    fault("dropout without 1/(1 − p)", FeedForwardGrad, "indicator", DropsReturned(|all| with(all, "grad/feed-forward.down.weight", |g| g.iter_mut().for_each(|v| *v *= 0.9))), &[]),
+    fault("dropout without 1/(1 − p) in one layer", TrainStep, "indicator", Drops(|f| scale(f, "blocks.0.feed-forward.down.weight", 0.9)), &[]),
+    fault("the same masks in every step", TrainStep, "indicator", DropsReturned(|all| all[0].clone()), &[]),
+    fault("TF32 in f32", ForwardBackward, "indicator", Rounds(|| Rounding::of(Tf32, Sums::Wide)), &[Tf32, Bf16, F16, Amp, Autocast]),
+    fault("bf16 products in f32 and f16", ForwardBackward, "gpt2", Rounds(|| Rounding::of(Bf16, Sums::Wide)), &[Bf16, Amp, Autocast]),
+    fault("sums kept in bf16", FeedForwardGrad, "indicator", Rounds(|| Rounding { sums: Sums::Narrow, ..Rounding::of(Bf16, Sums::Narrow) }), HALVES),
+];
+
+fn scale(f: &mut Fixture, name: &str, by: f32) {
+    f.edit_parameter(name, |data| data.iter_mut().for_each(|v| *v *= by));
+}
+
+fn fill(f: &mut Fixture, name: &str, value: f32) {
+    f.edit_parameter(name, |data| data.fill(value));
+}
+
+fn scale_queries(f: &mut Fixture, name: &str, by: f32) {
+    scale(f, &format!("{name}.q.weight"), by);
+    scale(f, &format!("{name}.q.bias"), by);
+}
+
+/// The second half of the batch becomes the first.
+fn first_half(f: &mut Fixture) {
+    for name in ["values", "market", "usefulness"] {
+        f.edit_input(name, |data| {
+            let half = data.len() / 2;
+            data.copy_within(..half, half);
+        });
+    }
+}
+
+/// The last step's results, with those of a name (or a kind of name) changed.
+fn with(all: &[Vec<Tensor>], name: &str, change: impl Fn(&mut [f32])) -> Vec<Tensor> {
+    let mut last = all.last().cloned().unwrap_or_default();
+    last.iter_mut().filter(|t| t.name.starts_with(name)).for_each(|t| change(&mut t.data));
+    last
+}
+
+fn exchanged(all: &[Vec<Tensor>]) -> Vec<Tensor> {
+    let mut last = all.last().cloned().unwrap_or_default();
+    let at = |name: &str| last.iter().position(|t| t.name == name).expect("a gradient of the model");
+    let (a, b) = (at("grad/blocks.0.norm1.weight"), at("grad/blocks.0.norm2.weight"));
+    let kept = std::mem::take(&mut last[a].data);
+    last[a].data = std::mem::replace(&mut last[b].data, kept);
+    last
+}
+
+/// The sum of all steps' gradients.
+fn added(all: &[Vec<Tensor>]) -> Vec<Tensor> {
+    let mut sum = all[0].clone();
+    for step in &all[1..] {
+        for (sum, now) in sum.iter_mut().zip(step).filter(|(t, _)| t.name.starts_with("grad/")) {
+            sum.data.iter_mut().zip(&now.data).for_each(|(a, b)| *a += b);
+        }
+    }
+    sum
+}
+
+/// One parameter as it was before the step: from its own first update, taken back.
+fn unmoved(all: &[Vec<Tensor>]) -> Vec<Tensor> {
+    let name = "blocks.0.feed-forward.down.weight";
+    let case: Case = "train-step/torch-cpu/f32/indicator-tiny-b2".parse().expect("an id");
+    let fixture = Fixture::for_parity(case);
+    let start = fixture.parameters().iter().find(|t| t.name == name).expect("a parameter");
+    with(all, &format!("param/{name}"), |data| data.copy_from_slice(&start.data))
+}
+
+/// A backend's case whose results are changed.
+struct Faulty {
+    inner: Box<dyn Prepared>,
+    steps: Vec<Vec<Tensor>>,
+    change: fn(&[Vec<Tensor>]) -> Vec<Tensor>,
+}
+
+impl Prepared for Faulty {
+    fn step(&mut self) -> Result<()> {
+        self.inner.step()?;
+        self.steps.push(self.inner.outputs()?);
+        Ok(())
+    }
+
+    fn outputs(&mut self) -> Result<Vec<Tensor>> {
+        Ok((self.change)(&self.steps))
+    }
+}
+
+impl Fault {
+    /// The case in which a backend shows it, at a miniature.
+    pub fn case(&self, backend: &dyn Backend, precision: Precision) -> Case {
+        let model = ModelId::named(self.model).expect("a preset").miniature();
+        let shape = match self.workload {
+            Attention | AttentionGrad => Shape::Block { part: Block::Attention, model, batch: 2 },
+            FeedForward | FeedForwardGrad => Shape::Block { part: Block::FeedForward, model, batch: 2 },
+            _ => Shape::Model { model, batch: 2 },
+        };
+        Case { workload: self.workload, backend: backend.id(), precision, shape }
+    }
+
+    /// What parity says of a backend with this fault; None where it is not caught.
+    ///
+    /// # Errors
+    /// Where the backend fails.
+    pub fn caught(
+        &self,
+        backend: &dyn Backend,
+        prover: &mut Prover,
+        precision: Precision,
+    ) -> Result<Option<Mismatch>> {
+        let case = self.case(backend, precision);
+        let truth = Fixture::for_parity(case);
+        match self.plant {
+            Given(plant) => {
+                let mut given = Fixture::for_parity(case);
+                plant(&mut given);
+                Ok(prover.check(backend, &truth, &given)?.err())
+            }
+            Told(plant) => {
+                let (model, batch) = case.shape.model().expect("a model's case");
+                let mut wrong = *model;
+                plant(&mut wrong);
+                let model = ModelId::add(wrong);
+                let shape = match case.shape {
+                    Shape::Block { part, .. } => Shape::Block { part, model, batch },
+                    _ => Shape::Model { model, batch },
+                };
+                Ok(prover.check(backend, &truth, &Fixture::for_parity(Case { shape, ..case }))?.err())
+            }
+            Returned(change) => {
+                let inner = backend.prepare(&truth)?;
+                let mut faulty = Faulty { inner, steps: Vec::new(), change };
+                Ok(prover.compare(&truth, &mut faulty, backend.sums())?.err())
+            }
+            Drops(plant) => {
+                let probe = Probe::new(case);
+                let mut given = probe.fixture();
+                plant(&mut given);
+                dropout::check_with(&probe, backend.prepare(&given)?.as_mut(), backend.sums())
+            }
+            DropsReturned(change) => {
+                let probe = Probe::new(case);
+                let inner = backend.prepare(&probe.fixture())?;
+                let mut faulty = Faulty { inner, steps: Vec::new(), change };
+                dropout::check_with(&probe, &mut faulty, backend.sums())
+            }
+            Rounds(rounding) => {
+                let found = computed::<f32>(&truth, rounding(), None);
+                let tensor = |c: crate::model::oracle::blocked::Computed<f32>| Tensor {
+                    dims: vec![c.data.len()],
+                    name: c.name,
+                    data: c.data,
+                };
+                let found: Vec<Tensor> = found.into_iter().map(tensor).collect();
+                Ok(judge(case, &Oracle::default().truth(&truth, Sums::Wide), &found).err())
+            }
+        }
+    }
+}
