@@ -85,7 +85,7 @@ class Bench(unittest.TestCase):
         code, text = run("cargo", "bench", "--quiet", "--bench", "mlx", "--", "copy",
                          env={"TRANSFORMER_BENCH_SET": "huge"})
         self.assertNotEqual(code, 0)
-        self.assertIn("smoke, quick, full", text)
+        self.assertIn("smoke, compare, quick, full", text)
 
     def test_a_filtered_run_adds_to_the_last_one(self):
         folder = Path(tempfile.mkdtemp())

@@ -53,6 +53,12 @@ pub fn pasts(base: &Past, head: &Past, threshold: f64) -> (Verdict, Estimate) {
     judged(head.level - base.level, noise * quantile(freedom, 1.0 - INTERVAL), threshold)
 }
 
+/// The verdict of an interval that is known, by another threshold.
+pub fn judged_again(estimate: &Estimate, threshold: f64) -> Verdict {
+    let [low, high] = estimate.ci.map(f64::ln);
+    judged((low + high) / 2.0, (high - low) / 2.0, threshold).0
+}
+
 fn judged(centre: f64, half: f64, threshold: f64) -> (Verdict, Estimate) {
     let limit = (1.0 + threshold).ln();
     let verdict = if centre - half > 0.0 && centre > limit {

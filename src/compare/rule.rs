@@ -13,12 +13,12 @@
 //! rounds so far, and then *confirmed* on fresh rounds alone, at a level divided by the
 //! number of cases and of looks (Bonferroni). What made it look slow by chance does not recur.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::statistics::{mean, quantile, sorted, spread};
 
 /// What is said of a case.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Verdict {
     Slower,
@@ -168,6 +168,26 @@ pub struct Estimate {
     pub ci: [f64; 2],
 }
 
+impl Estimate {
+    /// What an interval says where it decides nothing: by how much the head can be slower, and
+    /// faster, at most; None of no interval.
+    pub fn bounds(&self) -> Option<[f64; 2]> {
+        let [low, high] = self.ci;
+        (low.is_finite() && high.is_finite() && low > 0.0).then_some([high - 1.0, 1.0 - low])
+    }
+
+    /// The bounds in words.
+    pub fn bound(&self) -> Option<String> {
+        let [slower, faster] = self.bounds()?.map(|share| format!("{:.1} %", 100.0 * share.abs()));
+        let [low, high] = self.ci;
+        Some(match (low > 1.0, high < 1.0) {
+            (true, _) => format!("slower by {faster} to {slower}"),
+            (_, true) => format!("faster by {slower} to {faster}"),
+            _ => format!("slower by at most {slower}, faster by at most {faster}"),
+        })
+    }
+}
+
 pub fn estimate(centre: f64, half: f64) -> Estimate {
     Estimate { ratio: centre.exp(), ci: [(centre - half).exp(), (centre + half).exp()] }
 }
@@ -213,6 +233,24 @@ impl Judge {
     pub fn at_most(&mut self, rounds: usize) {
         self.rule.most = self.rule.most.min(rounds);
         self.most_flagged = self.rule.most;
+    }
+
+    /// Judges rounds that are over by another rule, as if they came one after the other.
+    pub fn again(rule: Rule, rounds: &[[f64; 2]]) -> Self {
+        let mut judge = Self::new(rule);
+        for &[centre, error] in rounds.iter().filter(|r| r.iter().all(|v| v.is_finite())) {
+            if judge.verdict.is_none() {
+                judge.rounds.push(Round { centre, error });
+                judge.look();
+            }
+        }
+        judge.close();
+        judge
+    }
+
+    /// Each round's log ratio and its error, for [`Judge::again`].
+    pub fn observations(&self) -> Vec<[f64; 2]> {
+        self.rounds.iter().map(|round| [round.centre, round.error]).collect()
     }
 
     pub fn rounds(&self) -> usize {

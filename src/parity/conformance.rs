@@ -1,6 +1,7 @@
 //! What every backend must pass before its figures mean anything. Each framework's
 //! package runs this on the backends that the machine has.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
@@ -106,19 +107,21 @@ pub fn parity_catches_wrong_kernels(backend: &dyn Backend) -> Result<Outcome> {
     let mut prover = Prover::default();
     let mut missed = Vec::new();
     for fault in FAULTS {
-        let mut hidden = Vec::new();
+        let mut hidden: BTreeMap<Compute, f64> = BTreeMap::new();
         for precision in precisions(backend) {
             if backend.supports(&fault.case(backend, precision)).is_err() {
                 continue;
             }
-            if fault.caught(backend, &mut prover, precision)?.is_none() {
-                hidden.push(precision.to_string());
+            if let Ok(share) = fault.verdict(backend, &mut prover, precision)? {
+                let most = hidden.entry(precision.compute).or_default();
+                *most = most.max(share);
                 if !fault.hidden.contains(&precision.compute) {
                     missed.push(format!("{} in {precision}", fault.name));
                 }
             }
         }
-        let found = if hidden.is_empty() { "caught in all".to_owned() } else { hidden.join(" ") };
+        let hidden: Vec<String> = hidden.iter().map(|(c, share)| format!("{c} {share:.2}")).collect();
+        let found = if hidden.is_empty() { "caught in all".to_owned() } else { hidden.join(", ") };
         println!("{}: {}: {found}", backend.id(), fault.name);
     }
     ensure!(missed.is_empty(), "not caught: {}", missed.join("; "));

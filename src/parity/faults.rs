@@ -8,7 +8,7 @@ use anyhow::Result;
 
 use super::dropout::{self, Probe};
 use super::truth::Oracle;
-use super::{Mismatch, Prover, judge};
+use super::{Mismatch, Prover, Verdict, judge};
 use crate::backend::{Backend, Prepared};
 use crate::model::fixture::{Fixture, Tensor};
 use crate::model::oracle::blocked::computed;
@@ -197,6 +197,10 @@ impl Prepared for Faulty {
     }
 }
 
+fn verdict(wrong: Option<Mismatch>) -> Verdict {
+    wrong.map_or(Ok(0.0), Err)
+}
+
 impl Fault {
     /// The case in which a backend shows it, at a miniature.
     pub fn case(&self, backend: &dyn Backend, precision: Precision) -> Case {
@@ -209,23 +213,24 @@ impl Fault {
         Case { workload: self.workload, backend: backend.id(), precision, shape }
     }
 
-    /// What parity says of a backend with this fault; None where it is not caught.
+    /// What parity says of a backend with this fault: where it is not caught, how much of what is
+    /// allowed it took.
     ///
     /// # Errors
     /// Where the backend fails.
-    pub fn caught(
+    pub fn verdict(
         &self,
         backend: &dyn Backend,
         prover: &mut Prover,
         precision: Precision,
-    ) -> Result<Option<Mismatch>> {
+    ) -> Result<Verdict> {
         let case = self.case(backend, precision);
         let truth = Fixture::for_parity(case);
         match self.plant {
             Given(plant) => {
                 let mut given = Fixture::for_parity(case);
                 plant(&mut given);
-                Ok(prover.check(backend, &truth, &given)?.err())
+                prover.check(backend, &truth, &given)
             }
             Told(plant) => {
                 let (model, batch) = case.shape.model().expect("a model's case");
@@ -236,24 +241,24 @@ impl Fault {
                     Shape::Block { part, .. } => Shape::Block { part, model, batch },
                     _ => Shape::Model { model, batch },
                 };
-                Ok(prover.check(backend, &truth, &Fixture::for_parity(Case { shape, ..case }))?.err())
+                prover.check(backend, &truth, &Fixture::for_parity(Case { shape, ..case }))
             }
             Returned(change) => {
                 let inner = backend.prepare(&truth)?;
                 let mut faulty = Faulty { inner, steps: Vec::new(), change };
-                Ok(prover.compare(&truth, &mut faulty, backend.sums())?.err())
+                prover.compare(&truth, &mut faulty, backend.sums())
             }
             Drops(plant) => {
                 let probe = Probe::new(case);
                 let mut given = probe.fixture();
                 plant(&mut given);
-                dropout::check_with(&probe, backend.prepare(&given)?.as_mut(), backend.sums())
+                dropout::check_with(&probe, backend.prepare(&given)?.as_mut(), backend.sums()).map(verdict)
             }
             DropsReturned(change) => {
                 let probe = Probe::new(case);
                 let inner = backend.prepare(&probe.fixture())?;
                 let mut faulty = Faulty { inner, steps: Vec::new(), change };
-                dropout::check_with(&probe, &mut faulty, backend.sums())
+                dropout::check_with(&probe, &mut faulty, backend.sums()).map(verdict)
             }
             Rounds(rounding) => {
                 let found = computed::<f32>(&truth, rounding(), None);
@@ -263,7 +268,33 @@ impl Fault {
                     data: c.data,
                 };
                 let found: Vec<Tensor> = found.into_iter().map(tensor).collect();
-                Ok(judge(case, &Oracle::default().truth(&truth, Sums::Wide), &found).err())
+                Ok(judge(case, &Oracle::default().truth(&truth, Sums::Wide), &found))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_in_the_readme_is_of_these_faults() {
+        let readme = include_str!("README.md");
+        let table = readme.split("<!-- faults -->").nth(1).expect("the table");
+        let rows: Vec<Vec<&str>> = table
+            .lines()
+            .filter(|line| {
+                line.starts_with("| ") && !line.starts_with("| fault") && !line.starts_with("| ---")
+            })
+            .map(|line| line.trim_matches('|').split('|').map(str::trim).collect())
+            .collect();
+        assert_eq!(rows.len(), FAULTS.len());
+        for (row, fault) in rows.iter().zip(FAULTS) {
+            assert_eq!(row[0], fault.name);
+            for compute in Compute::ALL {
+                let told = row[2].split([' ', ',']).any(|word| word == compute.id());
+                assert_eq!(told, fault.hidden.contains(compute), "{}: {compute}", fault.name);
             }
         }
     }

@@ -277,6 +277,8 @@ named! {
     Set, "set", {
         /// Every case at its miniature shape: the suite's own test.
         Smoke => "smoke",
+        /// True widths at batches whose steps are short enough for a comparison to decide.
+        Compare => "compare",
         /// What the headline table needs, at indicator-b16.
         Quick => "quick",
         /// Everything.

@@ -44,7 +44,7 @@ const fn row(set: Set, workloads: &'static [Workload], on: On, at: At, precision
 use At::{Buffer, Models, Square};
 use Framework::{Mlx, Torch};
 use On::{Any, Cpu, Gpu, Of};
-use Set::{Full, Quick, Smoke};
+use Set::{Compare, Full, Quick, Smoke};
 use Workload::{
     Attention, AttentionGrad, CopyPeak, FeedForward, FeedForwardGrad, Forward, ForwardBackward, MatmulPeak,
     OptimizerStep, TrainStep,
@@ -55,7 +55,11 @@ const GRAD: &[Workload] = &[AttentionGrad, FeedForwardGrad, ForwardBackward];
 const MODEL: &[Workload] =
     &[Attention, AttentionGrad, FeedForward, FeedForwardGrad, Forward, ForwardBackward, OptimizerStep];
 
+const BLOCKS: &[Workload] = &[Attention, AttentionGrad, FeedForward, FeedForwardGrad];
+
 const TINY: At = Models(&[("indicator-tiny", 2), ("gpt2-tiny", 2)]);
+const B1: At = Models(&[("indicator", 1)]);
+const B2: At = Models(&[("indicator", 2)]);
 const B16: At = Models(&[("indicator", 16)]);
 const GPT2_B8: At = Models(&[("gpt2", 8)]);
 const ALL: At =
@@ -92,6 +96,12 @@ const TABLE: &[Row] = &[
     row(Smoke, &[TrainStep],  Of(Mlx),   TINY,                        "f32-compile amp-compile"),
     row(Smoke, &[MatmulPeak], Any,       Square(&[64]),               "f32 tf32 bf16 f16"),
     row(Smoke, &[CopyPeak],   Any,       Buffer(&[1]),                STORED),
+    // True widths, and steps of which a comparison sees hundreds within a minute.
+    row(Compare, MODEL,        Cpu,       B1,                          "f32"),
+    row(Compare, &[TrainStep], Cpu,       B1,                          "f32 f32-opt"),
+    row(Compare, BLOCKS,       Cpu,       B2,                          "f32"),
+    row(Compare, MODEL,        Gpu,       B16,                         "f32"),
+    row(Compare, &[TrainStep], Gpu,       B16,                         "f32 f32-opt amp amp-opt bf16-opt"),
     // What the headline tables need.
     row(Quick, MODEL,         Any,       B16,                         "f32"),
     row(Quick, &[TrainStep],  Any,       B16,                         "f32 f32-opt"),

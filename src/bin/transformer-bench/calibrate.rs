@@ -45,6 +45,9 @@ pub struct Arguments {
     /// A regular expression over ids
     #[arg(default_value = "")]
     filter: String,
+    /// Of which cases
+    #[arg(long, default_value = "smoke", value_parser = |text: &str| text.parse::<Set>())]
+    set: Set,
     /// Take the executables DIR/torch and DIR/mlx, built elsewhere
     #[arg(long, value_name = "DIR")]
     executables: Option<PathBuf>,
@@ -156,7 +159,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let source = arguments.executables.clone().map_or(Source::Worktree, Source::Folder);
     let own = sides::build(&source, &say)?;
     ensure!(!own.executables.is_empty(), "{} holds no executable torch or mlx", own.name);
-    let cases = own.cases(Set::Smoke, &arguments.filter, Instant::now() + Duration::from_secs(600))?;
+    let cases = own.cases(arguments.set, &arguments.filter, Instant::now() + Duration::from_secs(600))?;
     ensure!(!cases.is_empty(), "no case matches '{}'", arguments.filter);
 
     let mut random = ChaCha8Rng::seed_from_u64(std::process::id().into());

@@ -9,11 +9,11 @@ use transformer_bench::compare::past;
 use transformer_bench::compare::rounds::{self, Row};
 use transformer_bench::compare::rule::{Estimate, THRESHOLD, Verdict};
 use transformer_bench::compare::sides::{self, Source, Spec};
-use transformer_bench::compare::worker::{self, Side, Threads, Worker};
+use transformer_bench::compare::worker::{self, Proof, Side, Threads, Worker};
 use transformer_bench::results::machine::Machine;
 use transformer_bench::results::{self, baseline};
 use transformer_bench::statistics::midmean;
-use transformer_bench::suite::{BackendId, Case, Set, pattern};
+use transformer_bench::suite::{BackendId, Case, Framework, Set, pattern};
 
 use super::output::{Line, Report};
 
@@ -29,6 +29,7 @@ use super::output::{Line, Report};
   scripts/compare main                          the working tree against main
   scripts/compare v1.0 v1.1 'train-step/.*/f32/'
   scripts/compare baseline:nightly              now against a saved baseline
+  scripts/compare --from --threshold 5          the last comparison by another threshold
   scripts/compare --backends torch-cpu mlx-cpu  which framework is faster
   scripts/compare worktree --env OMP_NUM_THREADS=1 --threads all
                                                 what a setting brings")]
@@ -42,9 +43,13 @@ pub struct Arguments {
     /// `same` means certainly within this many per cent
     #[arg(long, value_name = "PER CENT", default_value_t = 100.0 * THRESHOLD, allow_negative_numbers = true)]
     threshold: f64,
-    /// Which cases
-    #[arg(long, default_value = "quick", value_parser = |text: &str| text.parse::<Set>())]
+    /// Which cases: `compare` is true widths at batches whose steps are short
+    #[arg(long, default_value = "compare", value_parser = |text: &str| text.parse::<Set>())]
     set: Set,
+    /// Judge a finished comparison again, from its JSON (default: the last one), by another
+    /// --threshold; nothing is measured
+    #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = "", conflicts_with_all = ["base", "backends", "env"])]
+    from: Option<String>,
     /// Compare two backends of one side
     #[arg(long, num_args = 2, value_names = ["A", "B"], value_parser = |text: &str| text.parse::<BackendId>())]
     backends: Option<Vec<BackendId>>,
@@ -97,6 +102,11 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
         "--budget {}: minutes, over 0 and up to {LONGEST}",
         arguments.budget
     );
+    if let Some(file) = &arguments.from {
+        let report = again(file, arguments.threshold)?;
+        super::show(&report.text(arguments.json, arguments.markdown))?;
+        return Ok(report.exit_code(arguments.strict));
+    }
     let spec = Spec::read(
         arguments.base.as_deref(),
         arguments.head.as_deref(),
@@ -142,6 +152,16 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
     let kept = results::folder().join("comparison.json");
     results::write_whole(&kept, &serde_json::to_string_pretty(&report.json())?)?;
     Ok(report.exit_code(arguments.strict))
+}
+
+/// A finished comparison by another threshold; the last one where no file is named.
+fn again(file: &str, threshold: f64) -> Result<Report> {
+    let path = if file.is_empty() { results::folder().join("comparison.json") } else { file.into() };
+    let text = std::fs::read_to_string(&path)
+        .with_context(|| format!("{} could not be read: compare first, or name a file", path.display()))?;
+    let damaged = || format!("{} is no comparison: it is what scripts/compare --json prints", path.display());
+    let json = serde_json::from_str(&text).with_context(damaged)?;
+    Report::again(&json, threshold).with_context(damaged)
 }
 
 /// When the budget is over, from now.
@@ -206,6 +226,7 @@ fn interleaved(
     let rule = rounds::rule(threshold, pairs.len());
     let mut rows: Vec<Row> = pairs.into_iter().map(|(a, b)| Row::new(a, b, rule)).collect();
     let sides = [base, head];
+    notes.extend(prove(&sides, &mut rows, until)?);
     rounds::decide(&sides, &mut rows, threads, until, |round, open| {
         eprintln!("round {round}: {open} of the cases open, {:.0} s so far", start.elapsed().as_secs_f64());
     })?;
@@ -216,6 +237,35 @@ fn interleaved(
     let names = sides.map(|s| s.name);
     lines.extend(rows.iter().map(|row| Line::of(row, &names)));
     Ok(Report::new(names, lines, notes, arguments.threshold, start.elapsed()))
+}
+
+/// Has both sides prove the cases at their shapes, unless they have; what is wrong is not timed.
+/// Returns a note for a side that can't.
+fn prove(sides: &[Side; 2], rows: &mut [Row], until: Instant) -> Result<Option<String>> {
+    let mut unable = None;
+    for (index, side) in sides.iter().enumerate() {
+        let mut workers: BTreeMap<Framework, Worker> = BTreeMap::new();
+        for row in rows.iter_mut().filter(|row| row.failed.is_none()) {
+            let case = if index == 0 { row.base } else { row.head };
+            let framework = case.backend.framework();
+            if !workers.get_mut(&framework).is_some_and(Worker::alive) {
+                workers.insert(framework, Worker::start(side, framework, Threads::All)?.until(until));
+            }
+            let worker = workers.get_mut(&framework).context("just started")?;
+            match worker.prove(&case) {
+                Ok(Proof::Wrong(text)) => row.failed = Some((index, text)),
+                Ok(_) => {}
+                // A revision from before proofs were asked for.
+                Err(error) if error.to_string().contains("is no request") => {
+                    unable =
+                        Some(format!("{} is of a revision that proves nothing at these shapes", side.name));
+                    break;
+                }
+                Err(error) => row.failed = Some((index, format!("parity could not be checked: {error:#}"))),
+            }
+        }
+    }
+    Ok(unable)
 }
 
 /// Differences that forbid comparing, or notes where the user wants it anyway.

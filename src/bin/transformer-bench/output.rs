@@ -2,9 +2,11 @@
 
 use std::time::Duration;
 
+use anyhow::{Context, Result};
 use serde_json::{Value, json};
-use transformer_bench::compare::rounds::Row;
-use transformer_bench::compare::rule::{Estimate, Verdict};
+use transformer_bench::compare::past;
+use transformer_bench::compare::rounds::{self, Row};
+use transformer_bench::compare::rule::{Estimate, Judge, Rule, Verdict};
 use transformer_bench::report::markdown::escaped;
 use transformer_bench::results::Setting;
 use transformer_bench::suite::Case;
@@ -17,6 +19,8 @@ pub struct Line {
     /// Step times in seconds, base and head.
     pub times: Option<[f64; 2]>,
     pub rounds: usize,
+    /// What each round saw, so that it can be judged again.
+    observations: Vec<[f64; 2]>,
     pub reason: String,
     /// The side that failed.
     failed_side: Option<usize>,
@@ -30,6 +34,7 @@ impl Line {
             estimate: None,
             times: None,
             rounds: 0,
+            observations: Vec::new(),
             reason: String::new(),
             failed_side: None,
         }
@@ -47,6 +52,40 @@ impl Line {
         Self { estimate: Some(estimate), times: Some(times), rounds, ..Self::without(case, verdict) }
     }
 
+    /// What is known of a case that could not be decided.
+    fn bound(&self) -> Option<String> {
+        self.estimate.filter(|_| self.verdict == Verdict::Inconclusive)?.bound()
+    }
+
+    /// A line of a comparison that is over, judged by another rule.
+    fn again(case: &Value, rule: Rule) -> Result<Self> {
+        let id = case["id"].as_str().context("a case without an id")?;
+        let verdict: Verdict =
+            serde_json::from_value(case["verdict"].clone()).with_context(|| format!("{id}: no verdict"))?;
+        let mut line = Self::named(id, verdict);
+        line.reason = case["reason"].as_str().unwrap_or_default().to_owned();
+        line.rounds = case["rounds"].as_u64().unwrap_or_default() as usize;
+        line.failed_side =
+            (verdict == Verdict::Failed).then(|| case["failed_side"].as_u64()).flatten().map(|s| s as usize);
+        if let (Some(base), Some(head)) = (case["base_ns"].as_f64(), case["head_ns"].as_f64()) {
+            line.times = Some([base * 1e-9, head * 1e-9]);
+        }
+        line.observations = serde_json::from_value(case["observations"].clone()).unwrap_or_default();
+        if !line.observations.is_empty() {
+            let judge = Judge::again(rule, &line.observations);
+            line.verdict = judge.verdict().unwrap_or(Verdict::Inconclusive);
+            line.estimate = judge.estimate();
+        } else if let (Some(ratio), Some(low), Some(high)) =
+            (case["ratio"].as_f64(), case["ci"][0].as_f64(), case["ci"][1].as_f64())
+        {
+            // Against a baseline: what past::judged says of an interval.
+            let estimate = Estimate { ratio, ci: [low, high] };
+            line.verdict = past::judged_again(&estimate, rule.threshold);
+            line.estimate = Some(estimate);
+        }
+        Ok(line)
+    }
+
     pub fn of(row: &Row, names: &[String; 2]) -> Self {
         let verdict = row.verdict().unwrap_or(Verdict::Inconclusive);
         let mut line = Self::without(&row.base, verdict);
@@ -61,6 +100,7 @@ impl Line {
         }
         line.estimate = row.estimate();
         line.rounds = row.judge.rounds();
+        line.observations = row.judge.observations();
         line.times = (line.rounds > 0).then(|| [row.step_time(0), row.step_time(1)]);
         line
     }
@@ -87,6 +127,20 @@ impl Report {
         let size = |l: &Line| l.estimate.map_or(0.0, |e| -e.ratio.ln().abs());
         lines.sort_by(|a, b| rank(a.verdict).cmp(&rank(b.verdict)).then(size(a).total_cmp(&size(b))));
         Self { names, lines, notes, threshold, elapsed }
+    }
+
+    /// A finished comparison, from its JSON, by another threshold in per cent.
+    ///
+    /// # Errors
+    /// Where the text is no comparison.
+    pub fn again(json: &Value, threshold: f64) -> Result<Self> {
+        let text = |name: &str| json[name].as_str().map(str::to_owned).with_context(|| format!("no {name}"));
+        let cases = json["cases"].as_array().context("no cases")?;
+        let rule = rounds::rule(threshold / 100.0, cases.len());
+        let lines = cases.iter().map(|case| Line::again(case, rule)).collect::<Result<_>>()?;
+        let mut notes: Vec<String> = serde_json::from_value(json["notes"].clone()).unwrap_or_default();
+        notes.push("judged again from a finished comparison: nothing was measured now".to_owned());
+        Ok(Self::new([text("base")?, text("head")?], lines, notes, threshold, Duration::ZERO))
     }
 
     /// 1 a regression, 3 not measured well enough, else 0.
@@ -189,6 +243,12 @@ impl Report {
                     "base_ns": l.times.map_or(Value::Null, |t| finite(t[0] * 1e9)),
                     "head_ns": l.times.map_or(Value::Null, |t| finite(t[1] * 1e9)),
                     "rounds": l.rounds,
+                    "bounds": match l.estimate.filter(|_| l.verdict == Verdict::Inconclusive).and_then(|e| e.bounds()) {
+                        Some([slower, faster]) => json!({"slower_at_most": slower, "faster_at_most": faster}),
+                        None => Value::Null,
+                    },
+                    "observations": l.observations,
+                    "failed_side": l.failed_side,
                     "reason": l.reason,
                 })
             })
@@ -206,8 +266,8 @@ impl Report {
 
 fn cells(line: &Line) -> [String; 6] {
     let or = |text: Option<String>| text.unwrap_or_else(|| "–".to_owned());
-    let case =
-        if line.reason.is_empty() { line.id.clone() } else { format!("{} ({})", line.id, line.reason) };
+    let remark = line.bound().unwrap_or_else(|| line.reason.clone());
+    let case = if remark.is_empty() { line.id.clone() } else { format!("{} ({remark})", line.id) };
     [
         line.verdict.id().to_owned(),
         or(line.estimate.map(|e| format!("{:.3}", e.ratio))),
@@ -252,6 +312,34 @@ mod tests {
         let case: Case = "forward/torch-cpu/f32/indicator-b16".parse().unwrap();
         let failed = Report { lines: vec![Line::failed(&case, "it crashed")], ..report(&[]) };
         assert_eq!(failed.exit_code(false), 1);
+    }
+
+    #[test]
+    fn what_is_inconclusive_tells_its_bound() {
+        let case: Case = "forward/torch-cpu/f32/indicator-b1".parse().unwrap();
+        let estimate = Estimate { ratio: 1.01, ci: [0.996, 1.031] };
+        let line = Line::judged(&case, Verdict::Inconclusive, estimate, [1e-3, 1.01e-3], 9);
+        let shown = Report { lines: vec![line], ..report(&[]) };
+        for markdown in [false, true] {
+            let text = shown.text(false, markdown);
+            assert!(text.contains("slower by at most 3.1 %, faster by at most 0.4 %"), "{text}");
+        }
+        let bounds = &shown.json()["cases"][0]["bounds"];
+        assert!((bounds["slower_at_most"].as_f64().unwrap() - 0.031).abs() < 1e-9);
+    }
+
+    #[test]
+    fn a_finished_comparison_can_be_judged_again() {
+        let case: Case = "forward/torch-cpu/f32/indicator-b1".parse().unwrap();
+        let estimate = Estimate { ratio: 1.03, ci: [1.029, 1.031] };
+        let mut line = Line::judged(&case, Verdict::Slower, estimate, [1e-3, 1.03e-3], 12);
+        // Rounds that agree on three per cent.
+        line.observations = (0..12).map(|i| [0.0296 + 1e-4 * f64::from(i % 3), 1e-4]).collect();
+        let json = Report { lines: vec![line], ..report(&[]) }.json();
+        let again = |threshold| Report::again(&json, threshold).unwrap().lines[0].verdict;
+        assert_eq!(again(2.0), Verdict::Slower);
+        assert_eq!(again(5.0), Verdict::Equivalent);
+        assert!(Report::again(&json!({"base": "a"}), 2.0).is_err());
     }
 
     #[test]

@@ -1,0 +1,86 @@
+#!/usr/bin/env python3
+"""Plants wrong kernels in the networks, one after the other, and sees whether `cargo bench` refuses to time them.
+
+Usage: scripts/tests/plant.py [torch | mlx]
+
+Each is a line changed in src/torch/net.rs or src/mlx/net.rs, built, and put back. It takes about half a
+minute a kernel; the working tree must hold no changes there.
+"""
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+TRAIN = "train-step/{}/f32/indicator-b16"
+FFN = "feed-forward-grad/{}/f32/b16-n111-d256-f1024"
+ATTENTION = "attention-grad/{}/f32/b16-h8-n111-d32"
+
+# Name, the id of a case that must be refused, a text of the source, and what it becomes.
+TORCH_DROP = "x.dropout(p, true)"
+TORCH_LAST = "self.linear(&drop(active, self.dropout.hidden), &f.down)"
+KERNELS = {
+    "torch": [
+        ("dropout 0.2 for 0.1", TRAIN, TORCH_DROP, "x.dropout(2.0 * p, true)"),
+        ("dropout 0.01 for 0.1", FFN, TORCH_DROP, "x.dropout(0.1 * p, true)"),
+        ("dropout without 1/(1 - p)", TRAIN, TORCH_DROP, "x.dropout(p, true) * (1.0 - p)"),
+        ("dropout that drops nothing", ATTENTION, TORCH_DROP, "x"),
+        ("no dropout in fused attention", "train-step/{}/f32-opt/indicator-b16",
+         "                self.dropout.weights,\n                m.causal", "                0.0,\n                m.causal"),
+        ("keys past the hundredth ignored", "forward/{}/f32/indicator-b16",
+         "            let mut scores =",
+         "            let (k, v) = (k.narrow(2, 0, n.min(100)), v.narrow(2, 0, n.min(100)));\n            let mut scores ="),
+        ("feed-forward 5 % too large in bf16", "train-step/{}/amp/indicator-b16", TORCH_LAST,
+         f"{{ let y = {TORCH_LAST}; if y.kind() == Kind::BFloat16 {{ y * 1.05 }} else {{ y }} }}"),
+        ("the same in the optimised recipe", "train-step/{}/amp-opt/indicator-b16", TORCH_LAST,
+         f"{{ let y = {TORCH_LAST}; if y.kind() == Kind::BFloat16 {{ y * 1.05 }} else {{ y }} }}"),
+        ("attention scale 10 % off in bf16", "train-step/{}/amp/indicator-b16", "/ (each as f64).sqrt();",
+         "/ (each as f64).sqrt() * if x.kind() == Kind::BFloat16 { 1.1 } else { 1.0 };"),
+        ("tanh's GELU for erf's", FFN, 'hidden.gelu("none")', 'hidden.gelu("tanh")'),
+    ],
+    "mlx": [
+        ("dropout 0.2 for 0.1", TRAIN, "let keep = 1.0 - p;", "let keep = 1.0 - 2.0 * p;"),
+        ("dropout without 1/(1 - p)", FFN, "times(&x.multiply(mask)?, 1.0 / keep)", "x.multiply(mask)"),
+        ("dropout that drops nothing", ATTENTION, "if p == 0.0 {", "if p < 2.0 {"),
+        ("the same key at every place", "train-step/{}/f32-opt/indicator-b16", "self.random.next_key()?",
+         "mlx_rs::random::key(7)?"),
+        ("keys past the hundredth ignored", "forward/{}/f32/indicator-b16", "let weights = softmax(&scores)?;",
+         "let past = ops::arange::<f32, f32>(None, n as f32, None)?.ge(Array::from_f32(100.0))?;\n"
+         "            let weights = softmax(&scores.add(past.as_dtype(x.dtype())?.multiply(scalar(-3e4, x.dtype()))?)?)?;"),
+        ("attention scale 10 % off", ATTENTION, "let scale = 1.0 / f64::from(each).sqrt();",
+         "let scale = 1.1 / f64::from(each).sqrt();"),
+    ],
+}
+
+
+def run(*words):
+    return subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def main():
+    frameworks = sys.argv[1:] or list(KERNELS)
+    missed = 0
+    for framework in frameworks:
+        path = ROOT / "src" / framework / "net.rs"
+        if run("git", "diff", "--quiet", "--", path).returncode:
+            sys.exit(f"plant: {path} has changes: commit them first")
+        good = path.read_text()
+        try:
+            for name, case, old, new in KERNELS[framework]:
+                if good.count(old) != 1:
+                    sys.exit(f"plant: {path} has '{old}' {good.count(old)} times")
+                path.write_text(good.replace(old, new))
+                case = case.format(f"{framework}-cpu")
+                done = run("cargo", "bench", "--quiet", "--bench", framework, "--", f"^{case}$")
+                said = [line for line in done.stdout.splitlines() if "parity" in line and " failed: " in line]
+                caught = done.returncode != 0 and said
+                missed += not caught
+                print(f"{'caught' if caught else 'MISSED'}  {framework}: {name}\n        "
+                      f"{said[-1] if said else done.stdout[-300:]}", flush=True)
+        finally:
+            path.write_text(good)
+    sys.exit(1 if missed else 0)
+
+
+if __name__ == "__main__":
+    main()
