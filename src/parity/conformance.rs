@@ -189,10 +189,11 @@ pub fn time_follows_work(backend: &dyn Backend) -> Result<Outcome> {
             backend.prepare(&Fixture::new(case(backend, Workload::TrainStep, precision, shape)))
         };
         let (mut three, mut six) = (layers(3)?, layers(6)?);
-        // Embedding and heads are a twentieth of three layers' work.
-        let ratio = ratio_of_times([three.as_mut(), six.as_mut()], 11, 1.75..=2.1)?;
+        // Embedding, heads and what an operation costs on many threads stay as they are; a step that
+        // returned early would not take longer at all.
+        let ratio = ratio_of_times([three.as_mut(), six.as_mut()], 11, 1.4..=2.1)?;
         ensure!(
-            (1.75..=2.1).contains(&ratio),
+            (1.4..=2.1).contains(&ratio),
             "twice the layers took {ratio:.2} times as long on {} in {precision}",
             backend.id()
         );

@@ -5,7 +5,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::graph::{Graph, Var};
-use super::matrix::{Matrix, Real};
+use super::matrix::{Matrix, Real, in_pieces};
 use super::rounding::Rounding;
 use crate::model::fixture::{Fixture, Tensor};
 use crate::model::parameters::{
@@ -86,10 +86,10 @@ fn squares<R: Real>(fixture: &Fixture, n: usize, chain: usize, rounding: Roundin
         let data = fixture.input(name).data.iter().map(|&v| rounding.leaf.round(R::from_f32(v))).collect();
         Matrix::new(n, n, data)
     };
-    let (a, mut out) = (load("a").map(|v| rounding.operand.round(v)), load("b"));
+    let (a, mut out) = (load("a").map(cores(), |v| rounding.operand.round(v)), load("b"));
     for _ in 0..chain {
-        out = a.view().product(out.map(|v| rounding.operand.round(v)).view(), cores());
-        rounding.round_all(rounding.product, &mut out.data);
+        out = a.view().product(out.map(cores(), |v| rounding.operand.round(v)).view(), cores());
+        rounding.round_all(rounding.product, &mut out.data, cores());
     }
     out.data
 }
@@ -200,7 +200,7 @@ impl Run<'_> {
                     self.rounding.sum(self.rounding.product, of_norm, &mut gradient.data, rows);
                 }
             }
-            self.rounding.round_all(self.rounding.product, &mut gradient.data);
+            self.rounding.round_all(self.rounding.product, &mut gradient.data, cores());
             all.push(named(&format!("grad/{}", tensor.name), gradient.data));
         }
         all
@@ -413,7 +413,7 @@ impl<R: Real> Sample<'_, R> {
         let Run { rounding, .. } = *self.run;
         let (mut all, gradients) = self.gradients(out, upstream, parameters);
         let mut input = x.take(&mut all).unwrap_or_default().data;
-        rounding.round_all(rounding.leaf, &mut input);
+        rounding.round_all(rounding.leaf, &mut input, 1);
         OfSample { input: Some(input), gradients, ..OfSample::default() }
     }
 
@@ -447,17 +447,23 @@ impl<R: Real> Sample<'_, R> {
     fn cross_entropy(&mut self, logits: Var, scale: R) -> Var {
         let next = self.input("next");
         let mut slopes = self.graph.get(logits).clone();
-        let mut terms = Vec::with_capacity(next.len());
-        for (row, &token) in slopes.data.chunks_mut(self.run.model.vocabulary).zip(&next) {
-            let token = token as usize;
-            let largest = row.iter().copied().fold(R::min_value(), R::max);
-            let target = row[token];
-            row.iter_mut().for_each(|v| *v = (*v - largest).exp());
-            let total = row.iter().copied().sum::<R>();
-            terms.push(scale * (total.ln() + largest - target));
-            row.iter_mut().for_each(|v| *v = *v / total * scale);
-            row[token] = row[token] - scale;
-        }
+        let vocabulary = self.run.model.vocabulary;
+        let threads = self.graph.threads();
+        let terms: Mutex<Vec<R>> = Mutex::new(vec![R::zero(); next.len()]);
+        in_pieces(&mut slopes.data, vocabulary, threads, |first, rows| {
+            for (index, row) in rows.chunks_mut(vocabulary).enumerate() {
+                let place = first / vocabulary + index;
+                let token = next[place] as usize;
+                let largest = row.iter().copied().fold(R::min_value(), R::max);
+                let target = row[token];
+                row.iter_mut().for_each(|v| *v = (*v - largest).exp());
+                let total = row.iter().copied().sum::<R>();
+                row.iter_mut().for_each(|v| *v = *v / total * scale);
+                row[token] = row[token] - scale;
+                terms.lock().expect("no thread panicked")[place] = scale * (total.ln() + largest - target);
+            }
+        });
+        let terms = terms.into_inner().expect("no thread panicked");
         self.graph.known(terms, vec![(logits, slopes)])
     }
 }

@@ -79,6 +79,25 @@ fn of_head(index: usize, all: usize, m: usize) -> (usize, usize) {
     (index * each, each)
 }
 
+/// Each head's result, by several threads.
+fn each_head<T: Send>(heads: usize, threads: usize, of: impl Fn(usize) -> T + Sync) -> Vec<T> {
+    let mut found: Vec<Option<T>> = (0..heads).map(|_| None).collect();
+    let each = heads.div_ceil(threads.clamp(1, heads));
+    std::thread::scope(|scope| {
+        for (piece, into) in found.chunks_mut(each).enumerate() {
+            let of = &of;
+            let mut work =
+                move || into.iter_mut().enumerate().for_each(|(i, one)| *one = Some(of(piece * each + i)));
+            if each == heads {
+                work();
+            } else {
+                scope.spawn(work);
+            }
+        }
+    });
+    found.into_iter().map(|one| one.expect("every head has its turn")).collect()
+}
+
 impl<R: Real> Graph<R> {
     pub fn new(rounding: Rounding, threads: usize) -> Self {
         Self { nodes: Vec::new(), rounding, threads }
@@ -87,7 +106,7 @@ impl<R: Real> Graph<R> {
     fn push(&mut self, mut value: Matrix<R>, format: Format, op: Op<R>) -> Var {
         // Leaves are given; everything else is a result.
         if !matches!(op, Op::Leaf) {
-            self.rounding.round_all(format, &mut value.data);
+            self.rounding.round_all(format, &mut value.data, self.threads);
         }
         self.nodes.push(Node { value, format, op });
         Var(self.nodes.len() - 1)
@@ -95,7 +114,12 @@ impl<R: Real> Graph<R> {
 
     pub fn leaf(&mut self, value: Matrix<R>) -> Var {
         let format = self.rounding.leaf;
-        self.push(value.map(|v| format.round(v)), format, Op::Leaf)
+        self.push(value.map(self.threads, |v| format.round(v)), format, Op::Leaf)
+    }
+
+    /// How many threads it may use.
+    pub fn threads(&self) -> usize {
+        self.threads
     }
 
     pub fn get(&self, a: Var) -> &Matrix<R> {
@@ -112,7 +136,7 @@ impl<R: Real> Graph<R> {
         if wanted == Format::Whole || wanted == format {
             return Cow::Borrowed(value);
         }
-        Cow::Owned(value.map(|v| wanted.round(v)))
+        Cow::Owned(value.map(self.threads, |v| wanted.round(v)))
     }
 
     /// x [N, in], weight [out, in], bias [1, out] → [N, out]
@@ -128,7 +152,7 @@ impl<R: Real> Graph<R> {
     }
 
     pub fn add(&mut self, a: Var, b: Var) -> Var {
-        let sum = self.get(a).zip(self.get(b), |a, b| a + b);
+        let sum = self.get(a).zip(self.get(b), self.threads, |a, b| a + b);
         self.push(sum, self.rounding.stream, Op::Add(a, b))
     }
 
@@ -168,18 +192,16 @@ impl<R: Real> Graph<R> {
         qkv: [Var; 3],
         heads: usize,
         causal: bool,
-        mask: impl Fn(usize) -> Option<Matrix<R>>,
+        mask: impl Fn(usize) -> Option<Matrix<R>> + Sync,
     ) -> Var {
         let [q, k, v] = qkv.map(|a| self.operand(a));
         let (rows, inner) = (q.rows, q.columns);
         let scale = R::from_f64(1.0 / ((inner / heads) as f64).sqrt());
-        let mut mixed = Matrix::zeros(rows, inner);
-        let mut kept = Vec::with_capacity(heads);
         let product = self.rounding.product;
         let round = |v| self.rounding.round(product, v);
-        for index in 0..heads {
+        let found = each_head(heads, self.threads, |index| {
             let (first, each) = of_head(index, heads, inner);
-            let mut weights = q.part(first, each).product(k.part(first, each).transposed(), self.threads);
+            let mut weights = q.part(first, each).product(k.part(first, each).transposed(), 1);
             for (n, row) in weights.data.chunks_mut(rows).enumerate() {
                 let (seen, hidden) = row.split_at_mut(if causal { n + 1 } else { rows });
                 hidden.fill(R::zero());
@@ -188,9 +210,17 @@ impl<R: Real> Graph<R> {
                 seen.iter_mut().for_each(|s| *s = round(*s));
             }
             let head = Head { mask: mask(index), weights };
-            let read = head.dropped(product);
-            let read = self.as_operand(&read, product);
-            mixed.set_part(first, &read.view().product(v.part(first, each), self.threads));
+            let dropped = head.dropped(product);
+            let read = self.as_operand(&dropped, product);
+            let part = read.view().product(v.part(first, each), 1);
+            drop(read);
+            drop(dropped);
+            (head, part)
+        });
+        let mut mixed = Matrix::zeros(rows, inner);
+        let mut kept = Vec::with_capacity(heads);
+        for (index, (head, part)) in found.into_iter().enumerate() {
+            mixed.set_part(of_head(index, heads, inner).0, &part);
             kept.push(head);
         }
         self.push(mixed, product, Op::Attention { qkv, heads: kept })
@@ -199,19 +229,19 @@ impl<R: Real> Graph<R> {
     pub fn activate(&mut self, x: Var, kind: Activation) -> Var {
         let format = self.nodes[x.0].format;
         let round = |v| self.rounding.round(format, v);
-        let y = self.get(x).map(|v| Gate::new(v, kind, &round).value());
+        let y = self.get(x).map(self.threads, |v| Gate::new(v, kind, &round).value());
         self.push(y, format, Op::Activate(x, kind))
     }
 
     pub fn relu(&mut self, x: Var) -> Var {
-        let y = self.get(x).map(|v| v.max(R::zero()));
+        let y = self.get(x).map(self.threads, |v| v.max(R::zero()));
         self.push(y, self.nodes[x.0].format, Op::Relu(x))
     }
 
     /// Dropout by known factors; None leaves the value as it is.
     pub fn mask(&mut self, x: Var, factors: Option<Matrix<R>>) -> Var {
         let Some(factors) = factors else { return x };
-        let y = self.get(x).zip(&factors, |v, f| v * f);
+        let y = self.get(x).zip(&factors, self.threads, |v, f| v * f);
         self.push(y, self.nodes[x.0].format, Op::Mask(x, factors))
     }
 
@@ -247,13 +277,13 @@ impl<R: Real> Graph<R> {
                 let leaf = matches!(self.nodes[parent.0].op, Op::Leaf);
                 let format = self.nodes[parent.0].format;
                 if !leaf {
-                    self.rounding.round_all(format, &mut part.data);
+                    self.rounding.round_all(format, &mut part.data, self.threads);
                 }
                 match &mut all[parent.0] {
                     Some(sum) => {
                         sum.add(&part);
                         if !leaf {
-                            self.rounding.round_all(format, &mut sum.data);
+                            self.rounding.round_all(format, &mut sum.data, self.threads);
                         }
                     }
                     empty => *empty = Some(part),
@@ -278,7 +308,7 @@ impl<R: Real> Graph<R> {
             Op::Add(a, b) => vec![(*a, g.clone()), (*b, g.clone())],
             Op::AddRow(x, row) => vec![(*x, g.clone()), (*row, self.summed(*row, g.clone()))],
             Op::Norm { x, weight, bias, unit, inverse } => {
-                let to_weight = self.summed(*weight, g.zip(unit, |g, u| g * u));
+                let to_weight = self.summed(*weight, g.zip(unit, self.threads, |g, u| g * u));
                 let mut to_x = g.clone();
                 let w = &self.get(*weight).data;
                 let count = R::from_f64(w.len() as f64);
@@ -296,12 +326,15 @@ impl<R: Real> Graph<R> {
             Op::Activate(x, kind) => {
                 let round = |v| self.rounding.round(node.format, v);
                 let slope = |v: R, g: R| Gate::new(v, *kind, &round).slope(g);
-                vec![(*x, self.get(*x).zip(g, slope))]
+                vec![(*x, self.get(*x).zip(g, self.threads, slope))]
             }
             Op::Relu(x) => {
-                vec![(*x, self.get(*x).zip(g, |v, g| if v > R::zero() { g } else { R::zero() }))]
+                vec![(
+                    *x,
+                    self.get(*x).zip(g, self.threads, |v, g| if v > R::zero() { g } else { R::zero() }),
+                )]
             }
-            Op::Mask(x, factors) => vec![(*x, g.zip(factors, |g, f| g * f))],
+            Op::Mask(x, factors) => vec![(*x, g.zip(factors, self.threads, |g, f| g * f))],
             Op::Softmax(x) => {
                 let mut to_x = g.clone();
                 self.softmax_slope(node.format, &node.value.data, &mut to_x.data);
@@ -347,25 +380,30 @@ impl<R: Real> Graph<R> {
         let (rows, inner) = (q.rows, q.columns);
         let scale = R::from_f64(1.0 / ((inner / heads.len()) as f64).sqrt());
         let g = self.as_operand(g, product);
-        let mut to = [(); 3].map(|()| Matrix::zeros(rows, inner));
-        for (index, head) in heads.iter().enumerate() {
+        let found = each_head(heads.len(), self.threads, |index| {
+            let head = &heads[index];
             let (first, each) = of_head(index, heads.len(), inner);
             let part = g.part(first, each);
             let read = head.dropped(product);
             let read = self.as_operand(&read, product);
-            to[2].set_part(first, &read.view().transposed().product(part, self.threads));
-            let mut scores = part.product(v.part(first, each).transposed(), self.threads);
+            let to_v = read.view().transposed().product(part, 1);
+            let mut scores = part.product(v.part(first, each).transposed(), 1);
             scores.data.iter_mut().for_each(|v| *v = round(*v));
             if let Some(mask) = &head.mask {
-                scores = scores.zip(mask, |g, f| round(g * f));
+                scores = scores.zip(mask, 1, |g, f| round(g * f));
             }
             for (row, weights) in scores.data.chunks_mut(rows).zip(head.weights.data.chunks(rows)) {
                 self.softmax_slope(product, weights, row);
                 row.iter_mut().for_each(|s| *s = round(round(*s) * scale));
             }
             let scores = self.as_operand(&scores, product);
-            to[0].set_part(first, &scores.view().product(k.part(first, each), self.threads));
-            to[1].set_part(first, &scores.view().transposed().product(q.part(first, each), self.threads));
+            let to_q = scores.view().product(k.part(first, each), 1);
+            [to_q, scores.view().transposed().product(q.part(first, each), 1), to_v]
+        });
+        let mut to = [(); 3].map(|()| Matrix::zeros(rows, inner));
+        for (index, parts) in found.iter().enumerate() {
+            let first = of_head(index, heads.len(), inner).0;
+            to.iter_mut().zip(parts).for_each(|(all, part)| all.set_part(first, part));
         }
         qkv.into_iter().zip(to).collect()
     }
@@ -376,7 +414,7 @@ impl<R: Real> Head<R> {
     fn dropped(&self, format: Format) -> Cow<'_, Matrix<R>> {
         match &self.mask {
             None => Cow::Borrowed(&self.weights),
-            Some(mask) => Cow::Owned(self.weights.zip(mask, |w, f| format.round(w * f))),
+            Some(mask) => Cow::Owned(self.weights.zip(mask, 1, |w, f| format.round(w * f))),
         }
     }
 }

@@ -59,6 +59,30 @@ macro_rules! real {
 real!(f64, matrixmultiply::dgemm, libm::erf);
 real!(f32, matrixmultiply::sgemm, libm::erff);
 
+/// Numbers under which a thread costs more than it brings.
+const FEW: usize = 1 << 15;
+
+/// Calls `part` on pieces of whole rows, by `threads` threads, with the index of each's first number.
+pub fn in_pieces<R: Send>(
+    data: &mut [R],
+    columns: usize,
+    threads: usize,
+    part: impl Fn(usize, &mut [R]) + Sync,
+) {
+    let rows = data.len() / columns.max(1);
+    let threads = threads.min(data.len() / FEW).min(rows);
+    if threads < 2 {
+        return part(0, data);
+    }
+    let each = rows.div_ceil(threads) * columns;
+    std::thread::scope(|scope| {
+        for (index, piece) in data.chunks_mut(each).enumerate() {
+            let part = &part;
+            scope.spawn(move || part(index * each, piece));
+        }
+    });
+}
+
 /// Row-major [rows, columns].
 #[derive(Clone, Debug, Default)]
 pub struct Matrix<R> {
@@ -109,14 +133,19 @@ impl<R: Real> Matrix<R> {
         self.data.iter_mut().zip(&other.data).for_each(|(a, &b)| *a += b);
     }
 
-    pub fn map(&self, f: impl Fn(R) -> R) -> Self {
-        Self::new(self.rows, self.columns, self.data.iter().map(|&v| f(v)).collect())
+    pub fn map(&self, threads: usize, f: impl Fn(R) -> R + Sync) -> Self {
+        let mut new = self.clone();
+        in_pieces(&mut new.data, 1, threads, |_, piece| piece.iter_mut().for_each(|v| *v = f(*v)));
+        new
     }
 
-    pub fn zip(&self, other: &Self, f: impl Fn(R, R) -> R) -> Self {
+    pub fn zip(&self, other: &Self, threads: usize, f: impl Fn(R, R) -> R + Sync) -> Self {
         assert_eq!((self.rows, self.columns), (other.rows, other.columns));
-        let data = self.data.iter().zip(&other.data).map(|(&a, &b)| f(a, b)).collect();
-        Self::new(self.rows, self.columns, data)
+        let mut new = self.clone();
+        in_pieces(&mut new.data, 1, threads, |first, piece| {
+            piece.iter_mut().zip(&other.data[first..]).for_each(|(a, &b)| *a = f(*a, b));
+        });
+        new
     }
 
     pub fn row(&self, index: usize) -> &[R] {

@@ -33,10 +33,11 @@ pub fn adamw<R: Real>(setting: &AdamW, parameter: &[f32], gradients: &[&[f32]], 
     let [beta1, rest1] = [of(setting.beta1), of(1.0 - setting.beta1)];
     let [beta2, rest2] = [of(setting.beta2), of(1.0 - setting.beta2)];
     let eps = of(setting.eps);
+    // In the arithmetic at hand, as fused kernels do: 1 − β2 keeps few of f32's digits.
     let corrections: Vec<[R; 2]> = (1..=gradients.len() as i32)
         .map(|t| {
-            let root = 1.0 / (1.0 - setting.beta2.powi(t)).sqrt();
-            [of(setting.lr / (1.0 - setting.beta1.powi(t))), of(root)]
+            let [first, second] = [setting.beta1, setting.beta2].map(|b| R::one() - R::from_f64(b).powi(t));
+            [r(R::from_f64(setting.lr) / first), r(R::one() / second.sqrt())]
         })
         .collect();
     let moved = |(index, &start): (usize, &f32)| {

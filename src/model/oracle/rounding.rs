@@ -3,7 +3,7 @@
 
 use half::{bf16, f16};
 
-use super::matrix::Real;
+use super::matrix::{Real, in_pieces};
 use crate::suite::Compute;
 
 /// A number format; values are kept in a wider type.
@@ -119,9 +119,11 @@ impl Rounding {
         }
     }
 
-    pub fn round_all<R: Real>(&self, format: Format, values: &mut [R]) {
+    pub fn round_all<R: Real>(&self, format: Format, values: &mut [R], threads: usize) {
         if format != Format::Whole || self.draw != 0 {
-            values.iter_mut().for_each(|v| *v = self.round(format, *v));
+            in_pieces(values, 1, threads, |_, piece| {
+                piece.iter_mut().for_each(|v| *v = self.round(format, *v));
+            });
         }
     }
 }
