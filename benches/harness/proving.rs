@@ -58,7 +58,8 @@ pub fn prove(framework: Framework, cases: &[Case]) -> Result<Proven> {
             }
         };
         if !progress {
-            eprintln!("{place} ({:.1} s)", start.elapsed().as_secs_f64());
+            let said = outcome.as_ref().err().map_or_else(String::new, |(_, reason)| format!(": {reason}"));
+            eprintln!("{place} ({:.1} s){said}", start.elapsed().as_secs_f64());
         }
         proven.insert(*case, outcome);
     }

@@ -153,7 +153,7 @@ type Key = (bool, bool, Option<Compute>);
 pub struct Oracle {
     shape: Option<Shape>,
     exact: HashMap<Key, Exact>,
-    known: HashMap<(Key, Compute, Sums), Arc<Vec<Known>>>,
+    known: HashMap<(Key, Compute, Sums, bool), Arc<Vec<Known>>>,
 }
 
 impl Oracle {
@@ -165,21 +165,23 @@ impl Oracle {
             *self = Self { shape: Some(case.shape), ..Self::default() };
         }
         let compute = case.precision.compute;
+        let fused = case.precision.recipe.fused_attention();
         let stored = compute.is_half().then_some(compute);
         let key = (case.workload.trains(), case.workload == Workload::OptimizerStep, stored);
-        if let Some(known) = self.known.get(&(key, compute, sums)) {
+        if let Some(known) = self.known.get(&(key, compute, sums, fused)) {
             return Arc::clone(known);
         }
         let exact = self.exact.entry(key).or_insert_with(|| exact(fixture, None)).clone();
         let found = Arc::new(rounded(fixture, sums, exact, None));
-        self.known.insert((key, compute, sums), Arc::clone(&found));
+        self.known.insert((key, compute, sums, fused), Arc::clone(&found));
         found
     }
 }
 
 /// What a precision may make of what is exact.
 fn rounded(fixture: &Fixture, sums: Sums, exact: Exact, masks: Option<Masks<'_>>) -> Vec<Known> {
-    let rounding = Rounding::of(fixture.case.precision.compute, sums);
+    let fused = fixture.case.precision.recipe.fused_attention();
+    let rounding = Rounding { fused, ..Rounding::of(fixture.case.precision.compute, sums) };
     let squares =
         costs(&exact, runs(fixture), |draw| computed(fixture, Rounding { draw, ..rounding }, masks));
     let compute = fixture.case.precision.compute;

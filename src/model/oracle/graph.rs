@@ -322,7 +322,7 @@ impl<R: Real> Graph<R> {
                 }
                 vec![(*x, to_x), (*weight, to_weight), (*bias, self.summed(*bias, g.clone()))]
             }
-            Op::Attention { qkv, heads } => self.attention_slopes(*qkv, heads, g),
+            Op::Attention { qkv, heads } => self.attention_slopes(*qkv, heads, &node.value, g),
             Op::Activate(x, kind) => {
                 let round = |v| self.rounding.round(node.format, v);
                 let slope = |v: R, g: R| Gate::new(v, *kind, &round).slope(g);
@@ -373,13 +373,19 @@ impl<R: Real> Graph<R> {
         gradient.iter_mut().zip(weights).for_each(|(g, &w)| *g = r(r(w * *g) - r(w * along)));
     }
 
-    fn attention_slopes(&self, qkv: [Var; 3], heads: &[Head<R>], g: &Matrix<R>) -> Vec<(Var, Matrix<R>)> {
+    fn attention_slopes(
+        &self,
+        qkv: [Var; 3],
+        heads: &[Head<R>],
+        mixed: &Matrix<R>,
+        whole: &Matrix<R>,
+    ) -> Vec<(Var, Matrix<R>)> {
         let product = self.rounding.product;
         let round = |v| self.rounding.round(product, v);
         let [q, k, v] = qkv.map(|a| self.operand(a));
         let (rows, inner) = (q.rows, q.columns);
         let scale = R::from_f64(1.0 / ((inner / heads.len()) as f64).sqrt());
-        let g = self.as_operand(g, product);
+        let g = self.as_operand(whole, product);
         let found = each_head(heads.len(), self.threads, |index| {
             let head = &heads[index];
             let (first, each) = of_head(index, heads.len(), inner);
@@ -388,12 +394,23 @@ impl<R: Real> Graph<R> {
             let read = self.as_operand(&read, product);
             let to_v = read.view().transposed().product(part, 1);
             let mut scores = part.product(v.part(first, each).transposed(), 1);
-            scores.data.iter_mut().for_each(|v| *v = round(*v));
-            if let Some(mask) = &head.mask {
-                scores = scores.zip(mask, 1, |g, f| round(g * f));
+            let fused = self.rounding.fused;
+            if !fused {
+                scores.data.iter_mut().for_each(|v| *v = round(*v));
             }
-            for (row, weights) in scores.data.chunks_mut(rows).zip(head.weights.data.chunks(rows)) {
-                self.softmax_slope(product, weights, row);
+            if let Some(mask) = &head.mask {
+                scores = scores.zip(mask, 1, |g, f| if fused { g * f } else { round(g * f) });
+            }
+            let weights = head.weights.data.chunks(rows);
+            for (n, (row, weights)) in scores.data.chunks_mut(rows).zip(weights).enumerate() {
+                if fused {
+                    let columns = first..first + each;
+                    let pairs = whole.row(n)[columns.clone()].iter().zip(&mixed.row(n)[columns]);
+                    let along = pairs.map(|(&g, &o)| g * o).sum::<R>();
+                    row.iter_mut().zip(weights).for_each(|(g, &w)| *g = w * (*g - along));
+                } else {
+                    self.softmax_slope(product, weights, row);
+                }
                 row.iter_mut().for_each(|s| *s = round(round(*s) * scale));
             }
             let scores = self.as_operand(&scores, product);

@@ -97,6 +97,11 @@ mod tests {
             let (worst, name) = difference(&scalar::expected(&fixture), &found);
             // Sums in another order, in 2⁻⁵³ each.
             assert!(worst < 1e-11, "{case}: {name} differs by {worst:.1e}");
+            // What fused kernels compute is the same where nothing is rounded.
+            let fused = Rounding { fused: true, ..Rounding::NONE };
+            let (worst, name) =
+                difference(&scalar::expected(&fixture), &blocked::computed(&fixture, fused, None));
+            assert!(worst < 1e-11, "{case}, fused: {name} differs by {worst:.1e}");
             tried += 1;
         }
         assert!(tried > 10);

@@ -68,6 +68,10 @@ pub struct Rounding {
     /// What norms and the residual stream give.
     pub stream: Format,
     pub sums: Sums,
+    /// Whether attention's backward pass takes the inner product with the stored result for that with
+    /// the weights, as fused kernels do (Dao et al., *FlashAttention*, 2022): rounding no longer
+    /// cancels in a row.
+    pub fused: bool,
     /// 0 rounds to the nearest; any other number shifts each value by up to half a unit before,
     /// so that the errors are drawn anew.
     pub draw: u64,
@@ -78,7 +82,15 @@ impl Rounding {
     pub const NONE: Self = Self::all(Format::Whole);
 
     const fn all(format: Format) -> Self {
-        Self { leaf: format, operand: format, product: format, stream: format, sums: Sums::Wide, draw: 0 }
+        Self {
+            leaf: format,
+            operand: format,
+            product: format,
+            stream: format,
+            sums: Sums::Wide,
+            fused: false,
+            draw: 0,
+        }
     }
 
     /// As a precision has it, in f32 arithmetic: products accumulate in f32 everywhere, and sums
