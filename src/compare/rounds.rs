@@ -96,11 +96,11 @@ pub fn rule(threshold: f64, cases: usize) -> Rule {
 
 /// Rounds of a comparison that wants an interval, not a verdict: the fewest whose spread says
 /// something (Student's t with two degrees of freedom).
-const FEW: usize = 3;
+pub const FEW: usize = 3;
 
-/// The rule for a number of cases that are compared for their intervals.
-pub fn few(cases: usize) -> Rule {
-    Rule { most: FEW, ..rule(THRESHOLD, cases) }
+/// The rule for a case that is compared for its interval.
+pub fn few() -> Rule {
+    Rule { most: FEW, ..rule(THRESHOLD, 1) }
 }
 
 /// Runs rounds until every row has its verdict, or the time is over.

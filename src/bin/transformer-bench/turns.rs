@@ -38,11 +38,16 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     eprintln!("in turns: {} pairs of training steps, {:.0} s at most", pairs.len(), arguments.budget);
     let until = Instant::now() + Duration::from_secs_f64(arguments.budget);
     let side = sides::build(&Source::Worktree, &|line: &str| eprintln!("{line}"))?;
-    let rule = rounds::few(pairs.len());
-    let mut rows: Vec<Row> = pairs.iter().map(|[base, head]| Row::new(*base, *head, rule)).collect();
-    rounds::decide(&[side.clone(), side], &mut rows, Threads::All, until, |_, _| {})?;
+    let sides = [side.clone(), side];
+    let mut rows: Vec<Row> = Vec::new();
+    // One pair after the other: where time is short, the first has an interval and the rest have none.
+    for [base, head] in pairs {
+        let mut row = [Row::new(base, head, rounds::few())];
+        rounds::decide(&sides, &mut row, Threads::All, until, |_, _| {})?;
+        rows.extend(row);
+    }
     let turn = |row: &Row| -> Option<Turn> {
-        let estimate = row.estimate()?;
+        let estimate = row.estimate().filter(|_| row.judge.rounds() >= rounds::FEW)?;
         estimate.ci.iter().all(|c| c.is_finite()).then(|| Turn {
             base: row.base.to_string(),
             head: row.head.to_string(),
