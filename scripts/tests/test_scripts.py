@@ -261,8 +261,8 @@ class Compare(unittest.TestCase):
 
     CASE = "forward/torch-cpu/f32/indicator-tiny-b2"
 
-    def side(self, name, script=""):
-        """A folder with a worker of 0.2 ms a step; `script` runs before each answer."""
+    def side(self, name, script="", prove="now 0.5"):
+        """A folder with a worker of 0.2 ms a step; `script` runs before each answer, `prove` is what it says of parity."""
         folder = self.folder / name
         folder.mkdir(exist_ok=True)
         worker = folder / "torch"
@@ -278,6 +278,8 @@ for line in sys.stdin:
         print("ready")
     elif word == "work":
         print(0)
+    elif word == "prove":
+        print({prove!r})
     else:
         print(int(int(word) * step * random.gauss(1, 0.001)))
     sys.stdout.flush()
@@ -287,6 +289,26 @@ for line in sys.stdin:
 
     def compare(self, *arguments, env=None):
         return run("target/release/transformer-bench", "compare", *arguments, env={"TRANSFORMER_BENCH_RESULTS": str(self.folder), **(env or {})})
+
+    def test_what_is_not_proven_is_not_timed(self):
+        code, text = self.compare(self.side("base"), self.side("head", prove="wrong loss: error 1"), "--set", "smoke")
+        self.assertEqual(code, 1, text)
+        self.assertIn("loss: error 1", text)
+        # A revision from before proofs is compared, and the comparison says so.
+        code, text = self.compare(self.side("base", prove="failed: 'prove x' is no request"), self.side("head"), "--set", "smoke")
+        self.assertEqual(code, 0, text)
+        self.assertIn("proves nothing at these shapes", text)
+
+    def test_a_finished_comparison_by_another_threshold(self):
+        code, text = self.compare(self.side("base"), self.side("head", "step *= 1.05"), "--set", "smoke")
+        self.assertEqual(code, 1, text)
+        code, text = self.compare("--from", "--threshold", "10")
+        self.assertEqual(code, 0, text)
+        self.assertIn("equivalent", text)
+        self.assertIn("nothing was measured now", text)
+        code, text = self.compare("--from", "/no/such/file")
+        self.assertEqual(code, 2, text)
+        self.assertEqual(len(text.splitlines()), 1, text)
 
     def test_equal_and_slower_and_faster_sides(self):
         for script, verdict, code in [("", "equivalent", 0), ("step *= 1.05", "slower", 1), ("step *= 0.95", "faster", 0)]:
