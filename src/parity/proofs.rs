@@ -3,14 +3,14 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
+use std::fs;
 use std::path::{Path, PathBuf};
-use std::{env, fs};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
 use crate::results::machine::{Machine, loaded_libraries};
-use crate::results::{checksum, write_whole};
+use crate::results::{checksum, executable, write_whole};
 use crate::suite::Case;
 
 /// As many executables are remembered; the oldest are forgotten first.
@@ -41,9 +41,7 @@ impl Proofs {
     /// # Errors
     /// Where the executable can't be read.
     pub fn open(folder: &Path, machine: &Machine) -> Result<Self> {
-        let exe = env::current_exe()?;
-        let bytes = fs::read(&exe).with_context(|| format!("{} could not be read", exe.display()))?;
-        let mut text = format!("{:016x}", checksum(&bytes));
+        let mut text = executable()?;
         let m = machine;
         let _ =
             write!(text, "{:?}", (&m.cpu, m.cores, &m.os, &m.gpus, &m.driver, &m.versions, &m.environment));

@@ -240,6 +240,16 @@ pub fn checksum(bytes: &[u8]) -> u64 {
         .fold(0xcbf2_9ce4_8422_2325, |hash, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
 }
 
+/// A checksum of the program that runs.
+///
+/// # Errors
+/// Where its file can't be read.
+pub fn executable() -> Result<String> {
+    let exe = std::env::current_exe()?;
+    let bytes = fs::read(&exe).with_context(|| format!("{} could not be read", exe.display()))?;
+    Ok(format!("{:016x}", checksum(&bytes)))
+}
+
 /// Writes a file whole or not at all.
 pub fn write_whole(path: &Path, text: &str) -> Result<()> {
     let folder = path.parent().context("a file lies in a folder")?;

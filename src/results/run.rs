@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use super::machine::Machine;
-use super::{Record, Results, checksum, read_json, settings, turns, write_whole};
+use super::{Record, Results, read_json, settings, turns, write_whole};
 use crate::suite::{Case, Framework, Set, cases};
 
 /// What a run selected.
@@ -89,9 +89,7 @@ impl Writer {
         selected: &[Case],
         machine: Machine,
     ) -> Result<Self> {
-        let exe = std::env::current_exe()?;
-        let bytes = fs::read(&exe).with_context(|| format!("{} could not be read", exe.display()))?;
-        let executable = format!("{:016x}", checksum(&bytes));
+        let executable = super::executable()?;
         let path = part_path(folder, framework, tf32);
         let (mut selections, mut kept) = (Vec::new(), Vec::new());
         let filtered = !selection.filter.is_empty();
