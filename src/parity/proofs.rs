@@ -10,7 +10,7 @@ use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
 use crate::results::machine::{Machine, loaded_libraries};
-use crate::results::{checksum, executable, write_whole};
+use crate::results::{alone, checksum, executable, write_whole};
 use crate::suite::Case;
 
 /// As many executables are remembered; the oldest are forgotten first.
@@ -73,6 +73,7 @@ impl Proofs {
     /// # Errors
     /// Where it can't be written.
     pub fn keep(&self, case: &Case, share: f64) -> Result<()> {
+        let _alone = alone(&self.path)?;
         let mut file = self.read();
         let place = file.executables.iter().position(|e| e.key == self.key);
         let mut own = match place {
@@ -91,6 +92,31 @@ impl Proofs {
 mod tests {
     use super::*;
     use crate::results::tests::scratch;
+
+    #[test]
+    fn proofs_of_two_at_once_are_all_kept() {
+        let folder = scratch("proofs-at-once");
+        let batches = [1, 2, 3, 4, 5, 6, 7, 8];
+        let case = |side: &str, b: usize| -> Case {
+            format!("train-step/{side}-cpu/f32/indicator-b{b}").parse().unwrap()
+        };
+        std::thread::scope(|scope| {
+            for side in ["torch", "mlx"] {
+                let folder = &folder;
+                scope.spawn(move || {
+                    let proofs = Proofs::open(folder, &Machine::default()).unwrap();
+                    for b in batches {
+                        proofs.keep(&case(side, b), 0.5).unwrap();
+                    }
+                });
+            }
+        });
+        let proofs = Proofs::open(&folder, &Machine::default()).unwrap();
+        for b in batches {
+            assert!(proofs.of(&case("torch", b)).is_some() && proofs.of(&case("mlx", b)).is_some(), "{b}");
+        }
+        fs::remove_dir_all(folder).unwrap();
+    }
 
     #[test]
     fn a_proof_is_kept_for_its_executable_and_machine_alone() {

@@ -176,10 +176,12 @@ fn kept<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
 
 /// Keeps what was measured in turns, in place of what older rounds found of the same.
 pub fn keep_turns(folder: &Path, new: Vec<Turn>) -> Result<()> {
+    let path = turns_path(folder);
+    let _alone = alone(&path)?;
     let mut all = turns(folder)?;
     all.retain(|old| !new.iter().any(|n| (&n.base, &n.head) == (&old.base, &old.head)));
     all.extend(new);
-    write_whole(&turns_path(folder), &serde_json::to_string_pretty(&all)?)
+    write_whole(&path, &serde_json::to_string_pretty(&all)?)
 }
 
 fn settings_path(folder: &Path) -> PathBuf {
@@ -188,10 +190,12 @@ fn settings_path(folder: &Path) -> PathBuf {
 
 /// Keeps what was measured, in place of what older comparisons found of the same.
 pub fn keep_settings(folder: &Path, new: Vec<Setting>) -> Result<()> {
+    let path = settings_path(folder);
+    let _alone = alone(&path)?;
     let mut all = settings(folder)?;
     all.retain(|old| !new.iter().any(|n| (&n.setting, &n.id) == (&old.setting, &old.id)));
     all.extend(new);
-    write_whole(&settings_path(folder), &serde_json::to_string_pretty(&all)?)
+    write_whole(&path, &serde_json::to_string_pretty(&all)?)
 }
 
 /// The version of `results.json` that is written, and the newest that is read.
@@ -268,6 +272,22 @@ pub fn write_whole(path: &Path, text: &str) -> Result<()> {
             path.display()
         )
     })
+}
+
+/// Keeps other processes from a file, until dropped: two that read it, add to it and write it at
+/// once would each lose what the other added.
+///
+/// # Errors
+/// Where the lock beside it can't be made.
+pub fn alone(path: &Path) -> Result<fs::File> {
+    let lock = path.with_extension("lock");
+    let take = || -> std::io::Result<fs::File> {
+        fs::create_dir_all(path.parent().unwrap_or(Path::new(".")))?;
+        let file = fs::File::create(&lock)?;
+        file.lock()?;
+        Ok(file)
+    };
+    take().with_context(|| format!("{} could not be locked", lock.display()))
 }
 
 /// Where a run's files lie: `target/transformer-bench` of the target folder in use, or
