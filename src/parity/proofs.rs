@@ -96,15 +96,17 @@ mod tests {
     #[test]
     fn proofs_of_two_at_once_are_all_kept() {
         let folder = scratch("proofs-at-once");
-        let batches = [1, 2, 3, 4, 5, 6, 7, 8];
+        let batches = 1..=20;
+        let together = std::sync::Barrier::new(2);
         let case = |side: &str, b: usize| -> Case {
             format!("train-step/{side}-cpu/f32/indicator-b{b}").parse().unwrap()
         };
         std::thread::scope(|scope| {
             for side in ["torch", "mlx"] {
-                let folder = &folder;
+                let (folder, together, batches) = (&folder, &together, batches.clone());
                 scope.spawn(move || {
                     let proofs = Proofs::open(folder, &Machine::default()).unwrap();
+                    together.wait();
                     for b in batches {
                         proofs.keep(&case(side, b), 0.5).unwrap();
                     }
