@@ -27,12 +27,12 @@ const PER_LOAD: u32 = 8;
 const PAIRS: usize = 16;
 /// Bytes above which a case has the machine to itself.
 const SMALL: u64 = 256 << 20;
-/// Steps from here on are slow: few of them a round, one a block.
+/// Steps from here on are slow: one a block, and as many as fit a round of [`ROUND`], at least two.
 const SLOW: Duration = Duration::from_millis(10);
 const SLOW_PAIRS: usize = 2;
-/// Rounds at most for short steps, and for slow ones, flagged or not (40 steps a side).
+/// Rounds at most, and for steps longer than [`ROUND`], flagged or not (40 steps a side).
 const MOST: usize = 60;
-const MOST_SLOW: usize = 20;
+const MOST_LONG: usize = 20;
 
 /// A case on each side. They differ where two backends are compared.
 #[derive(Clone, Debug)]
@@ -70,8 +70,8 @@ impl Row {
     fn take(&mut self, found: Found) {
         match found {
             Ok(round) => {
-                if round.slow {
-                    self.judge.at_most(MOST_SLOW);
+                if round.pairs[0].0 > ROUND.as_secs_f64() {
+                    self.judge.at_most(MOST_LONG);
                 }
                 self.slow = round.slow;
                 self.judge.add(&round.pairs);
@@ -297,13 +297,15 @@ impl<'a> Pinned<'a> {
             let each = self.load(cases)?;
             let load = start.elapsed();
             loading += load;
-            let slow = each[0].max(each[1]) > SLOW.as_secs_f64();
+            let longest = each[0].max(each[1]);
+            let slow = longest > SLOW.as_secs_f64();
+            let few = ((ROUND.as_secs_f64() / (2.0 * longest)) as usize).clamp(SLOW_PAIRS, PAIRS);
             let steps = each.map(|e| if slow { 1 } else { steps_a_block(e) });
             let goal = at_least.max(loading);
             let stretch = (PER_LOAD * load).min(goal.saturating_sub(measuring));
             let (start, before) = (Instant::now(), pairs.len());
             while if slow {
-                pairs.len() < SLOW_PAIRS
+                pairs.len() < few
             } else {
                 start.elapsed() < stretch || pairs.len() < before + PAIRS
             } {
