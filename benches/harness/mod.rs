@@ -29,7 +29,7 @@ use transformer_bench::results::run::{Selection, Writer};
 use transformer_bench::results::{self, Record, Status, criterion_folder};
 use transformer_bench::statistics;
 use transformer_bench::suite::cost::{self, Work};
-use transformer_bench::suite::{Case, Device, Framework, cases};
+use transformer_bench::suite::{Case, Device, Framework, cases, given};
 
 use options::Options;
 use profiler::Sampler;
@@ -55,9 +55,11 @@ pub fn main(framework: Framework, find: fn() -> Found) -> ExitCode {
 fn run(framework: Framework, find: fn() -> Found) -> Result<bool> {
     memory::keep_freed()?;
     machine::prefer_fast_cores();
+    let notes = given::from_environment(|| machine::reach(&Machine::read()))?;
     if let Some(first) = worker::requested(std::env::args().skip(1)) {
         worker::start(framework, find, first)?;
     }
+    notes.iter().for_each(|note| eprintln!("{framework}: {note}"));
     let set = std::env::var("TRANSFORMER_BENCH_SET").ok();
     let options = Options::read(std::env::args().skip(1), set)?;
     let home = criterion_home();

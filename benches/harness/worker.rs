@@ -7,6 +7,7 @@
 //! | `machine` | the machine and the versions, as JSON |
 //! | `case ID` | `ready` once the case has been prepared and has done a step, or `failed: ` and why |
 //! | `prove ID` | `now SHARE` or `before SHARE` where parity holds at the case's shape, proven now or remembered: how much of the allowed error it took; `wrong`, and what is |
+//! | `outputs ID FILE` | `written` once the inputs, parameters and results of the case's first parity step are in the file: a line of JSON (names and dims), then their f32 values |
 //! | `work ROUNDS` | the nanoseconds that so many rounds of thrown-away arithmetic take |
 //! | a number | the nanoseconds that so many steps of the case took, those that this process had a CPU meanwhile, and those that its threads were ready and had none, or `failed: ` and why |
 //!
@@ -14,6 +15,7 @@
 
 use std::convert::Infallible;
 use std::io::{BufRead, Write};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -21,7 +23,7 @@ use transformer_bench::backend::{
     Backend, Found, Prepared, TF32_PROCESS, is_tf32_process, needs_tf32_process,
 };
 use transformer_bench::disturbance::{cpu_time, delay};
-use transformer_bench::model::fixture::Fixture;
+use transformer_bench::model::fixture::{Fixture, Tensor};
 use transformer_bench::parity::Prover;
 use transformer_bench::parity::proofs::Proofs;
 use transformer_bench::results::{self, machine, one_line};
@@ -100,6 +102,10 @@ impl<'a> Worker<'a> {
                 self.cases(set, filter)
             }
             ("prove", id) => self.prove(id),
+            ("outputs", rest) => {
+                let (id, file) = rest.split_once(' ').context("outputs ID FILE")?;
+                self.outputs(id, Path::new(file)).map(|()| "written".to_owned())
+            }
             ("work", rounds) => {
                 let rounds = rounds.parse().with_context(|| format!("'{rounds}' is no number"))?;
                 let start = Instant::now();
@@ -146,6 +152,26 @@ impl<'a> Worker<'a> {
             }
             Err(mismatch) => Ok(format!("wrong {}", one_line(&mismatch.to_string()))),
         }
+    }
+
+    /// Writes what a case reads and puts out, for programs that hold it against others.
+    fn outputs(&mut self, id: &str, file: &Path) -> Result<()> {
+        self.current = None;
+        let (case, backend) = self.runnable(id)?;
+        let fixture = Fixture::for_parity(case);
+        let mut prepared = backend.prepare(&fixture)?;
+        prepared.step()?;
+        let named = |kind: &str, tensors: &[Tensor]| -> Vec<Tensor> {
+            tensors.iter().map(|t| Tensor { name: format!("{kind}/{}", t.name), ..t.clone() }).collect()
+        };
+        let mut all = named("input", fixture.inputs());
+        all.extend(named("parameter", fixture.parameters()));
+        all.extend(prepared.outputs()?);
+        let index: Vec<(&String, &Vec<usize>)> = all.iter().map(|t| (&t.name, &t.dims)).collect();
+        let mut bytes = serde_json::to_vec(&index)?;
+        bytes.push(b'\n');
+        bytes.extend(all.iter().flat_map(|t| &t.data).flat_map(|v| v.to_le_bytes()));
+        std::fs::write(file, bytes).with_context(|| format!("{} could not be written", file.display()))
     }
 
     /// A case that runs here, and its backend.

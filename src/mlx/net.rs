@@ -6,7 +6,7 @@ use mlx_rs::ops::indexing::{take_along_axis, take_axis};
 use mlx_rs::random::{RandomState, bernoulli};
 use mlx_rs::{Array, Dtype, fast, ops};
 use transformer_bench::model::parameters::{
-    Attention, Block, Embedding, FeedForward, Head, Linear, Network, Norm,
+    Attention, Block, Embedding, End, FeedForward, Head, Linear, Network, Norm,
 };
 use transformer_bench::model::{Activation, Dropout, Model, ModelId, NormKind, NormPlace, Output, Position};
 
@@ -34,12 +34,19 @@ pub struct Layers {
 }
 
 fn linear(x: &Array, layer: &Linear<Array>) -> Result<Array> {
-    ops::addmm(&layer.bias, x, layer.weight.transpose()?, None, None)
+    match &layer.bias {
+        Some(bias) => ops::addmm(bias, x, layer.weight.transpose()?, None, None),
+        None => x.matmul(layer.weight.transpose()?),
+    }
 }
 
 fn activate(x: &Array, kind: Activation) -> Result<Array> {
     let one = scalar(1.0, x.dtype());
+    let positive = || ops::maximum(x, scalar(0.0, x.dtype()));
     let gate = match kind {
+        Activation::Silu => return x.multiply(ops::sigmoid(x)?),
+        Activation::Relu => return positive(),
+        Activation::ReluSquared => return positive()?.square(),
         Activation::GeluTanh => {
             let cube = x.multiply(x)?.multiply(x)?;
             let inner = x.add(times(&cube, 0.044715)?)?;
@@ -55,10 +62,32 @@ fn softmax(x: &Array) -> Result<Array> {
     ops::softmax_axis(x, -1, true)
 }
 
+fn norm_of(x: &Array, layer: &Norm<Array>, kind: NormKind) -> Result<Array> {
+    match kind {
+        NormKind::Layer { eps } => {
+            fast::layer_norm(x, layer.weight.as_ref(), layer.bias.as_ref(), eps as f32)
+        }
+        NormKind::Rms { eps, .. } => fast::rms_norm(x, layer.weight.as_ref(), eps as f32),
+    }
+}
+
 impl Layers {
     fn norm(&self, x: &Array, layer: &Norm<Array>) -> Result<Array> {
-        let NormKind::Layer { eps } = self.model.norm;
-        fast::layer_norm(x, &layer.weight, &layer.bias, eps as f32)
+        norm_of(x, layer, self.model.norm)
+    }
+
+    /// Queries or keys [B, H, N, d], normalised and turned where the model has that.
+    fn placed(&self, x: Array, norm: Option<&Norm<Array>>) -> Result<Array> {
+        let x = match (norm, self.model.query_key_norm) {
+            (Some(norm), Some(kind)) => norm_of(&x, norm, kind)?,
+            _ => x,
+        };
+        match self.model.position {
+            Position::Rotary { base } => {
+                fast::rope(x, self.model.head_width as i32, false, base as f32, 1.0, 0, None::<&Array>)
+            }
+            Position::Learned | Position::None => Ok(x),
+        }
     }
 
     fn drop(&mut self, x: Array, p: f64) -> Result<Array> {
@@ -75,16 +104,23 @@ impl Layers {
     pub fn attention(&mut self, x: &Array, a: &Attention<Array>) -> Result<Array> {
         let m = self.model;
         let &[b, n, _] = x.shape() else { unreachable!("x is [B, N, D]") };
-        let (heads, each) = (m.heads as i32, m.head_width as i32);
-        let split = |y: Array| y.reshape(&[b, n, heads, each])?.transpose_axes(&[0, 2, 1, 3]);
-        let q = split(linear(x, &a.q)?)?; // [B, H, N, D/H]
-        let k = split(linear(x, &a.k)?)?;
-        let v = split(linear(x, &a.v)?)?;
+        let (heads, shared, each) = (m.heads as i32, m.key_value_heads as i32, m.head_width as i32);
+        let split =
+            |y: Array, heads: i32| y.reshape(&[b, n, heads, each])?.transpose_axes(&[0, 2, 1, 3]);
+        let norms = a.norms.as_ref();
+        let q = self.placed(split(linear(x, &a.q)?, heads)?, norms.map(|all| &all[0]))?; // [B, H, N, d]
+        let k = self.placed(split(linear(x, &a.k)?, shared)?, norms.map(|all| &all[1]))?;
+        let v = split(linear(x, &a.v)?, shared)?;
         let scale = 1.0 / f64::from(each).sqrt();
         let mixed = if self.fused && self.dropout.weights == 0.0 {
             let mask = m.causal.then_some(fast::ScaledDotProductAttentionMask::Causal);
             fast::scaled_dot_product_attention(&q, &k, &v, scale as f32, mask, None)?
         } else {
+            // Each head of keys and values serves its group of queries' heads.
+            let every = |x: Array| {
+                if shared < heads { ops::repeat_axis::<f32>(x, heads / shared, 1) } else { Ok(x) }
+            };
+            let (k, v) = (every(k)?, every(v)?);
             let mut scores = times(&q, scale)?.matmul(k.transpose_axes(&[0, 1, 3, 2])?)?; // [B, H, N, N]
             if m.causal {
                 scores = scores.add(causal_mask(n, x.dtype())?)?;
@@ -97,7 +133,11 @@ impl Layers {
 
     /// x [.., D] → [.., D]
     pub fn feed_forward(&mut self, x: &Array, f: &FeedForward<Array>) -> Result<Array> {
-        let hidden = activate(&linear(x, &f.up)?, self.model.activation)?;
+        let (kind, up) = (self.model.activation, linear(x, &f.up)?);
+        let hidden = match &f.gate {
+            Some(gate) => activate(&linear(x, gate)?, kind)?.multiply(up)?,
+            None => activate(&up, kind)?,
+        };
         linear(&self.drop(hidden, self.dropout.hidden)?, &f.down)
     }
 
@@ -128,24 +168,38 @@ impl Layers {
     /// What the model reads → what it puts out, by [`Model::output_names`]
     pub fn model(&mut self, inputs: &[Array], p: &Network<Array>) -> Result<Vec<Array>> {
         let embedded = match &p.embedding {
-            Embedding::Tokens(table) => take_axis(table, &inputs[0], 0)?,
+            Embedding::Tokens(table, own) => {
+                let rows = take_axis(table, &inputs[0], 0)?;
+                own.as_ref().map_or(Ok(rows.clone()), |own| rows.add(own))?
+            }
             Embedding::Indicator { value, market } => {
                 let own = linear(&inputs[0].expand_dims_axes(&[-1])?, value)?;
                 own.add(linear(&inputs[1], market)?.expand_dims_axes(&[1])?)?
             }
         };
-        let Position::Learned = self.model.position;
-        let mut x = embedded.add(&p.position)?; // [B, N, D]
+        let mut x = p.position.as_ref().map_or(Ok(embedded.clone()), |position| embedded.add(position))?;
+        if let Some(norm) = &p.embedding_norm {
+            x = self.norm(&x, norm)?;
+        }
+        x = self.drop(x, self.dropout.embedding)?; // [B, N, D]
         for block in &p.blocks {
             x = self.block(&x, block)?;
         }
-        let x = self.norm(&x, &p.norm)?;
-        match (self.model.output, &p.heads) {
-            (Output::IndicatorHeads, Some([selection, allocation])) => {
+        if let Some(norm) = &p.norm {
+            x = self.norm(&x, norm)?;
+        }
+        match &p.end {
+            End::Heads([selection, allocation]) => {
                 let selection = self.head(&x, selection)?;
                 Ok(vec![selection, softmax(&self.head(&x, allocation)?)?])
             }
-            _ => Ok(vec![x.matmul(p.token_table().transpose()?)?]),
+            End::Masked { dense, norm, bias } => {
+                let hidden = activate(&linear(&x, dense)?, self.model.activation)?;
+                let hidden = self.norm(&hidden, norm)?;
+                Ok(vec![ops::addmm(bias, hidden, p.token_table().transpose()?, None, None)?])
+            }
+            End::Untied(table) => Ok(vec![x.matmul(table.transpose()?)?]),
+            End::Tied => Ok(vec![x.matmul(p.token_table().transpose()?)?]),
         }
     }
 }
@@ -161,7 +215,7 @@ fn causal_mask(n: i32, dtype: Dtype) -> Result<Array> {
 /// The loss of what the model puts out, in f32.
 pub fn loss(model: &Model, out: &[Array], inputs: &[Array]) -> Result<Array> {
     match model.output {
-        Output::Tied => cross_entropy(&out[0], &inputs[1]),
+        Output::Tied | Output::Untied | Output::Masked => cross_entropy(&out[0], &inputs[1]),
         Output::IndicatorHeads => indicator_loss(&out[0], &out[1], &inputs[2]),
     }
 }

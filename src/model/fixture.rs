@@ -167,6 +167,11 @@ impl Fixture {
         edit(&mut one.unwrap_or_else(|| panic!("no parameter {name}")).data);
     }
 
+    /// Whether the shape has a parameter of a name.
+    pub fn has_parameter(&self, name: &str) -> bool {
+        self.parameters().iter().any(|t| t.name == name)
+    }
+
     /// Replaces an input's values.
     pub fn edit_input(&mut self, name: &str, edit: impl FnOnce(&mut Vec<f32>)) {
         self.inputs();

@@ -4,7 +4,7 @@
 //! from that order, so they differ in nothing but the calls. Weights are [out, in], as in
 //! both frameworks' linear layers.
 
-use super::{Input, Model, Output};
+use super::{Input, Model, NormKind, Output, Position};
 use crate::suite::{Block as Part, Shape};
 
 /// How a parameter starts.
@@ -38,26 +38,30 @@ impl Spec {
 #[derive(Clone, Debug)]
 pub struct Linear<T> {
     pub weight: T,
-    pub bias: T,
+    pub bias: Option<T>,
 }
 
 #[derive(Clone, Debug)]
 pub struct Norm<T> {
-    pub weight: T,
-    pub bias: T,
+    pub weight: Option<T>,
+    pub bias: Option<T>,
 }
 
-/// Multi-head self-attention (Vaswani et al. 2017), every projection with a bias.
+/// Multi-head self-attention (Vaswani et al. 2017).
 #[derive(Clone, Debug)]
 pub struct Attention<T> {
     pub q: Linear<T>,
     pub k: Linear<T>,
     pub v: Linear<T>,
+    /// Of each head's queries, and of its keys.
+    pub norms: Option<[Norm<T>; 2]>,
     pub o: Linear<T>,
 }
 
+/// down(act(up x)), or down(act(gate x)·up x).
 #[derive(Clone, Debug)]
 pub struct FeedForward<T> {
+    pub gate: Option<Linear<T>>,
     pub up: Linear<T>,
     pub down: Linear<T>,
 }
@@ -80,8 +84,8 @@ pub struct Head<T> {
 /// What turns the inputs into [B, N, D].
 #[derive(Clone, Debug)]
 pub enum Embedding<T> {
-    /// [V, D], a tied output's projection too.
-    Tokens(T),
+    /// [V, D], a tied output's projection too, and what every token's type adds, [D].
+    Tokens(T, Option<T>),
     Indicator {
         value: Linear<T>,
         market: Linear<T>,
@@ -92,11 +96,24 @@ pub enum Embedding<T> {
 #[derive(Clone, Debug)]
 pub struct Network<T> {
     pub embedding: Embedding<T>,
-    pub position: T,
+    pub position: Option<T>,
+    pub embedding_norm: Option<Norm<T>>,
     pub blocks: Vec<Block<T>>,
-    pub norm: Norm<T>,
-    /// Selection and allocation, where the output is such heads.
-    pub heads: Option<[Head<T>; 2]>,
+    pub norm: Option<Norm<T>>,
+    pub end: End<T>,
+}
+
+/// What turns the last block's result into what comes out.
+#[derive(Clone, Debug)]
+pub enum End<T> {
+    /// The table of tokens.
+    Tied,
+    /// [V, D]
+    Untied(T),
+    /// The table of tokens behind a layer of its own, and a bias [V].
+    Masked { dense: Linear<T>, norm: Norm<T>, bias: T },
+    /// Selection and allocation.
+    Heads([Head<T>; 2]),
 }
 
 impl<T> Network<T> {
@@ -106,7 +123,7 @@ impl<T> Network<T> {
     /// Of another.
     pub fn token_table(&self) -> &T {
         match &self.embedding {
-            Embedding::Tokens(table) => table,
+            Embedding::Tokens(table, _) => table,
             Embedding::Indicator { .. } => panic!("a model of indicators has no table of tokens"),
         }
     }
@@ -142,42 +159,51 @@ impl Source for Specs {
 }
 
 impl<T> Linear<T> {
-    fn take(source: &mut impl Source<Item = T>, name: &str, from: usize, to: usize) -> Self {
+    fn take(source: &mut impl Source<Item = T>, name: &str, from: usize, to: usize, bias: bool) -> Self {
         let bound = Init::Uniform(1.0 / (from as f32).sqrt());
         Self {
             weight: source.next(&format!("{name}.weight"), &[to, from], bound),
-            bias: source.next(&format!("{name}.bias"), &[to], bound),
+            bias: bias.then(|| source.next(&format!("{name}.bias"), &[to], bound)),
         }
     }
 }
 
 impl<T> Norm<T> {
-    fn take(source: &mut impl Source<Item = T>, name: &str, width: usize) -> Self {
+    fn take(source: &mut impl Source<Item = T>, name: &str, width: usize, kind: NormKind) -> Self {
+        let (weight, bias) = kind.learns();
         Self {
-            weight: source.next(&format!("{name}.weight"), &[width], Init::NearOne),
-            bias: source.next(&format!("{name}.bias"), &[width], Init::Uniform(0.1)),
+            weight: weight.then(|| source.next(&format!("{name}.weight"), &[width], Init::NearOne)),
+            bias: bias.then(|| source.next(&format!("{name}.bias"), &[width], Init::Uniform(0.1))),
         }
     }
 }
 
 impl<T> Attention<T> {
     pub fn take(source: &mut impl Source<Item = T>, name: &str, m: &Model) -> Self {
-        let inner = m.heads * m.head_width;
-        let mut linear = |part: &str, from, to| Linear::take(source, &format!("{name}.{part}"), from, to);
-        Self {
-            q: linear("q", m.width, inner),
-            k: linear("k", m.width, inner),
-            v: linear("v", m.width, inner),
-            o: linear("o", inner, m.width),
-        }
+        let (inner, shared) = m.inner();
+        let mut linear =
+            |part: &str, from, to, bias| Linear::take(source, &format!("{name}.{part}"), from, to, bias);
+        let q = linear("q", m.width, inner, m.bias.qkv);
+        let k = linear("k", m.width, shared, m.bias.qkv);
+        let v = linear("v", m.width, shared, m.bias.qkv);
+        let o = linear("o", inner, m.width, m.bias.out);
+        let norms = m.query_key_norm.map(|kind| {
+            ["q-norm", "k-norm"]
+                .map(|part| Norm::take(source, &format!("{name}.{part}"), m.head_width, kind))
+        });
+        Self { q, k, v, norms, o }
     }
 }
 
 impl<T> FeedForward<T> {
     pub fn take(source: &mut impl Source<Item = T>, name: &str, m: &Model) -> Self {
+        let bias = m.bias.feed_forward;
+        let mut linear =
+            |part: &str, from, to| Linear::take(source, &format!("{name}.{part}"), from, to, bias);
         Self {
-            up: Linear::take(source, &format!("{name}.up"), m.width, m.hidden),
-            down: Linear::take(source, &format!("{name}.down"), m.hidden, m.width),
+            gate: m.gated.then(|| linear("gate", m.width, m.hidden)),
+            up: linear("up", m.width, m.hidden),
+            down: linear("down", m.hidden, m.width),
         }
     }
 }
@@ -186,9 +212,9 @@ impl<T> Block<T> {
     fn take(source: &mut impl Source<Item = T>, name: &str, m: &Model) -> Self {
         Self {
             attention: Attention::take(source, &format!("{name}.attention"), m),
-            norm1: Norm::take(source, &format!("{name}.norm1"), m.width),
+            norm1: Norm::take(source, &format!("{name}.norm1"), m.width, m.norm),
             feed_forward: FeedForward::take(source, &format!("{name}.feed-forward"), m),
-            norm2: Norm::take(source, &format!("{name}.norm2"), m.width),
+            norm2: Norm::take(source, &format!("{name}.norm2"), m.width, m.norm),
         }
     }
 }
@@ -196,8 +222,8 @@ impl<T> Block<T> {
 impl<T> Head<T> {
     fn take(source: &mut impl Source<Item = T>, name: &str, width: usize) -> Self {
         Self {
-            hidden: Linear::take(source, &format!("{name}.hidden"), width, width / 2),
-            out: Linear::take(source, &format!("{name}.out"), width / 2, 1),
+            hidden: Linear::take(source, &format!("{name}.hidden"), width, width / 2, true),
+            out: Linear::take(source, &format!("{name}.out"), width / 2, 1, true),
         }
     }
 }
@@ -206,11 +232,13 @@ impl<T> Embedding<T> {
     fn take(source: &mut impl Source<Item = T>, m: &Model) -> Self {
         match m.input {
             Input::Tokens => {
-                Self::Tokens(source.next("token", &[m.vocabulary, m.width], Init::Uniform(SMALL)))
+                let small = Init::Uniform(SMALL);
+                let table = source.next("token", &[m.vocabulary, m.width], small);
+                Self::Tokens(table, m.token_type.then(|| source.next("type", &[m.width], small)))
             }
             Input::Indicator { market } => Self::Indicator {
-                value: Linear::take(source, "value", 1, m.width),
-                market: Linear::take(source, "market", market, m.width),
+                value: Linear::take(source, "value", 1, m.width, true),
+                market: Linear::take(source, "market", market, m.width, true),
             },
         }
     }
@@ -219,20 +247,37 @@ impl<T> Embedding<T> {
 /// Bound of what tables of tokens and their positions hold, about as GPT-2 starts.
 const SMALL: f32 = 0.05;
 
+impl<T> End<T> {
+    fn take(source: &mut impl Source<Item = T>, m: &Model) -> Self {
+        match m.output {
+            Output::Tied => Self::Tied,
+            Output::Untied => {
+                let bound = Init::Uniform(1.0 / (m.width as f32).sqrt());
+                Self::Untied(source.next("output.weight", &[m.vocabulary, m.width], bound))
+            }
+            Output::Masked => Self::Masked {
+                dense: Linear::take(source, "output.dense", m.width, m.width, true),
+                norm: Norm::take(source, "output.norm", m.width, m.norm),
+                bias: source.next("output.bias", &[m.vocabulary], Init::Uniform(SMALL)),
+            },
+            Output::IndicatorHeads => {
+                Self::Heads(["selection", "allocation"].map(|name| Head::take(source, name, m.width)))
+            }
+        }
+    }
+}
+
 impl<T> Network<T> {
     pub fn take(source: &mut impl Source<Item = T>, m: &Model) -> Self {
         let position = Init::Uniform(if m.of_tokens() { SMALL } else { 0.5 });
         Self {
             embedding: Embedding::take(source, m),
-            position: source.next("position", &[m.tokens, m.width], position),
+            position: (m.position == Position::Learned)
+                .then(|| source.next("position", &[m.tokens, m.width], position)),
+            embedding_norm: m.embedding_norm.then(|| Norm::take(source, "embedding-norm", m.width, m.norm)),
             blocks: (0..m.layers).map(|layer| Block::take(source, &format!("blocks.{layer}"), m)).collect(),
-            norm: Norm::take(source, "norm", m.width),
-            heads: match m.output {
-                Output::Tied => None,
-                Output::IndicatorHeads => {
-                    Some(["selection", "allocation"].map(|name| Head::take(source, name, m.width)))
-                }
-            },
+            norm: m.final_norm.then(|| Norm::take(source, "norm", m.width, m.norm)),
+            end: End::take(source, m),
         }
     }
 }

@@ -9,7 +9,7 @@ use anyhow::{Result, bail, ensure};
 use crate::backend::{Backend, Found, Prepared};
 use crate::memory;
 use crate::model::fixture::Fixture;
-use crate::model::{Model, ModelId};
+use crate::model::{CHOICES, Model, ModelId};
 use crate::parity::Prover;
 use crate::parity::faults::FAULTS;
 use crate::results::machine;
@@ -59,7 +59,17 @@ fn miniatures(backend: &dyn Backend, precision: Precision) -> Vec<Case> {
     let chain = Shape::Square { n: 64, chain: 3 };
     let of_backend = |c: &Case| c.backend == backend.id() && c.precision == eager;
     let all = cases(Set::Smoke).into_iter().filter(of_backend).map(|c| Case { precision, ..c });
-    all.chain([case(backend, Workload::MatmulPeak, precision, chain)])
+    let choices = CHOICES.iter().flat_map(|choice| {
+        let model = ModelId::add(*choice);
+        [Workload::AttentionGrad, Workload::FeedForwardGrad, Workload::Forward, Workload::TrainStep].map(|w| {
+            let shape = match w.block() {
+                Some(part) => Shape::Block { part, model, batch: 2 },
+                None => Shape::Model { model, batch: 2 },
+            };
+            case(backend, w, precision, shape)
+        })
+    });
+    all.chain(choices).chain([case(backend, Workload::MatmulPeak, precision, chain)])
         .filter(|c| backend.supports(c).is_ok())
         .collect()
 }

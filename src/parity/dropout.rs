@@ -110,7 +110,10 @@ impl Probe {
             Shape::Block { part: Block::Attention, .. } => {
                 // Every key weighs the same, and each column of v tells of one key alone.
                 for name in ["q.weight", "q.bias", "k.weight", "k.bias", "v.bias"] {
-                    fixture.edit_parameter(&format!("attention.{name}"), |data| data.fill(0.0));
+                    let name = format!("attention.{name}");
+                    if fixture.has_parameter(&name) {
+                        fixture.edit_parameter(&name, |data| data.fill(0.0));
+                    }
                 }
                 fixture.edit_parameter("attention.v.weight", |data| {
                     for (column, row) in data.chunks_mut(m.width).enumerate() {
@@ -171,6 +174,13 @@ impl Probe {
         column % self.keys()
     }
 
+    /// The columns of v that a head reads.
+    fn columns(&self, head: usize) -> std::ops::Range<usize> {
+        let m = &self.model;
+        let first = head * m.key_value_heads / m.heads * m.head_width;
+        first..first + m.head_width
+    }
+
     /// Steps until every kind of place has drawn enough.
     fn steps(&self) -> usize {
         let m = &self.model;
@@ -178,6 +188,7 @@ impl Probe {
             Shape::Model { .. } => {
                 let d = &self.dropout;
                 let draws = [
+                    (d.embedding, m.width),
                     (d.weights, m.layers * m.heads),
                     (d.residual, 2 * m.layers * m.width),
                     (d.hidden, m.layers * m.hidden),
@@ -196,6 +207,7 @@ impl Probe {
 
     fn probability(&self, site: Site) -> f64 {
         match site {
+            Site::Embedding => self.dropout.embedding,
             Site::Weights { .. } => self.dropout.weights,
             Site::AttentionResidual { .. } | Site::FeedForwardResidual { .. } => self.dropout.residual,
             Site::Hidden { .. } => self.dropout.hidden,
@@ -225,7 +237,7 @@ impl Probe {
                 for (row, values) in self.rows().zip(mixed.chunks(inner)) {
                     for (head, told) in values.chunks(m.head_width).enumerate() {
                         let seen = told.iter().enumerate().filter(|(d, _)| {
-                            let key = self.key(self.told(head * m.head_width + d));
+                            let key = self.key(self.told(self.columns(head).start + d));
                             !m.causal || key <= row % m.tokens
                         });
                         let seen = seen.map(|(_, v)| *v != 0.0).collect();
@@ -234,6 +246,11 @@ impl Probe {
                 }
             }
             _ => {
+                // Behind the norm, or behind the positions: what was dropped has no gradient.
+                let at = if m.embedding_norm { "embedding-norm.bias" } else { "position" };
+                if let Some(embedded) = gradient(at) {
+                    kept.insert((0, Site::Embedding), embedded.iter().map(|v| *v != 0.0).collect());
+                }
                 for layer in 0..m.layers {
                     let of = |name: &str| gradient(&format!("blocks.{layer}.{name}"));
                     let (down, o) = (of("feed-forward.down.weight")?, of("attention.o.weight")?);
@@ -243,9 +260,13 @@ impl Probe {
                     let alive = |data: &[f32]| data.iter().map(|v| *v != 0.0).collect::<Vec<_>>();
                     let hidden = (0..m.hidden).map(|j| column(down, m.hidden, j)).collect();
                     kept.insert((0, Site::Hidden { layer }), hidden);
-                    let bias = of("feed-forward.down.bias")?;
-                    kept.insert((0, Site::FeedForwardResidual { layer }), alive(bias));
-                    kept.insert((0, Site::AttentionResidual { layer }), alive(of("attention.o.bias")?));
+                    // A bias tells of each column, or else the row of the weights that leads there.
+                    let rows = |name: &str, weights: &[f32]| match of(&format!("{name}.bias")) {
+                        Some(bias) => alive(bias),
+                        None => weights.chunks(weights.len() / m.width).map(|row| row.iter().any(|v| *v != 0.0)).collect(),
+                    };
+                    kept.insert((0, Site::FeedForwardResidual { layer }), rows("feed-forward.down", down));
+                    kept.insert((0, Site::AttentionResidual { layer }), rows("attention.o", o));
                     for head in 0..m.heads {
                         let weights = (0..m.head_width).any(|d| column(o, inner, head * m.head_width + d));
                         kept.insert((0, Site::Weights { layer, head }), vec![weights]);
@@ -282,8 +303,8 @@ impl Probe {
             let mut read = kept.get(&(row, site))?.iter();
             match site {
                 Site::Weights { head, .. } => {
-                    for d in 0..m.head_width {
-                        let key = self.key(self.told(head * m.head_width + d));
+                    for column in self.columns(head) {
+                        let key = self.key(self.told(column));
                         if !m.causal || key <= row % m.tokens {
                             into[key] = factor(*read.next()?);
                         }
@@ -316,8 +337,9 @@ impl Probe {
             return;
         };
         for (index, value) in tensor.data.iter_mut().enumerate() {
-            let (head, c) = (index / m.width / m.head_width, index % m.width);
-            let first = head * m.head_width;
+            // The heads that share a column of v all tell of the same keys.
+            let (shared, c) = (index / m.width / m.head_width, index % m.width);
+            let first = shared * m.head_width;
             if !(first..first + m.head_width).any(|column| self.told(column) == c) {
                 *value = exact[index] as f32;
             }
@@ -335,6 +357,7 @@ fn likely(hits: usize, all: usize, probability: f64) -> bool {
 /// A kind of place, in words.
 fn kind(site: Site) -> &'static str {
     match site {
+        Site::Embedding => "the embedding",
         Site::Weights { .. } => "attention's weights",
         Site::AttentionResidual { .. } => "attention's residual",
         Site::Hidden { .. } => "the hidden units",

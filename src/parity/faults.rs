@@ -13,7 +13,7 @@ use crate::backend::{Backend, Prepared};
 use crate::model::fixture::{Fixture, Tensor};
 use crate::model::oracle::blocked::computed;
 use crate::model::oracle::rounding::{Rounding, Sums};
-use crate::model::{Activation, Dropout, Model, ModelId, NormKind, NormPlace};
+use crate::model::{Activation, CHOICES, Dropout, Model, ModelId, NormKind, NormPlace, Output, Position};
 use crate::suite::{Block, Case, Compute, Precision, Shape, Workload};
 
 /// Where a fault sits.
@@ -90,10 +90,10 @@ pub const FAULTS: &[Fault] = &[
     fault("no causal mask, gradients", AttentionGrad, "gpt2", Told(|m| m.causal = false), &[]),
     fault("a causal mask too many", ForwardBackward, "indicator", Told(|m| m.causal = true), &[]),
     fault("tanh's GELU for erf's", FeedForwardGrad, "indicator", Told(|m| m.activation = Activation::GeluTanh), &[Tf32, Bf16, F16, Amp, Autocast]),
-    fault("norm's ε of 1e-2", ForwardBackward, "indicator", Told(|m| m.norm = NormKind::Layer { eps: 1e-2 }), BF16),
-    fault("norm's ε of 1e-2, small activations", Forward, "gpt2", Told(|m| m.norm = NormKind::Layer { eps: 1e-2 }), &[]),
+    fault("norm's ε of 1e-2", ForwardBackward, "indicator", Told(|m| m.norm.set_eps(1e-2)), BF16),
+    fault("norm's ε of 1e-2, small activations", Forward, "gpt2", Told(|m| m.norm.set_eps(1e-2)), &[]),
     fault("norm on the other side", ForwardBackward, "indicator", Told(|m| m.norm_place = NormPlace::Before), &[]),
-    fault("twice the heads, half as wide", AttentionGrad, "indicator", Told(|m| (m.heads, m.head_width) = (2 * m.heads, m.head_width / 2)), &[]),
+    fault("twice the heads, half as wide", AttentionGrad, "indicator", Told(|m| (m.heads, m.key_value_heads, m.head_width) = (2 * m.heads, 2 * m.key_value_heads, m.head_width / 2)), &[]),
     fault("a gradient that is zero", ForwardBackward, "indicator", Returned(|all| with(all, "grad/blocks.0.attention.k.weight", |g| g.fill(0.0))), &[]),
     fault("a gradient of another parameter", TrainStep, "gpt2", Returned(exchanged), &[]),
     fault("a tile of a gradient that is zero", FeedForwardGrad, "gpt2", Returned(|all| with(all, "grad/feed-forward.up.weight", |g| (0..64).for_each(|i| g[i / 8 * 32 + i % 8] = 0.0))), &[]),
@@ -115,10 +115,33 @@ pub const FAULTS: &[Fault] = &[
     fault("dropout without 1/(1 − p)", FeedForwardGrad, "indicator", DropsReturned(|all| with(all, "grad/feed-forward.down.weight", |g| g.iter_mut().for_each(|v| *v *= 0.9))), &[]),
     fault("dropout without 1/(1 − p) in one layer", TrainStep, "indicator", Drops(|f| scale(f, "blocks.0.feed-forward.down.weight", 0.9)), &[]),
     fault("the same masks in every step", TrainStep, "indicator", DropsReturned(|all| all[0].clone()), &[]),
+    fault("rotary base 500 for 10,000", AttentionGrad, "grouped-tiny", Told(|m| m.position = Position::Rotary { base: 500.0 }), &[]),
+    fault("rotary positions left out", Attention, "grouped-tiny", Told(|m| m.position = Position::None), &[]),
+    fault("rotary pairs for halves", Attention, "grouped-tiny", Given(interleaved), &[]),
+    fault("heads grouped the other way", Attention, "grouped-tiny", Given(regrouped), &[]),
+    fault("one head of keys for all", Attention, "grouped-tiny", Given(one_head_of_keys), &[]),
+    fault("gate on the wrong half", FeedForward, "grouped-tiny", Given(|f| exchange(f, "feed-forward.gate.weight", "feed-forward.up.weight")), &[]),
+    fault("no gate", FeedForward, "grouped-tiny", Told(|m| m.gated = false), &[]),
+    fault("layer norm for RMS norm", Forward, "grouped-tiny", Told(|m| m.norm = NormKind::Layer { eps: m.norm.eps() }), &[]),
+    fault("RMS norm's ε of 1e-2", Forward, "grouped-tiny", Told(|m| m.norm.set_eps(1e-2)), &[]),
+    fault("no norm of queries and keys", Attention, "normed-tiny", Told(|m| m.query_key_norm = None), &[]),
+    fault("norm of queries without weight", AttentionGrad, "normed-tiny", Given(|f| fill(f, "attention.q-norm.weight", 1.0)), &[]),
+    fault("ReLU not squared", FeedForward, "normed-tiny", Told(|m| m.activation = Activation::Relu), &[]),
+    fault("no norm behind the embedding", Forward, "normed-tiny", Told(|m| m.embedding_norm = false), &[]),
+    fault("the embedding for an output of its own", Forward, "grouped-tiny", Told(|m| m.output = Output::Tied), &[]),
+    fault("no token type", Forward, "masked-tiny", Told(|m| m.token_type = false), &[]),
+    fault("no bias of the output", ForwardBackward, "masked-tiny", Given(|f| fill(f, "output.bias", 0.0)), &[]),
+    fault("no dropout of the embedding", TrainStep, "masked-tiny", Drops(|f| f.dropout.embedding = 0.0), &[]),
     fault("TF32 in f32", ForwardBackward, "indicator", Rounds(|| Rounding::of(Tf32, Sums::Wide)), &[Tf32, Bf16, F16, Amp, Autocast]),
     fault("bf16 products in f32 and f16", ForwardBackward, "gpt2", Rounds(|| Rounding::of(Bf16, Sums::Wide)), BF16),
     fault("sums kept in bf16", FeedForwardGrad, "indicator", Rounds(|| Rounding::of(Bf16, Sums::Narrow)), BF16),
 ];
+
+/// A preset's miniature, or one of [`CHOICES`].
+pub fn miniature(name: &str) -> ModelId {
+    let choice = || CHOICES.iter().find(|m| m.name == name).copied().map(ModelId::add);
+    ModelId::named(name).map(ModelId::miniature).or_else(choice).expect("a model of the suite")
+}
 
 fn scale(f: &mut Fixture, name: &str, by: f32) {
     f.edit_parameter(name, |data| data.iter_mut().for_each(|v| *v *= by));
@@ -131,6 +154,55 @@ fn fill(f: &mut Fixture, name: &str, value: f32) {
 fn scale_queries(f: &mut Fixture, name: &str, by: f32) {
     scale(f, &format!("{name}.q.weight"), by);
     scale(f, &format!("{name}.q.bias"), by);
+}
+
+/// Queries and keys with the features of a head's pairs laid in halves: turned in halves, they give the
+/// scores of pairs.
+fn interleaved(f: &mut Fixture) {
+    let (model, _) = f.case.shape.model().expect("a block's case");
+    let each = model.head_width;
+    for name in ["q.weight", "q.bias", "k.weight", "k.bias"] {
+        f.edit_parameter(&format!("attention.{name}"), |data| {
+            let row = if name.ends_with("weight") { model.width } else { 1 };
+            for head in data.chunks_mut(each * row) {
+                let old = head.to_vec();
+                for i in 0..each {
+                    let from = if i < each / 2 { 2 * i } else { 2 * i - each + 1 };
+                    head[i * row..(i + 1) * row].copy_from_slice(&old[from * row..(from + 1) * row]);
+                }
+            }
+        });
+    }
+}
+
+/// The second and third of four heads change places, so that each reads the other's keys and values.
+fn regrouped(f: &mut Fixture) {
+    let (model, _) = f.case.shape.model().expect("a block's case");
+    let each = model.head_width;
+    for (name, row) in [("q.weight", model.width), ("q.bias", 1)] {
+        f.edit_parameter(&format!("attention.{name}"), |data| {
+            data[each * row..3 * each * row].rotate_left(each * row);
+        });
+    }
+    f.edit_parameter("attention.o.weight", |data| {
+        data.chunks_mut(model.inner().0).for_each(|row| row[each..3 * each].rotate_left(each));
+    });
+}
+
+fn one_head_of_keys(f: &mut Fixture) {
+    for name in ["k.weight", "k.bias"] {
+        f.edit_parameter(&format!("attention.{name}"), |data| {
+            let half = data.len() / 2;
+            data.copy_within(..half, half);
+        });
+    }
+}
+
+fn exchange(f: &mut Fixture, a: &str, b: &str) {
+    let mut kept = Vec::new();
+    f.edit_parameter(a, |data| kept = std::mem::take(data));
+    f.edit_parameter(b, |data| std::mem::swap(data, &mut kept));
+    f.edit_parameter(a, |data| *data = kept);
 }
 
 /// The second half of the batch becomes the first.
@@ -205,7 +277,7 @@ fn verdict(wrong: Option<Mismatch>) -> Verdict {
 impl Fault {
     /// The case in which a backend shows it, at a miniature.
     pub fn case(&self, backend: &dyn Backend, precision: Precision) -> Case {
-        let model = ModelId::named(self.model).expect("a preset").miniature();
+        let model = miniature(self.model);
         let shape = match self.workload {
             Attention | AttentionGrad => Shape::Block { part: Block::Attention, model, batch: 2 },
             FeedForward | FeedForwardGrad => Shape::Block { part: Block::FeedForward, model, batch: 2 },

@@ -66,6 +66,10 @@ impl Prover {
     /// Holds a backend that was given `given` against the truth of `truth`.
     pub fn check(&mut self, backend: &dyn Backend, truth: &Fixture, given: &Fixture) -> Result<Verdict> {
         let case = truth.case;
+        // Before the backend's tensors are there: of a large model either fills much of a machine.
+        if !matches!(case.shape, Shape::Buffer { .. }) {
+            self.oracle.truth(truth, backend.sums());
+        }
         let mut prepared = backend.prepare(given).with_context(|| format!("preparing {case}"))?;
         self.compare(truth, prepared.as_mut(), backend.sums())
     }
@@ -74,91 +78,98 @@ impl Prover {
     /// [`Backend::sums`].
     pub fn compare(&mut self, truth: &Fixture, prepared: &mut dyn Prepared, sums: Sums) -> Result<Verdict> {
         let case = truth.case;
-        let mut step = || -> Result<Vec<Tensor>> {
-            prepared.step().with_context(|| format!("a step of {case}"))?;
-            prepared.outputs().with_context(|| format!("reading the results of {case}"))
-        };
-        let steps = match case.workload {
-            // Nothing but the last is read: a wrong bias correction or moment shows in three.
-            Workload::OptimizerStep => vec![step()?, step()?, step()?],
-            _ => vec![step()?, step()?],
-        };
-        if let Shape::Buffer { .. } = case.shape {
-            return Ok(copied(truth, &steps[0]));
-        }
+        let optimizes = case.workload.optimizes();
+        // Of the optimizer alone nothing but the last is read: a wrong bias correction or moment shows
+        // in three.
+        let steps = if case.workload == Workload::OptimizerStep { 3 } else { 2 };
         let mut worst = 0.0_f64;
-        // What trains moves, so the oracle of the first step does not hold for the second.
-        let same = if case.workload.optimizes() { 1 } else { steps.len() };
-        for found in &steps[..same] {
-            let known = self.oracle.truth(truth, sums);
-            match judge(case, &known, found) {
-                Ok(ratio) => worst = worst.max(ratio),
+        let mut earlier: Vec<Vec<Tensor>> = Vec::new();
+        for index in 0..steps {
+            prepared.step().with_context(|| format!("a step of {case}"))?;
+            let mut found =
+                prepared.outputs().with_context(|| format!("reading the results of {case}"))?;
+            if let Shape::Buffer { .. } = case.shape {
+                return Ok(copied(truth, &found));
+            }
+            // What trains moves, so the oracle of the first step does not hold for the second.
+            let known = (index == 0 || !optimizes).then(|| self.oracle.truth(truth, sums));
+            let judged = known.map_or(Ok(0.0), |known| judge(case, &known, &found)).and_then(|share| {
+                Ok(if optimizes { share.max(updated(truth, &earlier, &found, sums)?) } else { share })
+            });
+            match judged {
+                Ok(share) => worst = worst.max(share),
                 wrong => return Ok(wrong),
             }
-        }
-        if case.workload.optimizes() {
-            match self.updates(truth, &steps, sums) {
-                Ok(ratio) => worst = worst.max(ratio),
-                wrong => return Ok(wrong),
+            if optimizes {
+                if !is_miniature(case) {
+                    found.retain(|t| t.name.starts_with("grad/"));
+                }
+                earlier.push(found);
             }
         }
         Ok(Ok(worst))
     }
+}
 
-    /// Holds every update against AdamW on the backend's own gradients, and the second training
-    /// step against the parameters that the first one left.
-    fn updates(&mut self, truth: &Fixture, steps: &[Vec<Tensor>], sums: Sums) -> Verdict {
-        let case = truth.case;
-        let compute = case.precision.compute;
-        let fixed = case.workload == Workload::OptimizerStep;
-        let mut gradients: Vec<Vec<&[f32]>> = Vec::new();
-        for found in steps {
-            let of = |t: &Tensor| -> Option<usize> {
-                let name = format!("grad/{}", t.name);
-                found.iter().position(|f| f.name == name && f.data.len() == t.data.len())
-            };
-            let own = truth.parameters().iter().enumerate().map(|(i, parameter)| {
-                if fixed {
-                    Some(&truth.gradients()[i].data[..])
-                } else {
-                    Some(&found[of(parameter)?].data[..])
-                }
-            });
-            let own: Option<Vec<&[f32]>> = own.collect();
-            gradients.push(own.ok_or_else(|| Mismatch::new(case, "a gradient is missing"))?);
-        }
-        let mut worst = 0.0_f64;
-        for (index, found) in steps.iter().enumerate() {
-            let known = truth::updated(&truth.adamw, truth.parameters(), &gradients[..=index], compute);
-            worst = worst.max(judge(case, &known, found)?);
-        }
-        if !fixed {
-            worst = worst.max(self.second(truth, steps, sums)?);
-        }
-        Ok(worst)
-    }
+fn is_miniature(case: Case) -> bool {
+    case.shape.model().is_some_and(|(model, _)| model.is_miniature())
+}
 
-    /// The second training step: all of it where the oracle is quick, else that it is another.
-    fn second(&mut self, truth: &Fixture, steps: &[Vec<Tensor>], sums: Sums) -> Verdict {
-        let case = truth.case;
-        for (old, new) in steps[0].iter().zip(&steps[1]) {
-            // Of few numbers some may be the same by chance, or zero.
-            if old.name.starts_with("grad/") && old.data.len() >= 64 && old.data == new.data {
-                return Err(Mismatch::new(case, format!("{} is that of the step before", new.name)));
-            }
-        }
-        if !case.shape.model().is_some_and(|(model, _)| model.is_miniature()) {
-            return Ok(0.0);
-        }
-        let mut moved = Fixture::for_parity(case);
-        for parameter in truth.parameters() {
-            let name = format!("param/{}", parameter.name);
-            let now = steps[0].iter().find(|t| t.name == name);
-            let now = now.ok_or_else(|| Mismatch::new(case, format!("{name} is missing")))?;
-            moved.edit_parameter(&parameter.name, |data| data.clone_from(&now.data));
-        }
-        judge(case, &Oracle::default().truth(&moved, sums), &steps[1])
+/// Holds an update against AdamW on the backend's own gradients, and a second training step against
+/// the parameters that the first one left.
+fn updated(truth: &Fixture, earlier: &[Vec<Tensor>], found: &[Tensor], sums: Sums) -> Verdict {
+    let case = truth.case;
+    let fixed = case.workload == Workload::OptimizerStep;
+    let of = |step: &[Tensor], t: &Tensor| -> Option<usize> {
+        let name = format!("grad/{}", t.name);
+        step.iter().position(|f| f.name == name && f.data.len() == t.data.len())
+    };
+    let mut gradients: Vec<Vec<&[f32]>> = Vec::new();
+    for step in earlier.iter().map(Vec::as_slice).chain([found]) {
+        let own = truth.parameters().iter().enumerate().map(|(i, parameter)| {
+            let fixed_one = || Some(&truth.gradients()[i].data[..]);
+            if fixed { fixed_one() } else { Some(&step[of(step, parameter)?].data[..]) }
+        });
+        let own: Option<Vec<&[f32]>> = own.collect();
+        gradients.push(own.ok_or_else(|| Mismatch::new(case, "a gradient is missing"))?);
     }
+    let mut worst = 0.0_f64;
+    for layer in truth::layers(truth.parameters()) {
+        let own: Vec<Vec<&[f32]>> = gradients.iter().map(|step| step[layer.clone()].to_vec()).collect();
+        let parameters = &truth.parameters()[layer];
+        let known = truth::updated(&truth.adamw, parameters, &own, case.precision.compute);
+        worst = worst.max(judge(case, &known, found)?);
+    }
+    match earlier {
+        [first] if !fixed => Ok(worst.max(second(truth, first, found, sums)?)),
+        _ => Ok(worst),
+    }
+}
+
+/// The second training step: all of it where the oracle is quick, else that it is another.
+fn second(truth: &Fixture, first: &[Tensor], found: &[Tensor], sums: Sums) -> Verdict {
+    let case = truth.case;
+    for new in found {
+        let old = first.iter().find(|old| old.name == new.name);
+        // Of few numbers some may be the same by chance, or zero.
+        if new.name.starts_with("grad/")
+            && new.data.len() >= 64
+            && old.is_some_and(|old| old.data == new.data)
+        {
+            return Err(Mismatch::new(case, format!("{} is that of the step before", new.name)));
+        }
+    }
+    if !is_miniature(case) {
+        return Ok(0.0);
+    }
+    let mut moved = Fixture::for_parity(case);
+    for parameter in truth.parameters() {
+        let name = format!("param/{}", parameter.name);
+        let now = first.iter().find(|t| t.name == name);
+        let now = now.ok_or_else(|| Mismatch::new(case, format!("{name} is missing")))?;
+        moved.edit_parameter(&parameter.name, |data| data.clone_from(&now.data));
+    }
+    judge(case, &Oracle::default().truth(&moved, sums), found)
 }
 
 /// Whether each tensor is as near the truth as its precision allows; the largest share, or the

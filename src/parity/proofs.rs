@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::results::machine::{Machine, loaded_libraries};
 use crate::results::{alone, checksum, executable, write_whole};
-use crate::suite::Case;
+use crate::suite::{Case, given};
 
 /// As many executables are remembered; the oldest are forgotten first.
 const MOST: usize = 16;
@@ -43,6 +43,8 @@ impl Proofs {
     pub fn open(folder: &Path, machine: &Machine) -> Result<Self> {
         let mut text = executable()?;
         let m = machine;
+        // A given model's name may stand for another configuration tomorrow.
+        let _ = write!(text, "{:?}", given::taken().map(|given| *given.model));
         let _ =
             write!(text, "{:?}", (&m.cpu, m.cores, &m.os, &m.gpus, &m.driver, &m.versions, &m.environment));
         let mut libraries = loaded_libraries();

@@ -8,6 +8,7 @@
 //! Mol. Biol.* 3, 2004).
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::model::fixture::{AdamW, Fixture, Tensor};
@@ -30,7 +31,7 @@ fn factor(name: &str, compute: Compute, sums: Sums) -> f64 {
     let narrow = match sums {
         Sums::Wide => false,
         Sums::NarrowInNorms => of_norm,
-        Sums::Narrow => of_norm || name.ends_with("bias") || name.ends_with("position"),
+        Sums::Narrow => of_norm || name.ends_with("bias") || name.ends_with("position") || name.ends_with("type"),
     };
     if compute == Compute::F32 || narrow { FACTOR_OF_SUMS } else { FACTOR }
 }
@@ -121,10 +122,9 @@ fn runs(fixture: &Fixture) -> usize {
 
 /// Tensors with what is allowed of each.
 fn known(exact: Exact, squares: Vec<f64>, factor: impl Fn(&str) -> f64) -> Vec<Known> {
-    let layer = |name: &str| name.rsplit_once('.').map_or(name, |(layer, _)| layer).to_owned();
     let mut layers: HashMap<String, [f64; 2]> = HashMap::new();
     for ((name, values), square) in exact.iter().zip(&squares) {
-        let sums = layers.entry(layer(name)).or_default();
+        let sums = layers.entry(layer(name).to_owned()).or_default();
         sums[0] += square;
         sums[1] += values.len() as f64;
     }
@@ -137,7 +137,7 @@ fn known(exact: Exact, squares: Vec<f64>, factor: impl Fn(&str) -> f64) -> Vec<K
             loss.allowed = factor("loss") * (count * square).sqrt();
             continue;
         }
-        let [sum, of] = layers[&layer(&name)];
+        let [sum, of] = layers[layer(&name)];
         let variance = (PRIOR * sum / of + square) / (PRIOR + count);
         let allowed = factor(&name) * (count * variance).sqrt();
         all.push(Known { name, exact, allowed });
@@ -207,6 +207,23 @@ fn exact(fixture: &Fixture, masks: Option<Masks<'_>>) -> Exact {
 /// numbers even chance out.
 pub fn with_masks(fixture: &Fixture, sums: Sums, masks: Masks<'_>) -> Vec<Known> {
     rounded(fixture, sums, exact(fixture, Some(masks)), Some(masks))
+}
+
+/// The stretches of parameters that are one layer's.
+pub fn layers(parameters: &[Tensor]) -> Vec<Range<usize>> {
+    let mut all: Vec<Range<usize>> = Vec::new();
+    for (index, parameter) in parameters.iter().enumerate() {
+        match all.last_mut() {
+            Some(last) if layer(&parameters[last.start].name) == layer(&parameter.name) => last.end = index + 1,
+            _ => all.push(index..index + 1),
+        }
+    }
+    all
+}
+
+/// The layer of a parameter: its name without its last part.
+fn layer(name: &str) -> &str {
+    name.rsplit_once('.').map_or(name, |(layer, _)| layer)
 }
 
 /// Parameters after AdamW steps from zero moments, by the backend's own gradients: its first

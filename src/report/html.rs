@@ -46,6 +46,8 @@ pub fn render(results: &Results, samples: &dyn Fn(&str) -> Vec<f64>, command: &s
     environment
         .get_template("page.html")?
         .render(context! {
+            model => tables::model_line(results),
+            name => results.model.as_ref().map(|own| own.configuration.name),
             hardware,
             versions,
             command,

@@ -49,7 +49,14 @@ fn table(out: &mut String, header: &[&str], rows: &[Vec<String>]) {
 
 /// The whole report; `command` measures it again.
 pub fn render(results: &Results, command: &str) -> String {
-    let mut out = String::from("# transformer-bench\n\n");
+    let mut out = String::from("# transformer-bench");
+    if let Some(own) = &results.model {
+        let _ = write!(out, ": {}", own.configuration.name);
+    }
+    out.push_str("\n\n");
+    if let Some(line) = tables::model_line(results) {
+        let _ = writeln!(out, "{}\n", escaped(&line));
+    }
     let [hardware, versions] = tables::machine_lines(results);
     let _ = writeln!(out, "{}  \n{}\n", escaped(&hardware), escaped(&versions));
     for sentence in words::verdict(results) {
@@ -132,7 +139,7 @@ mod tests {
             let first = |line: &&str| line.split('|').nth(1).is_some_and(|cell| cell.trim() == label);
             text.lines().filter(first).collect()
         };
-        for row in headlines() {
+        for row in headlines(results.headline()) {
             assert_eq!(lines(&row.label).len(), 2, "{}", row.label);
         }
         let line = |label: &str| lines(label)[0].to_owned();

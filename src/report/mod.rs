@@ -12,8 +12,6 @@ use crate::model::ModelId;
 use crate::results::{Record, Results, Status};
 use crate::suite::{BackendId, Case, Compute, Precision, Shape, Workload, cost};
 
-pub use crate::suite::HEADLINE_SHAPE;
-
 /// A row of the headline tables.
 pub struct Headline {
     pub label: String,
@@ -21,7 +19,7 @@ pub struct Headline {
 }
 
 /// The rows, always all of them; the first that was measured is 1.0×.
-pub fn headlines() -> Vec<Headline> {
+pub fn headlines(shape: Shape) -> Vec<Headline> {
     use BackendId::{MlxCpu, MlxCuda, MlxMetal, TorchCpu, TorchCuda, TorchMps};
     let f32 = Precision::eager(Compute::F32);
     let f32_opt = Precision::opt(Compute::F32);
@@ -36,7 +34,7 @@ pub fn headlines() -> Vec<Headline> {
         };
         Headline {
             label: format!("{}{what}", backend.label()),
-            case: Case { workload: Workload::TrainStep, backend, precision, shape: HEADLINE_SHAPE },
+            case: Case { workload: Workload::TrainStep, backend, precision, shape },
         }
     };
     [
@@ -60,19 +58,14 @@ pub fn headlines() -> Vec<Headline> {
 }
 
 /// The training steps in which two frameworks on one device are compared.
-pub fn rivals() -> Vec<[Case; 2]> {
+pub fn rivals(shape: Shape) -> Vec<[Case; 2]> {
     let precisions = [
         Precision::eager(Compute::F32),
         Precision::opt(Compute::F32),
         Precision::eager(Compute::Amp),
         Precision::opt(Compute::Amp),
     ];
-    let case = |backend, precision| Case {
-        workload: Workload::TrainStep,
-        backend,
-        precision,
-        shape: HEADLINE_SHAPE,
-    };
+    let case = |backend, precision| Case { workload: Workload::TrainStep, backend, precision, shape };
     let of = |a: BackendId| {
         let rivals = a.rivals().filter(move |b| a < *b);
         rivals.flat_map(move |b| precisions.map(|p| [case(a, p), case(b, p)]))
@@ -200,6 +193,7 @@ pub fn measured_peak(all: &[Measured<'_>], backend: BackendId, compute: Compute)
 mod tests {
     use super::*;
     use crate::results::machine::Machine;
+    use crate::suite::HEADLINE_SHAPE;
 
     pub(super) fn record(id: &str, median: f64) -> Record {
         let case: Case = id.parse().unwrap();
@@ -228,7 +222,7 @@ mod tests {
     #[test]
     fn every_backend_has_a_row_and_a_partner() {
         for &backend in BackendId::ALL {
-            assert!(headlines().iter().any(|row| row.case.backend == backend), "{backend} has no row");
+            assert!(headlines(HEADLINE_SHAPE).iter().any(|row| row.case.backend == backend), "{backend} has no row");
             assert_eq!(backend.rivals().count(), 1, "{backend} is compared with none, or with two");
         }
     }

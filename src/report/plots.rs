@@ -130,13 +130,13 @@ fn times(all: &[Measured<'_>]) -> Result<Vec<Plot>> {
 }
 
 /// Where a training step's time goes, from the workloads that hold parts of it.
-fn parts(all: &[Measured<'_>]) -> Result<Option<Plot>> {
+fn parts(all: &[Measured<'_>], shape: Shape) -> Result<Option<Plot>> {
     let names = ["forward", "backward", "optimizer", "the rest"];
     let mut rows = Vec::new();
     for &backend in BackendId::ALL {
         let of = |workload| {
             let precision = Precision::eager(Compute::F32);
-            let case = Case { workload, backend, precision, shape: super::HEADLINE_SHAPE };
+            let case = Case { workload, backend, precision, shape };
             all.iter().find(|m| m.case == case).map(|m| m.median_ns)
         };
         let (Some(forward), Some(both), Some(optimizer), Some(step)) = (
@@ -161,10 +161,10 @@ fn parts(all: &[Measured<'_>]) -> Result<Option<Plot>> {
     let legend: Vec<String> =
         names.iter().zip(["blue", "orange", "green", "pink"]).map(|(n, c)| format!("{c}: {n}")).collect();
     Ok(Some(Plot {
-        title: format!("Where a training step's time goes, {}", super::HEADLINE_SHAPE),
+        title: format!("Where a training step's time goes, {shape}"),
         note: format!(
             "{}. Backward is forward-backward less forward; forward is inference, without dropout. \
-             Parts are measured apart, so that they need not add up. Again: ./scripts/bench '/f32/indicator-b16'",
+             Parts are measured apart, so that they need not add up. Again: ./scripts/bench '/f32/{shape}'",
             legend.join(", ")
         ),
         svg: bars(&rows)?,
@@ -374,7 +374,7 @@ fn samples(all: &[Measured<'_>], samples: &dyn Fn(&str) -> Vec<f64>) -> Result<O
 pub fn all(results: &Results, of: &dyn Fn(&str) -> Vec<f64>) -> Result<Vec<Plot>> {
     let measured = super::all_measured(results);
     let mut plots = Vec::new();
-    plots.extend(parts(&measured)?);
+    plots.extend(parts(&measured, results.headline())?);
     for &backend in BackendId::ALL {
         plots.extend(roofline(&measured, backend)?);
     }

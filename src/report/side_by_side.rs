@@ -17,21 +17,24 @@ pub fn render(machines: &[(String, Results)]) -> String {
         let [hardware, versions] = machine_lines(results);
         let _ = writeln!(out, "- **{}**: {} {}", escaped(name), escaped(&hardware), escaped(&versions));
     }
-    let batch = crate::suite::HEADLINE_BATCH as f64;
     let names: Vec<&str> = machines.iter().map(|(name, _)| name.as_str()).collect();
     out.push_str("\nsamples/s (95 % interval, and times that machine's own PyTorch CPU in f32)\n\n");
     let _ = writeln!(out, "| case | {} |\n| --- |{}", names.join(" | "), " --- |".repeat(names.len()));
-    let own = Case {
+    let own = |shape| Case {
         workload: Workload::TrainStep,
         backend: BackendId::TorchCpu,
         precision: Precision::eager(Compute::F32),
-        shape: super::HEADLINE_SHAPE,
+        shape,
     };
-    let mut cases: Vec<Case> = headlines().iter().map(|row| row.case).collect();
+    let mut cases: Vec<Case> = Vec::new();
+    for (_, results) in machines {
+        let rows = headlines(results.headline());
+        cases.extend(rows.iter().map(|row| row.case).filter(|case| !cases.contains(case)).collect::<Vec<_>>());
+    }
     for (_, results) in machines {
         for m in super::all_measured(results) {
             if m.case.workload == Workload::TrainStep
-                && m.case.shape == super::HEADLINE_SHAPE
+                && m.case.shape == results.headline()
                 && !cases.contains(&m.case)
             {
                 cases.push(m.case);
@@ -40,8 +43,8 @@ pub fn render(machines: &[(String, Results)]) -> String {
     }
     let cell = |results: &Results, case: &Case| {
         let (_, median, ci) = measured(find(results, case))?;
-        let base = measured(find(results, &own)).map(|(_, base, _)| format!(", {}×", digits(base / median)));
-        let speed = |ns: f64| digits(batch / ns * 1e9);
+        let base = measured(find(results, &own(case.shape))).map(|(_, base, _)| format!(", {}×", digits(base / median)));
+        let speed = |ns: f64| digits(case.shape.batch() as f64 / ns * 1e9);
         Some(format!("{} ({} to {}{})", speed(median), speed(ci[1]), speed(ci[0]), base.unwrap_or_default()))
     };
     for case in cases {

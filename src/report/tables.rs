@@ -1,12 +1,13 @@
 //! The tables, as every export shows them: cells are formatted here and nowhere else.
 
 use super::{
-    HEADLINE_SHAPE, Measured, Sweep, Utilisation, ablation, all_measured, batches, find, headlines, measured,
+    Measured, Sweep, Utilisation, ablation, all_measured, batches, find, headlines, measured,
     measured_peak, reason, utilisation,
 };
 use crate::memory;
+use crate::model::parameters::parameter_count;
 use crate::results::{Record, Results, Status, machine};
-use crate::suite::{BackendId, Case, Device, Shape, Workload, cost};
+use crate::suite::{BackendId, Case, Compute, Device, Precision, Shape, Workload, cost};
 
 /// The title of the table that has them all.
 pub const EVERY_CASE: &str = "Every case";
@@ -57,9 +58,10 @@ fn spread(median: f64, ci: [f64; 2]) -> f64 {
 }
 
 fn speed(results: &Results) -> Table {
-    let batch = HEADLINE_SHAPE.batch() as f64;
-    let base = headlines().iter().find_map(|row| measured(find(results, &row.case)).map(|m| m.1));
-    let rows: Vec<_> = headlines()
+    let shape = results.headline();
+    let batch = shape.batch() as f64;
+    let base = headlines(shape).iter().find_map(|row| measured(find(results, &row.case)).map(|m| m.1));
+    let rows: Vec<_> = headlines(shape)
         .iter()
         .map(|row| {
             let record = find(results, &row.case);
@@ -89,7 +91,7 @@ fn speed(results: &Results) -> Table {
         })
         .collect();
     Table {
-        title: format!("Training speed, {HEADLINE_SHAPE}"),
+        title: format!("Training speed, {shape}"),
         note: "Speed is against the first row that was measured.",
         header: &["", "samples/s", "95 % interval", "speed", "remarks"],
         rows,
@@ -105,7 +107,8 @@ fn remarks(record: &Record) -> String {
 }
 
 fn memory(results: &Results) -> Table {
-    let rows: Vec<_> = headlines()
+    let shape = results.headline();
+    let rows: Vec<_> = headlines(shape)
         .iter()
         .map(|row| {
             let record = find(results, &row.case);
@@ -126,7 +129,7 @@ fn memory(results: &Results) -> Table {
         })
         .collect();
     Table {
-        title: format!("Memory of a training step, {HEADLINE_SHAPE}"),
+        title: format!("Memory of a training step, {shape}"),
         note: "Two definitions, never to be compared with each other: the peak of the framework's own \
                allocator, and the peak resident size of the whole process, libraries included.",
         header: &["", "allocator peak", "resident peak", "note"],
@@ -179,7 +182,7 @@ fn settings(results: &Results) -> Table {
         })
         .collect();
     for (backend, tip) in TIPS {
-        let eager = headlines().into_iter().map(|row| row.case).find(|case| case.backend == backend);
+        let eager = headlines(results.headline()).into_iter().map(|row| row.case).find(|case| case.backend == backend);
         let Some((record, ..)) = measured(eager.and_then(|case| find(results, &case))) else { continue };
         if !results.settings.iter().any(|s| s.setting == tip) {
             let command = format!("not measured: ./scripts/compare worktree --env {tip} '{}'", record.id);
@@ -225,6 +228,33 @@ fn percent(part: Utilisation) -> String {
         Utilisation::Unknown => "n/a".to_owned(),
         Utilisation::Impossible(part) => format!("error: {:.0} % can't be", part * 100.0),
     }
+}
+
+/// The user's own model in a line, where one was measured.
+pub fn model_line(results: &Results) -> Option<String> {
+    let own = results.model.as_ref()?;
+    let (m, shape) = (own.configuration, own.given().shape());
+    let step = Case {
+        workload: Workload::TrainStep,
+        backend: BackendId::TorchCpu,
+        precision: Precision::eager(Compute::F32),
+        shape,
+    };
+    let tokens = own.batch * m.tokens;
+    let shared =
+        if m.key_value_heads == m.heads { String::new() } else { format!(" ({} of keys and values)", m.key_value_heads) };
+    Some(format!(
+        "{}: {:.1} M parameters, {} layers of width {}, {} heads{shared}; {} samples of {} tokens a step, {:.3} GFLOP \
+         a token in training",
+        m.name,
+        parameter_count(shape) as f64 / 1e6,
+        m.layers,
+        m.width,
+        m.heads,
+        own.batch,
+        m.tokens,
+        cost::flops(&step) as f64 / tokens as f64 / 1e9
+    ))
 }
 
 fn of_tokens(results: &Results, all: &[Measured<'_>]) -> Table {

@@ -1,9 +1,9 @@
 //! The verdict in sentences, each with the figures that it stands on.
 
 use super::tables::{bytes, digits};
-use super::{HEADLINE_SHAPE, all_measured, batches, find, measured};
+use super::{all_measured, batches, find, measured};
 use crate::results::{Record, Results};
-use crate::suite::{BackendId, Case, Compute, Framework, Precision, Workload};
+use crate::suite::{BackendId, Case, Compute, Framework, Precision, Shape, Workload};
 use crate::{disturbance, memory};
 
 /// Step times in nanoseconds: the median and its 95 % interval.
@@ -26,8 +26,7 @@ const APART: f64 = 1.25;
 /// and no winner.
 fn faster(results: &Results, what: &str, cases: [&Case; 2], figures: [Figure; 2]) -> String {
     let names = cases.map(|case| case.backend.framework().names().0);
-    let unit = HEADLINE_SHAPE.batch() as f64;
-    let speeds = figures.map(|f| format!("{} samples/s", digits(unit / f.0 * 1e9)));
+    let speeds = figures.map(|f| speed(cases[0].shape, f.0));
     if let Some(held) = cases.iter().find_map(|case| held_back(results, case)) {
         return format!("{what}: nothing is concluded, since {held}");
     }
@@ -76,6 +75,14 @@ fn faster(results: &Results, what: &str, cases: [&Case; 2], figures: [Figure; 2]
     )
 }
 
+/// Samples a second, and tokens where the model has some.
+fn speed(shape: Shape, ns: f64) -> String {
+    let samples = shape.batch() as f64 / ns * 1e9;
+    let tokens = shape.model().filter(|(model, _)| model.of_tokens()).map(|(model, _)| model.tokens);
+    let tokens = tokens.map(|each| format!(" ({} tokens/s)", digits(samples * each as f64)));
+    format!("{} samples/s{}", digits(samples), tokens.unwrap_or_default())
+}
+
 /// Why nothing should be concluded from a case.
 fn held_back(results: &Results, case: &Case) -> Option<String> {
     let record = find(results, case).filter(|record| record.disturbed())?;
@@ -117,6 +124,8 @@ fn pair(results: &Results, backends: [BackendId; 2]) -> Vec<String> {
 
 fn speeds(results: &Results, [first, second]: [BackendId; 2]) -> Vec<String> {
     let (mut all, place) = (Vec::new(), first.device());
+    // Whose training, where it is not the suite's own model's.
+    let own = results.model.as_ref().map_or_else(String::new, |own| format!("{}: ", own.configuration.name));
     let rows = [
         (Workload::TrainStep, Precision::eager(Compute::F32), "Training in f32"),
         (Workload::TrainStep, Precision::opt(Compute::F32), "Training in f32 with all optimisations"),
@@ -128,10 +137,10 @@ fn speeds(results: &Results, [first, second]: [BackendId; 2]) -> Vec<String> {
         ),
     ];
     for (workload, precision, what) in rows {
-        let case = |backend| Case { workload, backend, precision, shape: HEADLINE_SHAPE };
+        let case = |backend| Case { workload, backend, precision, shape: results.headline() };
         let (a, b) = (case(first), case(second));
         if let (Some(fa), Some(fb)) = (figure(results, &a), figure(results, &b)) {
-            all.push(faster(results, &format!("{what} on {place}"), [&a, &b], [fa, fb]));
+            all.push(faster(results, &format!("{own}{what} on {place}"), [&a, &b], [fa, fb]));
         }
     }
     all
@@ -145,7 +154,7 @@ fn memory_of(results: &Results, backends: [BackendId; 2]) -> Option<String> {
         workload: Workload::TrainStep,
         backend,
         precision: Precision::eager(Compute::F32),
-        shape: HEADLINE_SHAPE,
+        shape: results.headline(),
     };
     let peak = |backend, of: Peak| measured(find(results, &case(backend))).and_then(|m| of(m.0));
     let place = backends[0].device();
@@ -175,13 +184,13 @@ fn tips(results: &Results) -> Vec<String> {
     let mut all = Vec::new();
     for &backend in BackendId::ALL {
         let case =
-            |precision| Case { workload: Workload::TrainStep, backend, precision, shape: HEADLINE_SHAPE };
+            |precision| Case { workload: Workload::TrainStep, backend, precision, shape: results.headline() };
         let Some(eager) = figure(results, &case(Precision::eager(Compute::F32))) else { continue };
         let mut gains: Vec<(String, f64, [f64; 2])> = Vec::new();
         for m in all_measured(results) {
             if m.case.backend == backend
                 && m.case.workload == Workload::TrainStep
-                && m.case.shape == HEADLINE_SHAPE
+                && m.case.shape == results.headline()
                 && m.case.precision != Precision::eager(Compute::F32)
                 && let Some(own) = figure(results, &m.case)
             {

@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use super::machine::Machine;
 use super::run::{self, Part};
-use super::{Record, Results, Status};
+use super::{OwnModel, Record, Results, Status, own_model};
 use crate::report::export;
 use crate::results;
 use crate::suite::Case;
@@ -63,6 +63,9 @@ pub struct Baseline {
     pub command: String,
     pub selections: Vec<Selection>,
     pub machine: Machine,
+    /// The user's own model, whole.
+    #[serde(default, deserialize_with = "own_model", skip_serializing_if = "Option::is_none")]
+    pub model: Option<OwnModel>,
     pub cases: Vec<Kept>,
 }
 
@@ -99,7 +102,8 @@ impl Baseline {
             p.selections.iter().map(selection).collect()
         };
         let selections: Vec<Selection> = parts.iter().flat_map(of).collect();
-        Ok(Self { command: run::command(&parts), selections, machine: merged.machine, cases })
+        let (machine, model) = (merged.machine, merged.model);
+        Ok(Self { command: run::command(&parts), selections, machine, model, cases })
     }
 
     /// As the file holds it.
@@ -108,6 +112,9 @@ impl Baseline {
         body.push_str(&format!("\"command\": {},\n", serde_json::to_string(&self.command)?));
         body.push_str(&format!("\"selections\": {},\n", serde_json::to_string(&self.selections)?));
         body.push_str(&format!("\"machine\": {},\n", serde_json::to_string_pretty(&self.machine)?));
+        if let Some(model) = &self.model {
+            body.push_str(&format!("\"model\": {},\n", serde_json::to_string(model)?));
+        }
         let lines = self.cases.iter().map(serde_json::to_string).collect::<Result<Vec<_>, _>>()?;
         body.push_str(&format!("\"cases\": [\n{}\n]\n}}\n", lines.join(",\n")));
         Ok(format!(
@@ -157,7 +164,8 @@ impl Baseline {
     }
 
     pub fn results(&self) -> Results {
-        Results::new(self.machine.clone(), self.cases.iter().map(|kept| kept.record.clone()).collect())
+        let records = self.cases.iter().map(|kept| kept.record.clone()).collect();
+        Results { model: self.model.clone(), ..Results::new(self.machine.clone(), records) }
     }
 
     pub fn case(&self, id: &str) -> Option<&Kept> {
@@ -371,6 +379,7 @@ mod tests {
                 filter: "forward".to_owned(),
             }],
             machine: Machine { cpu: "Xeon".to_owned(), cores: 2, ..Machine::default() },
+            model: None,
             cases: vec![
                 kept(measured, serde_json::json!({"iters": [2.0, 2.0], "times": [4.0, 5.0]})),
                 kept(Record::without(&skipped, Status::Skipped, "no Mac"), Value::Null),

@@ -5,8 +5,9 @@ use serde_json::{Map, Value, json};
 
 use super::baseline::{Baseline, Kept, Selection};
 use super::machine::Machine;
-use super::{Record, Results, Setting, Status, Throughput, Turn, checksum, printable};
+use super::{OwnModel, Record, Results, Setting, Status, Throughput, Turn, checksum, printable};
 use crate::compare::past;
+use crate::model::{GPT2, Model};
 use crate::report::{export, html, markdown, side_by_side};
 
 fn record(id: &str) -> Record {
@@ -32,6 +33,10 @@ const IDS: [&str; 3] = [
 
 fn machine() -> Machine {
     Machine { cpu: "Xeon".to_owned(), cores: 2, gpus: vec!["NVIDIA H100".to_owned()], ..Machine::default() }
+}
+
+fn model(name: &'static str) -> OwnModel {
+    OwnModel { batch: 2, configuration: Model { name, ..GPT2 } }
 }
 
 /// Every value in a document, by its path.
@@ -101,6 +106,7 @@ fn refused(what: &str, reason: &anyhow::Error) {
 #[test]
 fn results_changed_in_any_field_are_refused_or_shown_without_harm() {
     let mut good = Results::new(machine(), IDS.map(record).into());
+    good.model = Some(model("hostile"));
     good.turns.push(Turn {
         base: IDS[0].to_owned(),
         head: IDS[1].to_owned(),
@@ -152,6 +158,7 @@ fn baselines_changed_in_any_field_are_refused_or_shown_without_harm() {
             filter: String::new(),
         }],
         machine: machine(),
+        model: Some(model("hostile-too")),
         cases: IDS[..2].iter().map(|id| keep(id)).collect(),
     };
     let (mut kept, mut not) = (0, 0);

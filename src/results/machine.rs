@@ -7,6 +7,7 @@ use std::process::Command;
 use anyhow::{Result, bail};
 use serde::{Deserialize, Serialize};
 
+use crate::suite::given::Reach;
 use crate::suite::{BackendId, Compute, Device, Framework};
 
 /// The machine, as written into every result.
@@ -287,6 +288,23 @@ pub fn flops_ceiling(backend: BackendId, compute: Compute, machine: &Machine) ->
             Some(machine.cores as f64 * 6e9 * per_cycle)
         }
     }
+}
+
+/// What a training step in f32 reaches on the fastest device of a machine, about, and the memory
+/// there.
+///
+/// CPUs: a core made 16 GFLOP/s in MLX and 50 in PyTorch (indicator-b16, two cores of a server), and
+/// both should be over in time. Apple's GPU: what an M1 can do, about. NVIDIA: a third of the data sheet.
+pub fn reach(machine: &Machine) -> Reach {
+    let nvidia = machine.gpus.first().filter(|gpu| gpu.contains("NVIDIA"));
+    if let Some(gpu) = nvidia {
+        let peak = dense_peak(gpu, Compute::F32).unwrap_or(10e12);
+        let query = ["--query-gpu=memory.total", "--format=csv,noheader,nounits"];
+        let mib = output("nvidia-smi", &query).and_then(|text| text.lines().next()?.trim().parse().ok());
+        return Reach { flops_per_s: peak / 3.0, memory: mib.unwrap_or(8192u64) << 20 };
+    }
+    let flops_per_s = if machine.gpus.is_empty() { 16e9 * machine.cores as f64 } else { 1e12 };
+    Reach { flops_per_s, memory: machine.memory_bytes }
 }
 
 /// Refuses a time that the hardware can't have reached: the clock or the wait is wrong.

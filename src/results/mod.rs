@@ -13,11 +13,12 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
+use serde::de::{DeserializeOwned, Error};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::disturbance;
-use crate::suite::Case;
+use crate::model::{Model, ModelId, config};
+use crate::suite::{Case, Given, HEADLINE_SHAPE, Shape, given};
 use machine::Machine;
 
 /// What became of a case.
@@ -224,6 +225,9 @@ pub struct Results {
     #[serde(default = "first_version")]
     pub version: u64,
     pub machine: Machine,
+    /// The user's own, where one stood in the place of the suite's.
+    #[serde(default, deserialize_with = "own_model", skip_serializing_if = "Option::is_none")]
+    pub model: Option<OwnModel>,
     pub cases: Vec<Record>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub settings: Vec<Setting>,
@@ -233,8 +237,44 @@ pub struct Results {
 
 impl Results {
     pub fn new(machine: Machine, cases: Vec<Record>) -> Self {
-        Self { version: VERSION, machine, cases, settings: Vec::new(), turns: Vec::new() }
+        Self { version: VERSION, machine, model: None, cases, settings: Vec::new(), turns: Vec::new() }
     }
+
+    /// The shape that the headline tables stand for.
+    pub fn headline(&self) -> Shape {
+        self.model.as_ref().map_or(HEADLINE_SHAPE, |own| own.given().shape())
+    }
+}
+
+/// A model that the user gave, whole: its name alone stands in ids.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct OwnModel {
+    pub batch: usize,
+    pub configuration: Model,
+}
+
+impl OwnModel {
+    pub fn of(given: Given) -> Self {
+        Self { batch: given.batch, configuration: *given.model }
+    }
+
+    pub fn given(&self) -> Given {
+        Given { model: ModelId::add(self.configuration), batch: self.batch }
+    }
+}
+
+/// Reads the model of a run, after which ids may name it. Refused where the name stands for another in
+/// this process.
+pub fn own_model<'de, D: Deserializer<'de>>(from: D) -> Result<Option<OwnModel>, D::Error> {
+    let own: Option<OwnModel> = Deserialize::deserialize(from)?;
+    if let Some(own) = &own {
+        let whole = config::completed(own.configuration).ok() == Some(own.configuration);
+        if !whole || !(1..=given::LARGEST_BATCH).contains(&own.batch) {
+            return Err(D::Error::custom("the model of this run can't be built"));
+        }
+        ModelId::give(own.configuration).map_err(D::Error::custom)?;
+    }
+    Ok(own)
 }
 
 /// FNV-1a, 64 bits, <https://www.rfc-editor.org/rfc/rfc9923>.

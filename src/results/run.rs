@@ -8,8 +8,8 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use super::machine::Machine;
-use super::{Record, Results, read_json, settings, turns, write_whole};
-use crate::suite::{Case, Framework, Set, cases};
+use super::{OwnModel, Record, Results, read_json, settings, turns, write_whole};
+use crate::suite::{Case, Framework, Set, cases_of, given};
 
 /// What a run selected.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -59,12 +59,14 @@ fn parts(folder: &Path) -> Result<Vec<(PathBuf, Part)>> {
     paths.filter(|path| path.exists()).map(read).collect()
 }
 
-/// Whether two parts belong to one run: the same code on the same machine with the same settings.
-fn together(a: &Machine, b: &Machine) -> bool {
+/// Whether two parts belong to one run: the same code and model on the same machine with the same settings.
+fn together(a: &Results, b: &Results) -> bool {
+    let same_model = a.model == b.model;
+    let (a, b) = (&a.machine, &b.machine);
     let of = |m: &Machine| {
         (m.commit.clone(), m.dirty, m.cpu.clone(), m.cores, m.os.clone(), m.gpus.clone(), m.profile.clone())
     };
-    of(a) == of(b) && (&a.driver, &a.power, &a.environment) == (&b.driver, &b.power, &b.environment)
+    same_model && of(a) == of(b) && (&a.driver, &a.power, &a.environment) == (&b.driver, &b.power, &b.environment)
 }
 
 /// A process's part while it grows.
@@ -91,11 +93,13 @@ impl Writer {
     ) -> Result<Self> {
         let executable = super::executable()?;
         let path = part_path(folder, framework, tf32);
+        let mut results = Results::new(machine, Vec::new());
+        results.model = given::taken().map(OwnModel::of);
         let (mut selections, mut kept) = (Vec::new(), Vec::new());
         let filtered = !selection.filter.is_empty();
         // What can't be read is dropped too: a new run is what mends it.
         for (other, part) in parts(folder).unwrap_or_default() {
-            let fits = together(&part.results.machine, &machine);
+            let fits = together(&part.results, &results);
             let same = fits && part.executable == executable && filtered;
             if other == path && same {
                 selections = part.selections;
@@ -109,7 +113,6 @@ impl Writer {
         if !covered && !selections.contains(&selection) {
             selections.push(selection);
         }
-        let results = Results::new(machine, Vec::new());
         let new = selected.iter().filter(|case| !kept.iter().any(|old| old.id == case.to_string()));
         let selected = kept.len() + new.count();
         let part = Part { framework: framework.to_string(), executable, selections, selected, results };
@@ -132,17 +135,19 @@ pub fn merge(folder: &Path) -> Result<(Results, Vec<Part>)> {
     };
     let mut machine = first.results.machine.clone();
     for part in &parts[1..] {
-        let other = &part.results.machine;
-        if !together(&machine, other) {
+        if !together(&first.results, &part.results) {
             bail!("the frameworks' parts come from different runs: run ./scripts/bench again");
         }
-        machine.add_versions(other.versions.iter().cloned());
+        machine.add_versions(part.results.machine.versions.iter().cloned());
     }
+    let model = first.results.model.clone();
     let mut records: Vec<Record> = parts.iter().flat_map(|p| p.results.cases.clone()).collect();
-    let order: Vec<String> =
-        Set::ALL.iter().rev().flat_map(|&set| cases(set)).map(|c: Case| c.to_string()).collect();
+    let given = model.as_ref().map(OwnModel::given);
+    let of = |&set: &Set| cases_of(set, given);
+    let order: Vec<String> = Set::ALL.iter().rev().flat_map(of).map(|c: Case| c.to_string()).collect();
     records.sort_by_key(|r| order.iter().position(|id| *id == r.id).unwrap_or(usize::MAX));
     let mut results = Results::new(machine, records);
+    results.model = model;
     // Those of other commits say nothing of this one.
     results.settings = settings(folder)?;
     results.settings.retain(|s| s.commit == results.machine.commit);
@@ -154,9 +159,15 @@ pub fn merge(folder: &Path) -> Result<(Results, Vec<Part>)> {
 /// What measures the parts' cases again.
 pub fn command(parts: &[Part]) -> String {
     let mut lines: Vec<String> = Vec::new();
+    let own = parts.iter().find_map(|part| part.results.model.as_ref());
+    let model = own.map_or_else(String::new, |own| {
+        let m = own.configuration;
+        let tokens = if m.of_tokens() { format!(" --tokens {}", m.tokens) } else { String::new() };
+        format!(" --model {} --batch {}{tokens}", m.name, own.batch)
+    });
     for Selection { set, filter } in parts.iter().flat_map(|p| &p.selections) {
         let filter = if filter.is_empty() { String::new() } else { format!(" '{filter}'") };
-        let line = format!("./scripts/bench --{set}{filter}");
+        let line = format!("./scripts/bench --{set}{model}{filter}");
         if !lines.contains(&line) {
             lines.push(line);
         }

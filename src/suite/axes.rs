@@ -3,6 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+use super::Block;
+
 /// Defines an enum whose values have ids, with `ALL`, `id()` and parsing.
 macro_rules! named {
     ($(#[$doc:meta])* $name:ident, $what:literal, { $($(#[$vdoc:meta])* $variant:ident => $id:literal,)+ }) => {
@@ -67,6 +69,15 @@ impl Workload {
     /// Whether dropout is part of the work.
     pub fn trains(self) -> bool {
         matches!(self, Self::AttentionGrad | Self::FeedForwardGrad | Self::ForwardBackward | Self::TrainStep)
+    }
+
+    /// The part of a block that it runs, where it runs one alone.
+    pub fn block(self) -> Option<Block> {
+        match self {
+            Self::Attention | Self::AttentionGrad => Some(Block::Attention),
+            Self::FeedForward | Self::FeedForwardGrad => Some(Block::FeedForward),
+            _ => None,
+        }
     }
 
     /// Whether AdamW is part of the work.

@@ -6,7 +6,7 @@ use std::str::FromStr;
 use anyhow::{Context, Result};
 use regex::Regex;
 
-use super::{BackendId, Block, Framework, Precision, Shape, Workload};
+use super::{BackendId, Framework, Precision, Shape, Workload};
 use crate::model::Dropout;
 
 /// One row of the suite.
@@ -39,18 +39,20 @@ impl FromStr for Case {
         let [workload, backend, precision, shape] = parts[..] else {
             return Err(format!("'{text}' is no case id: workload/backend/precision/shape"));
         };
-        let case = Self {
+        let mut case = Self {
             workload: workload.parse()?,
             backend: backend.parse()?,
             precision: precision.parse()?,
             shape: shape.parse()?,
         };
+        if let (Some(part), Shape::Model { model, batch }) = (case.workload.block(), case.shape)
+            && !model.is_preset()
+        {
+            case.shape = Shape::Block { part, model, batch };
+        }
         let fits = match case.workload {
-            Workload::Attention | Workload::AttentionGrad => {
-                matches!(case.shape, Shape::Block { part: Block::Attention, .. })
-            }
-            Workload::FeedForward | Workload::FeedForwardGrad => {
-                matches!(case.shape, Shape::Block { part: Block::FeedForward, .. })
+            workload if workload.block().is_some() => {
+                matches!(case.shape, Shape::Block { part, .. } if Some(part) == workload.block())
             }
             Workload::MatmulPeak => matches!(case.shape, Shape::Square { .. }),
             Workload::CopyPeak => matches!(case.shape, Shape::Buffer { .. }),
@@ -91,7 +93,7 @@ mod tests {
 
     use super::*;
     use crate::model::ModelId;
-    use crate::suite::{Compute, HEADLINE_SHAPE, Recipe, Set, cases};
+    use crate::suite::{Block, Compute, HEADLINE_SHAPE, Recipe, Set, cases};
 
     #[test]
     fn ids_are_short_lower_case_and_unique_and_parse_back() {

@@ -9,7 +9,7 @@
 
 use super::{Block, Case, Shape, Workload};
 use crate::model::parameters::parameter_count;
-use crate::model::{Input, Model, Output};
+use crate::model::{Input, Model, Output, Position};
 
 /// The unit in which a case's speed is told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,12 +54,12 @@ fn linear(rows: usize, from: usize, to: usize) -> u64 {
 
 /// The projections and the two products of attention over `batch` sequences.
 fn attention(batch: usize, m: &Model) -> u64 {
-    let (rows, inner) = (batch * m.tokens, m.heads * m.head_width);
-    3 * linear(rows, m.width, inner) + linear(rows, inner, m.width) + 2 * linear(rows, inner, m.tokens)
+    let (rows, (inner, shared)) = (batch * m.tokens, m.inner());
+    2 * linear(rows, m.width, inner) + 2 * linear(rows, m.width, shared) + 2 * linear(rows, inner, m.tokens)
 }
 
 fn feed_forward(rows: usize, m: &Model) -> u64 {
-    2 * linear(rows, m.width, m.hidden)
+    (2 + u64::from(m.gated)) * linear(rows, m.width, m.hidden)
 }
 
 /// (forward, backward) of a model.
@@ -72,7 +72,8 @@ fn model_flops(m: &Model, batch: usize) -> (u64, u64) {
         Input::Indicator { market } => linear(rows, 1, m.width) + linear(batch, market, m.width),
     };
     let output = match m.output {
-        Output::Tied => linear(rows, m.width, m.vocabulary),
+        Output::Tied | Output::Untied => linear(rows, m.width, m.vocabulary),
+        Output::Masked => linear(rows, m.width, m.width) + linear(rows, m.width, m.vocabulary),
         Output::IndicatorHeads => 2 * (linear(rows, m.width, m.width / 2) + linear(rows, m.width / 2, 1)),
     };
     let inner = blocks + output;
@@ -131,9 +132,17 @@ pub fn least_bytes(case: &Case) -> u64 {
     ((passes * parameters + ends) * case.precision.compute.parameter_bytes()) as u64
 }
 
-/// Numbers that an eager attention layer keeps of a token, its norms among them.
+/// Numbers that an eager attention layer keeps of a token, its norms among them; turned and
+/// normalised queries and keys are kept once more each.
 fn of_attention(m: &Model) -> usize {
-    8 * m.width + 3 * m.heads * m.tokens
+    let placed = usize::from(matches!(m.position, Position::Rotary { .. }))
+        + usize::from(m.query_key_norm.is_some());
+    8 * m.width + 3 * m.heads * m.tokens + placed * (m.inner().0 + m.inner().1)
+}
+
+/// The same of a feed-forward part.
+fn of_feed_forward(m: &Model) -> usize {
+    (3 + 2 * usize::from(m.gated)) * m.hidden
 }
 
 /// A rough need of memory in bytes, to refuse what can't fit before it is tried:
@@ -146,13 +155,13 @@ pub fn memory_estimate(case: &Case) -> u64 {
     // What a layer keeps of each token, and what the output does.
     let (rows, layers, layer, logits) = match case.shape {
         Shape::Model { model: m, batch } => {
-            (batch * m.tokens, m.layers, of_attention(&m) + 3 * m.hidden, 3 * m.vocabulary)
+            (batch * m.tokens, m.layers, of_attention(&m) + of_feed_forward(&m), 3 * m.vocabulary)
         }
         Shape::Block { part: Block::Attention, model: m, batch } => {
             (batch * m.tokens, 1, of_attention(&m), 0)
         }
         Shape::Block { part: Block::FeedForward, model: m, batch } => {
-            (batch * m.tokens, 1, 8 * m.width + 3 * m.hidden, 0)
+            (batch * m.tokens, 1, 8 * m.width + of_feed_forward(&m), 0)
         }
         Shape::Square { n, .. } => return (3 * n * n) as u64 * (width + 4),
         Shape::Buffer { mib } => return (3 * mib as u64) << 20,

@@ -17,7 +17,8 @@ pub enum Shape {
     /// `indicator-b16`, `gpt2-b8-t1024`, `indicator-tiny-b2`
     Model { model: ModelId, batch: usize },
     /// `b16-h8-n111-d32` (B, H, N and D per head), with `-causal` for a decoder's;
-    /// `b16-n111-d256-f1024` (B, N, D, F), with `-tanh` for the approximated GELU.
+    /// `b16-n111-d256-f1024` (B, N, D, F), with `-tanh` for the approximated GELU. A block of a
+    /// model that was given has that model's name: its sizes do not say all of it.
     Block { part: Block, model: ModelId, batch: usize },
     /// `n1024`: an n × n product; `n1024-x4` chains four of them.
     Square { n: usize, chain: usize },
@@ -52,15 +53,13 @@ impl fmt::Display for Shape {
                 write!(f, "{model}-b{batch}-t{}", model.tokens)
             }
             Self::Model { model, batch } => write!(f, "{model}-b{batch}"),
+            Self::Block { model, batch, .. } if !model.is_preset() => Self::Model { model, batch }.fmt(f),
             Self::Block { part: Block::Attention, model: m, batch } => {
                 let mark = if m.causal { "-causal" } else { "" };
                 write!(f, "b{batch}-h{}-n{}-d{}{mark}", m.heads, m.tokens, m.head_width)
             }
             Self::Block { part: Block::FeedForward, model: m, batch } => {
-                let mark = match m.activation {
-                    Activation::Gelu => "",
-                    Activation::GeluTanh => "-tanh",
-                };
+                let mark = if m.activation == Activation::GeluTanh { "-tanh" } else { "" };
                 write!(f, "b{batch}-n{}-d{}-f{}{mark}", m.tokens, m.width, m.hidden)
             }
             Self::Square { n, chain: 1 } => write!(f, "n{n}"),
@@ -73,6 +72,20 @@ impl fmt::Display for Shape {
 /// The number behind a letter: `b16` is 16 of b.
 fn sized(word: &str, letter: char) -> Option<usize> {
     word.strip_prefix(letter)?.parse().ok()
+}
+
+/// The model of a name: one of the suite, or one that was given, at so many tokens.
+fn model(name: &str, tokens: Option<usize>) -> Result<ModelId, String> {
+    let small = || ModelId::given(name.strip_suffix("-tiny")?, None).map(ModelId::miniature);
+    let tokens = tokens.filter(|t| *t > 0);
+    ModelId::named(name).or_else(|| ModelId::given(name, tokens)).or_else(small).ok_or_else(|| {
+        let known: Vec<&str> =
+            ModelId::with_miniatures().map(|m| m.name).chain(ModelId::given_names()).collect();
+        format!(
+            "unknown model '{name}': one of {}, or what TRANSFORMER_BENCH_MODEL names",
+            known.join(", ")
+        )
+    })
 }
 
 impl FromStr for Shape {
@@ -104,15 +117,12 @@ impl FromStr for Shape {
                     .find(|shape| shape.to_string() == text)
             }
             _ => {
-                let place = words.iter().position(|word| sized(word, 'b').is_some());
+                let place = words.iter().rposition(|word| sized(word, 'b').is_some());
                 let (name, sizes) = words.split_at(place.unwrap_or(words.len()));
-                let name = name.join("-");
                 match sizes.first().and_then(|word| sized(word, 'b')) {
                     Some(batch) => {
-                        let known = || ModelId::with_miniatures().map(|m| m.name).collect::<Vec<_>>();
-                        let model = ModelId::named(&name).ok_or_else(|| {
-                            format!("unknown model '{name}': one of {}", known().join(", "))
-                        })?;
+                        let tokens = sizes.get(1).and_then(|word| sized(word, 't'));
+                        let model = model(&name.join("-"), tokens)?;
                         Some(Self::Model { model, batch: at_least_one(batch)? })
                     }
                     None => None,

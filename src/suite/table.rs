@@ -1,6 +1,6 @@
 //! The table of cases: rows to read, and what they mean.
 
-use super::{BackendId, Block, Case, Framework, Precision, Set, Shape, Workload};
+use super::{BackendId, Case, Framework, Given, Precision, Set, Shape, Workload, given};
 use crate::model::ModelId;
 
 /// The batch and shape that the headline tables stand for.
@@ -146,26 +146,45 @@ impl On {
 }
 
 impl At {
-    fn shapes(self, workload: Workload) -> Vec<Shape> {
+    fn shapes(self, workload: Workload, given: Option<Given>) -> Vec<Shape> {
         let of_a_model = |&(name, batch): &(&str, usize)| {
-            let model = ModelId::named(name).unwrap_or_else(|| panic!("the table names no model '{name}'"));
-            match workload {
-                Attention | AttentionGrad => Shape::Block { part: Block::Attention, model, batch },
-                FeedForward | FeedForwardGrad => Shape::Block { part: Block::FeedForward, model, batch },
-                _ => Shape::Model { model, batch },
-            }
+            let own =
+                ModelId::named(name).unwrap_or_else(|| panic!("the table names no model '{name}'"));
+            let (model, batch) = match given {
+                // A model that is given stands in the indicator's place, and its batch in that of 16.
+                Some(given) if own.miniature() == ModelId::indicator().miniature() => {
+                    if own.is_miniature() {
+                        (given.model.miniature(), batch)
+                    } else {
+                        (given.model, (given.batch * batch).div_ceil(HEADLINE_BATCH))
+                    }
+                }
+                Some(_) => return None,
+                None => (own, batch),
+            };
+            Some(match workload.block() {
+                Some(part) => Shape::Block { part, model, batch },
+                None => Shape::Model { model, batch },
+            })
         };
-        match self {
-            Self::Models(list) => list.iter().map(of_a_model).collect(),
+        let mut all: Vec<Shape> = match self {
+            Self::Models(list) => list.iter().filter_map(of_a_model).collect(),
             Self::Square(list) => list.iter().map(|&n| Shape::Square { n, chain: 1 }).collect(),
             Self::Buffer(list) => list.iter().map(|&mib| Shape::Buffer { mib }).collect(),
-        }
+        };
+        all.dedup();
+        all
     }
 }
 
 /// The cases of a set, in the order in which they run: by workload, backend, the rows' shapes,
 /// and precision. Every backend is listed whether or not this machine has it.
 pub fn cases(set: Set) -> Vec<Case> {
+    cases_of(set, given::taken())
+}
+
+/// The same, with a model that is given in place of the suite's own.
+pub fn cases_of(set: Set, given: Option<Given>) -> Vec<Case> {
     let mut all = Vec::new();
     for &workload in Workload::ALL {
         let rows: Vec<&Row> =
@@ -173,7 +192,7 @@ pub fn cases(set: Set) -> Vec<Case> {
         for &backend in BackendId::ALL {
             let mut found: Vec<(Shape, Vec<Precision>)> = Vec::new();
             for row in rows.iter().filter(|r| r.on.holds(backend)) {
-                for shape in row.at.shapes(workload) {
+                for shape in row.at.shapes(workload, given) {
                     let precisions = row.precisions.split(' ').map(|id| id.parse().expect("the table's own"));
                     match found.iter_mut().find(|(known, _)| *known == shape) {
                         Some((_, list)) => list.extend(precisions),
@@ -216,6 +235,24 @@ mod tests {
                 "no case of {model}"
             );
         }
+    }
+
+    #[test]
+    fn a_given_model_stands_in_the_place_of_the_suites_own() {
+        let model = ModelId::add(crate::model::Model { name: "mine", ..*ModelId::named("gpt2").unwrap() });
+        for &set in Set::ALL {
+            let all = cases_of(set, Some(Given { model, batch: 4 }));
+            let of_a_model = || all.iter().filter_map(|c| c.shape.model());
+            assert!(of_a_model().all(|(m, _)| m == model || m == model.miniature()));
+            for &workload in Workload::ALL.iter().filter(|w| set != Compare || w.trains()) {
+                assert!(all.iter().any(|c| c.workload == workload), "{set} has no {workload}");
+            }
+        }
+        let full = cases_of(Full, Some(Given { model, batch: 4 }));
+        let mut batches: Vec<usize> = full.iter().filter_map(|c| c.shape.model()).map(|(_, b)| b).collect();
+        batches.sort_unstable();
+        batches.dedup();
+        assert_eq!(batches, [1, 4, 16, 64]);
     }
 
     #[test]

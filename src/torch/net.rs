@@ -1,8 +1,8 @@
 //! The network in tch. B batch, N (T) tokens, D width, H heads, F hidden, V vocabulary.
 
-use tch::{Kind, Reduction, Tensor};
+use tch::{Device, Kind, Reduction, Tensor};
 use transformer_bench::model::parameters::{
-    Attention, Block, Embedding, FeedForward, Head, Linear, Network, Norm,
+    Attention, Block, Embedding, End, FeedForward, Head, Linear, Network, Norm,
 };
 use transformer_bench::model::{Activation, Dropout, Model, ModelId, NormKind, NormPlace, Output, Position};
 
@@ -16,52 +16,94 @@ pub struct Layers {
     pub fused: bool,
     /// Parameter gradients on a second stream; a 1 for each token of the batch.
     pub side: Option<Tensor>,
+    /// Cosines and sines of a rotary position, [N, d/2], made once as training scripts do.
+    pub turns: Option<[Tensor; 2]>,
     /// None outside training.
     pub dropout: Dropout,
 }
 
+/// The cosines and sines by which queries and keys are turned; computed in f32, as every training
+/// script does, and kept in the type of what they turn.
+pub fn turns(m: &Model, device: Device, kind: Kind) -> Option<[Tensor; 2]> {
+    let Position::Rotary { base } = m.position else { return None };
+    let float = (Kind::Float, device);
+    let place = Tensor::arange(m.tokens as i64, float).unsqueeze(1);
+    let power = Tensor::arange_start_step(0, m.head_width as i64, 2, float) / m.head_width as f64;
+    let angle = place / Tensor::from(base as f32).to_device(device).pow(&power).unsqueeze(0);
+    Some([angle.cos().to_kind(kind), angle.sin().to_kind(kind)])
+}
+
 impl Layers {
     fn linear(&self, x: &Tensor, layer: &Linear<Tensor>) -> Tensor {
-        match &self.side {
-            Some(ones) => {
-                extension::side_linear(x, &layer.weight, &layer.bias, ones).expect("a linear layer")
+        match (&self.side, &layer.bias) {
+            (Some(ones), Some(bias)) => {
+                extension::side_linear(x, &layer.weight, bias, ones).expect("a linear layer")
             }
-            None => x.linear(&layer.weight, Some(&layer.bias)),
+            (_, bias) => x.linear(&layer.weight, bias.as_ref()),
         }
     }
 
     fn norm(&self, x: &Tensor, layer: &Norm<Tensor>) -> Tensor {
-        let NormKind::Layer { eps } = self.model.norm;
-        match &self.side {
-            Some(ones) => {
-                extension::side_norm(x, &layer.weight, &layer.bias, ones, eps).expect("a layer norm")
+        self.norm_of(x, layer, self.model.norm)
+    }
+
+    fn norm_of(&self, x: &Tensor, layer: &Norm<Tensor>, kind: NormKind) -> Tensor {
+        let last = &x.size()[x.dim() - 1..];
+        let (weight, bias) = (layer.weight.as_ref(), layer.bias.as_ref());
+        match (kind, &self.side, weight, bias) {
+            (NormKind::Layer { eps }, Some(ones), Some(weight), Some(bias)) => {
+                extension::side_norm(x, weight, bias, ones, eps).expect("a layer norm")
             }
-            None => x.layer_norm(layer.weight.size(), Some(&layer.weight), Some(&layer.bias), eps, true),
+            (NormKind::Layer { eps }, ..) => x.layer_norm(last, weight, bias, eps, true),
+            (NormKind::Rms { eps, .. }, ..) => x.rms_norm(last, weight, eps),
         }
+    }
+
+    /// Queries or keys [B, H, N, d], normalised and turned where the model has that.
+    fn placed(&self, x: Tensor, norm: Option<&Norm<Tensor>>) -> Tensor {
+        let x = match (norm, self.model.query_key_norm) {
+            (Some(norm), Some(kind)) => self.norm_of(&x, norm, kind),
+            _ => x,
+        };
+        let Some([cos, sin]) = &self.turns else { return x };
+        let halves = x.chunk(2, -1);
+        let [left, right] = &halves[..] else { panic!("a head has two halves") };
+        Tensor::cat(&[left * cos - right * sin, right * cos + left * sin], -1)
     }
 
     /// x [B, N, D] → [B, N, D]
     pub fn attention(&self, x: &Tensor, a: &Attention<Tensor>) -> Tensor {
         let m = &self.model;
         let (b, n, _) = x.size3().expect("x is [B, N, D]");
-        let (heads, each) = (m.heads as i64, m.head_width as i64);
-        let split = |y: &Tensor| y.view([b, n, heads, each]).transpose(1, 2);
+        let (heads, shared, each) = (m.heads as i64, m.key_value_heads as i64, m.head_width as i64);
+        let qkv = if self.fused {
+            // q holds the packed projection of all three.
+            self.linear(x, &a.q).split_with_sizes([heads * each, shared * each, shared * each], -1)
+        } else {
+            [&a.q, &a.k, &a.v].map(|layer| self.linear(x, layer)).into()
+        };
+        let split = |i: usize, heads: i64| qkv[i].view([b, n, heads, each]).transpose(1, 2);
+        let norms = a.norms.as_ref();
+        let q = self.placed(split(0, heads), norms.map(|all| &all[0])); // [B, H, N, d]
+        let k = self.placed(split(1, shared), norms.map(|all| &all[1]));
+        let v = split(2, shared);
         let mixed = if self.fused {
-            // q holds the packed [3·D, D] projection.
-            let parts = self.linear(x, &a.q).split(heads * each, -1);
-            let [q, k, v] = &parts[..] else { panic!("the packed projection has three parts") };
+            let (p, grouped) = (self.dropout.weights, shared < heads);
             Tensor::scaled_dot_product_attention(
-                &split(q),
-                &split(k),
-                &split(v),
+                &q,
+                &k,
+                &v,
                 None::<Tensor>,
-                self.dropout.weights,
+                p,
                 m.causal,
                 None,
-                false,
+                grouped,
             )
         } else {
-            let [q, k, v] = [&a.q, &a.k, &a.v].map(|layer| split(&self.linear(x, layer)));
+            let every = |x: Tensor| {
+                if shared < heads { x.repeat_interleave_self_int(heads / shared, 1, None) } else { x }
+            };
+            let (k, v) = (every(k), every(v));
             let mut scores = q.matmul(&k.transpose(-2, -1)) / (each as f64).sqrt(); // [B, H, N, N]
             if m.causal {
                 let future = Tensor::ones([n, n], (Kind::Bool, x.device())).triu(1);
@@ -72,14 +114,24 @@ impl Layers {
         self.linear(&mixed.transpose(1, 2).reshape([b, n, heads * each]), &a.o)
     }
 
+    fn activate(&self, x: &Tensor) -> Tensor {
+        match self.model.activation {
+            Activation::Gelu => x.gelu("none"),
+            Activation::GeluTanh => x.gelu("tanh"),
+            Activation::Silu => x.silu(),
+            Activation::Relu => x.relu(),
+            Activation::ReluSquared => x.relu().square(),
+        }
+    }
+
     /// x [.., D] → [.., D]
     pub fn feed_forward(&self, x: &Tensor, f: &FeedForward<Tensor>) -> Tensor {
-        let hidden = self.linear(x, &f.up);
-        let active = match self.model.activation {
-            Activation::Gelu => hidden.gelu("none"),
-            Activation::GeluTanh => hidden.gelu("tanh"),
+        let up = self.linear(x, &f.up);
+        let hidden = match &f.gate {
+            Some(gate) => self.activate(&self.linear(x, gate)) * up,
+            None => self.activate(&up),
         };
-        self.linear(&drop(active, self.dropout.hidden), &f.down)
+        self.linear(&drop(hidden, self.dropout.hidden), &f.down)
     }
 
     fn block(&self, x: &Tensor, b: &Block<Tensor>) -> Tensor {
@@ -100,41 +152,57 @@ impl Layers {
         self.linear(&drop(hidden, self.dropout.heads), &h.out).squeeze_dim(-1)
     }
 
-    /// What the model reads → [B, N, D], normalised
+    /// What the model reads → [B, N, D], before its end
     fn hidden(&self, inputs: &[Tensor], p: &Network<Tensor>) -> Tensor {
         let embedded = match &p.embedding {
-            Embedding::Tokens(table) => Tensor::embedding(table, &inputs[0], -1, false, false),
+            Embedding::Tokens(table, own) => {
+                let rows = Tensor::embedding(table, &inputs[0], -1, false, false);
+                own.as_ref().map_or(rows.shallow_clone(), |own| rows + own)
+            }
             Embedding::Indicator { value, market } => {
                 self.linear(&inputs[0].unsqueeze(-1), value) + self.linear(&inputs[1], market).unsqueeze(1)
             }
         };
-        let Position::Learned = self.model.position;
-        let mut x = embedded + &p.position;
+        let mut x = p.position.as_ref().map_or(embedded.shallow_clone(), |position| embedded + position);
+        if let Some(norm) = &p.embedding_norm {
+            x = self.norm(&x, norm);
+        }
+        x = drop(x, self.dropout.embedding);
         for block in &p.blocks {
             x = self.block(&x, block);
         }
-        self.norm(&x, &p.norm)
+        p.norm.as_ref().map_or(x.shallow_clone(), |norm| self.norm(&x, norm))
     }
 
     /// What the model reads → what it puts out, by [`Model::output_names`]
     pub fn model(&self, inputs: &[Tensor], p: &Network<Tensor>) -> Vec<Tensor> {
         let x = self.hidden(inputs, p);
-        match (self.model.output, &p.heads) {
-            (Output::IndicatorHeads, Some([selection, allocation])) => {
+        match &p.end {
+            End::Heads([selection, allocation]) => {
                 vec![self.head(&x, selection), self.head(&x, allocation).softmax(-1, None::<Kind>)]
             }
-            _ => vec![x.linear(p.token_table(), None::<&Tensor>)],
+            End::Masked { dense, norm, bias } => {
+                let hidden = self.norm(&self.activate(&self.linear(&x, dense)), norm);
+                vec![hidden.linear(p.token_table(), Some(bias))]
+            }
+            End::Untied(table) => vec![x.linear(table, None::<&Tensor>)],
+            End::Tied => vec![x.linear(p.token_table(), None::<&Tensor>)],
         }
     }
 
     /// The model with its loss where one call makes both, so that logits are never kept; None
     /// of other outputs.
     pub fn model_with_loss(&self, inputs: &[Tensor], p: &Network<Tensor>) -> Option<Tensor> {
-        (self.model.output == Output::Tied).then(|| {
-            let hidden = self.hidden(inputs, p).flatten(0, 1);
-            extension::linear_cross_entropy(&hidden, p.token_table(), &inputs[1].flatten(0, 1))
-                .expect("a loss")
-        })
+        let table = match &p.end {
+            End::Tied => p.token_table(),
+            End::Untied(table) => table,
+            End::Masked { .. } | End::Heads(_) => return None,
+        };
+        let hidden = self.hidden(inputs, p).flatten(0, 1);
+        Some(
+            extension::linear_cross_entropy(&hidden, table, &inputs[1].flatten(0, 1))
+                .expect("a loss"),
+        )
     }
 }
 
@@ -146,7 +214,9 @@ fn drop(x: Tensor, p: f64) -> Tensor {
 pub fn loss(model: &Model, out: &[Tensor], inputs: &[Tensor]) -> Tensor {
     match model.output {
         // Next-token cross-entropy: logits [B, T, V], next [B, T].
-        Output::Tied => out[0].flatten(0, 1).log_softmax(-1, Kind::Float).nll_loss(&inputs[1].flatten(0, 1)),
+        Output::Tied | Output::Untied | Output::Masked => {
+            out[0].flatten(0, 1).log_softmax(-1, Kind::Float).nll_loss(&inputs[1].flatten(0, 1))
+        }
         Output::IndicatorHeads => indicator_loss(&out[0], &out[1], &inputs[2]),
     }
 }

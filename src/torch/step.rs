@@ -54,8 +54,10 @@ fn layers(fixture: &Fixture, device: Device, inputs: &[Tensor], recorded: bool) 
     let Case { workload, precision, shape, .. } = fixture.case;
     let kind =
         if precision.compute == Compute::Amp { Kind::BFloat16 } else { crate::kind(precision.compute) };
+    let model = shape.model().map_or(ModelId::indicator(), |(model, _)| model);
     Layers {
-        model: shape.model().map_or(ModelId::indicator(), |(model, _)| model),
+        model,
+        turns: net::turns(&model, device, kind),
         fused: precision.recipe.fused_attention(),
         // A recording keeps both streams; without one the launches would cost more.
         side: (recorded && workload.trains()).then(|| {

@@ -15,7 +15,9 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::{Parser, Subcommand};
 use transformer_bench::compare::stop;
+use transformer_bench::results::machine::{self, Machine};
 use transformer_bench::results::printable;
+use transformer_bench::suite::given;
 
 /// Measured training speed of PyTorch and MLX on the same transformer, on this machine.
 ///
@@ -51,7 +53,13 @@ fn show(text: &str) -> anyhow::Result<()> {
 }
 
 fn main() -> ExitCode {
-    let (name, result) = match Arguments::parse().command {
+    let arguments = Arguments::parse();
+    // Ids may name the user's own model.
+    if let Err(reason) = given::from_environment(|| machine::reach(&Machine::read())) {
+        eprintln!("error: {}", printable(&format!("{reason:#}")));
+        return ExitCode::from(2);
+    }
+    let (name, result) = match arguments.command {
         Command::Baseline(arguments) => ("baseline", baseline::run(arguments).map(|()| 0)),
         Command::Report(arguments) => ("report", report::run(&arguments).map(|()| 0)),
         Command::List(arguments) => ("list", list::run(&arguments).map(|()| 0)),

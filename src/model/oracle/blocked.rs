@@ -9,7 +9,7 @@ use super::matrix::{Matrix, Real, in_pieces};
 use super::rounding::Rounding;
 use crate::model::fixture::{Fixture, Tensor};
 use crate::model::parameters::{
-    Attention, Block, Embedding, FeedForward, Head, InOrder, Linear, Network, Norm, Parts,
+    Attention, Block, Embedding, End, FeedForward, Head, InOrder, Linear, Network, Norm, Parts,
 };
 use crate::model::{Input, Model, NormKind, NormPlace, Output, Position};
 use crate::suite::{Shape, Workload};
@@ -17,6 +17,8 @@ use crate::suite::{Shape, Workload};
 /// A place where dropout acts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Site {
+    /// What the embedding gives.
+    Embedding,
     /// Attention's weights of a layer's head.
     Weights {
         layer: usize,
@@ -259,17 +261,30 @@ impl<R: Real> Sample<'_, R> {
     }
 
     fn linear(&mut self, x: Var, layer: &Linear<Var>) -> Var {
-        self.graph.linear(x, layer.weight, Some(layer.bias))
+        self.graph.linear(x, layer.weight, layer.bias)
     }
 
     fn norm(&mut self, x: Var, layer: &Norm<Var>) -> Var {
-        let NormKind::Layer { eps } = self.run.model.norm;
-        self.graph.norm(x, layer.weight, layer.bias, eps)
+        let width = self.graph.get(x).columns;
+        self.norm_each(x, width, layer, self.run.model.norm)
+    }
+
+    fn norm_each(&mut self, x: Var, width: usize, layer: &Norm<Var>, kind: NormKind) -> Var {
+        let centred = matches!(kind, NormKind::Layer { .. });
+        self.graph.norm(x, width, layer.weight, layer.bias, (centred, kind.eps()))
     }
 
     fn attention(&mut self, x: Var, a: &Attention<Var>, layer: usize) -> Var {
         let m = self.run.model;
-        let qkv = [&a.q, &a.k, &a.v].map(|part| self.linear(x, part));
+        let mut qkv = [&a.q, &a.k, &a.v].map(|part| self.linear(x, part));
+        for (which, x) in qkv[..2].iter_mut().enumerate() {
+            if let (Some(norms), Some(kind)) = (&a.norms, m.query_key_norm) {
+                *x = self.norm_each(*x, m.head_width, &norms[which], kind);
+            }
+            if let Position::Rotary { base } = m.position {
+                *x = self.graph.rotary(*x, m.head_width, base);
+            }
+        }
         let tokens = self.graph.get(x).rows;
         let masks: Vec<_> =
             (0..m.heads).map(|head| self.factors(Site::Weights { layer, head }, tokens, tokens)).collect();
@@ -278,10 +293,18 @@ impl<R: Real> Sample<'_, R> {
     }
 
     fn feed_forward(&mut self, x: Var, f: &FeedForward<Var>, layer: usize) -> Var {
-        let hidden = self.linear(x, &f.up);
-        let active = self.graph.activate(hidden, self.run.model.activation);
-        let active = self.dropped(active, Site::Hidden { layer });
-        self.linear(active, &f.down)
+        let kind = self.run.model.activation;
+        let up = self.linear(x, &f.up);
+        let hidden = match &f.gate {
+            Some(gate) => {
+                let gate = self.linear(x, gate);
+                let active = self.graph.activate(gate, kind);
+                self.graph.mul(active, up)
+            }
+            None => self.graph.activate(up, kind),
+        };
+        let hidden = self.dropped(hidden, Site::Hidden { layer });
+        self.linear(hidden, &f.down)
     }
 
     fn layer(&mut self, x: Var, b: &Block<Var>, layer: usize) -> Var {
@@ -327,9 +350,10 @@ impl<R: Real> Sample<'_, R> {
     fn embed(&mut self, p: &Network<Var>) -> Var {
         let m = self.run.model;
         let x = match (&p.embedding, m.input) {
-            (Embedding::Tokens(table), _) => {
+            (Embedding::Tokens(table, own), _) => {
                 let tokens = self.input("tokens").iter().map(|&t| t as usize).collect();
-                self.graph.rows(*table, tokens)
+                let rows = self.graph.rows(*table, tokens);
+                own.map_or(rows, |own| self.graph.add_row(rows, own))
             }
             (Embedding::Indicator { value, market }, Input::Indicator { .. }) => {
                 let (values, features) = (self.input("values"), self.input("market"));
@@ -341,8 +365,23 @@ impl<R: Real> Sample<'_, R> {
             }
             _ => unreachable!("the embedding is the input's"),
         };
-        let Position::Learned = m.position;
-        self.graph.add(x, p.position)
+        let x = p.position.map_or(x, |position| self.graph.add(x, position));
+        let x = p.embedding_norm.as_ref().map_or(x, |norm| self.norm(x, norm));
+        self.dropped(x, Site::Embedding)
+    }
+
+    /// Hidden rows [N, D] → logits [N, V]
+    fn logits(&mut self, x: Var, p: &Network<Var>) -> Var {
+        match &p.end {
+            End::Untied(table) => self.graph.linear(x, *table, None),
+            End::Masked { dense, norm, bias } => {
+                let hidden = self.linear(x, dense);
+                let active = self.graph.activate(hidden, self.run.model.activation);
+                let normed = self.norm(active, norm);
+                self.graph.linear(normed, *p.token_table(), Some(*bias))
+            }
+            End::Tied | End::Heads(_) => self.graph.linear(x, *p.token_table(), None),
+        }
     }
 
     fn whole(mut self, p: &Network<Var>, parameters: &[Var]) -> OfSample<R> {
@@ -351,14 +390,14 @@ impl<R: Real> Sample<'_, R> {
         for (layer, block) in p.blocks.iter().enumerate() {
             x = self.layer(x, block, layer);
         }
-        let x = self.norm(x, &p.norm);
-        let out = match (m.output, &p.heads) {
-            (Output::IndicatorHeads, Some([selection, allocation])) => {
+        let x = p.norm.as_ref().map_or(x, |norm| self.norm(x, norm));
+        let out = match &p.end {
+            End::Heads([selection, allocation]) => {
                 let selected = self.head(x, selection, 0);
                 let scores = self.head(x, allocation, 1);
                 vec![selected, self.graph.softmax(scores)]
             }
-            _ => vec![self.graph.linear(x, *p.token_table(), None)],
+            _ => vec![self.logits(x, p)],
         };
         let case = self.run.fixture.case;
         if !case.workload.trains() {
@@ -369,7 +408,7 @@ impl<R: Real> Sample<'_, R> {
         // Losses are means over the batch and the tokens.
         let scale = R::from_f64(1.0 / (case.shape.batch() * m.tokens) as f64);
         let loss = match m.output {
-            Output::Tied => self.cross_entropy(out[0], scale),
+            Output::Tied | Output::Untied | Output::Masked => self.cross_entropy(out[0], scale),
             Output::IndicatorHeads => self.indicator_loss([out[0], out[1]], scale),
         };
         let terms = self.graph.get(loss).data.clone();

@@ -36,13 +36,22 @@ enum Op<R> {
     Add(Var, Var),
     /// The one row of the second is added to each of the first.
     AddRow(Var, Var),
+    Mul(Var, Var),
     Norm {
         x: Var,
-        weight: Var,
-        bias: Var,
+        weight: Option<Var>,
+        bias: Option<Var>,
+        /// Whether the mean is taken off first.
+        centred: bool,
+        /// A row for each stretch that is normalised.
         unit: Matrix<R>,
         /// 1 over the deviation, of each row.
         inverse: Vec<R>,
+    },
+    /// Each head's row is turned; cosines and sines [N, d/2].
+    Rotary {
+        x: Var,
+        turns: [Matrix<R>; 2],
     },
     Attention {
         qkv: [Var; 3],
@@ -73,10 +82,11 @@ pub struct Graph<R> {
     threads: usize,
 }
 
-/// [N, D] → the columns of head `index`.
-fn of_head(index: usize, all: usize, m: usize) -> (usize, usize) {
-    let each = m / all;
-    (index * each, each)
+/// Of head `index`: the first of its columns in queries and results, that in keys and values, which
+/// several may share, and how many they are.
+fn of_head(index: usize, all: usize, [own, shared]: [usize; 2]) -> (usize, usize, usize) {
+    let each = own / all;
+    (index * each, index * (shared / each) / all * each, each)
 }
 
 /// Each head's result, by several threads.
@@ -165,28 +175,86 @@ impl<R: Real> Graph<R> {
         self.push(sum, self.rounding.stream, Op::AddRow(x, row))
     }
 
-    pub fn norm(&mut self, x: Var, weight: Var, bias: Var, eps: f64) -> Var {
+    pub fn mul(&mut self, a: Var, b: Var) -> Var {
+        let y = self.get(a).zip(self.get(b), self.threads, |a, b| a * b);
+        self.push(y, self.nodes[a.0].format, Op::Mul(a, b))
+    }
+
+    /// Normalises stretches of `width` columns, around their mean where `centred`, times a weight and
+    /// plus a bias of as many where there are.
+    pub fn norm(
+        &mut self,
+        x: Var,
+        width: usize,
+        weight: Option<Var>,
+        bias: Option<Var>,
+        (centred, eps): (bool, f64),
+    ) -> Var {
         let values = self.get(x);
-        let (count, eps) = (R::from_f64(values.columns as f64), R::from_f64(eps));
+        let (rows, columns) = (values.rows, values.columns);
+        let (count, eps) = (R::from_f64(width as f64), R::from_f64(eps));
         let mut unit = values.clone();
         let mut inverse = Vec::with_capacity(values.rows);
-        for row in unit.data.chunks_mut(values.columns) {
-            let mean = row.iter().copied().sum::<R>() / count;
+        for row in unit.data.chunks_mut(width) {
+            let mean = if centred { row.iter().copied().sum::<R>() / count } else { R::zero() };
             row.iter_mut().for_each(|v| *v = *v - mean);
             let variance = row.iter().map(|&v| v * v).sum::<R>() / count;
             let scale = R::one() / (variance + eps).sqrt();
             row.iter_mut().for_each(|v| *v *= scale);
             inverse.push(scale);
         }
-        let (w, b) = (&self.get(weight).data, &self.get(bias).data);
-        let mut y = unit.clone();
-        for row in y.data.chunks_mut(w.len()) {
-            row.iter_mut().zip(w.iter().zip(b)).for_each(|(v, (&w, &b))| *v = *v * w + b);
+        let mut y = unit.data.clone();
+        for row in y.chunks_mut(width) {
+            if let Some(weight) = weight {
+                row.iter_mut().zip(&self.get(weight).data).for_each(|(v, &w)| *v *= w);
+            }
+            if let Some(bias) = bias {
+                row.iter_mut().zip(&self.get(bias).data).for_each(|(v, &b)| *v += b);
+            }
         }
-        self.push(y, self.rounding.stream, Op::Norm { x, weight, bias, unit, inverse })
+        (unit.rows, unit.columns) = (rows * columns / width, width);
+        let y = Matrix::new(rows, columns, y);
+        self.push(y, self.rounding.stream, Op::Norm { x, weight, bias, centred, unit, inverse })
     }
 
-    /// q, k, v [N, H·d] → [N, H·d]; `mask` gives each head's dropout factors [N, N].
+    /// Turns each stretch of `each` columns by its row's place: angles place · base^(−2i/each).
+    pub fn rotary(&mut self, x: Var, each: usize, base: f64) -> Var {
+        let (rows, half) = (self.get(x).rows, each / 2);
+        let format = self.rounding.stream;
+        let base = R::from_f64(base);
+        let angle = |at: usize| {
+            let power = R::from_f64(-2.0 * (at % half) as f64 / each as f64);
+            R::from_f64((at / half) as f64) * base.powf(power)
+        };
+        let table = |of: fn(R) -> R| {
+            Matrix::new(rows, half, (0..rows * half).map(|at| format.round(of(angle(at)))).collect())
+        };
+        let turns = [table(R::cos), table(R::sin)];
+        let y = self.turned(self.get(x), format, &turns, false);
+        self.push(y, format, Op::Rotary { x, turns })
+    }
+
+    /// Each stretch turned by its row's angle, or back.
+    fn turned(&self, x: &Matrix<R>, format: Format, [cos, sin]: &[Matrix<R>; 2], back: bool) -> Matrix<R> {
+        let r = |v: R| self.rounding.round(format, v);
+        let mut y = x.clone();
+        let half = cos.columns;
+        for (n, row) in y.data.chunks_mut(x.columns).enumerate() {
+            for stretch in row.chunks_mut(2 * half) {
+                let (left, right) = stretch.split_at_mut(half);
+                for (i, (a, b)) in left.iter_mut().zip(right).enumerate() {
+                    let (cos, mut sin) = (cos.row(n)[i], sin.row(n)[i]);
+                    if back {
+                        sin = -sin;
+                    }
+                    (*a, *b) = (r(*a * cos) - r(*b * sin), r(*b * cos) + r(*a * sin));
+                }
+            }
+        }
+        y
+    }
+
+    /// q [N, H·d], k and v of as many columns or of fewer heads → [N, H·d]; `mask` gives each head's dropout factors [N, N].
     pub fn attention(
         &mut self,
         qkv: [Var; 3],
@@ -196,12 +264,13 @@ impl<R: Real> Graph<R> {
     ) -> Var {
         let [q, k, v] = qkv.map(|a| self.operand(a));
         let (rows, inner) = (q.rows, q.columns);
+        let columns = [inner, k.columns];
         let scale = R::from_f64(1.0 / ((inner / heads) as f64).sqrt());
         let product = self.rounding.product;
         let round = |v| self.rounding.round(product, v);
         let found = each_head(heads, self.threads, |index| {
-            let (first, each) = of_head(index, heads, inner);
-            let mut weights = q.part(first, each).product(k.part(first, each).transposed(), 1);
+            let (first, shared, each) = of_head(index, heads, columns);
+            let mut weights = q.part(first, each).product(k.part(shared, each).transposed(), 1);
             for (n, row) in weights.data.chunks_mut(rows).enumerate() {
                 let (seen, hidden) = row.split_at_mut(if causal { n + 1 } else { rows });
                 hidden.fill(R::zero());
@@ -212,7 +281,7 @@ impl<R: Real> Graph<R> {
             let head = Head { mask: mask(index), weights };
             let dropped = head.dropped(product);
             let read = self.as_operand(&dropped, product);
-            let part = read.view().product(v.part(first, each), 1);
+            let part = read.view().product(v.part(shared, each), 1);
             drop(read);
             drop(dropped);
             (head, part)
@@ -220,7 +289,7 @@ impl<R: Real> Graph<R> {
         let mut mixed = Matrix::zeros(rows, inner);
         let mut kept = Vec::with_capacity(heads);
         for (index, (head, part)) in found.into_iter().enumerate() {
-            mixed.set_part(of_head(index, heads, inner).0, &part);
+            mixed.add_part(of_head(index, heads, columns).0, &part);
             kept.push(head);
         }
         self.push(mixed, product, Op::Attention { qkv, heads: kept })
@@ -229,7 +298,7 @@ impl<R: Real> Graph<R> {
     pub fn activate(&mut self, x: Var, kind: Activation) -> Var {
         let format = self.nodes[x.0].format;
         let round = |v| self.rounding.round(format, v);
-        let y = self.get(x).map(self.threads, |v| Gate::new(v, kind, &round).value());
+        let y = self.get(x).map(self.threads, |v| active(v, kind, &round));
         self.push(y, format, Op::Activate(x, kind))
     }
 
@@ -307,25 +376,39 @@ impl<R: Real> Graph<R> {
             }
             Op::Add(a, b) => vec![(*a, g.clone()), (*b, g.clone())],
             Op::AddRow(x, row) => vec![(*x, g.clone()), (*row, self.summed(*row, g.clone()))],
-            Op::Norm { x, weight, bias, unit, inverse } => {
-                let to_weight = self.summed(*weight, g.zip(unit, self.threads, |g, u| g * u));
+            Op::Mul(a, b) => {
+                let by = |other: Var| g.zip(self.get(other), self.threads, |g, v| g * v);
+                vec![(*a, by(*b)), (*b, by(*a))]
+            }
+            Op::Norm { x, weight, bias, centred, unit, inverse } => {
+                let width = unit.columns;
+                let stretches = || Matrix::new(unit.rows, width, g.data.clone());
+                let mut all = Vec::new();
+                if let Some(weight) = *weight {
+                    let along = stretches().zip(unit, self.threads, |g, u| g * u);
+                    all.push((weight, self.summed(weight, along)));
+                }
+                all.extend(bias.map(|bias| (bias, self.summed(bias, stretches()))));
                 let mut to_x = g.clone();
-                let w = &self.get(*weight).data;
-                let count = R::from_f64(w.len() as f64);
+                let count = R::from_f64(width as f64);
                 for ((row, unit), &scale) in
-                    to_x.data.chunks_mut(w.len()).zip(unit.data.chunks(w.len())).zip(inverse)
+                    to_x.data.chunks_mut(width).zip(unit.data.chunks(width)).zip(inverse)
                 {
-                    row.iter_mut().zip(w).for_each(|(g, &w)| *g *= w);
-                    let mean = row.iter().copied().sum::<R>() / count;
+                    if let Some(weight) = *weight {
+                        row.iter_mut().zip(&self.get(weight).data).for_each(|(g, &w)| *g *= w);
+                    }
+                    let mean = if *centred { row.iter().copied().sum::<R>() / count } else { R::zero() };
                     let along = row.iter().zip(unit).map(|(&g, &u)| g * u).sum::<R>() / count;
                     row.iter_mut().zip(unit).for_each(|(g, &u)| *g = scale * (*g - mean - u * along));
                 }
-                vec![(*x, to_x), (*weight, to_weight), (*bias, self.summed(*bias, g.clone()))]
+                all.push((*x, to_x));
+                all
             }
+            Op::Rotary { x, turns } => vec![(*x, self.turned(g, node.format, turns, true))],
             Op::Attention { qkv, heads } => self.attention_slopes(*qkv, heads, &node.value, g),
             Op::Activate(x, kind) => {
                 let round = |v| self.rounding.round(node.format, v);
-                let slope = |v: R, g: R| Gate::new(v, *kind, &round).slope(g);
+                let slope = |v: R, g: R| active_slope(v, g, *kind, &round);
                 vec![(*x, self.get(*x).zip(g, self.threads, slope))]
             }
             Op::Relu(x) => {
@@ -384,16 +467,17 @@ impl<R: Real> Graph<R> {
         let round = |v| self.rounding.round(product, v);
         let [q, k, v] = qkv.map(|a| self.operand(a));
         let (rows, inner) = (q.rows, q.columns);
+        let columns = [inner, k.columns];
         let scale = R::from_f64(1.0 / ((inner / heads.len()) as f64).sqrt());
         let g = self.as_operand(whole, product);
         let found = each_head(heads.len(), self.threads, |index| {
             let head = &heads[index];
-            let (first, each) = of_head(index, heads.len(), inner);
+            let (first, shared, each) = of_head(index, heads.len(), columns);
             let part = g.part(first, each);
             let read = head.dropped(product);
             let read = self.as_operand(&read, product);
             let to_v = read.view().transposed().product(part, 1);
-            let mut scores = part.product(v.part(first, each).transposed(), 1);
+            let mut scores = part.product(v.part(shared, each).transposed(), 1);
             let fused = self.rounding.fused;
             if !fused {
                 scores.data.iter_mut().for_each(|v| *v = round(*v));
@@ -414,13 +498,15 @@ impl<R: Real> Graph<R> {
                 row.iter_mut().for_each(|s| *s = round(round(*s) * scale));
             }
             let scores = self.as_operand(&scores, product);
-            let to_q = scores.view().product(k.part(first, each), 1);
+            let to_q = scores.view().product(k.part(shared, each), 1);
             [to_q, scores.view().transposed().product(q.part(first, each), 1), to_v]
         });
-        let mut to = [(); 3].map(|()| Matrix::zeros(rows, inner));
+        let mut to = [inner, k.columns, k.columns].map(|columns| Matrix::zeros(rows, columns));
         for (index, parts) in found.iter().enumerate() {
-            let first = of_head(index, heads.len(), inner).0;
-            to.iter_mut().zip(parts).for_each(|(all, part)| all.set_part(first, part));
+            let (first, shared, _) = of_head(index, heads.len(), columns);
+            for ((all, part), first) in to.iter_mut().zip(parts).zip([first, shared, shared]) {
+                all.add_part(first, part);
+            }
         }
         qkv.into_iter().zip(to).collect()
     }
@@ -441,6 +527,39 @@ fn softmax<R: Real>(row: &mut [R]) {
     row.iter_mut().for_each(|v| *v = (*v - largest).exp());
     let total = row.iter().copied().sum::<R>();
     row.iter_mut().for_each(|v| *v = *v / total);
+}
+
+/// An activation at a value; each elementary step is rounded, as frameworks without a fused kernel
+/// have it.
+fn active<R: Real>(x: R, kind: Activation, r: &impl Fn(R) -> R) -> R {
+    match kind {
+        Activation::Gelu | Activation::GeluTanh => Gate::new(x, kind, r).value(),
+        Activation::Silu => r(x * r(sigmoid(x))),
+        Activation::Relu => x.max(R::zero()),
+        Activation::ReluSquared => {
+            let positive = x.max(R::zero());
+            r(positive * positive)
+        }
+    }
+}
+
+/// Its derivative at a value, times the gradient that arrives.
+fn active_slope<R: Real>(x: R, gradient: R, kind: Activation, r: &impl Fn(R) -> R) -> R {
+    let positive = |value: R| if x > R::zero() { value } else { R::zero() };
+    match kind {
+        Activation::Gelu | Activation::GeluTanh => Gate::new(x, kind, r).slope(gradient),
+        Activation::Silu => {
+            let gate = r(sigmoid(x));
+            let through = r(r(gradient * x) * r(gate * r(R::one() - gate)));
+            r(r(gradient * gate) + through)
+        }
+        Activation::Relu => positive(gradient),
+        Activation::ReluSquared => positive(r(gradient * r(x + x))),
+    }
+}
+
+fn sigmoid<R: Real>(x: R) -> R {
+    R::one() / (R::one() + (-x).exp())
 }
 
 /// The gate of GELU at a value, x·gate; each elementary step is rounded, as frameworks without
@@ -471,6 +590,9 @@ impl<R: Real, F: Fn(R) -> R> Gate<R, F> {
                 let t = r(r(inside * root).tanh());
                 let along = r(root * r(one + r(of(3.0) * r(cubic * square))));
                 (r(one + t), r(r(one - r(t * t)) * along))
+            }
+            Activation::Silu | Activation::Relu | Activation::ReluSquared => {
+                unreachable!("GELU alone has this gate")
             }
         };
         Self { x, twice, inner, round }

@@ -123,9 +123,9 @@ impl<R: Real> Matrix<R> {
     }
 
     /// Puts a matrix at the columns from `first` on.
-    pub fn set_part(&mut self, first: usize, part: &Self) {
+    pub fn add_part(&mut self, first: usize, part: &Self) {
         for (row, from) in self.data.chunks_mut(self.columns).zip(part.data.chunks(part.columns)) {
-            row[first..first + part.columns].copy_from_slice(from);
+            row[first..first + part.columns].iter_mut().zip(from).for_each(|(a, &b)| *a += b);
         }
     }
 

@@ -4,7 +4,7 @@ use super::Expected;
 use super::tape::{Tape, Var};
 use crate::model::fixture::{Fixture, Tensor};
 use crate::model::parameters::{
-    Attention, Block, Embedding, FeedForward, Head, InOrder, Linear, Network, Norm, Parts,
+    Attention, Block, Embedding, End, FeedForward, Head, InOrder, Linear, Network, Norm, Parts,
 };
 use crate::model::{Model, NormKind, NormPlace, Output, Position};
 use crate::suite::{Shape, Workload};
@@ -13,34 +13,59 @@ use crate::suite::{Shape, Workload};
 impl Tape {
     /// x [in] → [out]
     fn linear(&mut self, x: &[Var], layer: &Linear<Vec<Var>>) -> Vec<Var> {
-        layer
-            .weight
-            .chunks(x.len())
-            .zip(&layer.bias)
-            .map(|(row, &bias)| {
-                let product = self.dot(row, x);
-                self.add(product, bias)
-            })
-            .collect()
+        let products: Vec<Var> = layer.weight.chunks(x.len()).map(|row| self.dot(row, x)).collect();
+        match &layer.bias {
+            Some(bias) => products.iter().zip(bias).map(|(&y, &b)| self.add(y, b)).collect(),
+            None => products,
+        }
     }
 
-    fn norm(&mut self, x: &[Var], layer: &Norm<Vec<Var>>, m: &Model) -> Vec<Var> {
-        let mean = self.mean(x);
-        let centred: Vec<_> = x.iter().map(|&v| self.sub(v, mean)).collect();
+    fn norm(&mut self, x: &[Var], layer: &Norm<Vec<Var>>, kind: NormKind) -> Vec<Var> {
+        let centred: Vec<Var> = match kind {
+            NormKind::Layer { .. } => {
+                let mean = self.mean(x);
+                x.iter().map(|&v| self.sub(v, mean)).collect()
+            }
+            NormKind::Rms { .. } => x.to_vec(),
+        };
         let squares: Vec<_> = centred.iter().map(|&v| self.mul(v, v)).collect();
         let variance = self.mean(&squares);
-        let NormKind::Layer { eps } = m.norm;
-        let variance = self.shift(variance, eps);
+        let variance = self.shift(variance, kind.eps());
         let deviation = self.sqrt(variance);
-        centred
-            .iter()
-            .zip(layer.weight.iter().zip(&layer.bias))
-            .map(|(&v, (&weight, &bias))| {
-                let unit = self.div(v, deviation);
-                let scaled = self.mul(unit, weight);
-                self.add(scaled, bias)
-            })
-            .collect()
+        let mut y: Vec<Var> = centred.iter().map(|&v| self.div(v, deviation)).collect();
+        if let Some(weight) = &layer.weight {
+            y = y.iter().zip(weight).map(|(&v, &w)| self.mul(v, w)).collect();
+        }
+        if let Some(bias) = &layer.bias {
+            y = y.iter().zip(bias).map(|(&v, &b)| self.add(v, b)).collect();
+        }
+        y
+    }
+
+    /// A head's query or key [d] of a token: normalised and turned where the model has that.
+    fn placed(
+        &mut self,
+        x: &[Var],
+        token: usize,
+        norm: Option<&Norm<Vec<Var>>>,
+        m: &Model,
+    ) -> Vec<Var> {
+        let x = match (norm, m.query_key_norm) {
+            (Some(norm), Some(kind)) => self.norm(x, norm, kind),
+            _ => x.to_vec(),
+        };
+        let Position::Rotary { base } = m.position else { return x };
+        let half = x.len() / 2;
+        let mut y = x.clone();
+        for i in 0..half {
+            let angle = token as f64 * base.powf(-2.0 * i as f64 / x.len() as f64);
+            let (sin, cos) = angle.sin_cos();
+            let (a, b) = (self.scale(x[i], cos), self.scale(x[i + half], sin));
+            y[i] = self.sub(a, b);
+            let (a, b) = (self.scale(x[i + half], cos), self.scale(x[i], sin));
+            y[i + half] = self.add(a, b);
+        }
+        y
     }
 
     /// One sequence: x [N][D] → [N][D]
@@ -49,20 +74,28 @@ impl Tape {
         let q: Vec<_> = x.iter().map(|row| self.linear(row, &layer.q)).collect();
         let k: Vec<_> = x.iter().map(|row| self.linear(row, &layer.k)).collect();
         let v: Vec<_> = x.iter().map(|row| self.linear(row, &layer.v)).collect();
+        let norms = layer.norms.as_ref();
         let mut mixed = vec![Vec::with_capacity(m.heads * each); x.len()];
         for head in 0..m.heads {
-            let part = head * each..(head + 1) * each;
+            let part = |head: usize| head * each..(head + 1) * each;
+            let (own, shared) = (part(head), part(head * m.key_value_heads / m.heads));
+            let mut placed = |rows: &[Vec<Var>], part: &std::ops::Range<usize>, which: usize| -> Vec<Vec<Var>> {
+                let rows = rows.iter().enumerate();
+                rows.map(|(n, row)| self.placed(&row[part.clone()], n, norms.map(|all| &all[which]), m))
+                    .collect()
+            };
+            let (q, k) = (placed(&q, &own, 0), placed(&k, &shared, 1));
             for (n, out) in mixed.iter_mut().enumerate() {
                 let seen = if m.causal { n + 1 } else { x.len() };
                 let scores: Vec<_> = k[..seen]
                     .iter()
                     .map(|key| {
-                        let score = self.dot(&q[n][part.clone()], &key[part.clone()]);
+                        let score = self.dot(&q[n], key);
                         self.scale(score, 1.0 / (each as f64).sqrt())
                     })
                     .collect();
                 let weights = self.softmax(&scores);
-                for d in part.clone() {
+                for d in shared.clone() {
                     let column: Vec<_> = v[..seen].iter().map(|row| row[d]).collect();
                     out.push(self.dot(&weights, &column));
                 }
@@ -72,9 +105,21 @@ impl Tape {
     }
 
     fn feed_forward(&mut self, x: &[Var], layer: &FeedForward<Vec<Var>>, m: &Model) -> Vec<Var> {
-        let hidden = self.linear(x, &layer.up);
-        let active: Vec<_> = hidden.iter().map(|&h| self.activation(h, m.activation)).collect();
-        self.linear(&active, &layer.down)
+        let up = self.linear(x, &layer.up);
+        let hidden = match &layer.gate {
+            Some(gate) => {
+                let gate = self.linear(x, gate);
+                gate.iter()
+                    .zip(&up)
+                    .map(|(&gate, &up)| {
+                        let active = self.activation(gate, m.activation);
+                        self.mul(active, up)
+                    })
+                    .collect()
+            }
+            None => up.iter().map(|&h| self.activation(h, m.activation)).collect::<Vec<_>>(),
+        };
+        self.linear(&hidden, &layer.down)
     }
 
     fn add_rows(&mut self, a: &[Vec<Var>], b: &[Vec<Var>]) -> Vec<Vec<Var>> {
@@ -82,7 +127,7 @@ impl Tape {
     }
 
     fn norm_rows(&mut self, x: &[Vec<Var>], layer: &Norm<Vec<Var>>, m: &Model) -> Vec<Vec<Var>> {
-        x.iter().map(|row| self.norm(row, layer, m)).collect()
+        x.iter().map(|row| self.norm(row, layer, m.norm)).collect()
     }
 
     fn block(&mut self, x: &[Vec<Var>], b: &Block<Vec<Var>>, m: &Model) -> Vec<Vec<Var>> {
@@ -123,10 +168,12 @@ impl Tape {
     /// One sample's inputs: [N][D]
     fn embed(&mut self, sample: &Sample, p: &Network<Vec<Var>>, m: &Model) -> Vec<Vec<Var>> {
         let x: Vec<Vec<Var>> = match (&p.embedding, sample) {
-            (Embedding::Tokens(table), Sample::Tokens(tokens)) => tokens
-                .iter()
-                .map(|&t| table.chunks(m.width).nth(t as usize).expect("below V").to_vec())
-                .collect(),
+            (Embedding::Tokens(table, own), Sample::Tokens(tokens)) => {
+                let row = |&t: &f32| table.chunks(m.width).nth(t as usize).expect("below V").to_vec();
+                let rows: Vec<_> = tokens.iter().map(row).collect();
+                let types = own.as_ref().map(|own| vec![own.clone(); rows.len()]);
+                types.map_or(rows.clone(), |types| self.add_rows(&rows, &types))
+            }
             (Embedding::Indicator { value, market }, Sample::Indicator { values, features }) => {
                 let shared = self.linear(features, market);
                 values
@@ -139,9 +186,17 @@ impl Tape {
             }
             _ => unreachable!("the sample is the model's"),
         };
-        let Position::Learned = m.position;
-        let places: Vec<Vec<Var>> = p.position.chunks(m.width).map(<[Var]>::to_vec).collect();
-        self.add_rows(&x, &places)
+        let x = match &p.position {
+            Some(position) => {
+                let places: Vec<Vec<Var>> = position.chunks(m.width).map(<[Var]>::to_vec).collect();
+                self.add_rows(&x, &places)
+            }
+            None => x,
+        };
+        match &p.embedding_norm {
+            Some(norm) => self.norm_rows(&x, norm, m),
+            None => x,
+        }
     }
 
     /// One sample's last hidden rows: [N][D]
@@ -150,7 +205,24 @@ impl Tape {
         for block in &p.blocks {
             x = self.block(&x, block, m);
         }
-        self.norm_rows(&x, &p.norm, m)
+        match &p.norm {
+            Some(norm) => self.norm_rows(&x, norm, m),
+            None => x,
+        }
+    }
+
+    /// The logits of a hidden row [D] → [V]
+    fn logits(&mut self, row: &[Var], p: &Network<Vec<Var>>, m: &Model) -> Vec<Var> {
+        let table = if let End::Untied(table) = &p.end { table } else { p.token_table() };
+        match &p.end {
+            End::Masked { dense, norm, bias } => {
+                let hidden = self.linear(row, dense);
+                let active: Vec<_> = hidden.iter().map(|&h| self.activation(h, m.activation)).collect();
+                let normed = self.norm(&active, norm, m.norm);
+                self.linear(&normed, &Linear { weight: table.clone(), bias: Some(bias.clone()) })
+            }
+            _ => table.chunks(m.width).map(|token| self.dot(token, row)).collect(),
+        }
     }
 
     /// Selection logits and weights of one sample, [N] each.
@@ -272,22 +344,17 @@ fn whole(t: &mut Tape, fixture: &Fixture, p: &Network<Vec<Var>>, m: &Model, batc
         .collect();
     let trains = fixture.case.workload.trains();
     let mut computed = Computed::default();
-    match m.output {
-        Output::Tied => {
-            let table: Vec<Vec<Var>> = p.token_table().chunks(m.width).map(<[Var]>::to_vec).collect();
-            let logits: Vec<Vec<Var>> = hidden
-                .iter()
-                .flatten()
-                .map(|row| table.iter().map(|token| t.dot(token, row)).collect())
-                .collect();
+    match (m.output, &p.end) {
+        (Output::Tied | Output::Untied | Output::Masked, _) => {
+            let logits: Vec<Vec<Var>> = hidden.iter().flatten().map(|row| t.logits(row, p, m)).collect();
             if trains {
                 computed.loss = Some(t.cross_entropy(&logits, &fixture.input("next").data));
             } else {
                 computed.results.push(("logits", logits.concat()));
             }
         }
-        Output::IndicatorHeads => {
-            let heads = p.heads.as_ref().expect("a model with heads");
+        (Output::IndicatorHeads, end) => {
+            let End::Heads(heads) = end else { unreachable!("the end is the output's") };
             let rows: Vec<_> = hidden.iter().map(|x| t.two_heads(x, heads)).collect();
             if trains {
                 let useful: Vec<_> = inputs[2].chunks(m.tokens).map(<[Var]>::to_vec).collect();
@@ -362,10 +429,11 @@ fn told(tape: &Tape, fixture: &Fixture, parameters: &[Vec<Var>], computed: &Comp
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::{CHOICES, ModelId};
+    use crate::suite::Case;
 
     /// Central differences of the loss, by a few parameters of each tensor.
-    fn differences(id: &str) {
-        let case = id.parse().unwrap();
+    fn differences(case: Case) {
         let loss = |fixture: &Fixture| -> f64 {
             let all = expected(fixture);
             all.iter().find(|e| e.name == "loss").unwrap().data[0]
@@ -400,7 +468,11 @@ mod tests {
 
     #[test]
     fn gradients_agree_with_central_differences() {
-        differences("train-step/torch-cpu/f32/indicator-tiny-b2");
-        differences("train-step/torch-cpu/f32/gpt2-tiny-b2-t16");
+        differences("train-step/torch-cpu/f32/indicator-tiny-b2".parse().unwrap());
+        let gpt2: Case = "train-step/torch-cpu/f32/gpt2-tiny-b2-t16".parse().unwrap();
+        differences(gpt2);
+        for choice in CHOICES {
+            differences(Case { shape: Shape::Model { model: ModelId::add(choice), batch: 2 }, ..gpt2 });
+        }
     }
 }

@@ -102,6 +102,15 @@ impl Tape {
         use std::f64::consts::{FRAC_1_SQRT_2, FRAC_2_SQRT_PI, PI};
         let x = self.get(a);
         match kind {
+            Activation::Silu => {
+                let gate = self.sigmoid(a);
+                self.mul(a, gate)
+            }
+            Activation::Relu => self.relu(a),
+            Activation::ReluSquared => {
+                let active = self.relu(a);
+                self.mul(active, active)
+            }
             Activation::GeluTanh => {
                 let root = (2.0 / PI).sqrt();
                 let t = (root * (x + 0.044715 * x.powi(3))).tanh();
