@@ -81,7 +81,10 @@ def stacked(family, parameters):
 
 def part(array, place, dims):
     """Our part of one of their arrays."""
-    return array if place is None else array[place * dims[0]:(place + 1) * dims[0]].reshape(dims)
+    if place is None:
+        return array
+    # A row of a table, or rows that are stacked.
+    return array[place] if array.ndim > len(dims) else array[place * dims[0]:(place + 1) * dims[0]]
 
 
 def configuration(path):

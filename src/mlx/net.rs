@@ -105,8 +105,7 @@ impl Layers {
         let m = self.model;
         let &[b, n, _] = x.shape() else { unreachable!("x is [B, N, D]") };
         let (heads, shared, each) = (m.heads as i32, m.key_value_heads as i32, m.head_width as i32);
-        let split =
-            |y: Array, heads: i32| y.reshape(&[b, n, heads, each])?.transpose_axes(&[0, 2, 1, 3]);
+        let split = |y: Array, heads: i32| y.reshape(&[b, n, heads, each])?.transpose_axes(&[0, 2, 1, 3]);
         let norms = a.norms.as_ref();
         let q = self.placed(split(linear(x, &a.q)?, heads)?, norms.map(|all| &all[0]))?; // [B, H, N, d]
         let k = self.placed(split(linear(x, &a.k)?, shared)?, norms.map(|all| &all[1]))?;

@@ -29,12 +29,16 @@ pub fn read(path: &Path) -> Result<Read> {
     let shown = path.display();
     let file = if path.is_dir() { path.join("config.json") } else { path.to_owned() };
     let text = fs::read_to_string(&file).with_context(|| {
-        format!("{} can't be read: give a config.json, a folder that holds one, or a TOML file", file.display())
+        format!(
+            "{} can't be read: give a config.json, a folder that holds one, or a TOML file",
+            file.display()
+        )
     })?;
     let name = name_of(&file);
     let read = if file.extension().is_some_and(|e| e == "toml") {
-        let model = toml::from_str(&text)
-            .map_err(|error| anyhow!("{shown}: {}", error.to_string().split_whitespace().collect::<Vec<_>>().join(" ")))?;
+        let model = toml::from_str(&text).map_err(|error| {
+            anyhow!("{shown}: {}", error.to_string().split_whitespace().collect::<Vec<_>>().join(" "))
+        })?;
         Read { model, notes: Vec::new() }
     } else {
         let value: Value =
@@ -132,14 +136,22 @@ pub fn completed(mut m: Model) -> Result<Model> {
         m.heads
     );
     let tokens = m.of_tokens();
-    ensure!(!tokens || (1..=LARGEST).contains(&m.vocabulary), "vocabulary is {}: from 1 to {LARGEST}", m.vocabulary);
+    ensure!(
+        !tokens || (1..=LARGEST).contains(&m.vocabulary),
+        "vocabulary is {}: from 1 to {LARGEST}",
+        m.vocabulary
+    );
     ensure!(
         tokens != matches!(m.output, Output::IndicatorHeads),
         "output and input do not fit: tokens go with tied, untied and masked, indicators with indicator-heads"
     );
     ensure!(!m.token_type || tokens, "token-type needs input = \"tokens\"");
     if let Position::Rotary { base } = m.position {
-        ensure!(m.head_width.is_multiple_of(2), "rotary positions need an even head-width, not {}", m.head_width);
+        ensure!(
+            m.head_width.is_multiple_of(2),
+            "rotary positions need an even head-width, not {}",
+            m.head_width
+        );
         ensure!(base.is_finite() && base > 1.0, "rotary base is {base}: over 1");
     }
     for norm in [Some(m.norm), m.query_key_norm].into_iter().flatten() {
@@ -155,7 +167,9 @@ pub fn completed(mut m: Model) -> Result<Model> {
         "dropout.hidden can be proven where the feed-forward part has biases, no gate and no ReLU"
     );
     ensure!(
-        m.dropout.embedding == 0.0 || m.position == Position::Learned || m.embedding_norm && m.norm.learns().1,
+        m.dropout.embedding == 0.0
+            || m.position == Position::Learned
+            || m.embedding_norm && m.norm.learns().1,
         "dropout.embedding can be proven with learned positions, or with a layer norm behind the embedding"
     );
     Ok(m)
@@ -256,16 +270,18 @@ impl Fields<'_> {
     }
 
     fn activation(&self, name: &'static str, default: &str) -> Result<Activation> {
-        let value = self.get(name).map_or(Ok(default), |v| v.as_str().with_context(|| format!("{name} is no text")))?;
+        let value = self
+            .get(name)
+            .map_or(Ok(default), |v| v.as_str().with_context(|| format!("{name} is no text")))?;
         Ok(match value {
             "gelu" => Activation::Gelu,
             "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" => Activation::GeluTanh,
             "silu" | "swish" => Activation::Silu,
             "relu" => Activation::Relu,
             "relu2" => Activation::ReluSquared,
-            other => bail!(
-                "{name} is \"{other}\", which is not built: gelu, gelu_new, silu, relu and relu2 run"
-            ),
+            other => {
+                bail!("{name} is \"{other}\", which is not built: gelu, gelu_new, silu, relu and relu2 run")
+            }
         })
     }
 
@@ -280,7 +296,8 @@ impl Fields<'_> {
             .map(|(name, value)| format!("{name} ({})", short(value)))
             .collect();
         let verb = if unknown.len() == 1 { "is" } else { "are" };
-        (!unknown.is_empty()).then(|| format!("{} {verb} not known here and changed nothing", unknown.join(", ")))
+        (!unknown.is_empty())
+            .then(|| format!("{} {verb} not known here and changed nothing", unknown.join(", ")))
     }
 }
 
@@ -295,7 +312,8 @@ fn short(value: &Value) -> String {
 fn hugging_face(f: &Fields<'_>) -> Result<Model> {
     let family = f.get("model_type").context("model_type is missing")?;
     // What no family has, wherever it stands.
-    for name in ["quantization_config", "attn_logit_softcapping", "final_logit_softcapping", "no_rope_layers"] {
+    for name in ["quantization_config", "attn_logit_softcapping", "final_logit_softcapping", "no_rope_layers"]
+    {
         f.only(name, &[])?;
     }
     for name in ["num_experts", "num_local_experts", "n_routed_experts"] {
@@ -513,7 +531,8 @@ mod tests {
             "num_attention_heads": 12, "num_hidden_layers": 12, "vocab_size": 30522, "type_vocab_size": 2}"#;
         assert_eq!(parameters(json(bert).unwrap().model), 109_514_298 - 768);
         // GPT-2 small: 124 439 808.
-        let gpt2 = r#"{"model_type": "gpt2", "n_embd": 768, "n_head": 12, "n_layer": 12, "vocab_size": 50257}"#;
+        let gpt2 =
+            r#"{"model_type": "gpt2", "n_embd": 768, "n_head": 12, "n_layer": 12, "vocab_size": 50257}"#;
         assert_eq!(parameters(json(gpt2).unwrap().model), 124_439_808);
         // Mistral 7B: 7 241 732 096; its window is its length.
         let mistral = r#"{"model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336,

@@ -188,8 +188,7 @@ impl<T> Attention<T> {
         let v = linear("v", m.width, shared, m.bias.qkv);
         let o = linear("o", inner, m.width, m.bias.out);
         let norms = m.query_key_norm.map(|kind| {
-            ["q-norm", "k-norm"]
-                .map(|part| Norm::take(source, &format!("{name}.{part}"), m.head_width, kind))
+            ["q-norm", "k-norm"].map(|part| Norm::take(source, &format!("{name}.{part}"), m.head_width, kind))
         });
         Self { q, k, v, norms, o }
     }

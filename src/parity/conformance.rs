@@ -59,17 +59,22 @@ fn miniatures(backend: &dyn Backend, precision: Precision) -> Vec<Case> {
     let chain = Shape::Square { n: 64, chain: 3 };
     let of_backend = |c: &Case| c.backend == backend.id() && c.precision == eager;
     let all = cases(Set::Smoke).into_iter().filter(of_backend).map(|c| Case { precision, ..c });
-    let choices = CHOICES.iter().flat_map(|choice| {
+    // Single optimisations are tried on the suite's own models.
+    let all_or_none = matches!(precision.recipe, Recipe::Eager | Recipe::Opt);
+    let choices = CHOICES.iter().filter(|_| all_or_none).flat_map(|choice| {
         let model = ModelId::add(*choice);
-        [Workload::AttentionGrad, Workload::FeedForwardGrad, Workload::Forward, Workload::TrainStep].map(|w| {
-            let shape = match w.block() {
-                Some(part) => Shape::Block { part, model, batch: 2 },
-                None => Shape::Model { model, batch: 2 },
-            };
-            case(backend, w, precision, shape)
-        })
+        [Workload::AttentionGrad, Workload::FeedForwardGrad, Workload::Forward, Workload::TrainStep].map(
+            |w| {
+                let shape = match w.block() {
+                    Some(part) => Shape::Block { part, model, batch: 2 },
+                    None => Shape::Model { model, batch: 2 },
+                };
+                case(backend, w, precision, shape)
+            },
+        )
     });
-    all.chain(choices).chain([case(backend, Workload::MatmulPeak, precision, chain)])
+    all.chain(choices)
+        .chain([case(backend, Workload::MatmulPeak, precision, chain)])
         .filter(|c| backend.supports(c).is_ok())
         .collect()
 }

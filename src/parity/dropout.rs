@@ -263,7 +263,10 @@ impl Probe {
                     // A bias tells of each column, or else the row of the weights that leads there.
                     let rows = |name: &str, weights: &[f32]| match of(&format!("{name}.bias")) {
                         Some(bias) => alive(bias),
-                        None => weights.chunks(weights.len() / m.width).map(|row| row.iter().any(|v| *v != 0.0)).collect(),
+                        None => weights
+                            .chunks(weights.len() / m.width)
+                            .map(|row| row.iter().any(|v| *v != 0.0))
+                            .collect(),
                     };
                     kept.insert((0, Site::FeedForwardResidual { layer }), rows("feed-forward.down", down));
                     kept.insert((0, Site::AttentionResidual { layer }), rows("attention.o", o));

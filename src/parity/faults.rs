@@ -130,7 +130,7 @@ pub const FAULTS: &[Fault] = &[
     fault("no norm behind the embedding", Forward, "normed-tiny", Told(|m| m.embedding_norm = false), &[]),
     fault("the embedding for an output of its own", Forward, "grouped-tiny", Told(|m| m.output = Output::Tied), &[]),
     fault("no token type", Forward, "masked-tiny", Told(|m| m.token_type = false), &[]),
-    fault("no bias of the output", ForwardBackward, "masked-tiny", Given(|f| fill(f, "output.bias", 0.0)), &[]),
+    fault("no bias of the output", ForwardBackward, "masked-tiny", Given(|f| fill(f, "output.bias", 0.0)), &[Bf16, Amp]),
     fault("no dropout of the embedding", TrainStep, "masked-tiny", Drops(|f| f.dropout.embedding = 0.0), &[]),
     fault("TF32 in f32", ForwardBackward, "indicator", Rounds(|| Rounding::of(Tf32, Sums::Wide)), &[Tf32, Bf16, F16, Amp, Autocast]),
     fault("bf16 products in f32 and f16", ForwardBackward, "gpt2", Rounds(|| Rounding::of(Bf16, Sums::Wide)), BF16),

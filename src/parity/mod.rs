@@ -86,8 +86,7 @@ impl Prover {
         let mut earlier: Vec<Vec<Tensor>> = Vec::new();
         for index in 0..steps {
             prepared.step().with_context(|| format!("a step of {case}"))?;
-            let mut found =
-                prepared.outputs().with_context(|| format!("reading the results of {case}"))?;
+            let mut found = prepared.outputs().with_context(|| format!("reading the results of {case}"))?;
             if let Shape::Buffer { .. } = case.shape {
                 return Ok(copied(truth, &found));
             }

@@ -31,7 +31,9 @@ fn factor(name: &str, compute: Compute, sums: Sums) -> f64 {
     let narrow = match sums {
         Sums::Wide => false,
         Sums::NarrowInNorms => of_norm,
-        Sums::Narrow => of_norm || name.ends_with("bias") || name.ends_with("position") || name.ends_with("type"),
+        Sums::Narrow => {
+            of_norm || name.ends_with("bias") || name.ends_with("position") || name.ends_with("type")
+        }
     };
     if compute == Compute::F32 || narrow { FACTOR_OF_SUMS } else { FACTOR }
 }
@@ -214,7 +216,9 @@ pub fn layers(parameters: &[Tensor]) -> Vec<Range<usize>> {
     let mut all: Vec<Range<usize>> = Vec::new();
     for (index, parameter) in parameters.iter().enumerate() {
         match all.last_mut() {
-            Some(last) if layer(&parameters[last.start].name) == layer(&parameter.name) => last.end = index + 1,
+            Some(last) if layer(&parameters[last.start].name) == layer(&parameter.name) => {
+                last.end = index + 1
+            }
             _ => all.push(index..index + 1),
         }
     }

@@ -222,7 +222,10 @@ mod tests {
     #[test]
     fn every_backend_has_a_row_and_a_partner() {
         for &backend in BackendId::ALL {
-            assert!(headlines(HEADLINE_SHAPE).iter().any(|row| row.case.backend == backend), "{backend} has no row");
+            assert!(
+                headlines(HEADLINE_SHAPE).iter().any(|row| row.case.backend == backend),
+                "{backend} has no row"
+            );
             assert_eq!(backend.rivals().count(), 1, "{backend} is compared with none, or with two");
         }
     }

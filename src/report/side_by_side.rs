@@ -29,7 +29,8 @@ pub fn render(machines: &[(String, Results)]) -> String {
     let mut cases: Vec<Case> = Vec::new();
     for (_, results) in machines {
         let rows = headlines(results.headline());
-        cases.extend(rows.iter().map(|row| row.case).filter(|case| !cases.contains(case)).collect::<Vec<_>>());
+        cases
+            .extend(rows.iter().map(|row| row.case).filter(|case| !cases.contains(case)).collect::<Vec<_>>());
     }
     for (_, results) in machines {
         for m in super::all_measured(results) {
@@ -43,7 +44,8 @@ pub fn render(machines: &[(String, Results)]) -> String {
     }
     let cell = |results: &Results, case: &Case| {
         let (_, median, ci) = measured(find(results, case))?;
-        let base = measured(find(results, &own(case.shape))).map(|(_, base, _)| format!(", {}×", digits(base / median)));
+        let base = measured(find(results, &own(case.shape)))
+            .map(|(_, base, _)| format!(", {}×", digits(base / median)));
         let speed = |ns: f64| digits(case.shape.batch() as f64 / ns * 1e9);
         Some(format!("{} ({} to {}{})", speed(median), speed(ci[1]), speed(ci[0]), base.unwrap_or_default()))
     };

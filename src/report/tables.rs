@@ -1,8 +1,8 @@
 //! The tables, as every export shows them: cells are formatted here and nowhere else.
 
 use super::{
-    Measured, Sweep, Utilisation, ablation, all_measured, batches, find, headlines, measured,
-    measured_peak, reason, utilisation,
+    Measured, Sweep, Utilisation, ablation, all_measured, batches, find, headlines, measured, measured_peak,
+    reason, utilisation,
 };
 use crate::memory;
 use crate::model::parameters::parameter_count;
@@ -182,7 +182,10 @@ fn settings(results: &Results) -> Table {
         })
         .collect();
     for (backend, tip) in TIPS {
-        let eager = headlines(results.headline()).into_iter().map(|row| row.case).find(|case| case.backend == backend);
+        let eager = headlines(results.headline())
+            .into_iter()
+            .map(|row| row.case)
+            .find(|case| case.backend == backend);
         let Some((record, ..)) = measured(eager.and_then(|case| find(results, &case))) else { continue };
         if !results.settings.iter().any(|s| s.setting == tip) {
             let command = format!("not measured: ./scripts/compare worktree --env {tip} '{}'", record.id);
@@ -241,8 +244,11 @@ pub fn model_line(results: &Results) -> Option<String> {
         shape,
     };
     let tokens = own.batch * m.tokens;
-    let shared =
-        if m.key_value_heads == m.heads { String::new() } else { format!(" ({} of keys and values)", m.key_value_heads) };
+    let shared = if m.key_value_heads == m.heads {
+        String::new()
+    } else {
+        format!(" ({} of keys and values)", m.key_value_heads)
+    };
     Some(format!(
         "{}: {:.1} M parameters, {} layers of width {}, {} heads{shared}; {} samples of {} tokens a step, {:.3} GFLOP \
          a token in training",

@@ -66,7 +66,9 @@ fn together(a: &Results, b: &Results) -> bool {
     let of = |m: &Machine| {
         (m.commit.clone(), m.dirty, m.cpu.clone(), m.cores, m.os.clone(), m.gpus.clone(), m.profile.clone())
     };
-    same_model && of(a) == of(b) && (&a.driver, &a.power, &a.environment) == (&b.driver, &b.power, &b.environment)
+    same_model
+        && of(a) == of(b)
+        && (&a.driver, &a.power, &a.environment) == (&b.driver, &b.power, &b.environment)
 }
 
 /// A process's part while it grows.

@@ -135,8 +135,8 @@ pub fn least_bytes(case: &Case) -> u64 {
 /// Numbers that an eager attention layer keeps of a token, its norms among them; turned and
 /// normalised queries and keys are kept once more each.
 fn of_attention(m: &Model) -> usize {
-    let placed = usize::from(matches!(m.position, Position::Rotary { .. }))
-        + usize::from(m.query_key_norm.is_some());
+    let placed =
+        usize::from(matches!(m.position, Position::Rotary { .. })) + usize::from(m.query_key_norm.is_some());
     8 * m.width + 3 * m.heads * m.tokens + placed * (m.inner().0 + m.inner().1)
 }
 

@@ -130,16 +130,12 @@ fn chosen(
         gb(memory(1)),
         gb(reach.memory as f64)
     );
-    let fits =
-        |batch: &usize| seconds(*batch) <= STEP && memory(*batch) <= SHARE * reach.memory as f64;
+    let fits = |batch: &usize| seconds(*batch) <= STEP && memory(*batch) <= SHARE * reach.memory as f64;
     let batches = std::iter::successors(Some(1), |b| Some(2 * b)).take_while(|b| *b <= BATCH_AT_MOST);
     let taken = batches.take_while(fits).last();
     let batch = taken.unwrap_or(1);
-    let estimate = format!(
-        "whose training step is estimated at {:.1} s and {}",
-        seconds(batch),
-        gb(memory(batch))
-    );
+    let estimate =
+        format!("whose training step is estimated at {:.1} s and {}", seconds(batch), gb(memory(batch)));
     let rule = match taken {
         Some(_) => format!("the largest batch of a power of two under {STEP} s and half of the memory"),
         None => "the smallest there is (--tokens makes it shorter)".to_owned(),
@@ -173,15 +169,15 @@ mod tests {
         // Memory decides.
         let (given, _) = chosen(model(), None, None, reach(1e15, 24 << 30)).unwrap();
         assert!((1..8).contains(&given.batch), "{given:?}");
-        let (given, why) = chosen(model(), Some(128), Some(3), || unreachable!("nothing is estimated")).unwrap();
+        let (given, why) =
+            chosen(model(), Some(128), Some(3), || unreachable!("nothing is estimated")).unwrap();
         assert!(given.batch == 3 && why.contains("as asked"), "{why}");
     }
 
     #[test]
     fn what_does_not_fit_is_refused() {
-        let refused = |tokens, memory| {
-            format!("{:#}", chosen(model(), tokens, None, reach(1e12, memory)).unwrap_err())
-        };
+        let refused =
+            |tokens, memory| format!("{:#}", chosen(model(), tokens, None, reach(1e12, memory)).unwrap_err());
         assert!(refused(Some(5000), 1 << 40).contains("at most 4096"));
         assert!(refused(None, 1 << 30).contains("needs about"));
     }

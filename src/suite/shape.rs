@@ -81,10 +81,7 @@ fn model(name: &str, tokens: Option<usize>) -> Result<ModelId, String> {
     ModelId::named(name).or_else(|| ModelId::given(name, tokens)).or_else(small).ok_or_else(|| {
         let known: Vec<&str> =
             ModelId::with_miniatures().map(|m| m.name).chain(ModelId::given_names()).collect();
-        format!(
-            "unknown model '{name}': one of {}, or what TRANSFORMER_BENCH_MODEL names",
-            known.join(", ")
-        )
+        format!("unknown model '{name}': one of {}, or what TRANSFORMER_BENCH_MODEL names", known.join(", "))
     })
 }
 

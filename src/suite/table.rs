@@ -148,8 +148,7 @@ impl On {
 impl At {
     fn shapes(self, workload: Workload, given: Option<Given>) -> Vec<Shape> {
         let of_a_model = |&(name, batch): &(&str, usize)| {
-            let own =
-                ModelId::named(name).unwrap_or_else(|| panic!("the table names no model '{name}'"));
+            let own = ModelId::named(name).unwrap_or_else(|| panic!("the table names no model '{name}'"));
             let (model, batch) = match given {
                 // A model that is given stands in the indicator's place, and its batch in that of 16.
                 Some(given) if own.miniature() == ModelId::indicator().miniature() => {

@@ -89,16 +89,7 @@ impl Layers {
         let v = split(2, shared);
         let mixed = if self.fused {
             let (p, grouped) = (self.dropout.weights, shared < heads);
-            Tensor::scaled_dot_product_attention(
-                &q,
-                &k,
-                &v,
-                None::<Tensor>,
-                p,
-                m.causal,
-                None,
-                grouped,
-            )
+            Tensor::scaled_dot_product_attention(&q, &k, &v, None::<Tensor>, p, m.causal, None, grouped)
         } else {
             let every = |x: Tensor| {
                 if shared < heads { x.repeat_interleave_self_int(heads / shared, 1, None) } else { x }
@@ -199,10 +190,7 @@ impl Layers {
             End::Masked { .. } | End::Heads(_) => return None,
         };
         let hidden = self.hidden(inputs, p).flatten(0, 1);
-        Some(
-            extension::linear_cross_entropy(&hidden, table, &inputs[1].flatten(0, 1))
-                .expect("a loss"),
-        )
+        Some(extension::linear_cross_entropy(&hidden, table, &inputs[1].flatten(0, 1)).expect("a loss"))
     }
 }
 

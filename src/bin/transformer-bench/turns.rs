@@ -31,7 +31,8 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let folder = results::folder();
     let (last, _) = run::merge(&folder)?;
     let was_measured = |case: &Case| measured(find(&last, case)).is_some();
-    let pairs: Vec<[Case; 2]> = rivals(last.headline()).into_iter().filter(|pair| pair.iter().all(was_measured)).collect();
+    let pairs: Vec<[Case; 2]> =
+        rivals(last.headline()).into_iter().filter(|pair| pair.iter().all(was_measured)).collect();
     if pairs.is_empty() {
         return Ok(());
     }

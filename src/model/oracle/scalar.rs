@@ -43,13 +43,7 @@ impl Tape {
     }
 
     /// A head's query or key [d] of a token: normalised and turned where the model has that.
-    fn placed(
-        &mut self,
-        x: &[Var],
-        token: usize,
-        norm: Option<&Norm<Vec<Var>>>,
-        m: &Model,
-    ) -> Vec<Var> {
+    fn placed(&mut self, x: &[Var], token: usize, norm: Option<&Norm<Vec<Var>>>, m: &Model) -> Vec<Var> {
         let x = match (norm, m.query_key_norm) {
             (Some(norm), Some(kind)) => self.norm(x, norm, kind),
             _ => x.to_vec(),
@@ -79,11 +73,12 @@ impl Tape {
         for head in 0..m.heads {
             let part = |head: usize| head * each..(head + 1) * each;
             let (own, shared) = (part(head), part(head * m.key_value_heads / m.heads));
-            let mut placed = |rows: &[Vec<Var>], part: &std::ops::Range<usize>, which: usize| -> Vec<Vec<Var>> {
-                let rows = rows.iter().enumerate();
-                rows.map(|(n, row)| self.placed(&row[part.clone()], n, norms.map(|all| &all[which]), m))
-                    .collect()
-            };
+            let mut placed =
+                |rows: &[Vec<Var>], part: &std::ops::Range<usize>, which: usize| -> Vec<Vec<Var>> {
+                    let rows = rows.iter().enumerate();
+                    rows.map(|(n, row)| self.placed(&row[part.clone()], n, norms.map(|all| &all[which]), m))
+                        .collect()
+                };
             let (q, k) = (placed(&q, &own, 0), placed(&k, &shared, 1));
             for (n, out) in mixed.iter_mut().enumerate() {
                 let seen = if m.causal { n + 1 } else { x.len() };
