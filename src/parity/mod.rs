@@ -92,8 +92,10 @@ impl Prover {
             }
             // What trains moves, so the oracle of the first step does not hold for the second.
             let known = (index == 0 || !optimizes).then(|| self.oracle.truth(truth, sums));
+            // The last update holds what went wrong in those before.
+            let updates = optimizes && index + 1 == steps;
             let judged = known.map_or(Ok(0.0), |known| judge(case, &known, &found)).and_then(|share| {
-                Ok(if optimizes { share.max(updated(truth, &earlier, &found, sums)?) } else { share })
+                Ok(if updates { share.max(updated(truth, &earlier, &found, sums)?) } else { share })
             });
             match judged {
                 Ok(share) => worst = worst.max(share),
@@ -114,7 +116,7 @@ fn is_miniature(case: Case) -> bool {
     case.shape.model().is_some_and(|(model, _)| model.is_miniature())
 }
 
-/// Holds an update against AdamW on the backend's own gradients, and a second training step against
+/// Holds the updates against AdamW on the backend's own gradients, and a second training step against
 /// the parameters that the first one left.
 fn updated(truth: &Fixture, earlier: &[Vec<Tensor>], found: &[Tensor], sums: Sums) -> Verdict {
     let case = truth.case;

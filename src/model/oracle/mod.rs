@@ -40,19 +40,22 @@ pub fn adamw<R: Real>(setting: &AdamW, parameter: &[f32], gradients: &[&[f32]], 
             [r(R::from_f64(setting.lr) / first), r(R::one() / second.sqrt())]
         })
         .collect();
-    let moved = |(index, &start): (usize, &f32)| {
-        let mut p = R::from_f32(start);
+    let mut all: Vec<R> = parameter.iter().map(|&v| R::from_f32(v)).collect();
+    let move_one = |index: usize, p: &mut R| {
         let (mut m, mut v) = (R::zero(), R::zero());
         for (gradient, &[step_size, root]) in gradients.iter().zip(&corrections) {
             let g = R::from_f32(gradient[index]);
-            p = r(p * decay);
+            *p = r(*p * decay);
             m = r(r(beta1 * m) + r(rest1 * g));
             v = r(r(beta2 * v) + r(rest2 * r(g * g)));
-            p = r(p - r(r(step_size * m) / r(r(r(v.sqrt()) * root) + eps)));
+            *p = r(*p - r(r(step_size * m) / r(r(r(v.sqrt()) * root) + eps)));
         }
-        p
     };
-    parameter.iter().enumerate().map(moved).collect()
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    matrix::in_pieces(&mut all, 1, threads, |first, piece| {
+        piece.iter_mut().enumerate().for_each(|(i, p)| move_one(first + i, p));
+    });
+    all
 }
 
 #[cfg(test)]
