@@ -250,8 +250,8 @@ pub fn model_line(results: &Results) -> Option<String> {
         format!(" ({} of keys and values)", m.key_value_heads)
     };
     Some(format!(
-        "{}: {:.1} M parameters, {} layers of width {}, {} heads{shared}; {} samples of {} tokens a step, {:.3} GFLOP \
-         a token in training",
+        "{}: {:.1} M parameters, {} layers of width {}, {} heads{shared}; batch {} of {} tokens, {:.3} GFLOP a token \
+         in training",
         m.name,
         parameter_count(shape) as f64 / 1e6,
         m.layers,
