@@ -186,6 +186,17 @@ class OwnModel(unittest.TestCase):
         self.assertEqual(sorted(measured), sorted(
             f"{workload}/{backend}/f32/small-b2-t64"
             for workload in ("train-step", "attention-grad") for backend in ("torch-cpu", "mlx-cpu")))
+        # A baseline keeps the whole of it, and is compared with itself alone.
+        (self.folder / "criterion-baselines").mkdir()
+        program = [str(ROOT / "target/release/transformer-bench")]
+        for arguments, code, word in (
+                (["baseline", "save", "own", "--force"], 0, "own"),
+                (["compare", "baseline:own", "--anyway", "--budget", "1"], 2,
+                 "the baseline is of small: say TRANSFORMER_BENCH_MODEL=PATH TRANSFORMER_BENCH_BATCH=2")):
+            done = subprocess.run(program + arguments, cwd=self.folder, env={**os.environ, **results}, text=True,
+                                  capture_output=True)
+            self.assertEqual(done.returncode, code, done.stderr)
+            self.assertIn(word, done.stdout + done.stderr)
         # The report needs no file but the run's; another configuration of the name is refused.
         code, text = run("scripts/report", env=results)
         self.assertEqual(code, 0, text)

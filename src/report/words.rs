@@ -3,7 +3,7 @@
 use super::tables::{bytes, digits};
 use super::{all_measured, batches, find, measured};
 use crate::results::{Record, Results};
-use crate::suite::{BackendId, Case, Compute, Framework, Precision, Shape, Workload, given};
+use crate::suite::{BackendId, Case, Compute, Framework, Precision, Shape, Workload};
 use crate::{disturbance, memory};
 
 /// Step times in nanoseconds: the median and its 95 % interval.
@@ -31,15 +31,7 @@ fn faster(results: &Results, what: &str, cases: [&Case; 2], figures: [Figure; 2]
         return format!("{what}: nothing is concluded, since {held}");
     }
     let ids = cases.map(ToString::to_string);
-    let own = results.model.as_ref().map_or_else(String::new, |own| {
-        let (batch, tokens) = (own.batch, own.configuration.tokens);
-        let tokens = if own.configuration.of_tokens() {
-            format!("{}={tokens} ", given::TOKENS)
-        } else {
-            String::new()
-        };
-        format!("{}=PATH {}={batch} {tokens}", given::MODEL, given::BATCH)
-    });
+    let own = results.model.as_ref().map_or_else(String::new, |own| own.variables() + " ");
     let Some(turn) = results.turns.iter().find(|t| [&t.base, &t.head] == [&ids[0], &ids[1]]) else {
         return format!(
             "{what}: {} {}, {} {}, one after the other, which names no winner (`{own}./scripts/compare --set quick \

@@ -258,6 +258,17 @@ impl OwnModel {
         Self { batch: given.batch, configuration: *given.model }
     }
 
+    /// What has any command measure it, once PATH is its file's.
+    pub fn variables(&self) -> String {
+        let tokens = self.configuration.tokens;
+        let tokens = if self.configuration.of_tokens() {
+            format!(" {}={tokens}", given::TOKENS)
+        } else {
+            String::new()
+        };
+        format!("{}=PATH {}={}{tokens}", given::MODEL, given::BATCH, self.batch)
+    }
+
     pub fn given(&self) -> Given {
         Given { model: ModelId::add(self.configuration), batch: self.batch }
     }

@@ -11,9 +11,9 @@ use transformer_bench::compare::rule::{Estimate, THRESHOLD, Verdict};
 use transformer_bench::compare::sides::{self, Source, Spec};
 use transformer_bench::compare::worker::{self, Proof, Side, Threads, Worker};
 use transformer_bench::results::machine::Machine;
-use transformer_bench::results::{self, baseline};
+use transformer_bench::results::{self, OwnModel, baseline};
 use transformer_bench::statistics::midmean;
-use transformer_bench::suite::{BackendId, Case, Framework, Set, pattern};
+use transformer_bench::suite::{BackendId, Case, Framework, Set, given, pattern};
 
 use super::output::{Line, Report};
 
@@ -353,6 +353,12 @@ fn shared(
     reversed: bool,
 ) -> Result<(Vec<Case>, Vec<Line>)> {
     let (gone, new) = if reversed { (Verdict::New, Verdict::Gone) } else { (Verdict::Gone, Verdict::New) };
+    if past.model.as_ref().map(OwnModel::given) != given::taken() {
+        match &past.model {
+            Some(own) => bail!("the baseline is of {}: say {}", own.configuration.name, own.variables()),
+            None => bail!("the baseline is of the suite's own models: unset {}", given::MODEL),
+        }
+    }
     // The baseline says which cases; the set of this run only names new ones.
     let filter = pattern(&spec.filter)?;
     let sets = past.selections.iter().filter_map(|s| s.set.parse::<Set>().ok());
