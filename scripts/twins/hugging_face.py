@@ -52,6 +52,21 @@ BERT = {
 FAMILIES = {"llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA, "gpt2": GPT2, "bert": BERT}
 
 
+def run(parity, main):
+    """What the command line asks of a twin: --parity CONFIG OUTPUTS..., or CASE VARIANT CONFIG."""
+    if sys.argv[1] == "--parity":
+        parity(sys.argv[2], sys.argv[3:])
+    else:
+        main(*sys.argv[1:])
+
+
+def case_of(case):
+    """(backend, precision without its recipe, batch, tokens) of an id."""
+    _, backend, precision, shape = case.split("/")
+    batch, tokens = map(int, re.search(r"-b(\d+)-t(\d+)$", shape).groups())
+    return backend, precision.removesuffix("-opt"), batch, tokens
+
+
 def theirs(family, name):
     """Their name of a parameter of ours, and its place among stacked ones (None where it is alone)."""
     layer = re.search(r"blocks\.(\d+)\.", name)

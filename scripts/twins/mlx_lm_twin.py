@@ -65,11 +65,10 @@ def parity(path, files):
 
 
 def main(case, variant, path):
-    _, backend, precision, shape = case.split("/")
-    batch, tokens = map(int, re.search(r"-b(\d+)-t(\d+)$", shape).groups())
+    backend, precision, batch, tokens = hugging_face.case_of(case)
     mx.set_default_device(mx.cpu if backend == "mlx-cpu" else mx.gpu)
     _, net = build(path, tokens)
-    net.set_dtype({"bf16": mx.bfloat16}.get(precision.removesuffix("-opt"), mx.float32))
+    net.set_dtype({"bf16": mx.bfloat16}.get(precision, mx.float32))
     net.train()
     vocabulary = hugging_face.configuration(path)["vocab_size"]
     data = [mx.random.randint(0, vocabulary, (batch, tokens)) for _ in range(2)]
@@ -92,7 +91,4 @@ def main(case, variant, path):
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--parity":
-        parity(sys.argv[2], sys.argv[3:])
-    else:
-        main(*sys.argv[1:])
+    hugging_face.run(parity, main)

@@ -7,7 +7,6 @@ transformers_twin.py CASE VARIANT CONFIG          times its training step
 Variants: eager, sdpa (attention by scaled_dot_product_attention, fused AdamW).
 """
 import re
-import sys
 
 import torch
 import torch.nn.functional as F
@@ -60,12 +59,11 @@ def parity(path, files):
 
 
 def main(case, variant, path):
-    _, backend, precision, shape = case.split("/")
-    batch, tokens = map(int, re.search(r"-b(\d+)-t(\d+)$", shape).groups())
+    backend, precision, batch, tokens = hugging_face.case_of(case)
     device = torch.device(backend.removeprefix("torch-"))
     good = variant == "sdpa"
     _, net = build(path, tokens, "sdpa" if good else "eager", True)
-    kind = {"bf16": torch.bfloat16}.get(precision.removesuffix("-opt"), torch.float32)
+    kind = {"bf16": torch.bfloat16}.get(precision, torch.float32)
     net = net.to(device, kind)
     data = [torch.randint(net.config.vocab_size, (batch, tokens), device=device) for _ in range(2)]
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-4, weight_decay=1e-5, fused=True if good else None)
@@ -81,7 +79,4 @@ def main(case, variant, path):
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--parity":
-        parity(sys.argv[2], sys.argv[3:])
-    else:
-        main(*sys.argv[1:])
+    hugging_face.run(parity, main)
