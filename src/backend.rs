@@ -7,7 +7,7 @@ use anyhow::{Result, bail};
 
 use crate::model::fixture::{Fixture, Tensor};
 pub use crate::model::oracle::rounding::Sums;
-use crate::suite::{BackendId, Case, Compute, Device, Framework, Workload};
+use crate::suite::{BackendId, Case, Compute, Device, Framework, Recipe, Workload};
 
 /// Why a case can't run here; shown as the row's reason.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,6 +31,24 @@ pub trait Backend {
 
     /// Loads the fixture and returns the case, ready to step.
     fn prepare(&self, fixture: &Fixture) -> Result<Box<dyn Prepared>>;
+
+    /// Whether the code of a recipe's cases is made before they can run: a minute each, once.
+    fn is_made(&self, _recipe: Recipe) -> bool {
+        false
+    }
+
+    /// Whether a case's code is still to be made; preparing the case makes it too.
+    fn unmade(&self, _case: &Case) -> bool {
+        false
+    }
+
+    /// Makes a case's code, where it is not there.
+    ///
+    /// # Errors
+    /// Where it can't be made, with the compiler's last line.
+    fn make(&self, _case: &Case) -> Result<()> {
+        Ok(())
+    }
 
     /// In which type it keeps sums over rows: decides what a gradient may be off by.
     fn sums(&self) -> Sums;

@@ -195,7 +195,10 @@ impl Suite {
         if !self.options.profile && !self.options.load_baseline {
             let runs = |case: &&Case| self.here.runs(case).is_ok();
             let runs: Vec<Case> = selected.iter().filter(runs).copied().collect();
+            let unmade = self.made(&runs);
+            let runs: Vec<Case> = runs.into_iter().filter(|case| !unmade.contains_key(case)).collect();
             self.proven = proving::prove(framework, &runs)?;
+            self.proven.extend(unmade);
         }
         let mut part = if self.writes() { Some(self.part(framework, selected)?) } else { None };
         let mut records = Vec::new();
@@ -219,6 +222,24 @@ impl Suite {
             );
         }
         Ok(!records.iter().any(|r| matches!(r.status, Status::Error | Status::ParityFailed)))
+    }
+
+    /// Makes the code of the cases that have none yet; returns those for which that failed, with the reason.
+    fn made(&self, cases: &[Case]) -> Proven {
+        let backend = |case: &Case| self.here.found.backend(case.backend);
+        let unmade = |case: &&Case| backend(case).is_some_and(|b| b.unmade(case));
+        let unmade: Vec<&Case> = cases.iter().filter(unmade).collect();
+        let mut failed = Proven::new();
+        for (index, case) in unmade.iter().enumerate() {
+            eprintln!("compiling {case}, about a minute or two; {} of {}", index + 1, unmade.len());
+            let made = backend(case).map_or(Ok(()), |b| b.make(case));
+            if let Err(error) = made {
+                let text = format!("no code could be made: {error:#}");
+                eprintln!("{case}: {text}");
+                failed.insert(**case, Err((Status::Error, text)));
+            }
+        }
+        failed
     }
 
     /// Whether the run leaves records.

@@ -1,5 +1,6 @@
 """What cargo is told: .cargo/config.toml."""
 import json
+import sys
 
 from shared import ROOT
 from target import MAC_OLDEST
@@ -12,8 +13,9 @@ def toml(value):
     return json.dumps(str(value))
 
 
-def text(row, libtorch, mlx, library_paths, headers=None, cuda=False):
-    """The configuration of a target whose libraries lie in `library_paths`."""
+def text(row, libtorch, mlx, library_paths, headers=None, cuda=False, python=None, reason=None):
+    """The configuration of a target whose libraries lie in `library_paths`; `python` is where the torch
+    lies that compiles steps, or `reason` why there is none."""
     linker = [f"-Wl,-rpath,{path}" for path in library_paths]
     if row.linux:
         # RPATH, unlike RUNPATH, also serves the libraries of libraries.
@@ -25,6 +27,11 @@ def text(row, libtorch, mlx, library_paths, headers=None, cuda=False):
     lines = [f"[env]\nLIBTORCH = {toml(libtorch)}\n"]
     if headers:
         lines.append(f"TRANSFORMER_BENCH_CUDA_INCLUDE = {toml(headers)}\n")
+    if python:
+        lines.append(f"TRANSFORMER_BENCH_PYTHON = {toml(sys.executable)}\n")
+        lines.append(f"TRANSFORMER_BENCH_PYTHONPATH = {toml(python)}\n")
+    elif reason:
+        lines.append(f"TRANSFORMER_BENCH_NO_INDUCTOR = {toml(reason)}\n")
     if not row.linux:
         # As the wheels: else C++ is compiled for the newest system and Rust for an old one.
         lines.append(f"MACOSX_DEPLOYMENT_TARGET = {toml(MAC_OLDEST)}\n")

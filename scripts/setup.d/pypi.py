@@ -5,8 +5,11 @@ import zipfile
 
 from shared import Stop, component, run, say
 
-# Same wheel whatever Python runs set-up: only its C++ part is used.
-PYTHON = "3.12"
+# The Pythons that torch and MLX have wheels for.
+OLDEST, NEWEST = (3, 10), (3, 14)
+SERVED = OLDEST <= sys.version_info[:2] <= NEWEST
+# Of another Python's wheel only the C++ part is used, which is the same in all.
+PYTHON = ".".join(map(str, sys.version_info[:2])) if SERVED else "3.12"
 
 
 def pip(arguments, what, show=True):
@@ -48,3 +51,18 @@ def unpack(wheel_path, into, wanted=lambda name: True):
                     archive.extract(name, into)
     except zipfile.BadZipFile:
         raise Stop(f"{wheel_path} is damaged: remove {wheel_path.parent}, then run scripts/setup again") from None
+
+
+def requirements(wheel_path):
+    """What a wheel asks for on this system, without its extras."""
+    with zipfile.ZipFile(wheel_path) as archive:
+        name = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        lines = archive.read(name).decode().splitlines()
+    asked = [line.removeprefix("Requires-Dist: ") for line in lines if line.startswith("Requires-Dist: ")]
+    return [requirement for requirement in asked if "extra ==" not in requirement]
+
+
+def install(wanted, into):
+    """Installs packages with what they ask for into a folder."""
+    pip(["install", "--quiet", "--target", into, "--only-binary=:all:", *wanted],
+        f"installing {', '.join(re.split('[<>=;[ ]', name)[0] for name in wanted)} from PyPI", show=sys.stderr.isatty())

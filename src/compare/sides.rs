@@ -182,16 +182,9 @@ fn results_folder() -> PathBuf {
     results::folder().join("compare")
 }
 
-/// Where builds of revisions are kept between comparisons. As set-up does, an empty or
-/// relative XDG_CACHE_HOME counts as unset (XDG base directory specification).
+/// Where builds of revisions are kept between comparisons.
 fn cache() -> Result<PathBuf> {
-    let given = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
-    let base = match given {
-        Some(cache) => cache,
-        None => PathBuf::from(std::env::var_os("HOME").context("neither XDG_CACHE_HOME nor HOME is set")?)
-            .join(".cache"),
-    };
-    Ok(base.join("transformer-bench").join("compare"))
+    Ok(results::cache()?.join("compare"))
 }
 
 /// Removes copies of the working tree's executables whose comparison was killed.

@@ -286,6 +286,11 @@ impl Fault {
         Case { workload: self.workload, backend: backend.id(), precision, shape }
     }
 
+    /// Whether the backend is told of another model.
+    pub fn changes_model(&self) -> bool {
+        matches!(self.plant, Told(_))
+    }
+
     /// What parity says of a backend with this fault: where it is not caught, how much of what is
     /// allowed it took.
     ///

@@ -288,6 +288,21 @@ pub fn own_model<'de, D: Deserializer<'de>>(from: D) -> Result<Option<OwnModel>,
     Ok(own)
 }
 
+/// Where what took long to make is kept, for every clone. As set-up does, an empty or relative
+/// XDG_CACHE_HOME counts as unset (XDG base directory specification).
+///
+/// # Errors
+/// Where the environment names no home.
+pub fn cache() -> Result<PathBuf> {
+    let given = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
+    let base = match given {
+        Some(cache) => cache,
+        None => PathBuf::from(std::env::var_os("HOME").context("neither XDG_CACHE_HOME nor HOME is set")?)
+            .join(".cache"),
+    };
+    Ok(base.join("transformer-bench"))
+}
+
 /// FNV-1a, 64 bits, <https://www.rfc-editor.org/rfc/rfc9923>.
 pub fn checksum(bytes: &[u8]) -> u64 {
     bytes

@@ -6,7 +6,7 @@ use std::str::FromStr;
 use anyhow::{Context, Result};
 use regex::Regex;
 
-use super::{BackendId, Framework, Precision, Shape, Workload};
+use super::{BackendId, Device, Framework, Precision, Shape, Workload};
 use crate::model::Dropout;
 
 /// One row of the suite.
@@ -22,6 +22,27 @@ impl Case {
     /// Dropout in force: none outside training.
     pub fn dropout(&self) -> Dropout {
         if self.workload.trains() { self.shape.dropout() } else { Dropout::NONE }
+    }
+
+    /// What a program in another language needs to build the same step; null where the case has no
+    /// model.
+    pub fn description(&self) -> serde_json::Value {
+        let Some((model, batch)) = self.shape.model() else { return serde_json::Value::Null };
+        serde_json::json!({
+            "workload": self.workload.id(),
+            "trains": self.workload.trains(),
+            "optimizes": self.workload.optimizes(),
+            "device": match self.backend.device() {
+                Device::Cpu => "cpu",
+                Device::AppleGpu => "mps",
+                Device::NvidiaGpu => "cuda",
+            },
+            "compute": self.precision.compute.id(),
+            "recipe": self.precision.recipe.id(),
+            "batch": batch,
+            "dropout": self.dropout(),
+            "model": *model,
+        })
     }
 }
 

@@ -58,6 +58,7 @@ const MODEL: &[Workload] =
 const BLOCKS: &[Workload] = &[Attention, AttentionGrad, FeedForward, FeedForwardGrad];
 
 const TINY: At = Models(&[("indicator-tiny", 2), ("gpt2-tiny", 2)]);
+const ONE_TINY: At = Models(&[("indicator-tiny", 2)]);
 const B1: At = Models(&[("indicator", 1)]);
 const B2: At = Models(&[("indicator", 2)]);
 const B16: At = Models(&[("indicator", 16)]);
@@ -94,6 +95,8 @@ const TABLE: &[Row] = &[
     row(Smoke, &[TrainStep],  Any,       TINY,                        SINGLE),
     row(Smoke, &[TrainStep],  Of(Torch), TINY,                        "f32-graph amp-graph"),
     row(Smoke, &[TrainStep],  Of(Mlx),   TINY,                        "f32-compile amp-compile"),
+    // Its code takes half a minute a case to make.
+    row(Smoke, &[TrainStep],  Of(Torch), ONE_TINY,                    "f32-compile"),
     row(Smoke, &[MatmulPeak], Any,       Square(&[64]),               "f32 tf32 bf16 f16"),
     row(Smoke, &[CopyPeak],   Any,       Buffer(&[1]),                STORED),
     // True widths, and steps of which a comparison sees hundreds within a minute.
@@ -108,6 +111,7 @@ const TABLE: &[Row] = &[
     // MLX has no bf16 arithmetic on a CPU: a step took 13 s on two cores.
     row(Quick, &[TrainStep],  Of(Torch), B16,                         "amp amp-opt autocast"),
     row(Quick, &[TrainStep],  Gpu,       B16,                         "amp amp-opt bf16 bf16-opt"),
+    row(Quick, &[TrainStep],  Of(Torch), B16,                         "f32-compile amp-compile"),
     // In f32 it takes long and answers nothing quickly.
     row(Quick, &[TrainStep],  Gpu,       GPT2_B8,                     "bf16 bf16-opt amp amp-opt"),
     row(Quick, &[MatmulPeak], Cpu,       Square(&[1024]),             "f32"),
@@ -128,6 +132,9 @@ const TABLE: &[Row] = &[
     row(Full,  &[TrainStep],  Any,       B16,                         SINGLE),
     row(Full,  &[TrainStep],  Of(Torch), B16,                         "f32-graph amp-graph"),
     row(Full,  &[TrainStep],  Of(Mlx),   B16,                         "f32-compile amp-compile"),
+    row(Full,  &[TrainStep],  Of(Torch), ALL,                         "f32-compile bf16-compile amp-compile tf32-compile"),
+    row(Full,  GRAD,          Of(Torch), B16,                         "f32-compile amp-compile"),
+    row(Full,  &[Forward],    Of(Torch), B16,                         "f32-compile amp-compile"),
     row(Full,  &[MatmulPeak], Cpu,       Square(&[1024, 2048]),       "f32 tf32 bf16 f16"),
     row(Full,  &[MatmulPeak], Gpu,       Square(&[1024, 4096, 8192]), "f32 tf32 bf16 f16"),
     row(Full,  &[CopyPeak],   Cpu,       Buffer(&[256]),              STORED),

@@ -18,7 +18,14 @@ fn main() {
         .include(&include)
         .include(include.join("torch/csrc/api/include"))
         .file("native/extension.cpp")
-        .file("native/graph.cpp");
+        .file("native/graph.cpp")
+        .file("native/package.cpp");
+    // Which Python compiles steps is set-up's to know, and the executable's to keep.
+    for name in ["PYTHON", "PYTHONPATH", "NO_INDUCTOR"] {
+        let name = format!("TRANSFORMER_BENCH_{name}");
+        println!("cargo::rerun-if-env-changed={name}");
+        println!("cargo::rustc-env={name}={}", std::env::var(&name).unwrap_or_default());
+    }
     println!("cargo::rerun-if-env-changed=TRANSFORMER_BENCH_CUDA_INCLUDE");
     if libtorch.join("lib/libtorch_cuda.so").exists() {
         match std::env::var_os("TRANSFORMER_BENCH_CUDA_INCLUDE") {

@@ -2,10 +2,12 @@
 
 use std::cell::Cell;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::os::unix::ffi::OsStrExt;
 use std::panic::{self, AssertUnwindSafe};
+use std::path::Path;
 use std::sync::Once;
 
-use anyhow::{Result, anyhow};
+use anyhow::{Context, Result, anyhow};
 use tch::{Device, Tensor};
 use transformer_bench::model::fixture::AdamW;
 
@@ -74,6 +76,20 @@ unsafe extern "C" {
     fn tb_graph_end(graph: *mut c_void) -> c_int;
     fn tb_graph_leave(graph: *mut c_void) -> c_int;
     fn tb_graph_replay(graph: *mut c_void) -> c_int;
+    fn tb_package_load(
+        library: *const c_char,
+        device: *const c_char,
+        folder: *const c_char,
+        out: *mut *mut c_void,
+    ) -> c_int;
+    fn tb_package_free(package: *mut c_void);
+    fn tb_package_run(
+        package: *mut c_void,
+        inputs: *const Raw,
+        count: usize,
+        results: *mut Raw,
+        expected: usize,
+    ) -> c_int;
     fn tb_drop_workspaces() -> c_int;
     fn tb_peak_memory(device: c_int, bytes: *mut u64) -> c_int;
     fn tb_reset_peak_memory(device: c_int) -> c_int;
@@ -343,6 +359,46 @@ impl Moments {
                 }
             }
         })
+    }
+}
+
+/// Code that AOTInductor made, loaded.
+pub struct Package(*mut c_void);
+
+impl Package {
+    /// Loads `library`, which finds what it needs beside itself.
+    pub fn load(library: &Path, device: Device) -> Result<Self> {
+        let text = |path: &Path| CString::new(path.as_os_str().as_bytes()).context("a path holds a NUL");
+        let folder = library.parent().context("a library lies in a folder")?;
+        let (library, folder) = (text(library)?, text(folder)?);
+        let device = match device {
+            Device::Mps => c"mps",
+            Device::Cuda(_) => c"cuda",
+            _ => c"cpu",
+        };
+        let mut handle = std::ptr::null_mut();
+        // SAFETY: three strings that outlive the call; writes one pointer, owned by the value made here.
+        checked(unsafe { tb_package_load(library.as_ptr(), device.as_ptr(), folder.as_ptr(), &mut handle) })?;
+        Ok(Self(handle))
+    }
+
+    /// Runs it; what it changes in place are its inputs.
+    pub fn run(&self, inputs: &[Tensor], expected: usize) -> Result<Vec<Tensor>> {
+        let mut out: Vec<Raw> = vec![std::ptr::null_mut(); expected];
+        // SAFETY: the handle is live, all tensors outlive the call; on success every slot holds an owned
+        // tensor.
+        checked(unsafe {
+            tb_package_run(self.0, raw(inputs).as_ptr(), inputs.len(), out.as_mut_ptr(), expected)
+        })?;
+        // SAFETY: owned tensors, each taken once.
+        Ok(out.into_iter().map(|t| unsafe { Tensor::from_ptr(t.cast()) }).collect())
+    }
+}
+
+impl Drop for Package {
+    fn drop(&mut self) {
+        // SAFETY: owned, freed once.
+        unsafe { tb_package_free(self.0) };
     }
 }
 

@@ -3,7 +3,7 @@
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 use transformer_bench::model::fixture::Tensor as Named;
-use transformer_bench::model::parameters::{InOrder, Parts};
+use transformer_bench::model::parameters::{InOrder, Parts, parameters};
 use transformer_bench::suite::Shape;
 
 /// Where a parameter lies: whole in its own leaf, or some rows of a packed one.
@@ -38,6 +38,18 @@ fn shared(name: &str) -> Option<String> {
     let (head, kind) = name.rsplit_once('.')?;
     let (owner, letter) = head.rsplit_once('.').unwrap_or(("", head));
     (owner.ends_with("attention") && matches!(letter, "q" | "k" | "v")).then(|| format!("{owner}.qkv.{kind}"))
+}
+
+/// The names of the leaves that [`pack`] makes with `fused`.
+pub fn packed_names(shape: Shape) -> Vec<String> {
+    let mut names: Vec<String> = Vec::new();
+    for spec in parameters(shape) {
+        let name = shared(&spec.name).unwrap_or(spec.name);
+        if !names.contains(&name) {
+            names.push(name);
+        }
+    }
+    names
 }
 
 /// Loads tensors that follow the parameters' order. With `fused`, the rows of q, k and v

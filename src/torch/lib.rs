@@ -1,10 +1,13 @@
 //! The PyTorch backends: libtorch through `tch` on CPU, MPS and CUDA.
 //!
 //! `extension` wraps what tch lacks, `net` is the network, `leaves` its parameters, `step` the workloads.
+//! `compiled` runs them as TorchInductor compiles them, in `packages` that `inductor/` makes.
 
+mod compiled;
 mod extension;
 mod leaves;
 mod net;
+mod packages;
 mod step;
 
 use anyhow::Result;
@@ -87,7 +90,14 @@ impl Backend for Torch {
             Recipe::Graph if self.id != BackendId::TorchCuda => {
                 return no("a graph is recorded on CUDA alone");
             }
-            Recipe::Compile => return no("libtorch has no compiler: torch.compile is Python's"),
+            Recipe::Compile if !compiled::offers(case.workload) => {
+                return no("steps and blocks with gradients, and forward, are what is compiled");
+            }
+            Recipe::Compile => {
+                if let Some(reason) = packages::missing() {
+                    return no(&reason);
+                }
+            }
             _ => {}
         }
         if compute == Compute::Autocast && case.precision.recipe.whole_step() {
@@ -102,7 +112,26 @@ impl Backend for Torch {
     fn prepare(&self, fixture: &Fixture) -> Result<Box<dyn Prepared>> {
         extension::allow_tf32(fixture.case.precision.compute == Compute::Tf32)?;
         tch::manual_seed(1);
-        extension::caught(|| step::Step::new(self.device, fixture).map(|s| Box::new(s) as Box<dyn Prepared>))
+        extension::caught(|| {
+            Ok(match fixture.case.precision.recipe {
+                Recipe::Compile => {
+                    Box::new(compiled::Compiled::new(self.device, fixture)?) as Box<dyn Prepared>
+                }
+                _ => Box::new(step::Step::new(self.device, fixture)?),
+            })
+        })
+    }
+
+    fn is_made(&self, recipe: Recipe) -> bool {
+        recipe == Recipe::Compile
+    }
+
+    fn unmade(&self, case: &Case) -> bool {
+        self.is_made(case.precision.recipe) && packages::of(case).iter().any(|package| !package.there())
+    }
+
+    fn make(&self, case: &Case) -> Result<()> {
+        packages::make(&packages::of(case))
     }
 
     /// The CPU's layer norm adds up its gradients in bf16 (measured: over 1,776 rows they are off by 15

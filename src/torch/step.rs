@@ -37,9 +37,9 @@ pub struct Step {
 }
 
 /// Steps before a recording: cuBLAS and the allocator settle in the first.
-const WARM_UP: usize = 3;
+pub const WARM_UP: usize = 3;
 
-fn inputs(fixture: &Fixture, device: Device, kind: Kind) -> Vec<Tensor> {
+pub fn inputs(fixture: &Fixture, device: Device, kind: Kind) -> Vec<Tensor> {
     let kind_of = |name: &str| match name {
         "tokens" | "next" => Kind::Int64,
         // The loss is in f32.

@@ -1,0 +1,178 @@
+//! The workloads as TorchInductor compiles them: one call a step, replayed as a CUDA graph on CUDA.
+
+use anyhow::{Context, Result};
+use tch::{Device, Tensor};
+use transformer_bench::backend::Prepared;
+use transformer_bench::model::fixture::{AdamW, Fixture, Tensor as Named};
+use transformer_bench::suite::{Case, Workload};
+
+use crate::extension::{self, Graph, Package};
+use crate::leaves::{self, Places};
+use crate::{packages, step};
+
+/// Whether a workload is compiled: what a user of torch.compile would give it.
+pub fn offers(workload: Workload) -> bool {
+    workload.trains() || workload == Workload::Forward
+}
+
+/// A case on a device.
+pub struct Compiled {
+    case: Case,
+    device: Device,
+    package: Package,
+    /// As the package takes them: inputs, dropout's chances, AdamW's numbers, leaves, moments.
+    inputs: Vec<Tensor>,
+    /// Where the leaves are among them.
+    leaves: std::ops::Range<usize>,
+    places: Places,
+    optimizer: Option<Numbers>,
+    /// What the last step gave: results, then gradients.
+    made: Vec<Tensor>,
+    graph: Option<Graph>,
+}
+
+/// What AdamW needs to know of a step, which changes from step to step: on the device, so that a
+/// recording counts too.
+struct Numbers {
+    /// [7], as `adamw_` of `inductor/package.py` takes them.
+    numbers: Tensor,
+    /// βᵗ of both, and β.
+    powers: Tensor,
+    betas: Tensor,
+    /// lr and −1, 1 and 1/2: the rate is lr/(1 − β1ᵗ), the root √(1 − β2ᵗ).
+    factors: Tensor,
+    exponents: Tensor,
+}
+
+impl Numbers {
+    fn new(s: &AdamW, device: Device) -> Self {
+        let on = |values: &[f64]| Tensor::from_slice(values).to_device(device);
+        let fixed = [1.0 - s.lr * s.weight_decay, 1.0 - s.beta1, s.beta2, 1.0 - s.beta2, s.eps, 0.0, 0.0];
+        Self {
+            numbers: Tensor::from_slice(&fixed.map(|v| v as f32)).to_device(device),
+            powers: on(&[1.0, 1.0]),
+            betas: on(&[s.beta1, s.beta2]),
+            factors: on(&[s.lr, 1.0]),
+            exponents: on(&[-1.0, 0.5]),
+        }
+    }
+
+    /// Counts a step.
+    fn next(&mut self) {
+        self.powers *= &self.betas;
+        let corrections: Tensor = 1.0 - &self.powers;
+        self.numbers.narrow(0, 5, 2).copy_(&(corrections.pow(&self.exponents) * &self.factors));
+    }
+}
+
+impl Compiled {
+    pub fn new(device: Device, fixture: &Fixture) -> Result<Self> {
+        let case = fixture.case;
+        let library = packages::Package::new(&case, fixture.dropout.weights).library()?;
+        let package = Package::load(&library, device)?;
+        let kind = crate::kind(case.precision.compute);
+        let mut inputs = step::inputs(fixture, device, kind);
+        if case.dropout().any() {
+            let d = &fixture.dropout;
+            let rows = d.all().map(|p| [p as f32, (1.0 / (1.0 - p)) as f32]).concat();
+            inputs.push(Tensor::from_slice(&rows).view([5, 2]).to_device(device));
+        }
+        let optimizer = case.workload.optimizes().then(|| Numbers::new(&fixture.adamw, device));
+        inputs.extend(optimizer.iter().map(|o| o.numbers.shallow_clone()));
+        let (leaves, places) = leaves::pack(fixture.parameters(), device, kind, true);
+        let start = inputs.len();
+        let passes = if optimizer.is_some() { 2 } else { 0 };
+        let moments: Vec<Tensor> =
+            (0..passes).flat_map(|_| leaves.iter().map(Tensor::zeros_like).collect::<Vec<_>>()).collect();
+        let range = start..start + leaves.len();
+        inputs.extend(leaves);
+        inputs.extend(moments);
+        let mut compiled = Self {
+            case,
+            device,
+            package,
+            inputs,
+            leaves: range,
+            places,
+            optimizer,
+            made: Vec::new(),
+            graph: None,
+        };
+        if matches!(device, Device::Cuda(_)) {
+            compiled.graph = Some(compiled.record().context("recording the compiled step as a CUDA graph")?);
+        }
+        extension::synchronize(device)?;
+        Ok(compiled)
+    }
+
+    /// Records the step; what the warm-up changes is put back.
+    fn record(&mut self) -> Result<Graph> {
+        let state: Vec<Tensor> = self.inputs[self.leaves.start..]
+            .iter()
+            .chain(self.optimizer.iter().map(|o| &o.powers))
+            .map(Tensor::shallow_clone)
+            .collect();
+        let before: Vec<Tensor> = state.iter().map(Tensor::copy).collect();
+        let this = std::cell::RefCell::new(self);
+        Graph::record(
+            || {
+                for _ in 0..step::WARM_UP {
+                    this.borrow_mut().once()?;
+                }
+                for (mut now, before) in state.into_iter().zip(&before) {
+                    now.copy_(before);
+                }
+                Ok(())
+            },
+            || this.borrow_mut().once(),
+        )
+    }
+
+    fn once(&mut self) -> Result<()> {
+        // What the last step left is freed first, as a training loop's variables are.
+        self.made.clear();
+        if let Some(optimizer) = &mut self.optimizer {
+            optimizer.next();
+        }
+        self.made = self.package.run(&self.inputs, self.names().len() + self.gradients())?;
+        Ok(())
+    }
+
+    /// The names of what comes before the gradients.
+    fn names(&self) -> &'static [&'static str] {
+        match (self.case.workload, self.case.shape.model()) {
+            (Workload::ForwardBackward | Workload::TrainStep, _) => &["loss"],
+            (Workload::Forward, Some((model, _))) => model.output_names(),
+            _ => &["grad/x"],
+        }
+    }
+
+    fn gradients(&self) -> usize {
+        if self.case.workload.trains() { self.leaves.len() } else { 0 }
+    }
+}
+
+impl Prepared for Compiled {
+    fn step(&mut self) -> Result<()> {
+        match &self.graph {
+            Some(graph) => graph.replay()?,
+            None => extension::caught(|| self.once())?,
+        }
+        extension::synchronize(self.device)
+    }
+
+    fn outputs(&mut self) -> Result<Vec<Named>> {
+        let names = self.names();
+        let mut all = Vec::new();
+        for (name, tensor) in names.iter().zip(&self.made) {
+            all.push(leaves::read((*name).to_owned(), &leaves::dims(tensor), tensor)?);
+        }
+        if self.gradients() > 0 {
+            all.extend(self.places.read("grad", &self.made[names.len()..])?);
+        }
+        if self.optimizer.is_some() {
+            all.extend(self.places.read("param", &self.inputs[self.leaves.clone()])?);
+        }
+        Ok(all)
+    }
+}
