@@ -8,6 +8,7 @@
 //! | `case ID` | `ready` once the case has been prepared and has done a step, or `failed: ` and why |
 //! | `prove ID` | `now SHARE` or `before SHARE` where parity holds at the case's shape, proven now or remembered: how much of the allowed error it took; `wrong`, and what is |
 //! | `outputs ID FILE` | `written` once the inputs, parameters and results of the case's first parity step are in the file: a line of JSON (names and dims), then their f32 values |
+//! | `describe ID` | the case as JSON, from which a program in another language builds the same step |
 //! | `work ROUNDS` | the nanoseconds that so many rounds of thrown-away arithmetic take |
 //! | a number | the nanoseconds that so many steps of the case took, those that this process had a CPU meanwhile, and those that its threads were ready and had none, or `failed: ` and why |
 //!
@@ -105,6 +106,13 @@ impl<'a> Worker<'a> {
             ("outputs", rest) => {
                 let (id, file) = rest.split_once(' ').context("outputs ID FILE")?;
                 self.outputs(id, Path::new(file)).map(|()| "written".to_owned())
+            }
+            ("describe", id) => {
+                let described = id.parse::<Case>().map_err(anyhow::Error::msg)?.description();
+                if described.is_null() {
+                    bail!("{id} has no model");
+                }
+                Ok(described.to_string())
             }
             ("work", rounds) => {
                 let rounds = rounds.parse().with_context(|| format!("'{rounds}' is no number"))?;

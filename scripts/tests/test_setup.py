@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "scripts" / "setup.d")]
 import configuration  # noqa: E402
 import crates  # noqa: E402
+import inductor  # noqa: E402
 import macho  # noqa: E402
 import mlx  # noqa: E402
 import pypi  # noqa: E402
@@ -69,6 +70,51 @@ class SetupCase(unittest.TestCase):
         self.assertNotIn("\n", text)
 
 
+class Inductor(SetupCase):
+    def test_a_python_that_torch_does_not_serve_leaves_the_recipe_out(self):
+        self.patch(mock.patch.object(inductor, "SERVED", False))
+        folder, reason = inductor.prepare(target.LINUX["x86_64"], "1.2", self.folder, True, None)
+        self.assertIsNone(folder)
+        self.assertIn("3.10 to 3.14", reason)
+        text = configuration.text(target.LINUX["x86_64"], self.folder, self.folder, [], reason=reason)
+        self.assertIn("TRANSFORMER_BENCH_NO_INDUCTOR", text)
+        self.assertNotIn("TRANSFORMER_BENCH_PYTHON =", text)
+
+    def test_a_failing_download_leaves_the_recipe_out(self):
+        with mock.patch.object(inductor, "wheel", side_effect=shared.Stop("no network")):
+            folder, reason = inductor.prepare(target.LINUX["x86_64"], "1.2", self.folder, True, None)
+        self.assertEqual((folder, reason), (None, "no network"))
+        self.assertEqual(list((self.folder / "cache").glob("torch-python*")), [])
+
+    def test_a_libtorch_without_python(self):
+        folder, reason = inductor.prepare(target.LINUX["x86_64"], "1.2", self.folder, False, None)
+        self.assertIsNone(folder)
+        self.assertIn("LIBTORCH", reason)
+
+    @unittest.skipUnless(sys.platform == "linux", "ELF is Linux's")
+    def test_stubs_stand_in_for_what_is_missing(self):
+        lib, work = self.folder / "lib", self.folder / "work"
+        lib.mkdir()
+        work.mkdir()
+        code = self.folder / "code.c"
+        make = lambda name, text, *flags: (code.write_text(text), subprocess.run(
+            ["cc", "-shared", "-fPIC", "-o", lib / name, code, f"-Wl,-soname,{name}", f"-L{lib}",
+             "-Wl,-rpath,$ORIGIN", *flags], check=True))
+        make("libtorch_cuda.so", "void absent(void) {}")
+        make("libuser.so", "void absent(void); void call(void) { absent(); } int there(void) { return 7; }",
+             "-ltorch_cuda")
+        (lib / "libtorch_cuda.so").unlink()
+        inductor.make_stubs(lib, work)
+        self.assertEqual(list(work.iterdir()), [])
+        ask = lambda what: subprocess.run(
+            [sys.executable, "-c", f"import ctypes; print(ctypes.CDLL('{lib}/libuser.so').{what}())"],
+            capture_output=True, text=True)
+        self.assertEqual(ask("there").stdout, "7\n")
+        called = ask("call")
+        self.assertNotEqual(called.returncode, 0)
+        self.assertIn("absent is of CUDA's part", called.stderr)
+
+
 class Platforms(SetupCase):
     def test_linux(self):
         for machine, triple in (("x86_64", "x86_64-unknown-linux-gnu"), ("aarch64", "aarch64-unknown-linux-gnu")):
@@ -90,7 +136,7 @@ class Platforms(SetupCase):
                 self.assertEqual(target.mlx_platform(row), tag)
                 # pip's own choice takes the wheel of 26.2 on 26.0 and 26.1.
                 self.assertEqual(pypi.arguments(f"{row.mlx}==0.32.2", tag, "x"), [
-                    "download", "--no-deps", "--only-binary=:all:", "--python-version", "3.12",
+                    "download", "--no-deps", "--only-binary=:all:", "--python-version", pypi.PYTHON,
                     "--implementation", "cp", "--platform", tag, "--dest", "x", "mlx-metal==0.32.2"])
 
     def test_a_mac_that_is_too_old(self):

@@ -53,18 +53,11 @@ FAMILIES = {"llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA, "g
 
 
 def run(parity, main):
-    """What the command line asks of a twin: --parity CONFIG OUTPUTS..., or CASE VARIANT CONFIG."""
+    """What the command line asks of a twin: --parity CONFIG OUTPUTS..., or DESCRIPTION VARIANT CONFIG."""
     if sys.argv[1] == "--parity":
         parity(sys.argv[2], sys.argv[3:])
     else:
-        main(*sys.argv[1:])
-
-
-def case_of(case):
-    """(backend, precision without its recipe, batch, tokens) of an id."""
-    _, backend, precision, shape = case.split("/")
-    batch, tokens = map(int, re.search(r"-b(\d+)-t(\d+)$", shape).groups())
-    return backend, precision.removesuffix("-opt"), batch, tokens
+        main(json.loads(sys.argv[1]), *sys.argv[2:])
 
 
 def theirs(family, name):

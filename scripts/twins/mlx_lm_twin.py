@@ -2,7 +2,7 @@
 
 mlx_lm_twin.py --parity CONFIG OUTPUTS...   compares loss, logits and gradients with what a
                                             worker of ours wrote
-mlx_lm_twin.py CASE VARIANT CONFIG          times its training step
+mlx_lm_twin.py DESCRIPTION VARIANT CONFIG  times its training step
 
 Variants: eager, compile (mx.compile over the whole step).
 """
@@ -65,8 +65,8 @@ def parity(path, files):
 
 
 def main(case, variant, path):
-    backend, precision, batch, tokens = hugging_face.case_of(case)
-    mx.set_default_device(mx.cpu if backend == "mlx-cpu" else mx.gpu)
+    precision, batch, tokens = case["compute"], case["batch"], case["model"]["tokens"]
+    mx.set_default_device(mx.cpu if case["device"] == "cpu" else mx.gpu)
     _, net = build(path, tokens)
     net.set_dtype({"bf16": mx.bfloat16}.get(precision, mx.float32))
     net.train()

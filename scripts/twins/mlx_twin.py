@@ -1,8 +1,9 @@
-"""The suite's training step in Python MLX. Usage: mlx_twin.py CASE VARIANT
+"""The suite's training step in Python MLX. Usage: mlx_twin.py DESCRIPTION VARIANT
 
-Variants: eager (as a newcomer writes it), compile (mx.compile over the whole step, with
+DESCRIPTION is what a worker answers to `describe ID`, of the indicator or of GPT-2. Variants: eager (as a newcomer writes it), compile (mx.compile over the whole step, with
 fused attention where the weights need no dropout).
 """
+import json
 import os
 import sys
 
@@ -15,7 +16,7 @@ import mlx.nn as nn
 import mlx.optimizers as optimizers
 from mlx.utils import tree_map
 
-from protocol import SIZES, parse, serve
+from protocol import serve
 
 
 class Attention(nn.Module):
@@ -108,10 +109,12 @@ class Gpt2(nn.Module):
 
 
 def main(case, variant):
-    workload, precision, model, batch = parse(case)
-    good = variant == "compile"
-    mx.set_default_device(mx.cpu if case.split("/")[1] == "mlx-cpu" else mx.gpu)
-    s = SIZES[model]
+    workload, precision, batch = case["workload"], case["compute"], case["batch"]
+    good, s = variant == "compile", {**case["model"], "dropout": case["model"]["dropout"]["residual"]}
+    model = s["name"]
+    if model not in ("indicator", "gpt2"):
+        sys.exit(f"no twin of {model}: mlx-lm may have it (--model)")
+    mx.set_default_device(mx.cpu if case["device"] == "cpu" else mx.gpu)
     net = (Indicator if model == "indicator" else Gpt2)(s, good)
     kind = {"bf16": mx.bfloat16, "f16": mx.float16}.get(precision, mx.float32)
     net.set_dtype(kind)
@@ -156,4 +159,4 @@ def main(case, variant):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(json.loads(sys.argv[1]), *sys.argv[2:])

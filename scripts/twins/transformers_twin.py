@@ -2,7 +2,7 @@
 
 transformers_twin.py --parity CONFIG OUTPUTS...   compares loss, logits and gradients with what
                                                   a worker of ours wrote
-transformers_twin.py CASE VARIANT CONFIG          times its training step
+transformers_twin.py DESCRIPTION VARIANT CONFIG  times its training step
 
 Variants: eager, sdpa (attention by scaled_dot_product_attention, fused AdamW).
 """
@@ -59,8 +59,8 @@ def parity(path, files):
 
 
 def main(case, variant, path):
-    backend, precision, batch, tokens = hugging_face.case_of(case)
-    device = torch.device(backend.removeprefix("torch-"))
+    precision, batch, tokens = case["compute"], case["batch"], case["model"]["tokens"]
+    device = torch.device(case["device"])
     good = variant == "sdpa"
     _, net = build(path, tokens, "sdpa" if good else "eager", True)
     kind = {"bf16": torch.bfloat16}.get(precision, torch.float32)

@@ -139,7 +139,7 @@ mod tests {
             let first = |line: &&str| line.split('|').nth(1).is_some_and(|cell| cell.trim() == label);
             text.lines().filter(first).collect()
         };
-        for row in headlines(results.headline()) {
+        for row in headlines(&results) {
             assert_eq!(lines(&row.label).len(), 2, "{}", row.label);
         }
         let line = |label: &str| lines(label)[0].to_owned();

@@ -10,7 +10,7 @@ pub mod words;
 
 use crate::model::ModelId;
 use crate::results::{Record, Results, Status};
-use crate::suite::{BackendId, Case, Compute, Precision, Shape, Workload, cost};
+use crate::suite::{BackendId, Case, Compute, Precision, Recipe, Shape, Workload, cost};
 
 /// A row of the headline tables.
 pub struct Headline {
@@ -19,42 +19,83 @@ pub struct Headline {
 }
 
 /// The rows, always all of them; the first that was measured is 1.0×.
-pub fn headlines(shape: Shape) -> Vec<Headline> {
+pub fn headlines(results: &Results) -> Vec<Headline> {
     use BackendId::{MlxCpu, MlxCuda, MlxMetal, TorchCpu, TorchCuda, TorchMps};
-    let f32 = Precision::eager(Compute::F32);
-    let f32_opt = Precision::opt(Compute::F32);
-    let amp = Precision::eager(Compute::Amp);
-    let amp_opt = Precision::opt(Compute::Amp);
-    let row = |(backend, precision): (BackendId, Precision)| {
-        let what = match precision {
-            p if p == f32 => "",
-            p if p == amp => " + AMP",
-            p if p == f32_opt => " + All Opt, f32",
-            _ => " + All Opt",
-        };
-        Headline {
-            label: format!("{}{what}", backend.label()),
-            case: Case { workload: Workload::TrainStep, backend, precision, shape },
+    let step = |backend, precision| Case {
+        workload: Workload::TrainStep,
+        backend,
+        precision,
+        shape: results.headline(),
+    };
+    let f32 = |backend: BackendId| Headline {
+        label: backend.label().to_owned(),
+        case: step(backend, Precision::eager(Compute::F32)),
+    };
+    let amp = |backend: BackendId| Headline {
+        label: format!("{} + AMP", backend.label()),
+        case: step(backend, Precision::eager(Compute::Amp)),
+    };
+    let all_opt = |backend: BackendId| match fastest(results, backend) {
+        Some(case) => Headline { label: format!("{} + All Opt ({})", backend.label(), case.precision), case },
+        None => {
+            let compute = if backend.is_cpu() { Compute::F32 } else { Compute::Amp };
+            Headline {
+                label: format!("{} + All Opt", backend.label()),
+                case: step(backend, Precision::opt(compute)),
+            }
         }
     };
-    [
-        (TorchCpu, f32),
-        (MlxMetal, f32),
-        (TorchMps, f32),
-        (TorchMps, amp),
-        (TorchMps, amp_opt),
-        (MlxMetal, amp_opt),
-        (TorchCuda, f32),
-        (TorchCuda, amp),
-        (TorchCuda, amp_opt),
-        (MlxCuda, f32),
-        (MlxCuda, amp_opt),
-        (TorchCpu, f32_opt),
-        (MlxCpu, f32),
-        (MlxCpu, f32_opt),
+    vec![
+        f32(TorchCpu),
+        f32(MlxMetal),
+        f32(TorchMps),
+        amp(TorchMps),
+        all_opt(TorchMps),
+        all_opt(MlxMetal),
+        f32(TorchCuda),
+        amp(TorchCuda),
+        all_opt(TorchCuda),
+        f32(MlxCuda),
+        all_opt(MlxCuda),
+        all_opt(TorchCpu),
+        f32(MlxCpu),
+        all_opt(MlxCpu),
     ]
-    .map(row)
-    .into()
+}
+
+/// The measured training steps of a backend with parameters in f32, the fastest first: what All Opt is
+/// chosen from.
+fn contestants(results: &Results, backend: BackendId) -> Vec<Case> {
+    let mut all: Vec<Measured<'_>> = all_measured(results);
+    all.retain(|m| {
+        m.case.workload == Workload::TrainStep
+            && m.case.backend == backend
+            && m.case.shape == results.headline()
+            && matches!(m.case.precision.compute, Compute::F32 | Compute::Amp | Compute::Autocast)
+    });
+    all.sort_by(|a, b| a.median_ns.total_cmp(&b.median_ns));
+    all.iter().map(|m| m.case).collect()
+}
+
+/// The two recipes of each backend between which rounds in turns decide which is fastest.
+pub fn finalists(results: &Results) -> Vec<[Case; 2]> {
+    let first_two = |&backend: &BackendId| contestants(results, backend).first_chunk::<2>().copied();
+    BackendId::ALL.iter().filter_map(first_two).collect()
+}
+
+/// A backend's fastest training step with parameters in f32, where more than the eager ones were measured:
+/// by rounds in turns, or without them by the medians.
+fn fastest(results: &Results, backend: BackendId) -> Option<Case> {
+    let all = contestants(results, backend);
+    all.iter().find(|case| case.precision.recipe != Recipe::Eager)?;
+    let (first, second) = (*all.first()?, all.get(1));
+    let beaten = second.filter(|second| {
+        results
+            .turns
+            .iter()
+            .any(|turn| turn.base == first.to_string() && turn.head == second.to_string() && turn.ratio < 1.0)
+    });
+    Some(*beaten.unwrap_or(&first))
 }
 
 /// The training steps in which two frameworks on one device are compared.
@@ -193,7 +234,6 @@ pub fn measured_peak(all: &[Measured<'_>], backend: BackendId, compute: Compute)
 mod tests {
     use super::*;
     use crate::results::machine::Machine;
-    use crate::suite::HEADLINE_SHAPE;
 
     pub(super) fn record(id: &str, median: f64) -> Record {
         let case: Case = id.parse().unwrap();
@@ -223,11 +263,39 @@ mod tests {
     fn every_backend_has_a_row_and_a_partner() {
         for &backend in BackendId::ALL {
             assert!(
-                headlines(HEADLINE_SHAPE).iter().any(|row| row.case.backend == backend),
+                headlines(&Results::new(Machine::default(), Vec::new()))
+                    .iter()
+                    .any(|row| row.case.backend == backend),
                 "{backend} has no row"
             );
             assert_eq!(backend.rivals().count(), 1, "{backend} is compared with none, or with two");
         }
+    }
+
+    #[test]
+    fn all_opt_is_the_fastest_recipe_by_turns() {
+        let step =
+            |precision: &str, ns| record(&format!("train-step/torch-cpu/{precision}/indicator-b16"), ns);
+        let mut results = Results::new(Machine::default(), vec![step("f32", 10e6), step("amp", 6e6)]);
+        let label = |results: &Results| {
+            let rows = headlines(results);
+            rows.into_iter().map(|row| row.label).find(|l| l.starts_with("PyTorch CPU + All Opt")).unwrap()
+        };
+        assert_eq!(label(&results), "PyTorch CPU + All Opt", "nothing but eager steps");
+        results.cases.extend([step("amp-compile", 4e6), step("amp-opt", 4.1e6), step("bf16-opt", 1e6)]);
+        assert_eq!(label(&results), "PyTorch CPU + All Opt (amp-compile)");
+        let [first, second] = finalists(&results)[0].map(|case| case.to_string());
+        assert!(first.contains("amp-compile") && second.contains("amp-opt"));
+        let turn = crate::results::Turn {
+            base: first,
+            head: second,
+            ratio: 0.9,
+            ratio_ci: [0.85, 0.95],
+            rounds: 3,
+            commit: String::new(),
+        };
+        results.turns.push(turn);
+        assert_eq!(label(&results), "PyTorch CPU + All Opt (amp-opt)");
     }
 
     #[test]

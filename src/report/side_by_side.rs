@@ -28,7 +28,7 @@ pub fn render(machines: &[(String, Results)]) -> String {
     };
     let mut cases: Vec<Case> = Vec::new();
     for (_, results) in machines {
-        let rows = headlines(results.headline());
+        let rows = headlines(results);
         cases
             .extend(rows.iter().map(|row| row.case).filter(|case| !cases.contains(case)).collect::<Vec<_>>());
     }

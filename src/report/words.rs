@@ -3,7 +3,7 @@
 use super::tables::{bytes, digits};
 use super::{all_measured, batches, find, measured};
 use crate::results::{Record, Results};
-use crate::suite::{BackendId, Case, Compute, Framework, Precision, Shape, Workload};
+use crate::suite::{BackendId, Case, Compute, Framework, Precision, Recipe, Shape, Workload};
 use crate::{disturbance, memory};
 
 /// Step times in nanoseconds: the median and its 95 % interval.
@@ -110,6 +110,7 @@ pub fn verdict(results: &Results) -> Vec<String> {
         });
     }
     all.extend(tips(results));
+    all.extend(compiling(results));
     all.extend(sizes(results));
     all.extend(faulting(results));
     all.extend(disturbed(results));
@@ -225,6 +226,33 @@ fn tips(results: &Results) -> Vec<String> {
     all
 }
 
+/// Where the framework's compiler makes the training step slower than it is without.
+fn compiling(results: &Results) -> Vec<String> {
+    let measured = all_measured(results);
+    let steps = measured.iter().filter(|m| m.case.workload == Workload::TrainStep);
+    let compiled = steps.filter(|m| m.case.precision.recipe == Recipe::Compile);
+    compiled
+        .filter_map(|m| {
+            let eager = Case { precision: Precision::eager(m.case.precision.compute), ..m.case };
+            if [&m.case, &eager].iter().any(|case| held_back(results, case).is_some()) {
+                return None;
+            }
+            let (times, [low, high]) = ratio(figure(results, &eager)?, figure(results, &m.case)?);
+            (low > 1.0 && times > APART).then(|| {
+                format!(
+                    "Compiling loses on {}: {} takes {} times the time of {} ({} to {})",
+                    m.case.backend,
+                    m.case,
+                    digits(times),
+                    eager.precision,
+                    digits(low),
+                    digits(high)
+                )
+            })
+        })
+        .collect()
+}
+
 /// The best batch of each backend, where more than one was measured.
 fn sizes(results: &Results) -> Vec<String> {
     let measured = all_measured(results);
@@ -319,6 +347,19 @@ mod tests {
         assert!(said.contains("names no winner") && !said.contains("as fast as"), "{said}");
         let said = pair(Some([3.1, 2.5, 3.8]), 0.3);
         assert!(said.contains("nothing is concluded") && said.contains("30 %"), "{said}");
+    }
+
+    #[test]
+    fn a_compiler_that_loses_is_told() {
+        let said = |compiled| {
+            of(&[
+                ("train-step/torch-cpu/f32/indicator-b16", 500e6),
+                ("train-step/torch-cpu/f32-compile/indicator-b16", compiled),
+            ])
+            .join("\n")
+        };
+        assert!(said(675e6).contains("Compiling loses on torch-cpu"), "{}", said(675e6));
+        assert!(!said(500e6).contains("Compiling loses"));
     }
 
     #[test]

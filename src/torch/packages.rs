@@ -116,7 +116,11 @@ impl Package {
     /// Where it can't be made, or what lies in its place was made of or for something else.
     pub fn library(&self) -> Result<PathBuf> {
         self.make()?;
-        let folder = self.folder()?;
+        self.library_in(&self.folder()?)
+    }
+
+    /// The library of a folder that was made as this package asks for.
+    fn library_in(&self, folder: &Path) -> Result<PathBuf> {
         let record = fs::read_to_string(folder.join(RECORD)).unwrap_or_default();
         let record: Value = serde_json::from_str(&record).unwrap_or_default();
         ensure!(
@@ -124,7 +128,7 @@ impl Package {
             "{} was made of another case, or for another CPU, GPU, compiler or torch: remove it",
             folder.display()
         );
-        let libraries = fs::read_dir(&folder)?.flatten().map(|entry| entry.path());
+        let libraries = fs::read_dir(folder)?.flatten().map(|entry| entry.path());
         let library = libraries.into_iter().find(|path| path.extension().is_some_and(|e| e == "so"));
         library.with_context(|| format!("{} holds no library: remove it", folder.display()))
     }
@@ -246,6 +250,24 @@ mod tests {
         for part in ["compute", "batch", "workload", "device", "model"] {
             assert_ne!(own, folder(&|value| value["case"][part] = json!("another")), "{part}");
         }
+    }
+
+    #[test]
+    fn what_was_made_for_another_machine_is_refused() {
+        let folder = std::env::temp_dir().join(format!("transformer-bench-package-{}", std::process::id()));
+        fs::create_dir_all(&folder).unwrap();
+        let package = package();
+        fs::write(folder.join("step.so"), "").unwrap();
+        fs::write(folder.join(RECORD), package.0.to_string()).unwrap();
+        assert_eq!(package.library_in(&folder).unwrap(), folder.join("step.so"));
+        let mut other = package.0.clone();
+        other["on"]["cpu"] = json!("another");
+        for record in [other.to_string(), "{".to_owned(), String::new()] {
+            fs::write(folder.join(RECORD), record).unwrap();
+            let refused = package.library_in(&folder).unwrap_err().to_string();
+            assert!(refused.contains("another CPU") && refused.contains("remove it"), "{refused}");
+        }
+        fs::remove_dir_all(folder).unwrap();
     }
 
     #[test]
