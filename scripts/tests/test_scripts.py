@@ -292,20 +292,17 @@ class Packages(unittest.TestCase):
     def test_a_making_that_fails_is_a_row_and_leaves_nothing(self):
         executable = load("reference").executables()["torch"]
         with tempfile.TemporaryDirectory() as folder:
-            broken = Path(folder) / "bin" / "c++"
-            broken.parent.mkdir()
-            broken.write_text("#!/bin/sh\n[ \"$1\" = --version ] && echo 'g++ 1' && exit\necho no such target >&2\nexit 1\n")
-            broken.chmod(0o755)
             done = subprocess.run(
                 [executable, "--bench", "--test", "train-step/torch-cpu/f32(-compile)?/indicator-tiny-b2$"],
                 capture_output=True, text=True, env={
-                    **os.environ, "PATH": f"{broken.parent}:{os.environ['PATH']}", "XDG_CACHE_HOME": folder,
+                    # Python does not start.
+                    **os.environ, "PYTHONHOME": "/no/such/folder", "XDG_CACHE_HOME": folder,
                     "TRANSFORMER_BENCH_RESULTS": f"{folder}/results", "TRANSFORMER_BENCH_SET": "smoke"})
             self.assertEqual(done.returncode, 1, done.stderr)
             [line] = [line for line in done.stderr.splitlines() if "no code could be made" in line and "[" not in line]
             self.assertIn("f32-compile", line)
             self.assertIn("Inductor", line)
-            self.assertIn("2 cases ran, 1 failed" if "2 cases" in done.stdout else "1 failed", done.stdout)
+            self.assertIn("torch: 1 cases ran, 1 failed", done.stdout)
             self.assertEqual(list((Path(folder) / "transformer-bench").glob("*")), [])
 
     def test_a_worker_describes_a_case(self):

@@ -28,9 +28,12 @@ pub fn render(machines: &[(String, Results)]) -> String {
     };
     let mut cases: Vec<Case> = Vec::new();
     for (_, results) in machines {
-        let rows = headlines(results);
-        cases
-            .extend(rows.iter().map(|row| row.case).filter(|case| !cases.contains(case)).collect::<Vec<_>>());
+        // All Opt may be a row that stands above it.
+        for row in headlines(results) {
+            if !cases.contains(&row.case) {
+                cases.push(row.case);
+            }
+        }
     }
     for (_, results) in machines {
         for m in super::all_measured(results) {
