@@ -1,11 +1,16 @@
 """A model in PyTorch, built from the description of a case (`Case::description` as JSON).
 
-The names of its parameters are the suite's, with `_` for `-`. B batch, N (T) tokens, D width, H heads,
+The names of its parameters are the suite's, as `attribute` spells them. B batch, N (T) tokens, D width, H heads,
 F hidden, V vocabulary.
 """
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+
+def attribute(name):
+    """The suite's name of a parameter as a module has it, which keeps `type` for itself."""
+    return "type_" if name == "type" else name.replace("-", "_")
 
 
 class Drops:
@@ -149,7 +154,7 @@ class Model(nn.Module):
         self.drops, self.end = drops, m["output"]
         if m["input"] == "tokens":
             self.token = small(m["vocabulary"], width)
-            self.type = small(width) if m["token-type"] else None
+            self.type_ = small(width) if m["token-type"] else None
         else:
             self.value, self.market = nn.Linear(1, width), nn.Linear(m["input"]["indicator"]["market"], width)
         self.position = small(m["tokens"], width) if m["position"] == "learned" else None
@@ -171,7 +176,7 @@ class Model(nn.Module):
     def forward(self, *data):
         if hasattr(self, "token"):
             x = F.embedding(data[0], self.token)
-            x = x if self.type is None else x + self.type
+            x = x if self.type_ is None else x + self.type_
         else:
             x = self.value(data[0].unsqueeze(-1)) + self.market(data[1]).unsqueeze(1)
         x = x if self.position is None else x + self.position

@@ -66,7 +66,7 @@ class Step(torch.nn.Module):
         # Outside nn.Module's registry: parameters are inputs, not constants.
         self.__dict__["net"] = net
         self.__dict__["loss"] = network.Loss(net)
-        self.names = [name.replace("-", "_") for name in leaves]
+        self.names = [network.attribute(name) for name in leaves]
         known = dict(net.named_parameters())
         assert sorted(known) == sorted(self.names), set(known) ^ set(self.names)
         self.shapes = [known[name].shape for name in self.names]
@@ -116,7 +116,9 @@ def make(case, leaves, folder):
     step = Step(case, leaves)
     arguments = step.arguments()
     with enable_python_dispatcher():
-        graph = make_fx(step, tracing_mode="fake", decomposition_table=select_decomp_table())(*arguments)
+        # What is no input, the turns of a rotary position, is a constant of the package.
+        graph = make_fx(step, tracing_mode="fake", decomposition_table=select_decomp_table(),
+                        _allow_non_fake_inputs=True)(*arguments)
     program = torch.export.export(graph, arguments, strict=False)
     path = torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "step.pt2"))
     # What C++ loads, and what that looks for beside itself; the sources are Inductor's.
