@@ -112,13 +112,19 @@ class Step(torch.nn.Module):
         return loss.detach(), *gradients
 
 
-def make(case, leaves, folder):
+def trace(case, leaves):
+    """The step as a graph of operators, and arguments of its shapes."""
     step = Step(case, leaves)
     arguments = step.arguments()
     with enable_python_dispatcher():
         # What is no input, the turns of a rotary position, is a constant of the package.
-        graph = make_fx(step, tracing_mode="fake", decomposition_table=select_decomp_table(),
-                        _allow_non_fake_inputs=True)(*arguments)
+        made = make_fx(step, tracing_mode="fake", decomposition_table=select_decomp_table(),
+                       _allow_non_fake_inputs=True)
+        return made(*arguments), arguments
+
+
+def make(case, leaves, folder):
+    graph, arguments = trace(case, leaves)
     program = torch.export.export(graph, arguments, strict=False)
     path = torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "step.pt2"))
     # What C++ loads, and what that looks for beside itself; the sources are Inductor's.
