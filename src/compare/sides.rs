@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use super::stop::go_on;
 use super::worker::Side;
-use crate::results;
+use crate::results::{self, Scratch, running};
 use crate::suite::{Framework, Set, cases, pattern};
 use anyhow::{Context, Result, bail, ensure};
 
@@ -192,20 +192,9 @@ fn drop_left(folder: &Path) {
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
         let process = name.strip_prefix("worktree-").and_then(|rest| rest.split('.').next()?.parse().ok());
-        // SAFETY: signal 0 only asks whether the process is there.
-        if process.is_some_and(|process: i32| unsafe { libc::kill(process, 0) } != 0) {
+        if process.is_some_and(|process| !running(process)) {
             let _ = fs::remove_dir_all(entry.path());
         }
-    }
-}
-
-/// Removes a folder when it goes.
-#[derive(Debug)]
-pub struct Scratch(PathBuf);
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
     }
 }
 

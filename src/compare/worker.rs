@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 
 use super::cores::cores;
-use super::sides::Scratch;
 use super::stop::go_on;
+use crate::results::Scratch;
 use crate::results::machine::Machine;
 use crate::statistics::lower_quartile;
 use crate::suite::{Case, Framework, Set};

@@ -60,8 +60,9 @@ fn spread(median: f64, ci: [f64; 2]) -> f64 {
 fn speed(results: &Results) -> Table {
     let shape = results.headline();
     let batch = shape.batch() as f64;
-    let base = headlines(results).iter().find_map(|row| measured(find(results, &row.case)).map(|m| m.1));
-    let rows: Vec<_> = headlines(results)
+    let headlines = headlines(results);
+    let base = headlines.iter().find_map(|row| measured(find(results, &row.case)).map(|m| m.1));
+    let rows: Vec<_> = headlines
         .iter()
         .map(|row| {
             let record = find(results, &row.case);
@@ -181,8 +182,9 @@ fn settings(results: &Results) -> Table {
             ]
         })
         .collect();
+    let headlines = headlines(results);
     for (backend, tip) in TIPS {
-        let eager = headlines(results).into_iter().map(|row| row.case).find(|case| case.backend == backend);
+        let eager = headlines.iter().map(|row| row.case).find(|case| case.backend == backend);
         let Some((record, ..)) = measured(eager.and_then(|case| find(results, &case))) else { continue };
         if !results.settings.iter().any(|s| s.setting == tip) {
             let command = format!("not measured: ./scripts/compare worktree --env {tip} '{}'", record.id);

@@ -303,6 +303,22 @@ pub fn cache() -> Result<PathBuf> {
     Ok(base.join("transformer-bench"))
 }
 
+/// Removes a folder or a file when it goes.
+#[derive(Debug)]
+pub struct Scratch(pub PathBuf);
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0).or_else(|_| fs::remove_file(&self.0));
+    }
+}
+
+/// Whether a process of this user is there.
+pub fn running(process: i32) -> bool {
+    // SAFETY: signal 0 only asks.
+    unsafe { libc::kill(process, 0) == 0 }
+}
+
 /// FNV-1a, 64 bits, <https://www.rfc-editor.org/rfc/rfc9923>.
 pub fn checksum(bytes: &[u8]) -> u64 {
     bytes

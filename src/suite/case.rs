@@ -38,7 +38,6 @@ impl Case {
                 Device::NvidiaGpu => "cuda",
             },
             "compute": self.precision.compute.id(),
-            "recipe": self.precision.recipe.id(),
             "batch": batch,
             "dropout": self.dropout(),
             "model": *model,

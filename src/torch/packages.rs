@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 use transformer_bench::parity::dropout::Probe;
 use transformer_bench::results::machine::Machine;
-use transformer_bench::results::{alone, cache, checksum, one_line};
+use transformer_bench::results::{Scratch, alone, cache, checksum, one_line, running};
 use transformer_bench::suite::{Case, Device};
 
 use crate::{extension, leaves};
@@ -44,6 +44,7 @@ pub fn missing() -> Option<String> {
 }
 
 /// A package, by what it is made of.
+#[derive(PartialEq)]
 pub struct Package(Value);
 
 /// The packages that timing and proving a case takes.
@@ -52,6 +53,7 @@ pub fn of(case: &Case) -> Vec<Package> {
     if case.dropout().any() {
         // Proofs run without dropout; where it is a tensor this is the same package.
         all.push(Package::new(case, 0.0));
+        all.dedup();
         let probe = Probe::new(*case).case;
         all.push(Package::new(&probe, probe.dropout().weights));
     }
@@ -204,23 +206,13 @@ impl Package {
     }
 }
 
-/// Removes a folder or a file when it goes.
-struct Scratch(PathBuf);
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0).or_else(|_| fs::remove_file(&self.0));
-    }
-}
-
 /// Removes what makings that were killed have left.
 fn drop_left(home: &Path) {
     for entry in fs::read_dir(home).into_iter().flatten().flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
         let process =
             name.strip_prefix("compiled-").and_then(|rest| rest.split_once(".partial-")?.1.parse().ok());
-        // SAFETY: signal 0 only asks whether the process is there.
-        if process.is_some_and(|process: i32| unsafe { libc::kill(process, 0) } != 0) {
+        if process.is_some_and(|process| !running(process)) {
             let _ = fs::remove_dir_all(entry.path());
         }
     }

@@ -69,7 +69,6 @@ class Step(torch.nn.Module):
         self.names = [network.attribute(name) for name in leaves]
         known = dict(net.named_parameters())
         assert sorted(known) == sorted(self.names), set(known) ^ set(self.names)
-        self.shapes = [known[name].shape for name in self.names]
 
     def arguments(self):
         """Tensors of the right shapes."""

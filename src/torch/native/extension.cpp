@@ -30,13 +30,6 @@
 
 namespace {
 
-std::vector<at::Tensor> list(at::Tensor** tensors, size_t count) {
-  std::vector<at::Tensor> all;
-  all.reserve(count);
-  for (size_t i = 0; i < count; ++i) all.push_back(*tensors[i]);
-  return all;
-}
-
 c10::DeviceType device_type(int device) {
   switch (device) {
     case 1:

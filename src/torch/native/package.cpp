@@ -6,7 +6,6 @@
 #include <torch/csrc/inductor/aoti_runner/model_container_runner.h>
 
 #include <memory>
-#include <vector>
 
 #include "guarded.hpp"
 
@@ -38,10 +37,7 @@ void tb_package_free(tb_package* package) {
 int tb_package_run(tb_package* package, at::Tensor** inputs, size_t count, at::Tensor** results, size_t expected) {
   return guarded([&] {
     at::NoGradGuard no_grad;
-    std::vector<at::Tensor> all;
-    all.reserve(count);
-    for (size_t i = 0; i < count; ++i) all.push_back(*inputs[i]);
-    auto made = package->runner->run(all);
+    auto made = package->runner->run(list(inputs, count));
     TORCH_CHECK(made.size() == expected, "the package gives ", made.size(), " tensors, not ", expected);
     for (size_t i = 0; i < expected; ++i) results[i] = new at::Tensor(std::move(made[i]));
   });
