@@ -2,8 +2,10 @@
 
 use std::fmt;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail, ensure};
+use serde::{Deserialize, Serialize};
 
 use crate::model::fixture::{Fixture, Tensor};
 pub use crate::model::oracle::rounding::Sums;
@@ -50,6 +52,26 @@ pub trait Backend {
         Ok(())
     }
 
+    /// The devices of this machine that can each be a rank's, and what they are called; of a CPU its cores.
+    fn devices(&self) -> (usize, &'static str);
+
+    /// What exchanges gradients between ranks.
+    fn engine(&self) -> &'static str;
+
+    /// What each of several ranks of this machine finds in its environment, so that they meet; `folder`
+    /// is theirs alone.
+    ///
+    /// # Errors
+    /// Where no place can be made.
+    fn meeting(&self, ranks: usize, folder: &Path) -> Result<Vec<Environment>>;
+
+    /// Adds up numbers over all ranks, of which this process is one: all have the sums then, so it
+    /// is also how they wait for each other.
+    ///
+    /// # Errors
+    /// Where a rank is gone, or does not answer in time.
+    fn sum(&self, values: &[f32]) -> Result<Vec<f32>>;
+
     /// In which type it keeps sums over rows: decides what a gradient may be off by.
     fn sums(&self) -> Sums;
 
@@ -80,10 +102,96 @@ pub trait Prepared {
     /// Does one iteration and returns only when every result exists on the device.
     fn step(&mut self) -> Result<()>;
 
+    /// Does as many as one stretch: a step returns only when its results exist, so nothing of
+    /// one leaks into the next.
+    fn time(&mut self, steps: u64) -> Result<Duration> {
+        let start = Instant::now();
+        for _ in 0..steps {
+            self.step()?;
+        }
+        Ok(start.elapsed())
+    }
+
+    /// Where other processes do the work: what was seen of them.
+    fn elsewhere(&mut self) -> Option<Elsewhere> {
+        None
+    }
+
     /// The results of the last step as f32, for parity; untimed. Names: what the model
     /// puts out (`out`, `selection`, `weights`, `logits`), `loss`, `grad/<parameter>`,
     /// `grad/x`, and `param/<parameter>` where an optimizer ran.
     fn outputs(&mut self) -> Result<Vec<Tensor>>;
+}
+
+/// What was seen of the ranks that worked for a case.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Elsewhere {
+    /// The largest of any rank.
+    pub peak_bytes: Option<u64>,
+    pub rss_peak_bytes: Option<u64>,
+    /// The largest part of its time that a rank's threads were ready and had no core.
+    pub waiting_share: f64,
+    /// By how much the slowest rank took longer than the fastest, of its time; the median.
+    pub skew: f64,
+    /// What of the step is exchange that nothing hides: 1 less the same step without it over the step,
+    /// in turns on the same ranks, and the range that the middle of it lies in.
+    pub exposed: Option<[f64; 3]>,
+}
+
+/// How long a rank waits for the others: within 30 s a user knows that one is missing.
+pub const PATIENCE: Duration = Duration::from_secs(18);
+
+/// The cores that this process may use, and their name.
+pub fn cores() -> (usize, &'static str) {
+    (std::thread::available_parallelism().map_or(1, usize::from), "cores")
+}
+
+/// How CUDA names the n-th GPU that this process sees: to a rank it is shown alone.
+pub fn visible_gpu(n: usize) -> String {
+    let shown = std::env::var("CUDA_VISIBLE_DEVICES").unwrap_or_default();
+    let shown = shown.split(',').map(str::trim).filter(|name| !name.is_empty()).nth(n).map(str::to_owned);
+    shown.unwrap_or_else(|| n.to_string())
+}
+
+/// Variables and their values.
+pub type Environment = Vec<(String, String)>;
+
+/// This process as one of several that share a case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rank {
+    pub index: usize,
+    pub of: usize,
+}
+
+impl Rank {
+    /// What the launcher says: ours, `torchrun`
+    /// (<https://docs.pytorch.org/docs/stable/elastic/run.html>) or `mlx.launch`
+    /// (<https://ml-explore.github.io/mlx/build/html/usage/distributed.html>). None of a process alone.
+    ///
+    /// # Errors
+    /// Where only a part of it is there.
+    pub fn of_process(framework: Framework) -> Result<Option<Self>> {
+        let variable = |name: &str| std::env::var(name).ok().filter(|text| !text.is_empty());
+        let (name, size_name) = match framework {
+            Framework::Torch => ("RANK", "WORLD_SIZE"),
+            Framework::Mlx => ("MLX_RANK", "MLX_WORLD_SIZE"),
+        };
+        let hosts = variable("MLX_HOSTFILE").filter(|_| framework == Framework::Mlx);
+        let of = match (variable(size_name), hosts) {
+            (Some(size), _) => size.parse().with_context(|| format!("{size_name}={size} is no number"))?,
+            (None, Some(path)) => {
+                let text = std::fs::read_to_string(&path).with_context(|| format!("MLX_HOSTFILE={path}"))?;
+                let hosts: Vec<serde_json::Value> =
+                    serde_json::from_str(&text).with_context(|| format!("{path} lists no hosts"))?;
+                hosts.len()
+            }
+            (None, None) => return Ok(None),
+        };
+        let Some(index) = variable(name) else { return Ok(None) };
+        let index = index.parse().with_context(|| format!("{name}={index} is no number"))?;
+        ensure!(index < of, "rank {index} of {of} can't be: see {name}");
+        Ok((of > 1).then_some(Self { index, of }))
+    }
 }
 
 /// A backend that this machine lacks.
@@ -164,6 +272,14 @@ pub fn needs_tf32_process(case: &Case) -> bool {
 /// Refuses what no backend can offer, whatever its framework.
 pub fn meaningful(case: &Case) -> Result<(), Unsupported> {
     let no = |reason: &str| Err(Unsupported(reason.to_owned()));
+    match case.precision.recipe {
+        Recipe::Overlap if case.shape.ranks() == 1 => {
+            return no("one device exchanges nothing: see the same case with -r2");
+        }
+        Recipe::Eager | Recipe::Overlap | Recipe::Opt => {}
+        _ if case.shape.ranks() == 1 => {}
+        _ => return no("ranks are measured plain, -overlap and -opt"),
+    }
     match case.precision.compute {
         Compute::F16 if case.workload.optimizes() => {
             no("AdamW in pure f16 divides by zero: squared gradients and ε = 1e-8 underflow; use bf16 or amp")
@@ -171,7 +287,7 @@ pub fn meaningful(case: &Case) -> Result<(), Unsupported> {
         Compute::Amp | Compute::Autocast
             if matches!(
                 case.workload,
-                Workload::MatmulPeak | Workload::CopyPeak | Workload::OptimizerStep
+                Workload::MatmulPeak | Workload::CopyPeak | Workload::AllReduce | Workload::OptimizerStep
             ) =>
         {
             no("mixed precision changes nothing here: see f32 and bf16")

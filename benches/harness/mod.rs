@@ -8,6 +8,7 @@ mod by_hand;
 mod options;
 mod profiler;
 mod proving;
+mod ranks;
 mod symbols;
 mod ticker;
 mod timing;
@@ -19,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use criterion::{BenchmarkId, Criterion, SamplingMode, Throughput};
-use transformer_bench::backend::{self, Backend, Found, Prepared};
+use transformer_bench::backend::{self, Backend, Found, Prepared, Rank};
 use transformer_bench::disturbance::{self, Watch};
 use transformer_bench::memory;
 use transformer_bench::model::fixture::Fixture;
@@ -55,6 +56,7 @@ pub fn main(framework: Framework, find: fn() -> Found) -> ExitCode {
 fn run(framework: Framework, find: fn() -> Found) -> Result<bool> {
     memory::keep_freed()?;
     machine::prefer_fast_cores();
+    ranks::stay();
     let notes = given::from_environment(|| machine::reach(&Machine::read()))?;
     if let Some(first) = worker::requested(std::env::args().skip(1)) {
         worker::start(framework, find, first)?;
@@ -74,15 +76,23 @@ fn run(framework: Framework, find: fn() -> Found) -> Result<bool> {
     if options.profile {
         profiler::prepare()?;
     }
+    let led = Rank::of_process(framework)?;
+    ranks::see_own_gpu(led);
     let found = find();
     machine::assert_isolated(framework)?;
+    if let Some(rank) = led.filter(|rank| rank.index > 0) {
+        return ranks::follow(found, rank).map(|()| true);
+    }
+    let found = ranks::shared(found, led);
     let apart = |case: &Case| {
         backend::needs_tf32_process(case) && !case.backend.is_cpu() && found.backend(case.backend).is_some()
     };
     let (apart, selected): (Vec<Case>, Vec<Case>) = selected.into_iter().partition(apart);
     let (selected, child) =
         if backend::is_tf32_process() { (apart, false) } else { (selected, !apart.is_empty()) };
-    let passed = Suite::new(options, home, found).measure_all(framework, &selected)?;
+    let mut suite = Suite::new(options, home, found);
+    let passed = suite.measure_all(framework, &selected, led)?;
+    ranks::dismiss(&suite.here.found, led);
     Ok(if child { tf32_process()? && passed } else { passed })
 }
 
@@ -187,7 +197,7 @@ impl Suite {
     }
 
     /// True unless a case failed.
-    fn measure_all(&mut self, framework: Framework, selected: &[Case]) -> Result<bool> {
+    fn measure_all(&mut self, framework: Framework, selected: &[Case], led: Option<Rank>) -> Result<bool> {
         let here = |c: &&Case| self.here.found.backend(c.backend).is_some();
         let present: Vec<Case> = selected.iter().filter(here).copied().collect();
         self.options.check_baseline(&self.home, &present)?;
@@ -197,7 +207,11 @@ impl Suite {
             let runs: Vec<Case> = selected.iter().filter(runs).copied().collect();
             let unmade = self.made(&runs);
             let runs: Vec<Case> = runs.into_iter().filter(|case| !unmade.contains_key(case)).collect();
-            self.proven = proving::prove(framework, &runs)?;
+            self.proven = match led {
+                // A process of its own would be no rank.
+                Some(_) => proving::prove_here(&self.here.found, &runs),
+                None => proving::prove(framework, &runs)?,
+            };
             self.proven.extend(unmade);
         }
         let mut part = if self.writes() { Some(self.part(framework, selected)?) } else { None };
@@ -346,6 +360,11 @@ fn sample(
     record.rss_peak_bytes = seen.peak_rss;
     record.page_faults = Some(statistics::median(&seen.faults));
     record.waiting_share = seen.watch.waiting_share();
+    if let Some(ranks) = prepared.elsewhere().filter(|_| !options.test) {
+        (record.peak_bytes, record.rss_peak_bytes) = (ranks.peak_bytes, ranks.rss_peak_bytes);
+        (record.page_faults, record.waiting_share) = (None, Some(ranks.waiting_share));
+        record.ranks = Some(ranks);
+    }
     if seen.watch.throttled() {
         eprintln!("{place} {case}: the CPU got too hot and was slowed down meanwhile");
     }
@@ -383,11 +402,11 @@ fn few(
 
 /// Runs one step, or two, and makes the plan from the faster; None where it is too slow.
 fn plan(prepared: &mut dyn Prepared, options: &Options, case: &Case) -> Result<(Duration, Option<Plan>)> {
-    let mut step = timing::time(prepared, 1)?;
+    let mut step = prepared.time(1)?;
     // The first step also loads kernels, compiles and fills caches: a second one tells
     // more, unless the first was hopeless.
     if step < Plan::limit(options.set, case.workload) / 4 {
-        step = timing::time(prepared, 1)?.min(step);
+        step = prepared.time(1)?.min(step);
     }
     Ok((step, Plan::new(step, options.set, case.workload)))
 }
@@ -430,11 +449,8 @@ fn time_samples(
                 return Duration::from_secs(1);
             }
             let (before, watch) = (memory::faults(), Watch::now());
-            let elapsed = if options.profile {
-                sampler.run(prepared, iterations)
-            } else {
-                timing::time(prepared, iterations)
-            };
+            let elapsed =
+                if options.profile { sampler.run(prepared, iterations) } else { prepared.time(iterations) };
             seen.peak_rss = memory::resident_peak_bytes();
             seen.watch.add(Watch::now().since(watch));
             seen.faults.push((memory::faults() - before) as f64 / iterations as f64);

@@ -23,7 +23,6 @@ use transformer_bench::suite::Case;
 
 use super::symbols::{self, Symbols, is_generated};
 use super::ticker::Ticker;
-use super::timing;
 
 /// Steps of about this long run before sampling goes on or off.
 const BLOCK: Duration = Duration::from_millis(200);
@@ -64,7 +63,7 @@ impl Sampler {
     pub fn run(&self, prepared: &mut dyn Prepared, steps: u64) -> Result<Duration> {
         let mut state = self.0.borrow_mut();
         if state.guard.is_none() {
-            return timing::time(prepared, steps);
+            return prepared.time(steps);
         }
         let tick = |state: &State, on| state.guard.iter().for_each(|(_, ticker)| ticker.tick(on));
         let mut done = 0;
@@ -75,7 +74,7 @@ impl Sampler {
             // Each kind of block once, in either order.
             let sampled = state.sampled.len() <= state.bare.len();
             tick(&state, sampled);
-            let elapsed = timing::time(prepared, block);
+            let elapsed = prepared.time(block);
             tick(&state, false);
             let elapsed = elapsed?;
             let each = elapsed.as_secs_f64() / block as f64;
@@ -243,7 +242,7 @@ const RECORDED: f64 = 0.5e9;
 
 /// The second flamegraph of a GPU case: what its kernels take, by operator.
 pub fn gpu(prepared: &mut dyn Prepared, case: &Case, folder: &Path) -> Result<()> {
-    let each = timing::time(prepared, 3)?.as_nanos() as f64 / 3.0;
+    let each = prepared.time(3)?.as_nanos() as f64 / 3.0;
     let steps = (RECORDED / each).clamp(3.0, 200.0) as u64;
     let watch = gpu::watch()?;
     let named = gpu::record(steps, || prepared.step())?;

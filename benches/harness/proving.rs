@@ -6,12 +6,29 @@ use std::io::{IsTerminal, Write};
 use std::time::Instant;
 
 use anyhow::Result;
+use transformer_bench::backend::Found;
 use transformer_bench::compare::worker::{Proof, Side, Threads, Worker};
+use transformer_bench::parity::Prover;
 use transformer_bench::results::Status;
 use transformer_bench::suite::{Case, Framework};
 
 /// What became of each case: how much of the allowed error it took, or why it can't be timed.
 pub type Proven = HashMap<Case, Result<f64, (Status, String)>>;
+
+/// Proves the cases in this process, which leads ranks that a launcher started.
+pub fn prove_here(found: &Found, cases: &[Case]) -> Proven {
+    let mut prover = Prover::default();
+    let prove = |case: &Case| {
+        let backend = found.backend(case.backend).expect("a case that runs");
+        let outcome = match prover.prove(backend, *case) {
+            Ok(Ok(share)) => Ok(share),
+            Ok(Err(mismatch)) => Err((Status::ParityFailed, mismatch.to_string())),
+            Err(error) => Err((Status::Error, format!("parity could not be checked: {error:#}"))),
+        };
+        (*case, outcome)
+    };
+    cases.iter().map(prove).collect()
+}
 
 /// Proves the cases, the shapes one after the other: the oracle remembers the last.
 ///

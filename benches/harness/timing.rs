@@ -1,20 +1,10 @@
-//! The one timing loop, and the plan that is made from a case's first step.
+//! The plan that is made from a case's first step.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::Result;
 use transformer_bench::backend::Prepared;
 use transformer_bench::suite::{Set, Workload};
-
-/// Times `iterations` steps as one stretch: a step returns only when its results exist,
-/// so nothing of one leaks into the next.
-pub fn time(prepared: &mut dyn Prepared, iterations: u64) -> Result<Duration> {
-    let start = Instant::now();
-    for _ in 0..iterations {
-        prepared.step()?;
-    }
-    Ok(start.elapsed())
-}
 
 /// How a case is sampled. Sampling is flat: every sample holds equally many steps.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -45,7 +35,7 @@ pub fn few(
         return Ok(None);
     }
     let fit = (Plan::limit(set, workload).as_secs_f64() / step.as_secs_f64()) as usize;
-    (0..fit.clamp(VERY_FEW, FEWEST - 1)).map(|_| time(prepared, 1)).collect::<Result<_>>().map(Some)
+    (0..fit.clamp(VERY_FEW, FEWEST - 1)).map(|_| prepared.time(1)).collect::<Result<_>>().map(Some)
 }
 
 /// Seconds that a case should take, and at most may.

@@ -30,7 +30,7 @@ use transformer_bench::parity::proofs::Proofs;
 use transformer_bench::results::{self, machine, one_line};
 use transformer_bench::suite::{Case, Framework, cases, pattern};
 
-use super::timing;
+use super::ranks::{self, part};
 
 /// Makes steps slower by arithmetic that is thrown away, for proving that comparisons
 /// find what they should: `ID=ROUNDS` for each case, joined by `;`.
@@ -59,6 +59,10 @@ pub fn start(framework: Framework, find: fn() -> Found, first: Option<String>) -
     }
     let found = find();
     machine::assert_isolated(framework)?;
+    if let Ok(id) = std::env::var(ranks::RANK_OF) {
+        return part::serve(found, &id);
+    }
+    let found = ranks::shared(found, None);
     serve(&found, framework, first)
 }
 
@@ -81,7 +85,7 @@ fn serve(found: &Found, framework: Framework, first: Option<String>) -> Result<I
     unsafe { libc::_exit(0) }
 }
 
-fn say(line: &str) -> Result<()> {
+pub fn say(line: &str) -> Result<()> {
     let mut output = std::io::stdout().lock();
     writeln!(output, "{line}")?;
     Ok(output.flush()?)
@@ -175,11 +179,7 @@ impl<'a> Worker<'a> {
         let mut all = named("input", fixture.inputs());
         all.extend(named("parameter", fixture.parameters()));
         all.extend(prepared.outputs()?);
-        let index: Vec<(&String, &Vec<usize>)> = all.iter().map(|t| (&t.name, &t.dims)).collect();
-        let mut bytes = serde_json::to_vec(&index)?;
-        bytes.push(b'\n');
-        bytes.extend(all.iter().flat_map(|t| &t.data).flat_map(|v| v.to_le_bytes()));
-        std::fs::write(file, bytes).with_context(|| format!("{} could not be written", file.display()))
+        part::write_tensors(file, &all)
     }
 
     /// A case that runs here, and its backend.
@@ -211,7 +211,7 @@ impl<'a> Worker<'a> {
 
     fn time(&mut self, steps: u64) -> Result<Duration> {
         let prepared = self.current.as_mut().context("no case: say 'case ID' first")?;
-        timing::time(prepared.as_mut(), steps)
+        prepared.time(steps)
     }
 }
 

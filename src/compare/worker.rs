@@ -139,25 +139,38 @@ impl Worker {
         self
     }
 
+    /// Sends a request, whose answer [`Worker::look`] finds.
+    ///
+    /// # Errors
+    /// Where the process has ended.
+    pub fn send(&mut self, request: &str) -> Result<()> {
+        let input = self.input.as_mut().context("the process has ended")?;
+        Ok(writeln!(input, "{request}").and_then(|()| input.flush())?)
+    }
+
+    /// Ends the process; how it ended, and its last words.
+    pub fn end(&mut self) -> String {
+        self.input = None;
+        let _ = self.child.kill();
+        let status = self.child.wait().map_or_else(|error| error.to_string(), |status| status.to_string());
+        // The reason may still be on its way through the other pipe.
+        std::thread::sleep(Duration::from_millis(50));
+        format!("the process ended with {status} {}", self.last_error.lock().expect("no panic holds it"))
+    }
+
     /// Sends a request and returns the answer.
     ///
     /// # Errors
     /// What the process says against it, its end, or that it took longer than `patience`.
     fn ask(&mut self, request: &str, patience: Duration) -> Result<String> {
-        let input = self.input.as_mut().context("the process has ended")?;
-        let sent = writeln!(input, "{request}").and_then(|()| input.flush());
+        let sent = self.send(request);
         let start = Instant::now();
         let last = start + patience;
         let last = self.until.map_or(last, |until| last.min(until.max(start) + GRACE));
         let line = if sent.is_ok() { self.line(request, start, last)? } else { None };
         let Some(line) = line else {
             go_on()?;
-            let _ = self.child.kill();
-            let status = self.child.wait()?;
-            // The reason may still be on its way through the other pipe.
-            std::thread::sleep(Duration::from_millis(50));
-            let reason = self.last_error.lock().expect("no panic holds it").clone();
-            bail!("the process ended with {status} {reason}");
+            bail!("{}", self.end());
         };
         match line.trim().strip_prefix("failed: ") {
             Some(reason) => Err(anyhow!("{reason}")),
@@ -168,9 +181,10 @@ impl Worker {
     /// The next line of the process; None at its end.
     fn line(&mut self, request: &str, start: Instant, last: Instant) -> Result<Option<String>> {
         loop {
-            if let Some(end) = self.rest.iter().position(|&byte| byte == b'\n') {
-                let line: Vec<u8> = self.rest.drain(..=end).collect();
-                return Ok(Some(String::from_utf8_lossy(&line).into_owned()));
+            match self.look(Duration::from_millis(200)) {
+                Ok(Some(line)) => return Ok(Some(line)),
+                Ok(None) => {}
+                Err(_) => return Ok(None),
             }
             go_on()?;
             if Instant::now() >= last {
@@ -179,17 +193,34 @@ impl Worker {
                 let waited = start.elapsed().as_secs();
                 bail!("no answer to '{}' in {waited} s: ended", request.trim());
             }
-            let mut ready = libc::pollfd { fd: self.output.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-            // SAFETY: one open file, described by plain data. A signal ends the wait early.
-            let found = unsafe { libc::poll(&raw mut ready, 1, 200) };
-            if found > 0 {
-                let mut bytes = [0; 4096];
-                match self.output.read(&mut bytes)? {
-                    0 => return Ok(None),
-                    count => self.rest.extend_from_slice(&bytes[..count]),
-                }
+        }
+    }
+
+    /// The next line of the process, where it comes within a moment.
+    ///
+    /// # Errors
+    /// Where the process says no more.
+    pub fn look(&mut self, moment: Duration) -> Result<Option<String>> {
+        if let Some(line) = self.whole_line() {
+            return Ok(Some(line));
+        }
+        let mut ready = libc::pollfd { fd: self.output.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        let moment = i32::try_from(moment.as_millis()).unwrap_or(i32::MAX);
+        // SAFETY: one open file, described by plain data. A signal ends the wait early.
+        if unsafe { libc::poll(&raw mut ready, 1, moment) } > 0 {
+            let mut bytes = [0; 4096];
+            match self.output.read(&mut bytes)? {
+                0 => bail!("the process ended"),
+                count => self.rest.extend_from_slice(&bytes[..count]),
             }
         }
+        Ok(self.whole_line())
+    }
+
+    fn whole_line(&mut self) -> Option<String> {
+        let end = self.rest.iter().position(|&byte| byte == b'\n')?;
+        let line: Vec<u8> = self.rest.drain(..=end).collect();
+        Some(String::from_utf8_lossy(&line).trim_end().to_owned())
     }
 
     fn cases(&mut self, set: Set, filter: &str) -> Result<Vec<Case>> {

@@ -1,16 +1,17 @@
 //! The MLX backends: `mlx-rs` on CPU, Metal and CUDA.
 //!
-//! `net` is the network, `step` the workloads, `native` the little that Linux needs.
+//! `net` is the network, `step` the workloads, `ranks` what several processes exchange, `native` the little that Linux needs.
 
 mod library;
 mod net;
+mod ranks;
 mod step;
 
 use std::path::Path;
 
 use anyhow::{Result, ensure};
 use mlx_rs::{Array, Device, DeviceType, Dtype};
-use transformer_bench::backend::{self, Backend, Found, Prepared, Sums, Unsupported};
+use transformer_bench::backend::{self, Backend, Environment, Found, Prepared, Sums, Unsupported};
 use transformer_bench::model::fixture::Fixture;
 use transformer_bench::suite::{BackendId, Case, Compute, Framework, Recipe};
 
@@ -110,6 +111,27 @@ impl Backend for Mlx {
     fn prepare(&self, fixture: &Fixture) -> Result<Box<dyn Prepared>> {
         Device::set_default(&self.device());
         Ok(Box::new(step::Step::new(fixture)?))
+    }
+
+    fn devices(&self) -> (usize, &'static str) {
+        match self.id {
+            BackendId::MlxCuda => (library::gpus(), "GPUs"),
+            BackendId::MlxMetal => (1, "GPU, and ranks of Metal need a Mac each"),
+            _ => backend::cores(),
+        }
+    }
+
+    fn engine(&self) -> &'static str {
+        ranks::engine(self.id)
+    }
+
+    fn meeting(&self, ranks: usize, folder: &Path) -> Result<Vec<Environment>> {
+        ranks::meeting(self.id, ranks, folder)
+    }
+
+    fn sum(&self, values: &[f32]) -> Result<Vec<f32>> {
+        Device::set_default(&self.device());
+        ranks::sum(values)
     }
 
     /// MLX 0.32 accumulates in the type of the result: `strided_reduce` of its CPU backend, and

@@ -35,6 +35,14 @@ pub fn gpu_available() -> bool {
     }
 }
 
+/// The GPUs that MLX sees.
+pub fn gpus() -> usize {
+    let mut count = 0;
+    // SAFETY: writes one number.
+    let status = unsafe { mlx_sys::mlx_device_count(&mut count, mlx_sys::mlx_device_type__MLX_GPU) };
+    if status == 0 { count.max(0) as usize } else { 0 }
+}
+
 pub fn built_with_cuda() -> bool {
     let mut available = false;
     // SAFETY: writes one bool.

@@ -17,6 +17,7 @@ use transformer_bench::model::{Dropout, ModelId};
 use transformer_bench::suite::{Case, Compute, Shape, Workload};
 
 use crate::net::{self, Layers, scalar};
+use crate::ranks;
 
 type Function = Box<dyn FnMut(&[Array]) -> Result<Vec<Array>, Exception>>;
 
@@ -44,6 +45,8 @@ struct Program {
     dropout: Dropout,
     parameters: usize,
     inputs: usize,
+    /// Whether ranks leave the exchange out.
+    silent: bool,
 }
 
 /// How many arrays of each sort a program returns.
@@ -91,14 +94,19 @@ impl Step {
         let moments = if case.workload.optimizes() { &parameters[..] } else { &[] };
         let first = moments.iter().map(zeros).collect::<Result<Vec<_>, _>>()?;
         let second = moments.iter().map(zeros).collect::<Result<Vec<_>, _>>()?;
-        let program =
-            Program { case, dropout: fixture.dropout, parameters: parameters.len(), inputs: inputs.len() };
+        let program = Program {
+            case,
+            dropout: fixture.dropout,
+            parameters: parameters.len(),
+            inputs: inputs.len(),
+            silent: fixture.silent,
+        };
         let function: Function = if case.precision.recipe.whole_step() {
             Box::new(compile(move |args: &[Array]| program.run(args), None))
         } else {
             Box::new(move |args: &[Array]| program.run(args))
         };
-        let key = random::key(1)?;
+        let key = random::key(1 + fixture.rank() as u64)?;
         eval(inputs.iter().chain(&parameters).chain(&first).chain(&second).chain([&key]))?;
         let mut step = Self {
             program,
@@ -183,11 +191,16 @@ impl Program {
         let mut out = match self.case.workload {
             Workload::OptimizerStep => Vec::new(),
             Workload::CopyPeak => vec![a.inputs[0].negative()?],
+            Workload::AllReduce => vec![ranks::all_reduce(&a.inputs[0])?],
             Workload::MatmulPeak => vec![self.chain(a.inputs)?],
             Workload::AttentionGrad | Workload::FeedForwardGrad => block_gradients(&forward, &a)?,
             Workload::ForwardBackward | Workload::TrainStep => self.model_gradients(&forward, &a)?,
             _ => forward(a.parameters, a.inputs)?,
         };
+        if self.case.shape.ranks() > 1 && self.case.workload.trains() && !self.silent {
+            let means = ranks::mean(&out[1..], self.case.precision.recipe.overlaps())?;
+            out.splice(1.., means);
+        }
         if self.returned().updated {
             let fixed = self.case.workload == Workload::OptimizerStep;
             let gradients = if fixed { a.inputs } else { &out[1..] };

@@ -494,7 +494,7 @@ mod tests {
     }
 
     fn parameters(model: Model) -> usize {
-        parameter_count(Shape::Model { model: ModelId::add(model), batch: 1 })
+        parameter_count(Shape::of(ModelId::add(model), 1))
     }
 
     const SMOLLM2: &str = r#"{"architectures": ["LlamaForCausalLM"], "attention_bias": false,

@@ -8,7 +8,7 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 
 use super::parameters::{self, Init, Spec};
 use super::{Dropout, Input, Model};
-use crate::suite::{Case, Compute, Shape};
+use crate::suite::{Case, Compute, Shape, Workload};
 
 const SEED: u64 = 0x7261_6e73_666f_726d;
 
@@ -48,6 +48,10 @@ pub struct Fixture {
     pub adamw: AdamW,
     /// Which sample stands at each place of the batch.
     samples: Vec<usize>,
+    /// Whose part of the batch the inputs are; None for all of it.
+    rank: Option<usize>,
+    /// Whether ranks leave the exchange of gradients out: what it costs shows in that.
+    pub silent: bool,
     inputs: OnceCell<Vec<Tensor>>,
     parameters: OnceCell<Vec<Tensor>>,
     gradients: OnceCell<Vec<Tensor>>,
@@ -109,6 +113,8 @@ impl Fixture {
             dropout: case.dropout(),
             adamw: AdamW::TRAINING,
             samples: (0..case.shape.batch()).collect(),
+            rank: None,
+            silent: false,
             inputs: OnceCell::new(),
             parameters: OnceCell::new(),
             gradients: OnceCell::new(),
@@ -120,6 +126,21 @@ impl Fixture {
     pub fn for_parity(case: Case) -> Self {
         let samples = repeated(case.shape);
         Self { dropout: Dropout::NONE, adamw: AdamW::PARITY, samples, ..Self::new(case) }
+    }
+
+    /// Whether it is of a parity run.
+    pub fn is_of_parity(&self) -> bool {
+        self.adamw == AdamW::PARITY
+    }
+
+    /// One rank's: its part of the batch, or its own buffer.
+    pub fn of_rank(self, rank: usize) -> Self {
+        Self { rank: Some(rank), inputs: OnceCell::new(), ..self }
+    }
+
+    /// The rank whose part it is; 0 where there is one device.
+    pub fn rank(&self) -> usize {
+        self.rank.unwrap_or(0)
     }
 
     /// Which sample stands at each place of the batch; the same number is the same sample.
@@ -148,7 +169,13 @@ impl Fixture {
     /// blocks: `x` [B, N, D] and `upstream` [B, N, D], the gradient that arrives from above;
     /// peaks: `a` and `b` [n, n], or `buffer` [n].
     pub fn inputs(&self) -> &[Tensor] {
-        self.inputs.get_or_init(|| self.make_inputs())
+        self.inputs.get_or_init(|| {
+            let mut all = self.make_inputs();
+            if let Some(rank) = self.rank {
+                all.iter_mut().for_each(|tensor| part(tensor, self.case.shape, rank));
+            }
+            all
+        })
     }
 
     /// An input by its name.
@@ -208,7 +235,7 @@ impl Fixture {
         };
         let signed = |draw: &mut Draw| draw.uniform(1.0);
         match self.case.shape {
-            Shape::Model { model, batch } => model_inputs(&model, batch, &make),
+            Shape::Model { model, batch, .. } => model_inputs(&model, batch, &make),
             Shape::Block { model, batch, .. } => {
                 let dims = [batch, model.tokens, model.width];
                 vec![make("x", &dims, &signed), make("upstream", &dims, &signed)]
@@ -219,12 +246,29 @@ impl Fixture {
                 let value = |draw: &mut Draw| draw.uniform(bound);
                 vec![make("a", &[n, n], &value), make("b", &[n, n], &value)]
             }
-            Shape::Buffer { mib } => {
+            Shape::Buffer { mib, .. } => {
                 let bytes = if compute.is_half() { 2 } else { 4 };
-                vec![make("buffer", &[(mib << 20) / bytes], &signed)]
+                // Sums over ranks are exact in any order.
+                let coarse = |draw: &mut Draw| (draw.uniform(1.0) * 256.0).round() / 256.0;
+                let value: &dyn Fn(&mut Draw) -> f32 =
+                    if self.case.workload == Workload::AllReduce { &coarse } else { &signed };
+                vec![make("buffer", &[(mib << 20) / bytes], value)]
             }
         }
     }
+}
+
+/// What a rank has of an input: its rows of the batch; of a buffer the same numbers elsewhere.
+fn part(tensor: &mut Tensor, shape: Shape, rank: usize) {
+    if let Shape::Buffer { .. } = shape {
+        // A prime, so that no two ranks of any number have the same.
+        let by = rank * 104_729 % tensor.data.len();
+        tensor.data.rotate_left(by);
+        return;
+    }
+    let each = tensor.data.len() / shape.ranks();
+    tensor.data = tensor.data[rank * each..(rank + 1) * each].to_vec();
+    tensor.dims[0] /= shape.ranks();
 }
 
 /// Makes an input of a name, dims and values.
@@ -278,6 +322,21 @@ mod tests {
         }
         let tiny = Fixture::for_parity("train-step/torch-cpu/f32/indicator-tiny-b2".parse().unwrap());
         assert_eq!(tiny.samples(), [0, 1]);
+    }
+
+    #[test]
+    fn ranks_share_a_batch_and_nothing_else() {
+        let whole = fixture("train-step/torch-cpu/f32/indicator-b4");
+        let of = |rank| fixture("train-step/torch-cpu/f32/indicator-b4-r2").of_rank(rank);
+        let (first, second) = (of(0), of(1));
+        for (name, dims) in [("values", vec![2, 111]), ("market", vec![2, 10])] {
+            let both = [&first.input(name).data[..], &second.input(name).data[..]].concat();
+            assert!(first.input(name).dims == dims && both == whole.input(name).data, "{name}");
+        }
+        assert_eq!(first.parameters(), whole.parameters());
+        let buffer =
+            |rank| fixture("all-reduce/torch-cpu/f32/m1-r2").of_rank(rank).input("buffer").data.clone();
+        assert!(buffer(0) != buffer(1) && buffer(0).iter().all(|v| (v * 256.0).fract() == 0.0));
     }
 
     #[test]

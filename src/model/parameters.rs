@@ -324,7 +324,7 @@ mod tests {
     use crate::model::ModelId;
 
     fn model(name: &str) -> Shape {
-        Shape::Model { model: ModelId::named(name).unwrap(), batch: 8 }
+        Shape::of(ModelId::named(name).unwrap(), 8)
     }
 
     #[test]
@@ -340,7 +340,7 @@ mod tests {
     #[test]
     fn names_are_unique() {
         for id in ModelId::with_miniatures() {
-            let specs = parameters(Shape::Model { model: id, batch: 1 });
+            let specs = parameters(Shape::of(id, 1));
             let names: std::collections::HashSet<_> = specs.iter().map(|s| &s.name).collect();
             assert_eq!(names.len(), specs.len());
         }

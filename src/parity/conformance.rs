@@ -22,7 +22,7 @@ fn case(backend: &dyn Backend, workload: Workload, precision: Precision, shape: 
 
 /// A model's miniature, or a part of its blocks.
 fn tiny(name: &str) -> Shape {
-    Shape::Model { model: named(name), batch: 2 }
+    Shape::of(named(name), 2)
 }
 
 fn named(name: &str) -> ModelId {
@@ -72,7 +72,7 @@ fn miniatures(backend: &dyn Backend, precision: Precision) -> Vec<Case> {
             |w| {
                 let shape = match w.block() {
                     Some(part) => Shape::Block { part, model, batch: 2 },
-                    None => Shape::Model { model, batch: 2 },
+                    None => Shape::of(model, 2),
                 };
                 case(backend, w, precision, shape)
             },
@@ -218,7 +218,7 @@ pub fn time_follows_work(backend: &dyn Backend) -> Result<Outcome> {
         let layers = |layers| {
             let model = ModelId::add(Model { layers, ..*ModelId::indicator() });
             let batch = if backend.id().is_cpu() { 1 } else { 64 };
-            let shape = Shape::Model { model, batch };
+            let shape = Shape::of(model, batch);
             backend.prepare(&Fixture::new(case(backend, Workload::TrainStep, precision, shape)))
         };
         let (mut three, mut six) = (layers(3)?, layers(6)?);
@@ -237,7 +237,7 @@ pub fn time_follows_work(backend: &dyn Backend) -> Result<Outcome> {
 /// After `step()` the device is idle, and reading every result is copying alone, in every recipe.
 pub fn nothing_is_left_pending(backend: &dyn Backend) -> Result<Outcome> {
     for precision in recipes(backend) {
-        let shape = Shape::Model { model: ModelId::indicator(), batch: 4 };
+        let shape = Shape::of(ModelId::indicator(), 4);
         let case = case(backend, Workload::TrainStep, precision, shape);
         let mut prepared = backend.prepare(&Fixture::new(case))?;
         time(prepared.as_mut())?;
@@ -266,7 +266,7 @@ pub fn nothing_is_left_pending(backend: &dyn Backend) -> Result<Outcome> {
 /// buffer and its copy, and on a CPU without an allocator's peak the host's fixture too.
 pub fn memory_is_counted(backend: &dyn Backend) -> Result<Outcome> {
     let mib = 256;
-    let case = case(backend, Workload::CopyPeak, F32, Shape::Buffer { mib });
+    let case = case(backend, Workload::CopyPeak, F32, Shape::Buffer { mib, ranks: 1 });
     backend.reset_peak_memory()?;
     memory::reset_resident_peak();
     let before = memory::resident_bytes();

@@ -87,7 +87,7 @@ impl Probe {
         let shape = match case.shape {
             Shape::Model { .. } => {
                 let small = if model.is_miniature() { model } else { model.miniature() };
-                Shape::Model { model: ModelId::add(Model { tokens: 1, ..*small }), batch: 1 }
+                Shape::of(ModelId::add(Model { tokens: 1, ..*small }), 1)
             }
             block => block,
         };

@@ -281,7 +281,7 @@ impl Fault {
         let shape = match self.workload {
             Attention | AttentionGrad => Shape::Block { part: Block::Attention, model, batch: 2 },
             FeedForward | FeedForwardGrad => Shape::Block { part: Block::FeedForward, model, batch: 2 },
-            _ => Shape::Model { model, batch: 2 },
+            _ => Shape::of(model, 2),
         };
         Case { workload: self.workload, backend: backend.id(), precision, shape }
     }
@@ -317,7 +317,7 @@ impl Fault {
                 let model = ModelId::add(wrong);
                 let shape = match case.shape {
                     Shape::Block { part, .. } => Shape::Block { part, model, batch },
-                    _ => Shape::Model { model, batch },
+                    _ => Shape::of(model, batch),
                 };
                 prover.check(backend, &truth, &Fixture::for_parity(Case { shape, ..case }))
             }

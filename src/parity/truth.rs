@@ -163,11 +163,13 @@ impl Oracle {
     /// `sums` is [`crate::backend::Backend::sums`].
     pub fn truth(&mut self, fixture: &Fixture, sums: Sums) -> Arc<Vec<Known>> {
         let case = fixture.case;
-        if self.shape != Some(case.shape) {
-            *self = Self { shape: Some(case.shape), ..Self::default() };
+        // Among ranks it is the same function.
+        let shape = case.shape.over(1);
+        if self.shape != Some(shape) {
+            *self = Self { shape: Some(shape), ..Self::default() };
         }
         let compute = case.precision.compute;
-        let fused = case.precision.recipe.fused_attention();
+        let fused = case.fuses_attention();
         let stored = compute.is_half().then_some(compute);
         let key = (case.workload.trains(), case.workload == Workload::OptimizerStep, stored);
         if let Some(known) = self.known.get(&(key, compute, sums, fused)) {
@@ -182,7 +184,7 @@ impl Oracle {
 
 /// What a precision may make of what is exact.
 fn rounded(fixture: &Fixture, sums: Sums, exact: Exact, masks: Option<Masks<'_>>) -> Vec<Known> {
-    let fused = fixture.case.precision.recipe.fused_attention();
+    let fused = fixture.case.fuses_attention();
     let rounding = Rounding { fused, ..Rounding::of(fixture.case.precision.compute, sums) };
     let squares =
         costs(&exact, runs(fixture), |draw| computed(fixture, Rounding { draw, ..rounding }, masks));

@@ -185,7 +185,7 @@ pub struct Sweep {
 pub fn batches(all: &[Measured<'_>]) -> Vec<Sweep> {
     let mut sweeps: Vec<Sweep> = Vec::new();
     for m in all.iter().filter(|m| m.case.workload == Workload::TrainStep) {
-        if let Shape::Model { model, batch } = m.case.shape
+        if let Shape::Model { model, batch, ranks: 1 } = m.case.shape
             && !model.is_miniature()
         {
             let Case { backend, precision, .. } = m.case;

@@ -304,7 +304,7 @@ fn sweeps(all: &[Measured<'_>]) -> Result<Vec<Plot>> {
                 let m = all.iter().find(|m| {
                     m.case.workload == Workload::TrainStep
                         && (m.case.backend, m.case.precision) == (s.backend, s.precision)
-                        && m.case.shape == (Shape::Model { model: s.model, batch })
+                        && m.case.shape == Shape::of(s.model, batch)
                 })?;
                 Some((batch, m.record.peak_bytes? as f64 / 1e6))
             };

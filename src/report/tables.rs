@@ -266,7 +266,7 @@ fn of_tokens(results: &Results, all: &[Measured<'_>]) -> Table {
     let rows: Vec<_> = all
         .iter()
         .filter_map(|m| {
-            let Shape::Model { model, batch } = m.case.shape else { return None };
+            let Shape::Model { model, batch, .. } = m.case.shape else { return None };
             if !model.of_tokens() || model.is_miniature() {
                 return None;
             }

@@ -16,6 +16,7 @@ use anyhow::{Context, Result};
 use serde::de::{DeserializeOwned, Error};
 use serde::{Deserialize, Deserializer, Serialize};
 
+use crate::backend::Elsewhere;
 use crate::disturbance;
 use crate::model::{Model, ModelId, config};
 use crate::suite::{Case, Given, HEADLINE_SHAPE, Shape, given};
@@ -73,6 +74,9 @@ pub struct Record {
     /// The part of its time that the process's threads were ready and had no core.
     #[serde(default)]
     pub waiting_share: Option<f64>,
+    /// Where several devices shared it: what was seen of their processes.
+    #[serde(default)]
+    pub ranks: Option<Elsewhere>,
 }
 
 /// Text without what a terminal would follow: a file's fields are anybody's.
@@ -111,6 +115,7 @@ impl Record {
             page_fault_share: None,
             parity: None,
             waiting_share: None,
+            ranks: None,
         }
     }
 }

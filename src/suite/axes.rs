@@ -62,6 +62,8 @@ named! {
         MatmulPeak => "matmul-peak",
         /// Reads a buffer and writes its negation: the ceiling for memory traffic.
         CopyPeak => "copy-peak",
+        /// Sums a buffer of each rank, which all have then: the ceiling for exchanging gradients.
+        AllReduce => "all-reduce",
     }
 }
 
@@ -217,6 +219,8 @@ named! {
         Optimizer => "optimizer",
         /// The step recorded as a CUDA graph and replayed.
         Graph => "graph",
+        /// Of several ranks: gradients exchanged in buckets, while the backward pass goes on.
+        Overlap => "overlap",
         /// The step compiled by the framework's compiler.
         Compile => "compile",
         /// Everything the framework offers that keeps the mathematics.
@@ -225,6 +229,7 @@ named! {
 }
 
 impl Recipe {
+    /// Whether the network is written with it; a compiler may put it in.
     pub fn fused_attention(self) -> bool {
         matches!(self, Self::Attention | Self::Opt)
     }
@@ -233,8 +238,9 @@ impl Recipe {
         matches!(self, Self::Optimizer | Self::Opt)
     }
 
-    pub fn fused_loss(self) -> bool {
-        matches!(self, Self::Opt)
+    /// Whether ranks exchange gradients in buckets.
+    pub fn overlaps(self) -> bool {
+        matches!(self, Self::Overlap | Self::Opt)
     }
 
     /// Whether the step is made once as a whole, where the framework can on the device.

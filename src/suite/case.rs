@@ -6,7 +6,7 @@ use std::str::FromStr;
 use anyhow::{Context, Result};
 use regex::Regex;
 
-use super::{BackendId, Device, Framework, Precision, Shape, Workload};
+use super::{BackendId, Device, Framework, Precision, Recipe, Shape, Workload};
 use crate::model::Dropout;
 
 /// One row of the suite.
@@ -22,6 +22,14 @@ impl Case {
     /// Dropout in force: none outside training.
     pub fn dropout(&self) -> Dropout {
         if self.workload.trains() { self.shape.dropout() } else { Dropout::NONE }
+    }
+
+    /// Whether fused kernels compute attention, whose backward pass rounds in another way.
+    pub fn fuses_attention(&self) -> bool {
+        let recipe = self.precision.recipe;
+        // PyTorch compiles a network that is written with it.
+        recipe.fused_attention()
+            || (recipe == Recipe::Compile && self.backend.framework() == Framework::Torch)
     }
 
     /// What a program in another language needs to build the same step; null where the case has no
@@ -65,7 +73,7 @@ impl FromStr for Case {
             precision: precision.parse()?,
             shape: shape.parse()?,
         };
-        if let (Some(part), Shape::Model { model, batch }) = (case.workload.block(), case.shape)
+        if let (Some(part), Shape::Model { model, batch, ranks: 1 }) = (case.workload.block(), case.shape)
             && !model.is_preset()
         {
             case.shape = Shape::Block { part, model, batch };
@@ -75,8 +83,10 @@ impl FromStr for Case {
                 matches!(case.shape, Shape::Block { part, .. } if Some(part) == workload.block())
             }
             Workload::MatmulPeak => matches!(case.shape, Shape::Square { .. }),
-            Workload::CopyPeak => matches!(case.shape, Shape::Buffer { .. }),
-            _ => matches!(case.shape, Shape::Model { .. }),
+            Workload::CopyPeak => matches!(case.shape, Shape::Buffer { ranks: 1, .. }),
+            Workload::AllReduce => matches!(case.shape, Shape::Buffer { ranks: 2.., .. }),
+            Workload::TrainStep => matches!(case.shape, Shape::Model { .. }),
+            _ => matches!(case.shape, Shape::Model { ranks: 1, .. }),
         };
         if fits { Ok(case) } else { Err(format!("'{text}': {workload} has no shape '{shape}'")) }
     }
@@ -113,7 +123,7 @@ mod tests {
 
     use super::*;
     use crate::model::ModelId;
-    use crate::suite::{Block, Compute, HEADLINE_SHAPE, Recipe, Set, cases};
+    use crate::suite::{Block, Compute, HEADLINE_SHAPE, Set, cases};
 
     #[test]
     fn ids_are_short_lower_case_and_unique_and_parse_back() {
@@ -141,7 +151,7 @@ mod tests {
         let model = ModelId::indicator();
         let block = Shape::Block { part: Block::Attention, model, batch: 16 };
         assert_eq!(block.to_string(), "b16-h8-n111-d32");
-        let gpt2 = Shape::Model { model: ModelId::named("gpt2").unwrap(), batch: 8 };
+        let gpt2 = Shape::of(ModelId::named("gpt2").unwrap(), 8);
         assert_eq!(gpt2.to_string(), "gpt2-b8-t1024");
     }
 
@@ -159,6 +169,12 @@ mod tests {
             ("train-step/torch-cpu/f32/indicator-b1-t7", "unknown shape"),
             ("train-step/torch-cpu/f32/gpt2-b8-t99", "unknown shape"),
             ("train-step/torch-cpu/f32/n64", "has no shape"),
+            ("train-step/torch-cpu/f32/indicator-b16-r1", "2 at least"),
+            ("train-step/torch-cpu/f32/indicator-b16-r3", "can't share a batch of 16"),
+            ("forward/torch-cpu/f32/indicator-b16-r2", "has no shape"),
+            ("all-reduce/torch-cpu/f32/m1", "has no shape"),
+            ("copy-peak/torch-cpu/f32/m1-r2", "has no shape"),
+            ("matmul-peak/torch-cpu/f32/n64-r2", "not divided among ranks"),
             ("attention/torch-cpu/f32/b1-h8-n111", "unknown shape"),
             ("attention/torch-cpu/f32/b1-n111-d256-f1024", "has no shape"),
         ] {

@@ -43,7 +43,7 @@ pub fn work(case: &Case) -> Work {
             Shape::Model { batch, .. } => Work::Samples(batch as u64),
             _ => unreachable!("model workloads have model shapes"),
         },
-        Workload::OptimizerStep | Workload::CopyPeak => Work::Bytes(bytes(case)),
+        Workload::OptimizerStep | Workload::CopyPeak | Workload::AllReduce => Work::Bytes(bytes(case)),
         _ => Work::Flops(flops(case)),
     }
 }
@@ -83,7 +83,7 @@ fn model_flops(m: &Model, batch: usize) -> (u64, u64) {
 /// FLOPs of one iteration; 0 where it has no matrix product.
 pub fn flops(case: &Case) -> u64 {
     let (forward, backward) = match case.shape {
-        Shape::Model { model, batch } => model_flops(&model, batch),
+        Shape::Model { model, batch, .. } => model_flops(&model, batch),
         Shape::Block { part, model, batch } => {
             let forward = match part {
                 Block::Attention => attention(batch, &model),
@@ -101,14 +101,19 @@ pub fn flops(case: &Case) -> u64 {
     }
 }
 
-/// Bytes that an optimizer step or a copy must move; 0 for other workloads.
+/// Bytes that an optimizer step or a copy must move; of an all-reduce what each rank must send, and
+/// receive, if all links carry alike, so that over time it is nccl-tests' bus bandwidth
+/// (github.com/NVIDIA/nccl-tests, doc/PERFORMANCE.md). 0 for other workloads.
 pub fn bytes(case: &Case) -> u64 {
     match (case.workload, case.shape) {
         // Reads parameter, gradient and two moments; writes parameter and moments.
         (Workload::OptimizerStep, shape) => {
             7 * (parameter_count(shape) * case.precision.compute.parameter_bytes()) as u64
         }
-        (_, Shape::Buffer { mib }) => (2 * mib as u64) << 20,
+        (Workload::AllReduce, Shape::Buffer { mib, ranks }) => {
+            (((2 * (ranks - 1) * mib) as u64) << 20) / ranks as u64
+        }
+        (_, Shape::Buffer { mib, .. }) => (2 * mib as u64) << 20,
         _ => 0,
     }
 }
@@ -118,7 +123,7 @@ pub fn bytes(case: &Case) -> u64 {
 pub fn least_bytes(case: &Case) -> u64 {
     let parameters = parameter_count(case.shape);
     let ends = match case.shape {
-        Shape::Model { model: m, batch } => batch * m.tokens * m.vocabulary.max(2),
+        Shape::Model { model: m, batch, .. } => batch * m.tokens * m.vocabulary.max(2),
         Shape::Block { model: m, batch, .. } => 2 * batch * m.tokens * m.width,
         Shape::Square { n, chain } => (1 + 2 * chain) * n * n,
         Shape::Buffer { .. } => return bytes(case),
@@ -154,8 +159,9 @@ pub fn memory_estimate(case: &Case) -> u64 {
     let trains = case.workload.trains();
     // What a layer keeps of each token, and what the output does.
     let (rows, layers, layer, logits) = match case.shape {
-        Shape::Model { model: m, batch } => {
-            (batch * m.tokens, m.layers, of_attention(&m) + of_feed_forward(&m), 3 * m.vocabulary)
+        // Of one rank, which has a device to itself.
+        Shape::Model { model: m, batch, ranks } => {
+            (batch / ranks * m.tokens, m.layers, of_attention(&m) + of_feed_forward(&m), 3 * m.vocabulary)
         }
         Shape::Block { part: Block::Attention, model: m, batch } => {
             (batch * m.tokens, 1, of_attention(&m), 0)
@@ -164,7 +170,7 @@ pub fn memory_estimate(case: &Case) -> u64 {
             (batch * m.tokens, 1, 8 * m.width + of_feed_forward(&m), 0)
         }
         Shape::Square { n, .. } => return (3 * n * n) as u64 * (width + 4),
-        Shape::Buffer { mib } => return (3 * mib as u64) << 20,
+        Shape::Buffer { mib, .. } => return (3 * mib as u64) << 20,
     };
     let kept = (rows * (layer * if trains { layers } else { 1 } + logits)) as u64;
     let activations = if case.workload == Workload::OptimizerStep { 0 } else { kept * width };
@@ -208,6 +214,8 @@ mod tests {
     #[test]
     fn bytes_match_those_worked_out_by_hand() {
         assert_eq!(bytes(&case("copy-peak/mlx-cpu/f32/m256")), 2 * 256 * 1024 * 1024);
+        // Each of four sends and receives three quarters twice: to add up, and to hand out.
+        assert_eq!(bytes(&case("all-reduce/torch-cuda/f32/m64-r4")), 2 * 48 * 1024 * 1024);
         assert_eq!(bytes(&case("optimizer-step/torch-cpu/f32/indicator-b16")), 7 * 4 * 4_836_866);
         assert_eq!(bytes(&case("optimizer-step/torch-cpu/bf16/indicator-b16")), 7 * 2 * 4_836_866);
     }

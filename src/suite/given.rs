@@ -22,7 +22,7 @@ pub struct Given {
 
 impl Given {
     pub fn shape(self) -> Shape {
-        Shape::Model { model: self.model, batch: self.batch }
+        Shape::of(self.model, self.batch)
     }
 }
 

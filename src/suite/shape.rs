@@ -14,25 +14,47 @@ pub enum Block {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Shape {
-    /// `indicator-b16`, `gpt2-b8-t1024`, `indicator-tiny-b2`
-    Model { model: ModelId, batch: usize },
+    /// `indicator-b16`, `gpt2-b8-t1024`, `indicator-tiny-b2`; `indicator-b16-r2` divides that batch
+    /// among two ranks, a device each.
+    Model { model: ModelId, batch: usize, ranks: usize },
     /// `b16-h8-n111-d32` (B, H, N and D per head), with `-causal` for a decoder's;
     /// `b16-n111-d256-f1024` (B, N, D, F), with `-tanh` for the approximated GELU. A block of a
     /// model that was given has that model's name: its sizes do not say all of it.
     Block { part: Block, model: ModelId, batch: usize },
     /// `n1024`: an n × n product; `n1024-x4` chains four of them.
     Square { n: usize, chain: usize },
-    /// `m256`: a buffer of that many MiB.
-    Buffer { mib: usize },
+    /// `m256`: a buffer of that many MiB; `m256-r2`: one on each of two ranks.
+    Buffer { mib: usize, ranks: usize },
 }
 
 impl Shape {
     /// The model that it is of, and its batch.
     pub fn model(self) -> Option<(ModelId, usize)> {
         match self {
-            Self::Model { model, batch } | Self::Block { model, batch, .. } => Some((model, batch)),
+            Self::Model { model, batch, .. } | Self::Block { model, batch, .. } => Some((model, batch)),
             Self::Square { .. } | Self::Buffer { .. } => None,
         }
+    }
+
+    /// The processes, a device each, among which it is divided.
+    pub fn ranks(self) -> usize {
+        match self {
+            Self::Model { ranks, .. } | Self::Buffer { ranks, .. } => ranks,
+            Self::Block { .. } | Self::Square { .. } => 1,
+        }
+    }
+
+    /// The same divided among so many; on one device it is the same function.
+    pub fn over(mut self, among: usize) -> Self {
+        if let Self::Model { ranks, .. } | Self::Buffer { ranks, .. } = &mut self {
+            *ranks = among;
+        }
+        self
+    }
+
+    /// A whole model on one device.
+    pub const fn of(model: ModelId, batch: usize) -> Self {
+        Self::Model { model, batch, ranks: 1 }
     }
 
     /// Samples that go in at once; 1 where it has none.
@@ -48,12 +70,15 @@ impl Shape {
 
 impl fmt::Display for Shape {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.ranks() > 1 {
+            return write!(f, "{}-r{}", self.over(1), self.ranks());
+        }
         match *self {
-            Self::Model { model, batch } if model.of_tokens() => {
+            Self::Model { model, batch, .. } if model.of_tokens() => {
                 write!(f, "{model}-b{batch}-t{}", model.tokens)
             }
-            Self::Model { model, batch } => write!(f, "{model}-b{batch}"),
-            Self::Block { model, batch, .. } if !model.is_preset() => Self::Model { model, batch }.fmt(f),
+            Self::Model { model, batch, .. } => write!(f, "{model}-b{batch}"),
+            Self::Block { model, batch, .. } if !model.is_preset() => Self::of(model, batch).fmt(f),
             Self::Block { part: Block::Attention, model: m, batch } => {
                 let mark = if m.causal { "-causal" } else { "" };
                 write!(f, "b{batch}-h{}-n{}-d{}{mark}", m.heads, m.tokens, m.head_width)
@@ -64,7 +89,7 @@ impl fmt::Display for Shape {
             }
             Self::Square { n, chain: 1 } => write!(f, "n{n}"),
             Self::Square { n, chain } => write!(f, "n{n}-x{chain}"),
-            Self::Buffer { mib } => write!(f, "m{mib}"),
+            Self::Buffer { mib, .. } => write!(f, "m{mib}"),
         }
     }
 }
@@ -89,6 +114,19 @@ impl FromStr for Shape {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
+        if let Some((one, ranks)) = text.rsplit_once("-r")
+            && let Ok(ranks) = ranks.parse::<usize>()
+        {
+            let shape: Self = one.parse()?;
+            return match shape.over(ranks) {
+                _ if ranks < 2 => Err(format!("shape '{text}': ranks are 2 at least; one device is '{one}'")),
+                Self::Model { batch, .. } if batch % ranks != 0 => {
+                    Err(format!("shape '{text}': {ranks} ranks can't share a batch of {batch} alike"))
+                }
+                divided if divided.ranks() == ranks => Ok(divided),
+                _ => Err(format!("shape '{text}': '{one}' is not divided among ranks")),
+            };
+        }
         let words: Vec<&str> = text.split('-').collect();
         let at_least_one = |n: usize| {
             if n == 0 { Err(format!("shape '{text}': a size must be at least 1")) } else { Ok(n) }
@@ -102,7 +140,7 @@ impl FromStr for Shape {
                 chain: at_least_one(sized(x, 'x').unwrap_or(0))?,
             }),
             [m] if sized(m, 'm').is_some() => {
-                Some(Self::Buffer { mib: at_least_one(sized(m, 'm').unwrap_or(0))? })
+                Some(Self::Buffer { mib: at_least_one(sized(m, 'm').unwrap_or(0))?, ranks: 1 })
             }
             [first, ..] if sized(first, 'b').is_some() => {
                 let batch = at_least_one(sized(first, 'b').unwrap_or(0))?;
@@ -120,7 +158,7 @@ impl FromStr for Shape {
                     Some(batch) => {
                         let tokens = sizes.get(1).and_then(|word| sized(word, 't'));
                         let model = model(&name.join("-"), tokens)?;
-                        Some(Self::Model { model, batch: at_least_one(batch)? })
+                        Some(Self::of(model, at_least_one(batch)?))
                     }
                     None => None,
                 }

@@ -5,7 +5,7 @@ use crate::model::ModelId;
 
 /// The batch and shape that the headline tables stand for.
 pub const HEADLINE_BATCH: usize = 16;
-pub const HEADLINE_SHAPE: Shape = Shape::Model { model: ModelId::indicator(), batch: HEADLINE_BATCH };
+pub const HEADLINE_SHAPE: Shape = Shape::of(ModelId::indicator(), HEADLINE_BATCH);
 
 /// Where a row is measured.
 #[derive(Clone, Copy)]
@@ -26,6 +26,10 @@ enum At {
     Square(&'static [usize]),
     /// MiB of a buffer.
     Buffer(&'static [usize]),
+    /// Models, whole batches and ranks.
+    Among(&'static [(&'static str, usize, usize)]),
+    /// MiB of each rank's buffer, and ranks.
+    Summed(&'static [(usize, usize)]),
 }
 
 struct Row {
@@ -41,13 +45,13 @@ const fn row(set: Set, workloads: &'static [Workload], on: On, at: At, precision
     Row { set, workloads, on, at, precisions }
 }
 
-use At::{Buffer, Models, Square};
+use At::{Among, Buffer, Models, Square, Summed};
 use Framework::{Mlx, Torch};
 use On::{Any, Cpu, Gpu, Of};
 use Set::{Compare, Full, Quick, Smoke};
 use Workload::{
-    Attention, AttentionGrad, CopyPeak, FeedForward, FeedForwardGrad, Forward, ForwardBackward, MatmulPeak,
-    OptimizerStep, TrainStep,
+    AllReduce, Attention, AttentionGrad, CopyPeak, FeedForward, FeedForwardGrad, Forward, ForwardBackward,
+    MatmulPeak, OptimizerStep, TrainStep,
 };
 
 const INFER: &[Workload] = &[Attention, FeedForward, Forward];
@@ -76,6 +80,39 @@ const SWEEP: At = Models(&[
 ]);
 const BOTH: At = Models(&[("indicator", 16), ("gpt2", 8)]);
 
+/// The same batch on more devices, and the same batch a device.
+const TWO: At = Among(&[("indicator", 16, 2), ("indicator", 32, 2)]);
+const MORE: At = Among(&[
+    ("indicator", 16, 2),
+    ("indicator", 32, 2),
+    ("indicator", 512, 2),
+    ("gpt2", 32, 2),
+    ("gpt2", 64, 2),
+    ("indicator", 16, 4),
+    ("indicator", 64, 4),
+    ("indicator", 1024, 4),
+    ("gpt2", 128, 4),
+    ("indicator", 16, 8),
+    ("indicator", 128, 8),
+    ("indicator", 2048, 8),
+    ("gpt2", 256, 8),
+]);
+// The gradients of the indicator and of GPT-2 in f32, and sizes about them.
+const SUMMED: At = Summed(&[
+    (1, 2),
+    (18, 2),
+    (475, 2),
+    (1024, 2),
+    (1, 4),
+    (18, 4),
+    (475, 4),
+    (1024, 4),
+    (1, 8),
+    (18, 8),
+    (475, 8),
+    (1024, 8),
+]);
+
 const STORED: &str = "f32 bf16 f16";
 const MIXED: &str = "amp f32-opt bf16-opt amp-opt";
 const TF32: &str = "tf32 tf32-opt";
@@ -99,6 +136,8 @@ const TABLE: &[Row] = &[
     row(Smoke, &[TrainStep],  Of(Torch), ONE_TINY,                    "f32-compile"),
     row(Smoke, &[MatmulPeak], Any,       Square(&[64]),               "f32 tf32 bf16 f16"),
     row(Smoke, &[CopyPeak],   Any,       Buffer(&[1]),                STORED),
+    row(Smoke, &[TrainStep],  Any,       Among(&[("indicator-tiny", 2, 2)]), "f32 f32-overlap f32-opt amp-overlap"),
+    row(Smoke, &[AllReduce],  Any,       Summed(&[(1, 2)]),           "f32"),
     // True widths, and steps of which a comparison sees hundreds within a minute.
     row(Compare, MODEL,        Cpu,       B1,                          "f32"),
     row(Compare, &[TrainStep], Cpu,       B1,                          "f32 f32-opt"),
@@ -118,6 +157,8 @@ const TABLE: &[Row] = &[
     row(Quick, &[MatmulPeak], Gpu,       Square(&[8192]),             "f32 bf16"),
     row(Quick, &[CopyPeak],   Cpu,       Buffer(&[256]),              "f32"),
     row(Quick, &[CopyPeak],   Gpu,       Buffer(&[1024]),             "f32"),
+    row(Quick, &[TrainStep],  Gpu,       TWO,                         "f32 f32-opt amp-opt bf16-opt"),
+    row(Quick, &[AllReduce],  Any,       Summed(&[(18, 2)]),          "f32"),
     // Everything.
     row(Full,  INFER,         Any,       ALL,                         STORED),
     row(Full,  GRAD,          Any,       ALL,                         STORED),
@@ -139,6 +180,11 @@ const TABLE: &[Row] = &[
     row(Full,  &[MatmulPeak], Gpu,       Square(&[1024, 4096, 8192]), "f32 tf32 bf16 f16"),
     row(Full,  &[CopyPeak],   Cpu,       Buffer(&[256]),              STORED),
     row(Full,  &[CopyPeak],   Gpu,       Buffer(&[1024]),             STORED),
+    row(Full,  &[TrainStep],  Cpu,       TWO,                         "f32 f32-overlap f32-opt"),
+    row(Full,  &[TrainStep],  Gpu,       MORE,                        "f32 f32-overlap f32-opt bf16 bf16-overlap bf16-opt amp-opt"),
+    row(Full,  &[TrainStep],  Gpu,       Models(&[("gpt2", 32)]),     "f32 f32-opt bf16 bf16-opt amp-opt"),
+    row(Full,  &[AllReduce],  Cpu,       Summed(&[(1, 2), (18, 2)]),  "f32"),
+    row(Full,  &[AllReduce],  Gpu,       SUMMED,                      "f32"),
 ];
 
 impl On {
@@ -170,13 +216,20 @@ impl At {
             };
             Some(match workload.block() {
                 Some(part) => Shape::Block { part, model, batch },
-                None => Shape::Model { model, batch },
+                None => Shape::of(model, batch),
             })
         };
         let mut all: Vec<Shape> = match self {
             Self::Models(list) => list.iter().filter_map(of_a_model).collect(),
             Self::Square(list) => list.iter().map(|&n| Shape::Square { n, chain: 1 }).collect(),
-            Self::Buffer(list) => list.iter().map(|&mib| Shape::Buffer { mib }).collect(),
+            Self::Buffer(list) => list.iter().map(|&mib| Shape::Buffer { mib, ranks: 1 }).collect(),
+            Self::Summed(list) => list.iter().map(|&(mib, ranks)| Shape::Buffer { mib, ranks }).collect(),
+            Self::Among(list) => {
+                let divided = |&(name, batch, ranks)| Some(of_a_model(&(name, batch))?.over(ranks));
+                // The batch of a given model may not divide.
+                let fits = |shape: &Shape| shape.batch().is_multiple_of(shape.ranks());
+                list.iter().filter_map(divided).filter(fits).collect()
+            }
         };
         all.dedup();
         all

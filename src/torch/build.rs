@@ -15,11 +15,13 @@ fn main() {
         .std("c++20")
         .opt_level(2)
         .warnings(false)
+        .include("native")
         .include(&include)
         .include(include.join("torch/csrc/api/include"))
         .file("native/extension.cpp")
         .file("native/graph.cpp")
-        .file("native/package.cpp");
+        .file("native/package.cpp")
+        .file("native/ranks.cpp");
     // Which Python compiles steps is set-up's to know, and the executable's to keep.
     for name in ["PYTHON", "PYTHONPATH", "NO_INDUCTOR"] {
         let name = format!("TRANSFORMER_BENCH_{name}");

@@ -12,7 +12,7 @@ use tch::{Device, Tensor};
 use transformer_bench::model::fixture::AdamW;
 
 /// A tensor as libtorch's C++ side sees it.
-type Raw = *mut c_void;
+pub type Raw = *mut c_void;
 
 #[repr(C)]
 struct Setting {
@@ -37,19 +37,9 @@ unsafe extern "C" {
     fn tb_allow_tf32(allow: bool) -> c_int;
     fn tb_autocast_begin(device: c_int) -> c_int;
     fn tb_autocast_end(device: c_int) -> c_int;
-    fn tb_side_linear(x: Raw, weight: Raw, bias: Raw, ones: Raw, out: *mut Raw) -> c_int;
-    fn tb_side_norm(x: Raw, weight: Raw, bias: Raw, ones: Raw, eps: f64, out: *mut Raw) -> c_int;
-    fn tb_linear_cross_entropy(hidden: Raw, weight: Raw, target: Raw, out: *mut Raw) -> c_int;
     fn tb_copy(to: *const Raw, from: *const Raw, count: usize) -> c_int;
-    fn tb_join(device: c_int) -> c_int;
-    fn tb_gradients(
-        root: Raw,
-        upstream: Raw,
-        inputs: *const Raw,
-        count: usize,
-        gradients: *mut Raw,
-        here: bool,
-    ) -> c_int;
+    fn tb_gradients(root: Raw, upstream: Raw, inputs: *const Raw, count: usize, gradients: *mut Raw)
+    -> c_int;
     fn tb_adamw(
         parameters: *const Raw,
         gradients: *const Raw,
@@ -96,7 +86,7 @@ unsafe extern "C" {
     fn tb_memory_total(device: c_int, bytes: *mut u64) -> c_int;
 }
 
-fn checked(status: c_int) -> Result<()> {
+pub fn checked(status: c_int) -> Result<()> {
     if status == 0 {
         return Ok(());
     }
@@ -118,8 +108,14 @@ fn code(device: Device) -> c_int {
     }
 }
 
-fn raw(tensors: &[Tensor]) -> Vec<Raw> {
+pub fn raw(tensors: &[Tensor]) -> Vec<Raw> {
     tensors.iter().map(|t| t.as_ptr().cast_mut().cast()).collect()
+}
+
+/// What libtorch gave: owned tensors, each taken once.
+pub fn owned(tensors: Vec<Raw>) -> Vec<Tensor> {
+    // SAFETY: the caller has them from a call that succeeded, which made each anew.
+    tensors.into_iter().map(|t| unsafe { Tensor::from_ptr(t.cast()) }).collect()
 }
 
 /// tch's plain methods panic on libtorch's errors, such as running out of memory;
@@ -228,36 +224,6 @@ pub fn autocast<T>(device: Device, on: bool, body: impl FnOnce() -> T) -> Result
     Ok(body())
 }
 
-/// One tensor as the result of a function of several.
-fn made<const N: usize>(
-    tensors: [&Tensor; N],
-    call: impl FnOnce([Raw; N], *mut Raw) -> c_int,
-) -> Result<Tensor> {
-    let mut out = std::ptr::null_mut();
-    checked(call(tensors.map(|t| t.as_ptr().cast_mut().cast()), &mut out))?;
-    // SAFETY: after success the slot holds an owned tensor, taken once.
-    Ok(unsafe { Tensor::from_ptr(out.cast()) })
-}
-
-/// x·weightᵀ + bias, whose parameter gradients are computed on a second stream. What
-/// follows [`join`] sees them. `ones` has at least as many elements as x has rows.
-pub fn side_linear(x: &Tensor, weight: &Tensor, bias: &Tensor, ones: &Tensor) -> Result<Tensor> {
-    // SAFETY: all tensors outlive the call.
-    made([x, weight, bias, ones], |[x, w, b, ones], out| unsafe { tb_side_linear(x, w, b, ones, out) })
-}
-
-/// Layer norm over the last dimension, as [`side_linear`] computes gradients.
-pub fn side_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, ones: &Tensor, eps: f64) -> Result<Tensor> {
-    // SAFETY: all tensors outlive the call.
-    made([x, weight, bias, ones], |[x, w, b, ones], out| unsafe { tb_side_norm(x, w, b, ones, eps, out) })
-}
-
-/// Mean cross-entropy in f32 of hidden [M, D] · weightᵀ [D, V] against target [M].
-pub fn linear_cross_entropy(hidden: &Tensor, weight: &Tensor, target: &Tensor) -> Result<Tensor> {
-    // SAFETY: all tensors outlive the call.
-    made([hidden, weight, target], |[h, w, t], out| unsafe { tb_linear_cross_entropy(h, w, t, out) })
-}
-
 /// Copies values pairwise, converting where the types differ; records no gradient.
 pub fn copy(to: &[Tensor], from: &[Tensor]) -> Result<()> {
     assert_eq!(to.len(), from.len());
@@ -265,20 +231,8 @@ pub fn copy(to: &[Tensor], from: &[Tensor]) -> Result<()> {
     checked(unsafe { tb_copy(raw(to).as_ptr(), raw(from).as_ptr(), to.len()) })
 }
 
-/// The device's current stream waits for the second one.
-pub fn join(device: Device) -> Result<()> {
-    // SAFETY: no pointers.
-    checked(unsafe { tb_join(code(device)) })
-}
-
-/// d(root)/d(inputs); `upstream` arrives at the root, or 1 where it is a scalar. With `here`
-/// on this thread, as work on the second stream needs; else as the engine does it.
-pub fn gradients(
-    root: &Tensor,
-    upstream: Option<&Tensor>,
-    inputs: &[Tensor],
-    here: bool,
-) -> Result<Vec<Tensor>> {
+/// d(root)/d(inputs); `upstream` arrives at the root, or 1 where it is a scalar.
+pub fn gradients(root: &Tensor, upstream: Option<&Tensor>, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
     let mut out: Vec<Raw> = vec![std::ptr::null_mut(); inputs.len()];
     let from = upstream.map_or(std::ptr::null_mut(), |t| t.as_ptr().cast_mut().cast());
     // SAFETY: all tensors outlive the call; on success every slot holds an owned tensor.
@@ -289,11 +243,9 @@ pub fn gradients(
             raw(inputs).as_ptr(),
             inputs.len(),
             out.as_mut_ptr(),
-            here,
         )
     })?;
-    // SAFETY: owned tensors, each taken once.
-    Ok(out.into_iter().map(|t| unsafe { Tensor::from_ptr(t.cast()) }).collect())
+    Ok(owned(out))
 }
 
 /// Moments of AdamW, in the parameters' own type, as torch.optim keeps them.
@@ -390,8 +342,7 @@ impl Package {
         checked(unsafe {
             tb_package_run(self.0, raw(inputs).as_ptr(), inputs.len(), out.as_mut_ptr(), expected)
         })?;
-        // SAFETY: owned tensors, each taken once.
-        Ok(out.into_iter().map(|t| unsafe { Tensor::from_ptr(t.cast()) }).collect())
+        Ok(owned(out))
     }
 }
 
@@ -462,33 +413,4 @@ pub fn reset_peak_memory(device: Device) {
 pub fn memory_total(device: Device) -> Option<u64> {
     // SAFETY: writes one integer.
     (device != Device::Cpu).then(|| bytes(|to| unsafe { tb_memory_total(code(device), to) })).flatten()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use tch::Kind;
-
-    #[test]
-    fn the_loss_of_a_certain_token_keeps_its_digits_in_bf16() {
-        const OTHERS: f64 = 7.0;
-        for certainty in [-3.0_f64, 0.0, 1.0, 4.0, 12.0, 20.0] {
-            // Logits: the certainty at token 0, zero at the others.
-            let hidden = Tensor::from_slice(&[certainty as f32, 0.0]).view([1, 2]).to_kind(Kind::BFloat16);
-            let hidden = hidden.set_requires_grad(true);
-            let weight = Tensor::zeros([1 + OTHERS as i64, 2], (Kind::Float, Device::Cpu));
-            let _ = weight.narrow(0, 0, 1).narrow(1, 0, 1).fill_(1.0);
-            let weight = weight.to_kind(Kind::BFloat16).set_requires_grad(true);
-            let target = Tensor::from_slice(&[0i64]);
-            let loss = linear_cross_entropy(&hidden, &weight, &target).unwrap();
-            let slope = gradients(&loss, None, std::slice::from_ref(&hidden), true).unwrap();
-            let others = OTHERS * (-certainty).exp();
-            // One rounding to bf16 of every probability: at most 2⁻⁸ of each.
-            let near = |found: f64, wanted: f64| ((found - wanted) / wanted).abs() < 1.0 / 128.0;
-            let (found, wanted) = (loss.double_value(&[]), others.ln_1p());
-            assert!(near(found, wanted), "loss at {certainty}: {found}, should be {wanted}");
-            let (found, wanted) = (slope[0].double_value(&[0, 0]), -others / (1.0 + others));
-            assert!(near(found, wanted), "slope at {certainty}: {found}, should be {wanted}");
-        }
-    }
 }

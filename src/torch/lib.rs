@@ -1,18 +1,21 @@
 //! The PyTorch backends: libtorch through `tch` on CPU, MPS and CUDA.
 //!
 //! `extension` wraps what tch lacks, `net` is the network, `leaves` its parameters, `step` the workloads.
-//! `compiled` runs them as TorchInductor compiles them, in `packages` that `inductor/` makes.
+//! `ranks` is what several processes exchange; `compiled` runs them as TorchInductor compiles them, in `packages` that `inductor/` makes.
 
 mod compiled;
 mod extension;
 mod leaves;
 mod net;
 mod packages;
+mod ranks;
 mod step;
+
+use std::path::Path;
 
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
-use transformer_bench::backend::{self, Backend, Found, Prepared, Sums, Unsupported, broken};
+use transformer_bench::backend::{self, Backend, Environment, Found, Prepared, Sums, Unsupported, broken};
 use transformer_bench::model::fixture::Fixture;
 use transformer_bench::suite::{self, BackendId, Case, Compute, Recipe};
 
@@ -111,7 +114,7 @@ impl Backend for Torch {
 
     fn prepare(&self, fixture: &Fixture) -> Result<Box<dyn Prepared>> {
         extension::allow_tf32(fixture.case.precision.compute == Compute::Tf32)?;
-        tch::manual_seed(1);
+        tch::manual_seed(1 + fixture.rank() as i64);
         extension::caught(|| {
             Ok(match fixture.case.precision.recipe {
                 Recipe::Compile => {
@@ -120,6 +123,26 @@ impl Backend for Torch {
                 _ => Box::new(step::Step::new(self.device, fixture)?),
             })
         })
+    }
+
+    fn devices(&self) -> (usize, &'static str) {
+        match self.id {
+            BackendId::TorchCuda => (tch::Cuda::device_count().max(0) as usize, "GPUs"),
+            BackendId::TorchMps => (1, "GPU, and ranks of MPS need a Mac each"),
+            _ => backend::cores(),
+        }
+    }
+
+    fn engine(&self) -> &'static str {
+        ranks::engine(self.id)
+    }
+
+    fn meeting(&self, ranks: usize, folder: &Path) -> Result<Vec<Environment>> {
+        Ok(ranks::meeting(self.id, ranks, folder))
+    }
+
+    fn sum(&self, values: &[f32]) -> Result<Vec<f32>> {
+        ranks::sum(values)
     }
 
     fn is_made(&self, recipe: Recipe) -> bool {

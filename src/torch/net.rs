@@ -6,16 +6,12 @@ use transformer_bench::model::parameters::{
 };
 use transformer_bench::model::{Activation, Dropout, Model, ModelId, NormKind, NormPlace, Output, Position};
 
-use crate::extension;
-
 /// How the layers are written.
 #[derive(Debug)]
 pub struct Layers {
     pub model: ModelId,
     /// One q-k-v projection and scaled_dot_product_attention.
     pub fused: bool,
-    /// Parameter gradients on a second stream; a 1 for each token of the batch.
-    pub side: Option<Tensor>,
     /// Cosines and sines of a rotary position, [N, d/2], made once as training scripts do.
     pub turns: Option<[Tensor; 2]>,
     /// None outside training.
@@ -35,12 +31,7 @@ pub fn turns(m: &Model, device: Device, kind: Kind) -> Option<[Tensor; 2]> {
 
 impl Layers {
     fn linear(&self, x: &Tensor, layer: &Linear<Tensor>) -> Tensor {
-        match (&self.side, &layer.bias) {
-            (Some(ones), Some(bias)) => {
-                extension::side_linear(x, &layer.weight, bias, ones).expect("a linear layer")
-            }
-            (_, bias) => x.linear(&layer.weight, bias.as_ref()),
-        }
+        x.linear(&layer.weight, layer.bias.as_ref())
     }
 
     fn norm(&self, x: &Tensor, layer: &Norm<Tensor>) -> Tensor {
@@ -50,12 +41,9 @@ impl Layers {
     fn norm_of(&self, x: &Tensor, layer: &Norm<Tensor>, kind: NormKind) -> Tensor {
         let last = &x.size()[x.dim() - 1..];
         let (weight, bias) = (layer.weight.as_ref(), layer.bias.as_ref());
-        match (kind, &self.side, weight, bias) {
-            (NormKind::Layer { eps }, Some(ones), Some(weight), Some(bias)) => {
-                extension::side_norm(x, weight, bias, ones, eps).expect("a layer norm")
-            }
-            (NormKind::Layer { eps }, ..) => x.layer_norm(last, weight, bias, eps, true),
-            (NormKind::Rms { eps, .. }, ..) => x.rms_norm(last, weight, eps),
+        match kind {
+            NormKind::Layer { eps } => x.layer_norm(last, weight, bias, eps, true),
+            NormKind::Rms { eps, .. } => x.rms_norm(last, weight, eps),
         }
     }
 
@@ -179,18 +167,6 @@ impl Layers {
             End::Untied(table) => vec![x.linear(table, None::<&Tensor>)],
             End::Tied => vec![x.linear(p.token_table(), None::<&Tensor>)],
         }
-    }
-
-    /// The model with its loss where one call makes both, so that logits are never kept; None
-    /// of other outputs.
-    pub fn model_with_loss(&self, inputs: &[Tensor], p: &Network<Tensor>) -> Option<Tensor> {
-        let table = match &p.end {
-            End::Tied => p.token_table(),
-            End::Untied(table) => table,
-            End::Masked { .. } | End::Heads(_) => return None,
-        };
-        let hidden = self.hidden(inputs, p).flatten(0, 1);
-        Some(extension::linear_cross_entropy(&hidden, table, &inputs[1].flatten(0, 1)).expect("a loss"))
     }
 }
 

@@ -11,6 +11,7 @@ use transformer_bench::suite::{Case, Compute, Shape, Workload};
 use crate::extension::{self, Graph, Moments};
 use crate::leaves::{self, Places};
 use crate::net::{self, Layers};
+use crate::ranks::{self, Exchange};
 
 /// A case on a device.
 pub struct Step {
@@ -32,6 +33,7 @@ pub struct Step {
     /// The last step's results.
     results: Vec<Tensor>,
     gradients: Vec<Tensor>,
+    exchange: Exchange,
     /// The step as one launch, where the recipe and the device have it.
     graph: Option<Graph>,
 }
@@ -49,9 +51,9 @@ pub fn inputs(fixture: &Fixture, device: Device, kind: Kind) -> Vec<Tensor> {
     fixture.inputs().iter().map(|named| leaves::load(named, device, kind_of(&named.name))).collect()
 }
 
-/// How the layers are written; `inputs` tells how many tokens go in.
-fn layers(fixture: &Fixture, device: Device, inputs: &[Tensor], recorded: bool) -> Layers {
-    let Case { workload, precision, shape, .. } = fixture.case;
+/// How the layers are written.
+fn layers(fixture: &Fixture, device: Device) -> Layers {
+    let Case { precision, shape, .. } = fixture.case;
     let kind =
         if precision.compute == Compute::Amp { Kind::BFloat16 } else { crate::kind(precision.compute) };
     let model = shape.model().map_or(ModelId::indicator(), |(model, _)| model);
@@ -59,11 +61,6 @@ fn layers(fixture: &Fixture, device: Device, inputs: &[Tensor], recorded: bool) 
         model,
         turns: net::turns(&model, device, kind),
         fused: precision.recipe.fused_attention(),
-        // A recording keeps both streams; without one the launches would cost more.
-        side: (recorded && workload.trains()).then(|| {
-            let tokens = inputs.first().map_or(0, |x| x.size().iter().take(2).product());
-            Tensor::ones([tokens], (kind, device))
-        }),
         dropout: fixture.dropout,
     }
 }
@@ -76,7 +73,7 @@ impl Step {
         let train = case.workload.trains();
         let recorded = recipe.whole_step() && matches!(device, Device::Cuda(_));
         let inputs = inputs(fixture, device, kind);
-        let layers = layers(fixture, device, &inputs, recorded);
+        let layers = layers(fixture, device);
 
         let (leaves, places) = leaves::pack(fixture.parameters(), device, kind, layers.fused);
         let leaves: Vec<Tensor> = leaves.into_iter().map(|t| t.set_requires_grad(train)).collect();
@@ -103,8 +100,16 @@ impl Step {
             fixed_gradients,
             results: Vec::new(),
             gradients: Vec::new(),
+            exchange: Exchange::None,
             graph: None,
         };
+        if case.shape.ranks() > 1 {
+            let buckets = recipe.overlaps() && train;
+            step.exchange = Exchange::new(device, step.computes(), buckets, fixture.silent)?;
+        }
+        if case.workload == Workload::AllReduce {
+            step.results = vec![step.inputs[0].copy()];
+        }
         if let Workload::CopyPeak = case.workload {
             // The destination exists before the clock runs, as a caching allocator's would.
             step.results = vec![step.inputs[0].empty_like()];
@@ -199,12 +204,6 @@ impl Step {
 
     /// Forward pass and loss, which is in f32 whatever the model computes in.
     fn loss(&self) -> Result<Tensor> {
-        if let Parts::Model(network) = &self.parts
-            && self.case.precision.recipe.fused_loss()
-            && let Some(loss) = self.forwarding(|| self.layers.model_with_loss(&self.narrowed(), network))?
-        {
-            return Ok(loss);
-        }
         let out = self.forwarding(|| self.forward())?;
         Ok(net::loss(&self.layers.model, &out, &self.inputs))
     }
@@ -212,12 +211,6 @@ impl Step {
     /// Runs `body` under autocast where the precision is that.
     fn forwarding<T>(&self, body: impl FnOnce() -> T) -> Result<T> {
         extension::autocast(self.device, self.case.precision.compute == Compute::Autocast, body)
-    }
-
-    fn gradients(&self, root: &Tensor, upstream: Option<&Tensor>, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
-        let gradients = extension::gradients(root, upstream, inputs, self.layers.side.is_some())?;
-        extension::join(self.device)?;
-        Ok(gradients)
     }
 
     /// One iteration without its optimizer.
@@ -234,6 +227,7 @@ impl Step {
             Workload::CopyPeak => {
                 let _ = self.inputs[0].neg_out(&self.results[0]);
             }
+            Workload::AllReduce => ranks::all_reduce(&self.results[0])?,
             Workload::Forward | Workload::Attention | Workload::FeedForward | Workload::MatmulPeak => {
                 self.results.clear();
                 self.results = tch::no_grad(|| self.forwarding(|| self.forward()))?;
@@ -243,11 +237,12 @@ impl Step {
                 let inputs: Vec<Tensor> =
                     self.inputs[..1].iter().chain(self.computes()).map(Tensor::shallow_clone).collect();
                 let upstream = self.inputs[1].to_kind(out[0].kind());
-                self.gradients = self.gradients(&out[0], Some(&upstream), &inputs)?;
+                self.gradients = extension::gradients(&out[0], Some(&upstream), &inputs)?;
             }
             Workload::ForwardBackward | Workload::TrainStep => {
                 let loss = self.loss()?;
-                self.gradients = self.gradients(&loss, None, self.computes())?;
+                let own = extension::gradients(&loss, None, self.computes())?;
+                self.gradients = self.exchange.finish(own)?;
                 self.results = vec![loss.detach()];
             }
             Workload::OptimizerStep => {}

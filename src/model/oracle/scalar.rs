@@ -303,7 +303,9 @@ pub fn expected(fixture: &Fixture) -> Vec<Expected> {
     let parts = Parts::take(&mut InOrder(parameters.iter().cloned()), case.shape);
     let t = &mut tape;
     let computed = match (&parts, case.shape) {
-        (Parts::Model(network), Shape::Model { model, batch }) => whole(t, fixture, network, &model, batch),
+        (Parts::Model(network), Shape::Model { model, batch, .. }) => {
+            whole(t, fixture, network, &model, batch)
+        }
         (_, Shape::Block { model, .. }) => block(t, fixture, &parts, &model),
         (_, Shape::Square { n, chain }) => squares(t, fixture, n, chain),
         (_, Shape::Buffer { .. }) => {
@@ -467,7 +469,7 @@ mod tests {
         let gpt2: Case = "train-step/torch-cpu/f32/gpt2-tiny-b2-t16".parse().unwrap();
         differences(gpt2);
         for choice in CHOICES {
-            differences(Case { shape: Shape::Model { model: ModelId::add(choice), batch: 2 }, ..gpt2 });
+            differences(Case { shape: Shape::of(ModelId::add(choice), 2), ..gpt2 });
         }
     }
 }

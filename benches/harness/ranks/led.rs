@@ -1,0 +1,76 @@
+//! Ranks that a launcher started, on one host or several: all run the same command, the first measures,
+//! and the others do what it says. What it says goes through the engine's own sums.
+
+use std::collections::HashMap;
+use std::rc::Rc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use transformer_bench::backend::{Backend, Found, Rank};
+
+use super::Lead;
+use super::part::Part;
+
+/// A request is no longer than this; a byte a number, and 0 behind its end.
+const LENGTH: usize = 512;
+/// What ends the others.
+const END: &str = "end";
+
+/// Gives all ranks the first one's text.
+fn tell(backend: &dyn Backend, text: &str) -> Result<String> {
+    let mut numbers: Vec<f32> = text.bytes().map(f32::from).collect();
+    if numbers.len() > LENGTH {
+        bail!("'{text}' is too long to tell");
+    }
+    numbers.resize(LENGTH, 0.0);
+    let told = backend.sum(&numbers)?;
+    let bytes = told.iter().take_while(|v| **v > 0.0).map(|v| *v as u8).collect();
+    String::from_utf8(bytes).context("more than one rank leads: were all started with the same command?")
+}
+
+/// The first rank: has the others do their parts, and does its own.
+pub struct Leader(Part);
+
+impl Leader {
+    pub fn new(backend: Rc<dyn Backend>, rank: Rank) -> Self {
+        Self(Part::new(backend, rank, || {}))
+    }
+}
+
+impl Lead for Leader {
+    fn ask(&mut self, request: &str, _expected: Duration) -> Result<String> {
+        let backend = self.0.backend();
+        tell(backend, &format!("{} {request}", backend.id()))?;
+        self.0.answer(request)
+    }
+}
+
+/// Every other rank: does what the first says, until it ends.
+///
+/// # Errors
+/// Where the first is gone, or what it asks for fails.
+pub fn follow(found: Found, rank: Rank) -> Result<()> {
+    let backends: Vec<Rc<dyn Backend>> = found.present.into_iter().map(Rc::from).collect();
+    let first = backends.first().context("no backend is here")?;
+    let mut parts: HashMap<String, Part> = HashMap::new();
+    loop {
+        let told = tell(first.as_ref(), "").context("the first rank is gone")?;
+        if told == END {
+            return Ok(());
+        }
+        let (id, request) = told.split_once(' ').context("the first rank says nothing")?;
+        let backend = backends.iter().find(|b| b.id().id() == id);
+        let backend = backend.with_context(|| format!("rank {} has no {id}", rank.index))?;
+        // One case at a time.
+        parts.retain(|known, _| known == id);
+        let part = parts.entry(id.to_owned()).or_insert_with(|| Part::new(Rc::clone(backend), rank, || {}));
+        part.answer(request).with_context(|| format!("rank {}, '{request}'", rank.index))?;
+    }
+}
+
+/// Ends the other ranks; they find out by themselves where this does not reach them.
+pub fn dismiss(found: &Found, rank: Option<Rank>) {
+    if let (Some(_), Some(backend)) = (rank, found.present.first()) {
+        let _ = tell(backend.as_ref(), END);
+    }
+}

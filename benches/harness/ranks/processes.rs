@@ -1,0 +1,181 @@
+//! A process for each rank of this machine, each with its device and its own cores.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use transformer_bench::backend::{Backend, PATIENCE};
+use transformer_bench::compare::worker::{Side, Threads, Worker};
+use transformer_bench::results::one_line;
+use transformer_bench::suite::Case;
+
+use super::Lead;
+
+/// What loading a part may take: MLX builds kernels for minutes.
+pub const LOADING: Duration = Duration::from_secs(90);
+/// What the others are given to end, or to fail too, when one does: the first to end says why.
+const AFTER: Duration = Duration::from_secs(1);
+
+/// Makes a worker a rank of a backend.
+pub const RANK_OF: &str = "TRANSFORMER_BENCH_RANK_OF";
+/// The cores that a rank keeps to.
+const CORES: &str = "TRANSFORMER_BENCH_CORES";
+
+/// Keeps this process on the cores that it was given, before it starts threads.
+pub fn stay() {
+    #[cfg(target_os = "linux")]
+    if let Ok(text) = std::env::var(CORES) {
+        // SAFETY: a set of cores, and plain data.
+        unsafe {
+            let mut own: libc::cpu_set_t = std::mem::zeroed();
+            let cores = text.split(',').filter_map(|core| core.parse().ok());
+            cores
+                .filter(|core| *core < libc::CPU_SETSIZE as usize)
+                .for_each(|core| libc::CPU_SET(core, &mut own));
+            libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &raw const own);
+        }
+    }
+}
+
+pub struct Processes {
+    ranks: Vec<Worker>,
+}
+
+impl Processes {
+    /// Starts as many as the case has ranks, and waits until they have met.
+    ///
+    /// # Errors
+    /// Where one does not come.
+    pub fn start(backend: &dyn Backend, case: Case, folder: &Path) -> Result<Self> {
+        let start = Instant::now();
+        let mut ranks = Self::spawn(backend, case, folder)?;
+        let Err(error) = ranks.ask("join", Duration::ZERO) else { return Ok(ranks) };
+        // A port that was taken in between is found at once.
+        if start.elapsed() > PATIENCE / 2 {
+            return Err(error);
+        }
+        let mut ranks = Self::spawn(backend, case, folder)?;
+        ranks.ask("join", Duration::ZERO)?;
+        Ok(ranks)
+    }
+
+    fn spawn(backend: &dyn Backend, case: Case, folder: &Path) -> Result<Self> {
+        let framework = case.backend.framework();
+        let _ = std::fs::remove_file(folder.join("store"));
+        let count = case.shape.ranks();
+        let cores = cores();
+        let each = (cores.len() / count).max(1);
+        let threads = each.to_string();
+        let start = |(rank, own): (usize, Vec<(String, String)>)| {
+            let mut environment = own;
+            for name in
+                ["OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"]
+            {
+                environment.push((name.to_owned(), threads.clone()));
+            }
+            let own: Vec<String> = cores.iter().skip(rank * each).take(each).map(usize::to_string).collect();
+            environment.push((CORES.to_owned(), own.join(",")));
+            environment.push((RANK_OF.to_owned(), case.backend.to_string()));
+            let side = Side {
+                name: format!("rank {rank}"),
+                executables: BTreeMap::from([(framework, std::env::current_exe()?)]),
+                environment,
+                ..Side::default()
+            };
+            Worker::start(&side, framework, Threads::All).with_context(|| format!("rank {rank}"))
+        };
+        let environments = backend.meeting(count, folder)?;
+        Ok(Self { ranks: environments.into_iter().enumerate().map(start).collect::<Result<_>>()? })
+    }
+
+    /// Ends all; says which rank was the cause.
+    fn stop(&mut self, failed: &str) -> anyhow::Error {
+        self.ranks.clear();
+        anyhow::anyhow!("{failed}; all ranks were stopped")
+    }
+}
+
+impl Lead for Processes {
+    fn ask(&mut self, request: &str, expected: Duration) -> Result<String> {
+        if self.ranks.is_empty() {
+            bail!("its ranks were stopped");
+        }
+        let start = Instant::now();
+        // The engine's own patience comes first, since its reason is the better one.
+        let last = start + 3 * expected + PATIENCE + Duration::from_secs(5);
+        let mut answers: Vec<Option<std::result::Result<String, String>>> = vec![None; self.ranks.len()];
+        // Ranks that ended, before those that failed for the want of them.
+        let (mut ended, mut failed): (Vec<String>, Vec<String>) = (Vec::new(), Vec::new());
+        for (rank, worker) in self.ranks.iter_mut().enumerate() {
+            if worker.send(request).is_err() {
+                ended.push(format!("rank {rank}: {}", worker.end()));
+            }
+        }
+        let mut here = vec![false; self.ranks.len()];
+        let mut until = last;
+        while answers.iter().any(Option::is_none) && Instant::now() < until {
+            for (rank, worker) in self.ranks.iter_mut().enumerate() {
+                if answers[rank].is_some() {
+                    continue;
+                }
+                match worker.look(Duration::from_millis(2)) {
+                    Ok(None) => {}
+                    Ok(Some(line)) if line == "here" => here[rank] = true,
+                    Ok(Some(line)) => {
+                        let reason = line.strip_prefix("failed: ").map(str::to_owned);
+                        if let Some(reason) = &reason {
+                            failed.push(format!("rank {rank}: {}", one_line(reason)));
+                        }
+                        answers[rank] = Some(reason.map_or(Ok(line), Err));
+                    }
+                    Err(_) => {
+                        let reason = worker.end();
+                        ended.push(format!("rank {rank}: {reason}"));
+                        answers[rank] = Some(Err(reason));
+                    }
+                }
+            }
+            if !ended.is_empty() || !failed.is_empty() {
+                until = until.min(Instant::now() + AFTER);
+                if !ended.is_empty() {
+                    break;
+                }
+            }
+        }
+        if let Some(what) = ended.first() {
+            return Err(self.stop(what));
+        }
+        let silent: Vec<usize> = (0..answers.len()).filter(|&rank| answers[rank].is_none()).collect();
+        // Who has not even begun keeps the others waiting.
+        let stuck: Vec<usize> = silent.iter().copied().filter(|&rank| !here[rank]).collect();
+        let named = if stuck.is_empty() { &silent } else { &stuck };
+        if !named.is_empty() {
+            let list: Vec<String> = named.iter().map(usize::to_string).collect();
+            let (word, list) = (if list.len() == 1 { "rank" } else { "ranks" }, list.join(", "));
+            let waited = start.elapsed().as_secs();
+            return Err(self.stop(&format!("{word} {list} did not answer '{request}' within {waited} s")));
+        }
+        if let Some(what) = failed.first() {
+            return Err(self.stop(what));
+        }
+        answers.into_iter().next().flatten().context("a rank")?.map_err(anyhow::Error::msg)
+    }
+}
+
+/// The cores that this process may use.
+fn cores() -> Vec<usize> {
+    #[cfg(target_os = "linux")]
+    {
+        // SAFETY: plain data, filled by the call.
+        let allowed = unsafe {
+            let mut allowed: libc::cpu_set_t = std::mem::zeroed();
+            libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &raw mut allowed);
+            allowed
+        };
+        // SAFETY: below the size of the set.
+        (0..libc::CPU_SETSIZE as usize).filter(|&core| unsafe { libc::CPU_ISSET(core, &allowed) }).collect()
+    }
+    #[cfg(not(target_os = "linux"))]
+    (0..std::thread::available_parallelism().map_or(1, usize::from)).collect()
+}

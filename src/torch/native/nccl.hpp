@@ -1,0 +1,108 @@
+// NCCL's C interface (https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/api.html), found
+// in the library that libtorch's CUDA part has loaded.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <vector>
+
+#ifdef TB_CUDA
+
+#include <c10/cuda/CUDAStream.h>
+#include <dlfcn.h>
+
+#include <cstring>
+
+class Nccl {
+ public:
+  static constexpr int ID = 128;
+
+  // A byte a number.
+  static std::vector<float> id() {
+    Id made;
+    check(function<int(Id*)>("ncclGetUniqueId")(&made), "ncclGetUniqueId");
+    return {made.bytes, made.bytes + ID};
+  }
+
+  Nccl(const std::vector<float>& id, int rank, int size) : stream_(c10::cuda::getStreamFromPool(true)) {
+    Id made;
+    for (int i = 0; i < ID; ++i) made.bytes[i] = static_cast<signed char>(id[i]);
+    check(function<int(void**, int, Id, int)>("ncclCommInitRank")(&communicator_, size, made, rank),
+          "ncclCommInitRank");
+    all_reduce_ = function<AllReduce>("ncclAllReduce");
+    C10_CUDA_CHECK(cudaEventCreateWithFlags(&ready_, cudaEventDisableTiming));
+  }
+
+  // Both begin when the current stream has come so far, on a stream of their own.
+  void sum(const at::Tensor& tensor) { all_reduce(tensor, SUM); }
+  void mean(const at::Tensor& tensor) { all_reduce(tensor, AVERAGE); }
+
+  // The current stream goes on when all that began is done.
+  void wait() {
+    C10_CUDA_CHECK(cudaEventRecord(ready_, stream_));
+    C10_CUDA_CHECK(cudaStreamWaitEvent(c10::cuda::getCurrentCUDAStream(), ready_, 0));
+  }
+
+ private:
+  struct Id {
+    signed char bytes[ID];
+  };
+  using AllReduce = int(const void*, void*, size_t, int, int, void*, cudaStream_t);
+
+  // ncclRedOp_t and ncclDataType_t of nccl.h.
+  enum { SUM = 0, AVERAGE = 4 };
+  static int type(const at::Tensor& tensor) {
+    switch (tensor.scalar_type()) {
+      case at::kHalf:
+        return 6;
+      case at::kFloat:
+        return 7;
+      case at::kBFloat16:
+        return 9;
+      default:
+        TORCH_CHECK(false, "no exchange of ", tensor.scalar_type());
+    }
+  }
+
+  template <typename F>
+  static F* function(const char* name) {
+    static void* library = dlopen("libnccl.so.2", RTLD_NOW | RTLD_GLOBAL);
+    TORCH_CHECK(library, "NCCL does not load: ", dlerror());
+    void* found = dlsym(library, name);
+    TORCH_CHECK(found, "this NCCL has no ", name);
+    return reinterpret_cast<F*>(found);
+  }
+
+  static void check(int status, const char* what) {
+    if (status == 0) return;
+    TORCH_CHECK(false, what, ": ", function<const char*(int)>("ncclGetErrorString")(status), ", ",
+                function<const char*(void*)>("ncclGetLastError")(nullptr));
+  }
+
+  void all_reduce(const at::Tensor& tensor, int operation) {
+    C10_CUDA_CHECK(cudaEventRecord(ready_, c10::cuda::getCurrentCUDAStream()));
+    C10_CUDA_CHECK(cudaStreamWaitEvent(stream_, ready_, 0));
+    check(all_reduce_(tensor.const_data_ptr(), tensor.mutable_data_ptr(), tensor.numel(), type(tensor),
+                      operation, communicator_, stream_),
+          "ncclAllReduce");
+  }
+
+  void* communicator_ = nullptr;
+  AllReduce* all_reduce_ = nullptr;
+  c10::cuda::CUDAStream stream_;
+  cudaEvent_t ready_ = nullptr;
+};
+
+#else
+
+class Nccl {
+ public:
+  static constexpr int ID = 128;
+  static std::vector<float> id() { return std::vector<float>(ID); }
+  Nccl(const std::vector<float>&, int, int) { TORCH_CHECK(false, "built without CUDA"); }
+  void sum(const at::Tensor&) {}
+  void mean(const at::Tensor&) {}
+  void wait() {}
+};
+
+#endif
