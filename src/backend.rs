@@ -126,6 +126,8 @@ pub trait Prepared {
 /// What was seen of the ranks that worked for a case.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Elsewhere {
+    /// [`Backend::engine`]
+    pub engine: String,
     /// The largest of any rank.
     pub peak_bytes: Option<u64>,
     pub rss_peak_bytes: Option<u64>,

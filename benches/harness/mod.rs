@@ -360,15 +360,20 @@ fn sample(
     record.rss_peak_bytes = seen.peak_rss;
     record.page_faults = Some(statistics::median(&seen.faults));
     record.waiting_share = seen.watch.waiting_share();
-    if let Some(ranks) = prepared.elsewhere().filter(|_| !options.test) {
-        (record.peak_bytes, record.rss_peak_bytes) = (ranks.peak_bytes, ranks.rss_peak_bytes);
-        (record.page_faults, record.waiting_share) = (None, Some(ranks.waiting_share));
-        record.ranks = Some(ranks);
-    }
+    ask_ranks(prepared.as_mut(), &mut record);
     if seen.watch.throttled() {
         eprintln!("{place} {case}: the CPU got too hot and was slowed down meanwhile");
     }
     Ok(Some(record))
+}
+
+/// Puts what was seen of the processes that did the work in the place of what was seen of this one.
+fn ask_ranks(prepared: &mut dyn Prepared, record: &mut Record) {
+    if let Some(ranks) = prepared.elsewhere() {
+        (record.peak_bytes, record.rss_peak_bytes) = (ranks.peak_bytes, ranks.rss_peak_bytes);
+        (record.page_faults, record.waiting_share) = (None, Some(ranks.waiting_share));
+        record.ranks = Some(ranks);
+    }
 }
 
 /// A case whose steps are too slow for Criterion's ten samples: as many as fit.
@@ -394,6 +399,7 @@ fn few(
     record.rss_peak_bytes = memory::resident_peak_bytes();
     record.page_faults = Some((memory::faults() - before.1) as f64 / steps.len() as f64);
     record.waiting_share = Watch::now().since(before.0).waiting_share();
+    ask_ranks(prepared, &mut record);
     if !options.test {
         by_hand::write(&criterion_folder(&results::criterion_home(), case), case, &steps)?;
     }
@@ -496,7 +502,7 @@ fn figures(home: &Path, case: &Case, mut record: Record, machine: &Machine) -> R
     let number = |value: &serde_json::Value| value.as_f64().context("Criterion's estimates have no median");
     let point = number(&median["point_estimate"])?;
     let ceiling = machine::flops_ceiling(case.backend, case.precision.compute, machine);
-    machine::check_rate(cost::flops(case), point, ceiling)?;
+    machine::check_rate(cost::flops(case) / case.shape.ranks() as u64, point, ceiling)?;
     let interval = &median["confidence_interval"];
     let work = cost::work(case);
     record.median_ns = Some(point);

@@ -1,5 +1,6 @@
 //! The tables that answer the question, made from one run's results.
 
+pub mod devices;
 pub mod export;
 pub mod html;
 pub mod markdown;

@@ -8,7 +8,7 @@ use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
 
 use super::tables::{digits, time};
-use super::{Measured, batches, measured_peak};
+use super::{Measured, batches, devices, measured_peak};
 use crate::results::Results;
 use crate::suite::{BackendId, Case, Compute, Precision, Shape, Workload, cost};
 
@@ -99,7 +99,7 @@ fn bars(rows: &[Bar]) -> Result<String> {
 fn times(all: &[Measured<'_>]) -> Result<Vec<Plot>> {
     let mut plots = Vec::new();
     for &workload in Workload::ALL {
-        if matches!(workload, Workload::MatmulPeak | Workload::CopyPeak) {
+        if matches!(workload, Workload::MatmulPeak | Workload::CopyPeak | Workload::AllReduce) {
             continue;
         }
         let mut shapes: Vec<Shape> = Vec::new();
@@ -214,7 +214,7 @@ fn roofline(all: &[Measured<'_>], backend: BackendId) -> Result<Option<Plot>> {
     let points: Vec<(f64, f64, String)> = all
         .iter()
         .filter(|m| m.case.backend == backend && m.case.precision.compute == Compute::F32)
-        .filter(|m| !matches!(m.case.workload, Workload::CopyPeak) && cost::flops(&m.case) > 0)
+        .filter(|m| m.case.shape.ranks() == 1 && cost::flops(&m.case) > 0)
         .map(|m| {
             let flops = cost::flops(&m.case) as f64;
             (
@@ -288,6 +288,32 @@ fn over_batch(title: &str, unit: &str, lines: &[Line]) -> Result<Option<Plot>> {
         title: title.to_owned(),
         note: "Again: ./scripts/bench --full 'train-step/.*/indicator-b'".to_owned(),
         svg,
+    }))
+}
+
+/// The steps that several devices share: what computes, and what is exchange that nothing hides.
+fn shared(all: &[Measured<'_>]) -> Result<Option<Plot>> {
+    let bar = |s: &devices::Scaling<'_>| {
+        let exposed = s.m.median_ns * s.ranks.exposed.map_or(0.0, |[middle, ..]| middle.max(0.0));
+        let kept =
+            s.weak.or(s.strong).map_or_else(String::new, |(part, _)| format!(", {:.0} %", 100.0 * part));
+        Bar {
+            label: format!("{} {} {}", s.m.case.backend, s.m.case.precision, s.m.case.shape),
+            segments: vec![(s.m.median_ns - exposed, colour(s.m.case.backend)), (exposed, COLOURS[5])],
+            interval: s.m.record.ci_ns,
+            note: format!("{}{kept}", time(s.m.median_ns)),
+        }
+    };
+    let rows: Vec<Bar> = devices::scalings(all).iter().map(bar).collect();
+    if rows.is_empty() {
+        return Ok(None);
+    }
+    Ok(Some(Plot {
+        title: "Steps that several devices share".to_owned(),
+        note: "Time of a step; red at its end: exchange of gradients that nothing hides. The percentage is what is \
+               kept of one device's speed. Again: ./scripts/bench --full -- '-r[0-9]'"
+            .to_owned(),
+        svg: bars(&rows)?,
     }))
 }
 
@@ -378,6 +404,7 @@ pub fn all(results: &Results, of: &dyn Fn(&str) -> Vec<f64>) -> Result<Vec<Plot>
     for &backend in BackendId::ALL {
         plots.extend(roofline(&measured, backend)?);
     }
+    plots.extend(shared(&measured)?);
     plots.extend(sweeps(&measured)?);
     plots.extend(samples(&measured, of)?);
     plots.extend(times(&measured)?);

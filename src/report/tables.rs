@@ -1,8 +1,8 @@
 //! The tables, as every export shows them: cells are formatted here and nowhere else.
 
 use super::{
-    Measured, Sweep, Utilisation, ablation, all_measured, batches, find, headlines, measured, measured_peak,
-    reason, utilisation,
+    Measured, Sweep, Utilisation, ablation, all_measured, batches, devices, find, headlines, measured,
+    measured_peak, reason, utilisation,
 };
 use crate::memory;
 use crate::model::parameters::parameter_count;
@@ -266,7 +266,7 @@ fn of_tokens(results: &Results, all: &[Measured<'_>]) -> Table {
     let rows: Vec<_> = all
         .iter()
         .filter_map(|m| {
-            let Shape::Model { model, batch, .. } = m.case.shape else { return None };
+            let Shape::Model { model, batch, ranks } = m.case.shape else { return None };
             if !model.of_tokens() || model.is_miniature() {
                 return None;
             }
@@ -276,7 +276,8 @@ fn of_tokens(results: &Results, all: &[Measured<'_>]) -> Table {
             }
             let seconds = m.median_ns * 1e-9;
             let tokens = (batch * model.tokens) as f64 / seconds;
-            let rate = cost::flops(&m.case) as f64 / seconds;
+            // Of one device, as its peaks are.
+            let rate = cost::flops(&m.case) as f64 / seconds / ranks as f64;
             let compute = m.case.precision.compute;
             let gpu = m.case.backend.device() == Device::NvidiaGpu;
             let sheet = results.machine.gpus.first().filter(|_| gpu);
@@ -341,7 +342,13 @@ fn faults(record: &Record) -> String {
 pub fn all(results: &Results) -> Vec<Table> {
     let measured = all_measured(results);
     let mut tables = vec![speed(results), memory(results)];
-    tables.extend([recipes(&measured), settings(results), sweep(&measured), of_tokens(results, &measured)]);
+    tables.extend([
+        recipes(&measured),
+        settings(results),
+        sweep(&measured),
+        devices::table(&measured),
+        of_tokens(results, &measured),
+    ]);
     tables.push(Table {
         title: EVERY_CASE.to_owned(),
         note: "Parity: how much of the error that its precision allows the worst tensor of the case took, at this \

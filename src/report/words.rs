@@ -1,7 +1,7 @@
 //! The verdict in sentences, each with the figures that it stands on.
 
 use super::tables::{bytes, digits};
-use super::{all_measured, batches, find, measured};
+use super::{all_measured, batches, devices, find, measured};
 use crate::results::{Record, Results};
 use crate::suite::{BackendId, Case, Compute, Framework, Precision, Recipe, Shape, Workload};
 use crate::{disturbance, memory};
@@ -111,6 +111,7 @@ pub fn verdict(results: &Results) -> Vec<String> {
     }
     all.extend(tips(results));
     all.extend(compiling(results));
+    all.extend(devices::sentences(&all_measured(results)));
     all.extend(sizes(results));
     all.extend(faulting(results));
     all.extend(disturbed(results));

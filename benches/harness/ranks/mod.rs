@@ -44,6 +44,7 @@ trait Lead {
 struct Shared {
     case: Case,
     ranks: Box<dyn Lead>,
+    engine: &'static str,
     folder: Scratch,
     step: Duration,
     skews: Vec<f64>,
@@ -108,7 +109,14 @@ impl Prepared for Shared {
                 .ok(),
             _ => None,
         };
-        Some(Elsewhere { peak_bytes, rss_peak_bytes, waiting_share, skew, exposed })
+        Some(Elsewhere {
+            engine: self.engine.to_owned(),
+            peak_bytes,
+            rss_peak_bytes,
+            waiting_share,
+            skew,
+            exposed,
+        })
     }
 
     fn outputs(&mut self) -> Result<Vec<Tensor>> {
@@ -197,7 +205,8 @@ impl Backend for Sharing {
         let word = if fixture.is_of_parity() { "part" } else { "case" };
         ranks.ask(&format!("{word} {case}"), processes::LOADING)?;
         let step = Duration::from_secs(1);
-        Ok(Box::new(Shared { case, ranks, folder, step, skews: Vec::new(), waiting: 0.0 }))
+        let engine = self.inner.engine();
+        Ok(Box::new(Shared { case, ranks, engine, folder, step, skews: Vec::new(), waiting: 0.0 }))
     }
 
     fn id(&self) -> BackendId {

@@ -8,10 +8,9 @@
 
 #ifdef TB_CUDA
 
+#include <c10/core/Event.h>
 #include <c10/cuda/CUDAStream.h>
 #include <dlfcn.h>
-
-#include <cstring>
 
 class Nccl {
  public:
@@ -30,7 +29,6 @@ class Nccl {
     check(function<int(void**, int, Id, int)>("ncclCommInitRank")(&communicator_, size, made, rank),
           "ncclCommInitRank");
     all_reduce_ = function<AllReduce>("ncclAllReduce");
-    C10_CUDA_CHECK(cudaEventCreateWithFlags(&ready_, cudaEventDisableTiming));
   }
 
   // Both begin when the current stream has come so far, on a stream of their own.
@@ -38,10 +36,7 @@ class Nccl {
   void mean(const at::Tensor& tensor) { all_reduce(tensor, AVERAGE); }
 
   // The current stream goes on when all that began is done.
-  void wait() {
-    C10_CUDA_CHECK(cudaEventRecord(ready_, stream_));
-    C10_CUDA_CHECK(cudaStreamWaitEvent(c10::cuda::getCurrentCUDAStream(), ready_, 0));
-  }
+  void wait() { behind(c10::cuda::getCurrentCUDAStream(), stream_); }
 
  private:
   struct Id {
@@ -79,9 +74,14 @@ class Nccl {
                 function<const char*(void*)>("ncclGetLastError")(nullptr));
   }
 
+  static void behind(c10::Stream waiting, c10::Stream earlier) {
+    c10::Event event(c10::kCUDA);
+    event.record(earlier);
+    event.block(waiting);
+  }
+
   void all_reduce(const at::Tensor& tensor, int operation) {
-    C10_CUDA_CHECK(cudaEventRecord(ready_, c10::cuda::getCurrentCUDAStream()));
-    C10_CUDA_CHECK(cudaStreamWaitEvent(stream_, ready_, 0));
+    behind(stream_, c10::cuda::getCurrentCUDAStream());
     check(all_reduce_(tensor.const_data_ptr(), tensor.mutable_data_ptr(), tensor.numel(), type(tensor),
                       operation, communicator_, stream_),
           "ncclAllReduce");
@@ -90,7 +90,6 @@ class Nccl {
   void* communicator_ = nullptr;
   AllReduce* all_reduce_ = nullptr;
   c10::cuda::CUDAStream stream_;
-  cudaEvent_t ready_ = nullptr;
 };
 
 #else

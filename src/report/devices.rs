@@ -1,0 +1,188 @@
+//! What several devices bring: training steps that ranks share, against one device of the same run.
+
+use super::Measured;
+use super::tables::{Table, digits, prefixed, time};
+use crate::backend::Elsewhere;
+use crate::suite::{Case, Precision, Recipe, Shape, Workload};
+
+/// A part of the speed that as many lone devices would have, and the range that both intervals allow.
+type Kept = (f64, [f64; 2]);
+
+/// A training step that ranks shared.
+pub struct Scaling<'a> {
+    pub m: &'a Measured<'a>,
+    pub ranks: &'a Elsewhere,
+    /// The same batch in all, on one device before.
+    pub strong: Option<Kept>,
+    /// The same batch on each device.
+    pub weak: Option<Kept>,
+}
+
+/// What one device does of a case that ranks share, at a batch: the recipe that exchanges in buckets
+/// is the eager one there.
+fn alone(case: &Case, batch: usize) -> Option<Case> {
+    let (model, _) = case.shape.model()?;
+    let recipe = if case.precision.recipe == Recipe::Overlap { Recipe::Eager } else { case.precision.recipe };
+    let precision = Precision { recipe, ..case.precision };
+    Some(Case { precision, shape: Shape::of(model, batch), ..*case })
+}
+
+/// How much of lone devices' speed is kept: `devices` of them would take `base` over their number.
+fn kept(base: Option<&Measured<'_>>, shared: &Measured<'_>, devices: f64) -> Option<Kept> {
+    let (one, all) = (base?, shared);
+    let ([one_low, one_high], [low, high]) = (one.record.ci_ns?, all.record.ci_ns?);
+    let kept = |one: f64, all: f64| one / all / devices;
+    Some((kept(one.median_ns, all.median_ns), [kept(one_low, high), kept(one_high, low)]))
+}
+
+/// Every training step of the run that ranks shared.
+pub fn scalings<'a>(all: &'a [Measured<'a>]) -> Vec<Scaling<'a>> {
+    let find = |case: Option<Case>| all.iter().find(|m| Some(m.case) == case);
+    let of = |m: &'a Measured<'a>| {
+        let (shape, ranks) = (m.case.shape, m.case.shape.ranks());
+        (ranks > 1 && m.case.workload == Workload::TrainStep).then_some(())?;
+        Some(Scaling {
+            m,
+            ranks: m.record.ranks.as_ref()?,
+            strong: kept(find(alone(&m.case, shape.batch())), m, ranks as f64),
+            weak: kept(find(alone(&m.case, shape.batch() / ranks)), m, 1.0),
+        })
+    };
+    all.iter().filter_map(of).collect()
+}
+
+fn percent(part: f64) -> String {
+    format!("{:.1} %", 100.0 * part)
+}
+
+fn range([low, high]: [f64; 2]) -> String {
+    format!("{:.1} to {:.1}", 100.0 * low, 100.0 * high)
+}
+
+pub fn table(all: &[Measured<'_>]) -> Table {
+    let none = || "–".to_owned();
+    let told = |kept: Option<Kept>| {
+        kept.map_or_else(none, |(part, of)| format!("{} ({})", percent(part), range(of)))
+    };
+    let steps = scalings(all).into_iter().map(|s| {
+        let exposed = s
+            .ranks
+            .exposed
+            .map(|[middle, low, high]| format!("{} ({})", percent(middle), range([low, high])));
+        vec![
+            s.m.case.to_string(),
+            format!("{}, {}", s.m.case.shape.ranks(), s.ranks.engine),
+            time(s.m.median_ns),
+            format!("{} samples/s", digits(s.m.case.shape.batch() as f64 / s.m.median_ns * 1e9)),
+            told(s.strong),
+            told(s.weak),
+            exposed.unwrap_or_else(none),
+            percent(s.ranks.skew),
+        ]
+    });
+    let ceilings = all.iter().filter(|m| m.case.workload == Workload::AllReduce).filter_map(|m| {
+        let (ranks, rate) = (m.record.ranks.as_ref()?, m.record.throughput.as_ref()?);
+        Some(vec![
+            m.case.to_string(),
+            format!("{}, {}", m.case.shape.ranks(), ranks.engine),
+            time(m.median_ns),
+            format!("{}B/s", prefixed(rate.value)),
+            none(),
+            none(),
+            none(),
+            percent(ranks.skew),
+        ])
+    });
+    Table {
+        title: "Several devices".to_owned(),
+        note: "Kept is the part of the speed that as many lone devices would have, of the same run and recipe, with \
+               the range that both 95 % intervals allow: of one batch divided (strong), and of one batch a device \
+               (weak). Exposed is what of the step ends when gradients are not exchanged, in turns on the same \
+               ranks. The bandwidth of an all-reduce is the bus bandwidth of nccl-tests.",
+        header: &["case", "devices", "median", "speed", "kept, strong", "kept, weak", "exposed", "skew"],
+        rows: steps.chain(ceilings).collect(),
+    }
+}
+
+/// What a second device, or an eighth, is worth: of each backend and shape the fastest recipe.
+pub fn sentences(all: &[Measured<'_>]) -> Vec<String> {
+    let mut scalings = scalings(all);
+    scalings.retain(|s| s.weak.is_some() || s.strong.is_some());
+    scalings.sort_by(|a, b| a.m.median_ns.total_cmp(&b.m.median_ns));
+    let mut told: Vec<&Case> = Vec::new();
+    let mut sentences = Vec::new();
+    for s in &scalings {
+        let case = &s.m.case;
+        if told.iter().any(|known| known.backend == case.backend && known.shape == case.shape) {
+            continue;
+        }
+        told.push(case);
+        let (ranks, batch) = (case.shape.ranks(), case.shape.batch());
+        let of = |kept: Option<Kept>, how: String| {
+            kept.map(|(part, of)| {
+                format!("{} ({}) of {ranks} lone ones' speed {how}", percent(part), range(of))
+            })
+        };
+        let weak = of(s.weak, format!("at batch {} each", batch / ranks));
+        let strong = of(s.strong, format!("where they share a batch of {batch}"));
+        let both: Vec<String> = weak.into_iter().chain(strong).collect();
+        let exposed = s.ranks.exposed.map_or_else(String::new, |[middle, ..]| {
+            format!("; exchange by {} that nothing hides takes {}", s.ranks.engine, percent(middle))
+        });
+        sentences.push(format!(
+            "{ranks} devices of {} train {} in {} with {}{exposed}",
+            case.backend,
+            case.shape.model().map_or("", |(model, _)| model.name),
+            case.precision,
+            both.join(", and ")
+        ));
+    }
+    sentences
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::record;
+    use super::super::{all_measured, tables, words};
+    use super::*;
+    use crate::results::Results;
+    use crate::results::machine::Machine;
+
+    fn run(shared_ns: f64) -> Results {
+        let mut shared = record("train-step/torch-cuda/bf16-opt/indicator-b32-r2", shared_ns);
+        shared.ranks = Some(Elsewhere {
+            engine: "NCCL".to_owned(),
+            exposed: Some([0.03, 0.02, 0.04]),
+            ..Elsewhere::default()
+        });
+        let alone = |batch| format!("train-step/torch-cuda/bf16-opt/indicator-b{batch}");
+        Results::new(Machine::default(), vec![record(&alone(16), 1e6), record(&alone(32), 1.8e6), shared])
+    }
+
+    #[test]
+    fn two_devices_are_held_against_one_of_the_same_run() {
+        let results = run(1.25e6);
+        let measured = all_measured(&results);
+        let found = scalings(&measured);
+        let (weak, strong) = (found[0].weak.unwrap(), found[0].strong.unwrap());
+        assert!((weak.0 - 0.8).abs() < 1e-12 && (strong.0 - 0.72).abs() < 1e-12, "{weak:?} {strong:?}");
+        // Both intervals are a tenth on either side.
+        assert!((weak.1[0] - 0.8 * 0.9 / 1.1).abs() < 1e-12, "{weak:?}");
+        let row = &table(&measured).rows[0];
+        assert!(
+            row[5].starts_with("80.0 %") && row[6].starts_with("3.0 %") && row[1] == "2, NCCL",
+            "{row:?}"
+        );
+        let said = words::verdict(&results);
+        assert!(said.iter().any(|s| s.contains("80.0 %") && s.contains("at batch 16 each")), "{said:?}");
+        assert!(tables::all(&results).iter().any(|t| t.title == "Several devices"));
+    }
+
+    #[test]
+    fn one_device_alone_says_nothing() {
+        let mut results = run(1e6);
+        results.cases.remove(2);
+        assert!(scalings(&all_measured(&results)).is_empty());
+        assert!(sentences(&all_measured(&results)).is_empty());
+    }
+}
