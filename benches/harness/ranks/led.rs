@@ -3,13 +3,14 @@
 
 use std::collections::HashMap;
 use std::rc::Rc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use transformer_bench::backend::{Backend, Found, Rank};
 
-use super::Lead;
 use super::part::Part;
+use super::{Lead, limit};
 
 /// A request is no longer than this; a byte a number, and 0 behind its end.
 const LENGTH: usize = 512;
@@ -29,19 +30,48 @@ fn tell(backend: &dyn Backend, text: &str) -> Result<String> {
 }
 
 /// The first rank: has the others do their parts, and does its own.
-pub struct Leader(Part);
+pub struct Leader {
+    part: Part,
+    /// When the work in hand should be done, and what it is.
+    due: Arc<Mutex<Option<(Instant, String)>>>,
+}
 
 impl Leader {
     pub fn new(backend: Rc<dyn Backend>, rank: Rank) -> Self {
-        Self(Part::new(backend, rank, || {}))
+        let due = Arc::default();
+        watch(Arc::clone(&due));
+        Self { part: Part::new(backend, rank, || {}), due }
+    }
+
+    fn set(&self, due: Option<(Instant, String)>) {
+        *self.due.lock().expect("no panic holds it") = due;
     }
 }
 
+/// Ends this process, and with it the launcher's others, when work is not done in time: MLX's ring waits
+/// for a lost rank for ever.
+fn watch(due: Arc<Mutex<Option<(Instant, String)>>>) {
+    std::thread::spawn(move || {
+        while Arc::strong_count(&due) > 1 {
+            std::thread::sleep(Duration::from_secs(1));
+            let late = due.lock().expect("no panic holds it").clone();
+            if let Some((_, request)) = late.filter(|(until, _)| Instant::now() > *until) {
+                eprintln!("error: a rank is gone or hangs: '{request}' is not done in time; this rank ends");
+                // SAFETY: nothing that runs at exit is needed: records are written after every case.
+                unsafe { libc::_exit(2) };
+            }
+        }
+    });
+}
+
 impl Lead for Leader {
-    fn ask(&mut self, request: &str, _expected: Duration) -> Result<String> {
-        let backend = self.0.backend();
+    fn ask(&mut self, request: &str, expected: Duration) -> Result<String> {
+        let backend = self.part.backend();
+        self.set(Some((Instant::now() + limit(expected), request.to_owned())));
         tell(backend, &format!("{} {request}", backend.id()))?;
-        self.0.answer(request)
+        let answer = self.part.answer(request);
+        self.set(None);
+        answer
     }
 }
 

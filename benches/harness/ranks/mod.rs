@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use transformer_bench::backend::{
-    Backend, Elsewhere, Environment, Found, Prepared, Rank, Sums, Unsupported, visible_gpu,
+    Backend, Elsewhere, Environment, Found, PATIENCE, Prepared, Rank, Sums, Unsupported, visible_gpu,
 };
 use transformer_bench::model::fixture::{Fixture, Tensor};
 use transformer_bench::parity::Differ;
@@ -38,6 +38,12 @@ trait Lead {
     /// # Errors
     /// Where a rank fails, ends or does not answer: which, and why. None is left running then.
     fn ask(&mut self, request: &str, expected: Duration) -> Result<String>;
+}
+
+/// How long ranks may take for what should take `expected`. The engine's own patience comes first, since
+/// its reason is the better one.
+fn limit(expected: Duration) -> Duration {
+    3 * expected + PATIENCE + Duration::from_secs(5)
 }
 
 /// A case that ranks work for.

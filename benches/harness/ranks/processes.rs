@@ -10,7 +10,7 @@ use transformer_bench::compare::worker::{Side, Threads, Worker};
 use transformer_bench::results::one_line;
 use transformer_bench::suite::Case;
 
-use super::Lead;
+use super::{Lead, limit};
 
 /// What loading a part may take: MLX builds kernels for minutes.
 pub const LOADING: Duration = Duration::from_secs(90);
@@ -102,8 +102,7 @@ impl Lead for Processes {
             bail!("its ranks were stopped");
         }
         let start = Instant::now();
-        // The engine's own patience comes first, since its reason is the better one.
-        let last = start + 3 * expected + PATIENCE + Duration::from_secs(5);
+        let last = start + limit(expected);
         let mut answers: Vec<Option<std::result::Result<String, String>>> = vec![None; self.ranks.len()];
         // Ranks that ended, before those that failed for the want of them.
         let (mut ended, mut failed): (Vec<String>, Vec<String>) = (Vec::new(), Vec::new());

@@ -175,10 +175,11 @@ int tb_ranks_join(int rank, int size, const char* place, int port, bool served, 
     }
     store->setTimeout(patience);
     store = c10::make_intrusive<c10d::PrefixStore>("transformer-bench", store);
-    auto options = c10d::ProcessGroupGloo::Options::create(patience);
+    using Options = c10d::ProcessGroupGloo::Options;
+    // Of several hosts GLOO_SOCKET_IFNAME names the interface, as for torchrun's own programs.
+    auto options = port == 0 ? Options::create(patience) : Options::create_default(patience);
     // Ranks of one machine talk over its loopback, whatever its name resolves to.
-    options->devices.push_back(port == 0 ? c10d::ProcessGroupGloo::createDeviceForHostname("127.0.0.1")
-                                         : c10d::ProcessGroupGloo::createDefaultDevice());
+    if (port == 0) options->devices.push_back(c10d::ProcessGroupGloo::createDeviceForHostname("127.0.0.1"));
     group.gloo = c10::make_intrusive<c10d::ProcessGroupGloo>(store, rank, size, options);
     group.size = size;
     auto one = at::ones({1});
