@@ -278,9 +278,9 @@ pub fn meaningful(case: &Case) -> Result<(), Unsupported> {
         Recipe::Overlap if case.shape.ranks() == 1 => {
             return no("one device exchanges nothing: see the same case with -r2");
         }
-        Recipe::Eager | Recipe::Overlap | Recipe::Opt => {}
+        Recipe::Eager | Recipe::Overlap | Recipe::Compile | Recipe::Opt => {}
         _ if case.shape.ranks() == 1 => {}
-        _ => return no("ranks are measured plain, -overlap and -opt"),
+        _ => return no("ranks are measured plain, -overlap, -compile and -opt"),
     }
     match case.precision.compute {
         Compute::F16 if case.workload.optimizes() => {

@@ -114,7 +114,7 @@ impl<'a> Worker<'a> {
             ("describe", id) => {
                 let described = id.parse::<Case>().map_err(anyhow::Error::msg)?.description();
                 if described.is_null() {
-                    bail!("{id} has no model");
+                    bail!("{id} is no model's, or of several devices");
                 }
                 Ok(described.to_string())
             }

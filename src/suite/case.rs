@@ -33,9 +33,11 @@ impl Case {
     }
 
     /// What a program in another language needs to build the same step; null where the case has no
-    /// model.
+    /// model, or several devices share it.
     pub fn description(&self) -> serde_json::Value {
-        let Some((model, batch)) = self.shape.model() else { return serde_json::Value::Null };
+        let Some((model, batch)) = self.shape.model().filter(|_| self.shape.ranks() == 1) else {
+            return serde_json::Value::Null;
+        };
         serde_json::json!({
             "workload": self.workload.id(),
             "trains": self.workload.trains(),

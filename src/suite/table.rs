@@ -182,6 +182,7 @@ const TABLE: &[Row] = &[
     row(Full,  &[CopyPeak],   Gpu,       Buffer(&[1024]),             STORED),
     row(Full,  &[TrainStep],  Cpu,       TWO,                         "f32 f32-overlap f32-opt"),
     row(Full,  &[TrainStep],  Gpu,       MORE,                        "f32 f32-overlap f32-opt bf16 bf16-overlap bf16-opt amp-opt"),
+    row(Full,  &[TrainStep],  Of(Torch), TWO,                         "f32-compile amp-compile"),
     row(Full,  &[TrainStep],  Gpu,       Models(&[("gpt2", 32)]),     "f32 f32-opt bf16 bf16-opt amp-opt"),
     row(Full,  &[AllReduce],  Cpu,       Summed(&[(1, 2), (18, 2)]),  "f32"),
     row(Full,  &[AllReduce],  Gpu,       SUMMED,                      "f32"),

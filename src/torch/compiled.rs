@@ -6,8 +6,9 @@ use transformer_bench::backend::Prepared;
 use transformer_bench::model::fixture::{AdamW, Fixture, Tensor as Named};
 use transformer_bench::suite::{Case, Workload};
 
-use crate::extension::{self, Graph, Package};
+use crate::extension::{self, Graph, Moments, Package};
 use crate::leaves::{self, Places};
+use crate::ranks::Exchange;
 use crate::{packages, step};
 
 /// Whether a workload is compiled: what a user of torch.compile would give it.
@@ -26,6 +27,8 @@ pub struct Compiled {
     leaves: std::ops::Range<usize>,
     places: Places,
     optimizer: Option<Numbers>,
+    /// Of ranks: what stands between the passes, which are compiled, and the optimizer.
+    shared: Option<(Exchange, Moments, AdamW)>,
     /// What the last step gave: results, then gradients.
     made: Vec<Tensor>,
     graph: Option<Graph>,
@@ -68,7 +71,8 @@ impl Numbers {
 impl Compiled {
     pub fn new(device: Device, fixture: &Fixture) -> Result<Self> {
         let case = fixture.case;
-        let library = packages::Package::new(&case, fixture.dropout.weights).library()?;
+        let own = packages::compiled(&case);
+        let library = packages::Package::new(&own, fixture.dropout.weights).library()?;
         let package = Package::load(&library, device)?;
         let kind = crate::kind(case.precision.compute);
         let mut inputs = step::inputs(fixture, device, kind);
@@ -77,10 +81,16 @@ impl Compiled {
             let rows = d.all().map(|p| [p as f32, (1.0 / (1.0 - p)) as f32]).concat();
             inputs.push(Tensor::from_slice(&rows).view([5, 2]).to_device(device));
         }
-        let optimizer = case.workload.optimizes().then(|| Numbers::new(&fixture.adamw, device));
+        let optimizer = own.workload.optimizes().then(|| Numbers::new(&fixture.adamw, device));
         inputs.extend(optimizer.iter().map(|o| o.numbers.shallow_clone()));
         let (leaves, places) = leaves::pack(fixture.parameters(), device, kind, true);
         let start = inputs.len();
+        let shared = if case.shape.ranks() > 1 {
+            let exchange = Exchange::new(device, &leaves, true, fixture.silent)?;
+            Some((exchange, Moments::new(&leaves, true), fixture.adamw))
+        } else {
+            None
+        };
         let passes = if optimizer.is_some() { 2 } else { 0 };
         let moments: Vec<Tensor> =
             (0..passes).flat_map(|_| leaves.iter().map(Tensor::zeros_like).collect::<Vec<_>>()).collect();
@@ -95,6 +105,7 @@ impl Compiled {
             leaves: range,
             places,
             optimizer,
+            shared,
             made: Vec::new(),
             graph: None,
         };
@@ -107,10 +118,12 @@ impl Compiled {
 
     /// Records the step; what the warm-up changes is put back.
     fn record(&mut self) -> Result<Graph> {
+        let moments = self.shared.iter().flat_map(|(_, moments, _)| moments.state());
         let state: Vec<Tensor> = self.inputs[self.leaves.start..]
             .iter()
             .chain(self.optimizer.iter().map(|o| &o.powers))
             .map(Tensor::shallow_clone)
+            .chain(moments)
             .collect();
         let before: Vec<Tensor> = state.iter().map(Tensor::copy).collect();
         let this = std::cell::RefCell::new(self);
@@ -134,7 +147,13 @@ impl Compiled {
         if let Some(optimizer) = &mut self.optimizer {
             optimizer.next();
         }
-        self.made = self.package.run(&self.inputs, self.names().len() + self.gradients())?;
+        let results = self.names().len();
+        self.made = self.package.run(&self.inputs, results + self.gradients())?;
+        if let Some((exchange, moments, adamw)) = &mut self.shared {
+            let means = exchange.all_at_once(self.made.split_off(results))?;
+            moments.apply(adamw, &self.inputs[self.leaves.clone()], &means)?;
+            self.made.extend(means);
+        }
         Ok(())
     }
 
@@ -170,7 +189,7 @@ impl Prepared for Compiled {
         if self.gradients() > 0 {
             all.extend(self.places.read("grad", &self.made[names.len()..])?);
         }
-        if self.optimizer.is_some() {
+        if self.optimizer.is_some() || self.shared.is_some() {
             all.extend(self.places.read("param", &self.inputs[self.leaves.clone()])?);
         }
         Ok(all)

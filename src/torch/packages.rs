@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use transformer_bench::parity::dropout::Probe;
 use transformer_bench::results::machine::Machine;
 use transformer_bench::results::{Scratch, alone, cache, checksum, one_line, running};
-use transformer_bench::suite::{Case, Device};
+use transformer_bench::suite::{Case, Device, Shape, Workload};
 
 use crate::{extension, leaves};
 
@@ -47,12 +47,24 @@ pub fn missing() -> Option<String> {
 #[derive(PartialEq)]
 pub struct Package(Value);
 
+/// What is compiled of a case: of a step that ranks share what one of them does before gradients are
+/// exchanged.
+pub fn compiled(case: &Case) -> Case {
+    match case.shape {
+        Shape::Model { model, batch, ranks } if ranks > 1 => {
+            Case { workload: Workload::ForwardBackward, shape: Shape::of(model, batch / ranks), ..*case }
+        }
+        _ => *case,
+    }
+}
+
 /// The packages that timing and proving a case takes.
 pub fn of(case: &Case) -> Vec<Package> {
-    let mut all = vec![Package::new(case, case.dropout().weights)];
-    if case.dropout().any() {
+    let own = compiled(case);
+    let mut all = vec![Package::new(&own, own.dropout().weights)];
+    if own.dropout().any() {
         // Proofs run without dropout; where it is a tensor this is the same package.
-        all.push(Package::new(case, 0.0));
+        all.push(Package::new(&own, 0.0));
         all.dedup();
         let probe = Probe::new(*case).case;
         all.push(Package::new(&probe, probe.dropout().weights));

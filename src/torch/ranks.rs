@@ -27,6 +27,7 @@ unsafe extern "C" {
     fn tb_ranks_mean(tensors: *const Raw, count: usize) -> c_int;
     fn tb_buckets_new(parameters: *const Raw, count: usize, silent: bool, out: *mut *mut c_void) -> c_int;
     fn tb_buckets_free(buckets: *mut c_void);
+    fn tb_buckets_fill(buckets: *mut c_void, gradients: *const Raw, count: usize) -> c_int;
     fn tb_buckets_finish(buckets: *mut c_void, gradients: *mut Raw) -> c_int;
 }
 
@@ -157,6 +158,15 @@ impl Exchange {
         // SAFETY: live tensors; writes one pointer, owned by the value made here.
         checked(unsafe { tb_buckets_new(raw(parameters).as_ptr(), parameters.len(), silent, &mut handle) })?;
         Ok(Self::Buckets(Buckets(handle)))
+    }
+
+    /// The means of gradients that came without a backward pass whose hooks fill buckets.
+    pub fn all_at_once(&self, gradients: Vec<Tensor>) -> Result<Vec<Tensor>> {
+        if let Self::Buckets(buckets) = self {
+            // SAFETY: a live handle and live tensors, as many as it has parameters.
+            checked(unsafe { tb_buckets_fill(buckets.0, raw(&gradients).as_ptr(), gradients.len()) })?;
+        }
+        self.finish(gradients)
     }
 
     /// The means over all ranks of the gradients that a backward pass gave.

@@ -107,7 +107,7 @@ struct tb_buckets {
       bucket.missing = own.size();
       buckets.push_back(std::move(bucket));
     }
-    for (size_t i = 0; i < parameters.size(); ++i) {
+    for (size_t i = 0; i < parameters.size() && parameters[i].requires_grad(); ++i) {
       unsigned id = parameters[i].register_hook([this, i](const at::Tensor& g) { arrived(i, g); });
       hooks.emplace_back(parameters[i], id);
     }
@@ -232,6 +232,13 @@ int tb_buckets_new(at::Tensor** parameters, size_t count, bool silent, tb_bucket
 
 void tb_buckets_free(tb_buckets* buckets) {
   guarded([&] { delete buckets; });
+}
+
+// Puts gradients in, where no hook does.
+int tb_buckets_fill(tb_buckets* buckets, at::Tensor** gradients, size_t count) {
+  return guarded([&] {
+    for (size_t i = count; i-- > 0;) buckets->arrived(i, *gradients[i]);
+  });
 }
 
 // After a backward pass: `gradients` receives the means, a new tensor for each parameter.
