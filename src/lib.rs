@@ -23,6 +23,7 @@
 //! - *precision*: number formats; *recipe*: how the step is written, eager or optimised
 //! - *case*: workload × backend × precision × shape, and its id
 //! - *fixture*: the seeded inputs and parameters of a case, the same for every backend
+//! - *rank*: one of several processes, a device each, that share a case
 //! - *oracle*: the same mathematics in f64; *parity*: the proof that a backend computes it
 //! - *baseline*: a run with its samples and machine, kept
 //! - *base*, *head*: the two sides of a comparison; *round*: a fresh process of each

@@ -55,12 +55,17 @@ fn precisions(backend: &dyn Backend) -> Vec<Precision> {
     all.filter(offered).filter(tried).collect()
 }
 
+/// The suite's own test without what several processes share: scripts/tests/test_ranks.py has that.
+fn alone() -> impl Iterator<Item = Case> {
+    cases(Set::Smoke).into_iter().filter(|case| case.shape.ranks() == 1)
+}
+
 /// The cases that prove a precision: every workload at its miniature shapes.
 fn miniatures(backend: &dyn Backend, precision: Precision) -> Vec<Case> {
     let eager = Precision::eager(Compute::F32);
     let chain = Shape::Square { n: 64, chain: 3 };
     let of_backend = |c: &Case| c.backend == backend.id() && c.precision == eager;
-    let all = cases(Set::Smoke).into_iter().filter(of_backend).map(|c| Case { precision, ..c });
+    let all = alone().filter(of_backend).map(|c| Case { precision, ..c });
     if backend.is_made(precision.recipe) {
         return smoke(backend, precision);
     }
@@ -86,7 +91,7 @@ fn miniatures(backend: &dyn Backend, precision: Precision) -> Vec<Case> {
 
 /// The cases of the suite's own test in a precision: all that is tried where each takes a minute to make.
 fn smoke(backend: &dyn Backend, precision: Precision) -> Vec<Case> {
-    cases(Set::Smoke).into_iter().filter(|c| c.backend == backend.id() && c.precision == precision).collect()
+    alone().filter(|c| c.backend == backend.id() && c.precision == precision).collect()
 }
 
 /// Every precision and recipe that the backend offers computes what the oracle does.
@@ -297,7 +302,7 @@ const LEAK: u64 = 2_000_000;
 /// The resident size stays flat over 1,000 steps of every workload at its miniature shape.
 pub fn memory_does_not_grow(backend: &dyn Backend) -> Result<Outcome> {
     let mut tried = 0;
-    for case in cases(crate::suite::Set::Smoke) {
+    for case in alone() {
         if case.backend != backend.id() || backend.supports(&case).is_err() {
             continue;
         }

@@ -311,7 +311,7 @@ fn shared(all: &[Measured<'_>]) -> Result<Option<Plot>> {
     Ok(Some(Plot {
         title: "Steps that several devices share".to_owned(),
         note: "Time of a step; red at its end: exchange of gradients that nothing hides. The percentage is what is \
-               kept of one device's speed. Again: ./scripts/bench --full -- '-r[0-9]'"
+               kept of one device's speed. Again: ./scripts/bench --full 'train-step/.*/indicator-b'"
             .to_owned(),
         svg: bars(&rows)?,
     }))
