@@ -371,7 +371,8 @@ fn sample(
 fn ask_ranks(prepared: &mut dyn Prepared, record: &mut Record) {
     if let Some(ranks) = prepared.elsewhere() {
         (record.peak_bytes, record.rss_peak_bytes) = (ranks.peak_bytes, ranks.rss_peak_bytes);
-        (record.page_faults, record.waiting_share) = (None, Some(ranks.waiting_share));
+        // A rank's engine has threads that wait for its cores too: that is no disturbance.
+        (record.page_faults, record.waiting_share) = (None, None);
         record.ranks = Some(ranks);
     }
 }

@@ -102,6 +102,12 @@ class Ranks(unittest.TestCase):
         (said,), _, _ = self.asked("torch", f"case train-step/torch-cpu/f32/indicator-b{batch}-r{cores + 1}")
         self.assertIn(f"{cores + 1} ranks take a device each, and this machine has {cores} cores", said)
 
+    def test_a_comparison_on_one_core_leaves_them_out(self):
+        done = subprocess.run(["scripts/compare", "worktree", "--set", "smoke", "torch-cpu/f32/indicator-tiny-b2-r2$"],
+                              cwd=ROOT, capture_output=True, text=True)
+        self.assertEqual(done.returncode, 2)
+        self.assertIn("1 cases of several devices: --threads all compares them", done.stderr)
+
     def test_who_conducts_may_be_killed(self):
         for framework in FRAMEWORKS:
             with self.subTest(framework):

@@ -5,7 +5,8 @@ use super::tables::{Table, digits, prefixed, time};
 use crate::backend::Elsewhere;
 use crate::suite::{Case, Precision, Recipe, Shape, Workload};
 
-/// A part of the speed that as many lone devices would have, and the range that both intervals allow.
+/// A part of the speed that as many lone devices would have, and the range that both intervals allow. A
+/// process alone has all cores of a CPU, so ranks of one are held against that.
 type Kept = (f64, [f64; 2]);
 
 /// A training step that ranks shared.
@@ -40,12 +41,13 @@ pub fn scalings<'a>(all: &'a [Measured<'a>]) -> Vec<Scaling<'a>> {
     let find = |case: Option<Case>| all.iter().find(|m| Some(m.case) == case);
     let of = |m: &'a Measured<'a>| {
         let (shape, ranks) = (m.case.shape, m.case.shape.ranks());
+        let cpu = m.case.backend.is_cpu();
         (ranks > 1 && m.case.workload == Workload::TrainStep).then_some(())?;
         Some(Scaling {
             m,
             ranks: m.record.ranks.as_ref()?,
-            strong: kept(find(alone(&m.case, shape.batch())), m, ranks as f64),
-            weak: kept(find(alone(&m.case, shape.batch() / ranks)), m, 1.0),
+            strong: kept(find(alone(&m.case, shape.batch())), m, if cpu { 1.0 } else { ranks as f64 }),
+            weak: if cpu { None } else { kept(find(alone(&m.case, shape.batch() / ranks)), m, 1.0) },
         })
     };
     all.iter().filter_map(of).collect()
@@ -97,7 +99,7 @@ pub fn table(all: &[Measured<'_>]) -> Table {
         title: "Several devices".to_owned(),
         note: "Kept is the part of the speed that as many lone devices would have, of the same run and recipe, with \
                the range that both 95 % intervals allow: of one batch divided (strong), and of one batch a device \
-               (weak). Exposed is what of the step ends when gradients are not exchanged, in turns on the same \
+               (weak); ranks of a CPU are held against one process with all its cores. Exposed is what of the step ends when gradients are not exchanged, in turns on the same \
                ranks. The bandwidth of an all-reduce is the bus bandwidth of nccl-tests.",
         header: &["case", "devices", "median", "speed", "kept, strong", "kept, weak", "exposed", "skew"],
         rows: steps.chain(ceilings).collect(),
@@ -119,9 +121,12 @@ pub fn sentences(all: &[Measured<'_>]) -> Vec<String> {
         told.push(case);
         let (ranks, batch) = (case.shape.ranks(), case.shape.batch());
         let of = |kept: Option<Kept>, how: String| {
-            kept.map(|(part, of)| {
-                format!("{} ({}) of {ranks} lone ones' speed {how}", percent(part), range(of))
-            })
+            let lone = if case.backend.is_cpu() {
+                "the speed of one process with all cores".to_owned()
+            } else {
+                format!("{ranks} lone ones' speed")
+            };
+            kept.map(|(part, of)| format!("{} ({}) of {lone} {how}", percent(part), range(of)))
         };
         let weak = of(s.weak, format!("at batch {} each", batch / ranks));
         let strong = of(s.strong, format!("where they share a batch of {batch}"));
@@ -130,7 +135,8 @@ pub fn sentences(all: &[Measured<'_>]) -> Vec<String> {
             format!("; exchange by {} that nothing hides takes {}", s.ranks.engine, percent(middle))
         });
         sentences.push(format!(
-            "{ranks} devices of {} train {} in {} with {}{exposed}",
+            "{ranks} {} of {} train {} in {} with {}{exposed}",
+            if case.backend.is_cpu() { "ranks" } else { "devices" },
             case.backend,
             case.shape.model().map_or("", |(model, _)| model.name),
             case.precision,
@@ -176,6 +182,19 @@ mod tests {
         let said = words::verdict(&results);
         assert!(said.iter().any(|s| s.contains("80.0 %") && s.contains("at batch 16 each")), "{said:?}");
         assert!(tables::all(&results).iter().any(|t| t.title == "Several devices"));
+    }
+
+    #[test]
+    fn ranks_of_a_cpu_are_held_against_all_its_cores() {
+        let mut shared = record("train-step/torch-cpu/f32-overlap/indicator-b16-r2", 5e8);
+        shared.ranks = Some(Elsewhere::default());
+        let alone = |batch| record(&format!("train-step/torch-cpu/f32/indicator-b{batch}"), 6e8);
+        let results = Results::new(Machine::default(), vec![alone(8), alone(16), shared]);
+        let measured = all_measured(&results);
+        let found = scalings(&measured);
+        assert!((found[0].strong.unwrap().0 - 1.2).abs() < 1e-12 && found[0].weak.is_none());
+        let said = sentences(&measured);
+        assert!(said[0].contains("120.0 %") && said[0].contains("one process with all cores"), "{said:?}");
     }
 
     #[test]

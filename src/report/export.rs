@@ -73,6 +73,13 @@ pub fn check(record: &Record) -> Result<()> {
     for share in [record.parity, record.waiting_share].into_iter().flatten() {
         ensure!((0.0..=1.0).contains(&share), "{share} is no share");
     }
+    if let Some(ranks) = &record.ranks {
+        let shares = [ranks.skew, ranks.waiting_share];
+        ensure!(shares.iter().all(|share| (0.0..=1.0).contains(share)), "{shares:?} are no shares");
+        // What should end may take longer by chance.
+        let exposed = ranks.exposed.unwrap_or_default();
+        ensure!(exposed.iter().all(|share| share.is_finite() && *share <= 1.0), "{exposed:?} is no part");
+    }
     Ok(())
 }
 
@@ -242,7 +249,7 @@ mod tests {
         assert_eq!(keys(&json), "cases machine settings turns version");
         assert_eq!(
             keys(&json["cases"][1]),
-            "backend ci_ns id median_ns page_fault_share page_faults parity peak_bytes precision reason rss_peak_bytes samples shape status throughput waiting_share workload"
+            "backend ci_ns id median_ns page_fault_share page_faults parity peak_bytes precision ranks reason rss_peak_bytes samples shape status throughput waiting_share workload"
         );
         assert_eq!(
             keys(&json["machine"]),

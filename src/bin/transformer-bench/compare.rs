@@ -196,7 +196,7 @@ fn interleaved(
     }
     let (start, until) = (Instant::now(), until_of(arguments));
     let mut lines: Vec<Line> = Vec::new();
-    let pairs: Vec<(Case, Case)> = if let Some(backends) = &arguments.backends {
+    let mut pairs: Vec<(Case, Case)> = if let Some(backends) = &arguments.backends {
         let (a, b) = (backends[0], backends[1]);
         base.name = a.to_string();
         head.name = b.to_string();
@@ -219,6 +219,19 @@ fn interleaved(
         lines.extend(new.iter().filter(|c| !old.contains(c)).map(|c| Line::without(c, Verdict::New)));
         old.iter().filter(|c| new.contains(c)).map(|c| (*c, *c)).collect()
     };
+    if threads == Threads::One {
+        // Ranks on one core would wait for each other.
+        let all = pairs.len();
+        pairs.retain(|(case, _)| case.shape.ranks() == 1);
+        let left = all - pairs.len();
+        ensure!(
+            left == 0 || !pairs.is_empty(),
+            "{left} cases of several devices: --threads all compares them"
+        );
+        if left > 0 {
+            notes.push(format!("{left} cases of several devices are left out: --threads all compares them"));
+        }
+    }
     if pairs.is_empty() && lines.is_empty() {
         return Err(nothing(spec, arguments.set));
     }
