@@ -153,7 +153,9 @@ impl Here {
             return Err(absent.map_or_else(|| "not found".to_owned(), |a| a.reason.clone()));
         };
         backend.supports(case).map_err(|unsupported| unsupported.to_string())?;
-        let need = cost::memory_estimate(case) as f64 / 1e9;
+        // Ranks of a CPU share its memory; a GPU is one rank's.
+        let sharing = if case.backend.is_cpu() { case.shape.ranks() } else { 1 };
+        let need = (sharing as u64 * cost::memory_estimate(case)) as f64 / 1e9;
         let have = backend.memory_total().unwrap_or(self.machine.memory_bytes) as f64 / 1e9;
         if need > 0.85 * have {
             return Err(format!("needs about {need:.0} GB of memory and {have:.0} GB is there"));
@@ -360,7 +362,9 @@ fn sample(
     record.rss_peak_bytes = seen.peak_rss;
     record.page_faults = Some(statistics::median(&seen.faults));
     record.waiting_share = seen.watch.waiting_share();
-    ask_ranks(prepared.as_mut(), &mut record);
+    if !options.test {
+        ask_ranks(prepared.as_mut(), &mut record);
+    }
     if seen.watch.throttled() {
         eprintln!("{place} {case}: the CPU got too hot and was slowed down meanwhile");
     }
@@ -400,8 +404,8 @@ fn few(
     record.rss_peak_bytes = memory::resident_peak_bytes();
     record.page_faults = Some((memory::faults() - before.1) as f64 / steps.len() as f64);
     record.waiting_share = Watch::now().since(before.0).waiting_share();
-    ask_ranks(prepared, &mut record);
     if !options.test {
+        ask_ranks(prepared, &mut record);
         by_hand::write(&criterion_folder(&results::criterion_home(), case), case, &steps)?;
     }
     Ok(record)

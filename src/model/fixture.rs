@@ -133,6 +133,17 @@ impl Fixture {
         self.adamw == AdamW::PARITY
     }
 
+    /// What all ranks' buffers add up to; this fixture is of none of them.
+    pub fn sum_over_ranks(&self) -> Vec<f32> {
+        let data = &self.input("buffer").data;
+        let mut sum = vec![0.0; data.len()];
+        for rank in 0..self.case.shape.ranks() {
+            let own = data.iter().cycle().skip(shift(rank, data.len()));
+            sum.iter_mut().zip(own).for_each(|(sum, v)| *sum += v);
+        }
+        sum
+    }
+
     /// One rank's: its part of the batch, or its own buffer.
     pub fn of_rank(self, rank: usize) -> Self {
         Self { rank: Some(rank), inputs: OnceCell::new(), ..self }
@@ -258,11 +269,15 @@ impl Fixture {
     }
 }
 
+/// By how much a rank's buffer is rotated: by a prime, so that no two of any number of ranks have the same.
+fn shift(rank: usize, length: usize) -> usize {
+    rank * 104_729 % length
+}
+
 /// What a rank has of an input: its rows of the batch; of a buffer the same numbers elsewhere.
 fn part(tensor: &mut Tensor, shape: Shape, rank: usize) {
     if let Shape::Buffer { .. } = shape {
-        // A prime, so that no two ranks of any number have the same.
-        let by = rank * 104_729 % tensor.data.len();
+        let by = shift(rank, tensor.data.len());
         tensor.data.rotate_left(by);
         return;
     }
@@ -336,6 +351,8 @@ mod tests {
         assert_eq!(first.parameters(), whole.parameters());
         let buffer =
             |rank| fixture("all-reduce/torch-cpu/f32/m1-r2").of_rank(rank).input("buffer").data.clone();
+        let sum = fixture("all-reduce/torch-cpu/f32/m1-r2").sum_over_ranks();
+        assert!(sum.iter().zip(buffer(0).iter().zip(buffer(1))).all(|(sum, (a, b))| *sum == a + b));
         assert!(buffer(0) != buffer(1) && buffer(0).iter().all(|v| (v * 256.0).fract() == 0.0));
     }
 

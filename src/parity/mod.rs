@@ -202,14 +202,9 @@ pub fn judge(case: Case, known: &[Known], found: &[Tensor]) -> Verdict {
 
 /// A copy is exact, number by number; a sum over ranks too, of numbers that are made for it.
 fn moved(truth: &Fixture, found: &[Tensor]) -> Verdict {
-    let (case, ranks) = (truth.case, truth.case.shape.ranks());
+    let case = truth.case;
     let (expected, what): (Vec<f32>, &str) = if case.workload == Workload::AllReduce {
-        let of_rank = |rank| Fixture::for_parity(case).of_rank(rank);
-        let mut sum = vec![0.0; truth.input("buffer").data.len()];
-        for rank in 0..ranks {
-            sum.iter_mut().zip(&of_rank(rank).input("buffer").data).for_each(|(a, b)| *a += b);
-        }
-        (sum, "out is not the sum of the ranks' buffers")
+        (truth.sum_over_ranks(), "out is not the sum of the ranks' buffers")
     } else {
         (truth.input("buffer").data.iter().map(|v| -v).collect(), "out is not the buffer's negation")
     };

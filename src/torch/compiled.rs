@@ -116,29 +116,14 @@ impl Compiled {
         Ok(compiled)
     }
 
-    /// Records the step; what the warm-up changes is put back.
+    /// Records the step.
     fn record(&mut self) -> Result<Graph> {
         let moments = self.shared.iter().flat_map(|(_, moments, _)| moments.state());
-        let state: Vec<Tensor> = self.inputs[self.leaves.start..]
-            .iter()
-            .chain(self.optimizer.iter().map(|o| &o.powers))
-            .map(Tensor::shallow_clone)
-            .chain(moments)
-            .collect();
-        let before: Vec<Tensor> = state.iter().map(Tensor::copy).collect();
+        let state = self.inputs[self.leaves.start..].iter();
+        let state = state.chain(self.optimizer.iter().map(|o| &o.powers)).map(Tensor::shallow_clone);
+        let state = state.chain(moments).collect();
         let this = std::cell::RefCell::new(self);
-        Graph::record(
-            || {
-                for _ in 0..step::WARM_UP {
-                    this.borrow_mut().once()?;
-                }
-                for (mut now, before) in state.into_iter().zip(&before) {
-                    now.copy_(before);
-                }
-                Ok(())
-            },
-            || this.borrow_mut().once(),
-        )
+        Graph::of_step(state, || this.borrow_mut().once(), || this.borrow_mut().once())
     }
 
     fn once(&mut self) -> Result<()> {

@@ -356,9 +356,28 @@ impl Drop for Package {
 /// A recorded CUDA graph.
 pub struct Graph(*mut c_void);
 
+/// Steps before a recording: cuBLAS and the allocator settle in the first.
+const WARM_UP: usize = 3;
+
 impl Graph {
+    /// Runs a step a few times and records `body`. What the former changes in `state` is put back, so that
+    /// the first replay is the first step.
+    pub fn of_step(
+        state: Vec<Tensor>,
+        mut step: impl FnMut() -> Result<()>,
+        body: impl FnOnce() -> Result<()>,
+    ) -> Result<Self> {
+        let before: Vec<Tensor> = state.iter().map(Tensor::copy).collect();
+        let warm_up = || {
+            (0..WARM_UP).try_for_each(|_| step())?;
+            tch::no_grad(|| state.into_iter().zip(&before).for_each(|(mut now, before)| now.copy_(before)));
+            Ok(())
+        };
+        Self::record(warm_up, body)
+    }
+
     /// Runs `warm_up` and then records `body` on a stream of their own.
-    pub fn record(warm_up: impl FnOnce() -> Result<()>, body: impl FnOnce() -> Result<()>) -> Result<Self> {
+    fn record(warm_up: impl FnOnce() -> Result<()>, body: impl FnOnce() -> Result<()>) -> Result<Self> {
         let mut handle = std::ptr::null_mut();
         // SAFETY: writes one pointer, owned by the value made here.
         checked(unsafe { tb_graph_new(&mut handle) })?;

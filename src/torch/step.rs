@@ -38,9 +38,6 @@ pub struct Step {
     graph: Option<Graph>,
 }
 
-/// Steps before a recording: cuBLAS and the allocator settle in the first.
-pub const WARM_UP: usize = 3;
-
 pub fn inputs(fixture: &Fixture, device: Device, kind: Kind) -> Vec<Tensor> {
     let kind_of = |name: &str| match name {
         "tokens" | "next" => Kind::Int64,
@@ -124,36 +121,23 @@ impl Step {
         Ok(step)
     }
 
-    /// Records the step. What the warm-up changes is put back, so that the first replay
-    /// is the first step.
+    /// Records the step.
     fn record(&mut self) -> Result<Graph> {
-        let state: Vec<Tensor> = self
-            .leaves
-            .iter()
-            .map(Tensor::detach)
-            .chain(self.moments.iter().flat_map(Moments::state))
-            .collect();
-        let before: Vec<Tensor> = state.iter().map(Tensor::copy).collect();
+        let state = self.leaves.iter().map(Tensor::detach);
+        let state = state.chain(self.moments.iter().flat_map(Moments::state)).collect();
         let this = std::cell::RefCell::new(self);
-        Graph::record(
+        Graph::of_step(
+            state,
             || {
-                for _ in 0..WARM_UP {
-                    let mut this = this.borrow_mut();
-                    this.passes()?;
-                    this.update()?;
-                }
-                tch::no_grad(|| {
-                    for (mut now, before) in state.into_iter().zip(&before) {
-                        now.copy_(before);
-                    }
-                });
-                if let Some(moments) = &mut this.borrow_mut().moments {
-                    moments.restart();
-                }
-                Ok(())
+                let mut this = this.borrow_mut();
+                this.passes()?;
+                this.update()
             },
             || {
                 let mut this = this.borrow_mut();
+                if let Some(moments) = &mut this.moments {
+                    moments.restart();
+                }
                 this.passes()?;
                 if this.records_update() { this.update() } else { Ok(()) }
             },

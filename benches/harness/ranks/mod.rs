@@ -10,6 +10,7 @@ mod processes;
 use std::fs;
 use std::path::Path;
 use std::rc::Rc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -200,7 +201,9 @@ impl Backend for Sharing {
         if case.shape.ranks() == 1 {
             return self.inner.prepare(fixture);
         }
-        let folder = std::env::temp_dir().join(format!("transformer-bench-ranks-{}", std::process::id()));
+        static COUNT: AtomicUsize = AtomicUsize::new(0);
+        let own = format!("{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        let folder = std::env::temp_dir().join(format!("transformer-bench-ranks-{own}"));
         let _ = fs::remove_dir_all(&folder);
         fs::create_dir_all(&folder).with_context(|| format!("{} could not be made", folder.display()))?;
         let folder = Scratch(folder);
