@@ -1,6 +1,8 @@
 //! The harness's own tests, a target of their own: bench targets have no test runner.
 #![allow(dead_code)] // The run itself, which uses the rest, is the bench targets'.
 
+#[path = "ranks/heard.rs"]
+mod heard;
 mod options;
 mod profiler;
 mod symbols;
@@ -196,5 +198,37 @@ mod profiler_tests {
         let pb = pprof::protos::Profile::decode(&*read("profile.pb")).unwrap();
         assert!(pb.sample.len() > 1 && pb.string_table.iter().any(|s| s.contains("planted_slow_function")));
         std::fs::remove_dir_all(&folder).unwrap();
+    }
+}
+
+mod heard_tests {
+    use std::time::Duration;
+
+    use super::heard::Heard;
+
+    /// Of two ranks: their answers, whether they were about to wait, who has ended and who failed.
+    fn cause(answers: [bool; 2], here: [bool; 2], ended: &[&str], failed: &[&str], request: &str) -> String {
+        let owned = |list: &[&str]| list.iter().map(|text| (*text).to_owned()).collect();
+        let answers = answers.map(|there| there.then(|| "an answer".to_owned())).to_vec();
+        let heard = Heard { answers, here: here.to_vec(), ended: owned(ended), failed: owned(failed) };
+        heard.cause(request, Duration::from_secs(20)).unwrap_or_default()
+    }
+
+    #[test]
+    fn the_rank_that_is_the_cause_is_named() {
+        let (timed_out, no_room) = (&["rank 0: Timed out"][..], &["rank 0: out of memory"][..]);
+        assert_eq!(cause([true; 2], [true; 2], &[], &[], "steps 1"), "");
+        assert_eq!(
+            cause([true, false], [true; 2], &["rank 1: ended"], timed_out, "steps 1"),
+            "rank 1: ended"
+        );
+        // One that hangs keeps the other from beginning, whose engine gives up.
+        let said = cause([true, false], [true, false], &[], timed_out, "steps 1");
+        assert_eq!(said, "rank 1 did not answer 'steps 1' within 20 s");
+        // One that fails leaves the other waiting for it, there and where nobody says so.
+        assert_eq!(cause([true, false], [false, true], &[], no_room, "steps 1"), no_room[0]);
+        assert_eq!(cause([true, false], [false; 2], &[], no_room, "case ID"), no_room[0]);
+        assert_eq!(cause([true; 2], [true; 2], &[], no_room, "steps 1"), no_room[0]);
+        assert!(cause([false; 2], [true; 2], &[], &[], "steps 1").starts_with("ranks 0, 1 did not"));
     }
 }

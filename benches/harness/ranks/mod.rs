@@ -3,6 +3,7 @@
 //! `torchrun` or `mlx.launch` has started a rank a host, the first measures and leads the others
 //! (`led.rs`). What a rank answers is in `part.rs`.
 
+mod heard;
 mod led;
 pub mod part;
 mod processes;

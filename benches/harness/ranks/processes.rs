@@ -10,6 +10,7 @@ use transformer_bench::compare::worker::{Side, Threads, Worker};
 use transformer_bench::results::one_line;
 use transformer_bench::suite::Case;
 
+use super::heard::Heard;
 use super::{Lead, limit};
 
 /// What loading a part may take: MLX builds kernels for minutes.
@@ -88,11 +89,44 @@ impl Processes {
         let environments = backend.meeting(count, folder)?;
         Ok(Self { ranks: environments.into_iter().enumerate().map(start).collect::<Result<_>>()? })
     }
+}
 
-    /// Ends all; says which rank was the cause.
-    fn stop(&mut self, failed: &str) -> anyhow::Error {
-        self.ranks.clear();
-        anyhow::anyhow!("{failed}; all ranks were stopped")
+impl Processes {
+    /// Sends all ranks the same, and hears them until `last`, or until one is lost.
+    fn hear(&mut self, request: &str, last: Instant) -> Heard {
+        let count = self.ranks.len();
+        let mut heard = Heard {
+            answers: vec![None; count],
+            ended: Vec::new(),
+            failed: Vec::new(),
+            here: vec![false; count],
+        };
+        for (rank, worker) in self.ranks.iter_mut().enumerate() {
+            if worker.send(request).is_err() {
+                heard.ended.push(format!("rank {rank}: {}", worker.end()));
+            }
+        }
+        let mut until = last;
+        while heard.ended.is_empty() && heard.answers.iter().any(Option::is_none) && Instant::now() < until {
+            for (rank, worker) in self.ranks.iter_mut().enumerate() {
+                if heard.answers[rank].is_some() {
+                    continue;
+                }
+                match worker.look(Duration::from_millis(2)) {
+                    Ok(None) => {}
+                    Ok(Some(line)) if line == "here" => heard.here[rank] = true,
+                    Ok(Some(line)) => {
+                        if let Some(reason) = line.strip_prefix("failed: ") {
+                            heard.failed.push(format!("rank {rank}: {}", one_line(reason)));
+                            until = until.min(Instant::now() + AFTER);
+                        }
+                        heard.answers[rank] = Some(line);
+                    }
+                    Err(_) => heard.ended.push(format!("rank {rank}: {}", worker.end())),
+                }
+            }
+        }
+        heard
     }
 }
 
@@ -102,63 +136,12 @@ impl Lead for Processes {
             bail!("its ranks were stopped");
         }
         let start = Instant::now();
-        let last = start + limit(expected);
-        let mut answers: Vec<Option<std::result::Result<String, String>>> = vec![None; self.ranks.len()];
-        // Ranks that ended, before those that failed for the want of them.
-        let (mut ended, mut failed): (Vec<String>, Vec<String>) = (Vec::new(), Vec::new());
-        for (rank, worker) in self.ranks.iter_mut().enumerate() {
-            if worker.send(request).is_err() {
-                ended.push(format!("rank {rank}: {}", worker.end()));
-            }
+        let heard = self.hear(request, start + limit(expected));
+        if let Some(cause) = heard.cause(request, start.elapsed()) {
+            self.ranks.clear();
+            bail!("{cause}; all ranks were stopped");
         }
-        let mut here = vec![false; self.ranks.len()];
-        let mut until = last;
-        while answers.iter().any(Option::is_none) && Instant::now() < until {
-            for (rank, worker) in self.ranks.iter_mut().enumerate() {
-                if answers[rank].is_some() {
-                    continue;
-                }
-                match worker.look(Duration::from_millis(2)) {
-                    Ok(None) => {}
-                    Ok(Some(line)) if line == "here" => here[rank] = true,
-                    Ok(Some(line)) => {
-                        let reason = line.strip_prefix("failed: ").map(str::to_owned);
-                        if let Some(reason) = &reason {
-                            failed.push(format!("rank {rank}: {}", one_line(reason)));
-                        }
-                        answers[rank] = Some(reason.map_or(Ok(line), Err));
-                    }
-                    Err(_) => {
-                        let reason = worker.end();
-                        ended.push(format!("rank {rank}: {reason}"));
-                        answers[rank] = Some(Err(reason));
-                    }
-                }
-            }
-            if !ended.is_empty() || !failed.is_empty() {
-                until = until.min(Instant::now() + AFTER);
-                if !ended.is_empty() {
-                    break;
-                }
-            }
-        }
-        if let Some(what) = ended.first() {
-            return Err(self.stop(what));
-        }
-        let silent: Vec<usize> = (0..answers.len()).filter(|&rank| answers[rank].is_none()).collect();
-        // Who has not even begun keeps the others waiting.
-        let stuck: Vec<usize> = silent.iter().copied().filter(|&rank| !here[rank]).collect();
-        let named = if stuck.is_empty() { &silent } else { &stuck };
-        if !named.is_empty() {
-            let list: Vec<String> = named.iter().map(usize::to_string).collect();
-            let (word, list) = (if list.len() == 1 { "rank" } else { "ranks" }, list.join(", "));
-            let waited = start.elapsed().as_secs();
-            return Err(self.stop(&format!("{word} {list} did not answer '{request}' within {waited} s")));
-        }
-        if let Some(what) = failed.first() {
-            return Err(self.stop(what));
-        }
-        answers.into_iter().next().flatten().context("a rank")?.map_err(anyhow::Error::msg)
+        heard.answers.into_iter().next().flatten().context("a rank")
     }
 }
 
