@@ -171,8 +171,11 @@ fn stacks(report: &UnresolvedReport) -> Profile {
         }
         let thread = String::from_utf8_lossy(&sample.thread_name[..sample.thread_name_length]).into_owned();
         let place = |wanted: &str| frames.iter().rposition(|f| f.contains(wanted));
-        // Inlined functions have no path in their names, others have.
-        let is = |frame: &String, name: &str| frame.rsplit("::").next() == Some(name);
+        // Inlined functions have no path in their names, and may have types behind; others have a path.
+        let is = |frame: &String, name: &str| {
+            frame.rsplit("::").next() == Some(name)
+                || frame.strip_prefix(name).is_some_and(|rest| rest.starts_with('<'))
+        };
         let step = frames.windows(2).rposition(|pair| is(&pair[0], "time") && is(&pair[1], "step"));
         let root = if let Some(before) = step {
             frames.drain(..=before + 1);

@@ -59,6 +59,29 @@ class Options(unittest.TestCase):
             # The self-test of the comparison goes by two names.
             self.assertIn(f"scripts/{script.replace('selftest', 'calibrate')}", text, script)
 
+    def test_examples_run_as_printed(self):
+        """Those that only read what is there."""
+        examples = []
+        for script in ("list", "report"):
+            _, text = run(f"scripts/{script}", "--help")
+            lines = text.split("Examples:")[1].splitlines()
+            examples += [line.split("  ")[0] for line in map(str.strip, lines) if line.startswith("scripts/")]
+        tried = [example for example in examples if "list" in example or "/quick" in example]
+        self.assertGreaterEqual(len(tried), 3, examples)
+        for example in tried:
+            code, text = run(*example.split())
+            self.assertEqual(code, 0, f"{example}: {text[-300:]}")
+
+    def test_every_case_is_listed_with_its_cost(self):
+        code, text = run("scripts/list", "full")
+        self.assertEqual(code, 0, text)
+        rows = [line.split() for line in text.splitlines() if line.count("/") == 3]
+        self.assertGreater(len(rows), 500)
+        for case, flops, moved, memory in rows:
+            self.assertGreater(int(moved), 0, case)
+            if not case.startswith(("optimizer-step", "copy-peak", "all-reduce")):
+                self.assertGreater(int(flops), 0, case)
+
     def test_one_command_has_them_all(self):
         subprocess.run(["cargo", "build", "--quiet", "--release", "--locked", "--bins"], cwd=ROOT, check=True)
         code, text = run("target/release/transformer-bench", "--help")

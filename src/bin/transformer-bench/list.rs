@@ -4,7 +4,7 @@ use anyhow::{Result, bail};
 use clap::Args;
 use transformer_bench::suite::{Case, Framework, Set, cases, cost, pattern};
 
-/// Lists the cases of a set, with FLOPs, bytes and estimated memory.
+/// Lists the cases of a set, with FLOPs, the fewest bytes that must move, and estimated memory.
 #[derive(Args)]
 #[command(after_help = "Examples:
   scripts/list full gpt2
@@ -48,7 +48,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
             "{:64} {:>20} {:>16} {:>10}\n",
             case.to_string(),
             cost::flops(&case),
-            cost::bytes(&case),
+            cost::least_bytes(&case),
             cost::memory_estimate(&case) / 1_000_000
         ));
     }
