@@ -99,6 +99,14 @@ fn fastest(results: &Results, backend: BackendId) -> Option<Case> {
     Some(*beaten.unwrap_or(&first))
 }
 
+/// Where two frameworks were measured on one device: the fastest training step of either, with parameters
+/// in f32.
+pub fn champions(results: &Results) -> Vec<[Case; 2]> {
+    let best = |backend| fastest(results, backend).or_else(|| contestants(results, backend).first().copied());
+    let pairs = BackendId::ALL.iter().flat_map(|&a| a.rivals().filter(move |b| a < *b).map(move |b| [a, b]));
+    pairs.filter_map(|[a, b]| Some([best(a)?, best(b)?])).collect()
+}
+
 /// The training steps in which two frameworks on one device are compared.
 pub fn rivals(shape: Shape) -> Vec<[Case; 2]> {
     let precisions = [
@@ -271,6 +279,19 @@ mod tests {
             );
             assert_eq!(backend.rivals().count(), 1, "{backend} is compared with none, or with two");
         }
+    }
+
+    #[test]
+    fn the_best_of_each_framework_meet() {
+        let step = |case: &str, ns| record(&format!("train-step/{case}/indicator-b16"), ns);
+        let mut cases = vec![step("torch-cpu/f32", 9e6), step("torch-cpu/amp-compile", 5e6)];
+        let pairs = |cases: &[Record]| champions(&Results::new(Machine::default(), cases.to_vec()));
+        assert!(pairs(&cases).is_empty());
+        cases.extend([step("mlx-cpu/f32", 20e6), step("mlx-cpu/bf16-opt", 1e6), step("mlx-metal/f32", 1e6)]);
+        let [[torch, mlx]] = pairs(&cases)[..] else { panic!("one device has both") };
+        assert_eq!(torch.precision.to_string(), "amp-compile");
+        // bf16 stores other parameters.
+        assert_eq!(mlx.precision.to_string(), "f32");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The verdict in sentences, each with the figures that it stands on.
 
 use super::tables::{bytes, digits};
-use super::{all_measured, batches, devices, find, measured};
+use super::{all_measured, batches, champions, devices, find, measured};
 use crate::results::{Record, Results};
 use crate::suite::{BackendId, Case, Compute, Framework, Precision, Recipe, Shape, Workload};
 use crate::{disturbance, memory};
@@ -33,18 +33,18 @@ fn faster(results: &Results, what: &str, cases: [&Case; 2], figures: [Figure; 2]
     let ids = cases.map(ToString::to_string);
     let own = results.model.as_ref().map_or_else(String::new, |own| own.variables() + " ");
     let Some(turn) = results.turns.iter().find(|t| [&t.base, &t.head] == [&ids[0], &ids[1]]) else {
+        // Cases of one recipe are compared by name; others by the turns with which a run ends.
+        let command = if cases[0].precision == cases[1].precision {
+            format!(
+                "./scripts/compare --set quick --backends {} {} '^{}/[^/]*/{}/{}$'",
+                cases[0].backend, cases[1].backend, cases[0].workload, cases[0].precision, cases[0].shape
+            )
+        } else {
+            "./scripts/bench".to_owned()
+        };
         return format!(
-            "{what}: {} {}, {} {}, one after the other, which names no winner (`{own}./scripts/compare --set quick \
-             --backends {} {} '^{}/{}/{}$'` does)",
-            names[0],
-            speeds[0],
-            names[1],
-            speeds[1],
-            cases[0].backend,
-            cases[1].backend,
-            cases[0].workload,
-            "[^/]*",
-            format_args!("{}/{}", cases[0].precision, cases[0].shape),
+            "{what}: {} {}, {} {}, one after the other, which names no winner (`{own}{command}` does)",
+            names[0], speeds[0], names[1], speeds[1],
         );
     };
     let [low, high] = turn.ratio_ci;
@@ -93,7 +93,9 @@ fn held_back(results: &Results, case: &Case) -> Option<String> {
 
 /// The sentences, most asked first. Every run gives at least one.
 pub fn verdict(results: &Results) -> Vec<String> {
-    let mut all = Vec::new();
+    // Of one recipe they have their sentence below.
+    let differ = champions(results).into_iter().filter(|[a, b]| a.precision != b.precision);
+    let mut all: Vec<String> = differ.filter_map(|pair| best(results, pair)).collect();
     for &backend in BackendId::ALL {
         for rival in backend.rivals().filter(|rival| backend < *rival) {
             all.extend(pair(results, [backend, rival]));
@@ -116,6 +118,14 @@ pub fn verdict(results: &Results) -> Vec<String> {
     all.extend(faulting(results));
     all.extend(disturbed(results));
     all.into_iter().map(|s| if s.ends_with('.') { s } else { s + "." }).collect()
+}
+
+/// The fastest training steps of two frameworks on one device, whatever their recipes.
+fn best(results: &Results, [a, b]: [Case; 2]) -> Option<String> {
+    let figures = [figure(results, &a)?, figure(results, &b)?];
+    let with = |case: &Case| format!("{} with {}", case.backend.framework().names().0, case.precision);
+    let what = format!("Best against best on {}, {} and {}", a.backend.device(), with(&a), with(&b));
+    Some(faster(results, &what, [&a, &b], figures))
 }
 
 /// What can be said of two backends on one device.
@@ -348,6 +358,28 @@ mod tests {
         assert!(said.contains("names no winner") && !said.contains("as fast as"), "{said}");
         let said = pair(Some([3.1, 2.5, 3.8]), 0.3);
         assert!(said.contains("nothing is concluded") && said.contains("30 %"), "{said}");
+    }
+
+    #[test]
+    fn the_best_of_each_framework_stand_first() {
+        let ids = ["train-step/torch-cpu/amp/indicator-b16", "train-step/mlx-cpu/f32-opt/indicator-b16"];
+        let said = of(&[(ids[0], 400e6), (ids[1], 1400e6)]);
+        assert!(
+            said[0].starts_with("Best against best on the CPU, PyTorch with amp and MLX with f32-opt"),
+            "{said:?}"
+        );
+        assert!(said[0].contains("names no winner (`./scripts/bench` does)"), "{said:?}");
+        let cases = vec![record(ids[0], 400e6), record(ids[1], 1400e6)];
+        let mut results = Results::new(Machine::default(), cases);
+        results.turns = vec![crate::results::Turn {
+            base: ids[0].to_owned(),
+            head: ids[1].to_owned(),
+            ratio: 3.5,
+            ratio_ci: [3.2, 3.9],
+            rounds: 3,
+            commit: String::new(),
+        }];
+        assert!(verdict(&results)[0].contains("PyTorch is 3.50 times as fast as MLX (3.20 to 3.90"));
     }
 
     #[test]

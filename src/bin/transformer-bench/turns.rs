@@ -1,4 +1,4 @@
-//! The frameworks' headline steps in turns, and each backend's two fastest: what `scripts/bench` ends with.
+//! The frameworks' best steps in turns, their headline steps, and each backend's two fastest: what `scripts/bench` ends with.
 
 use std::time::{Duration, Instant};
 
@@ -7,7 +7,7 @@ use clap::Args;
 use transformer_bench::compare::rounds::{self, Row};
 use transformer_bench::compare::sides::{self, Source};
 use transformer_bench::compare::worker::Threads;
-use transformer_bench::report::{finalists, find, measured, rivals};
+use transformer_bench::report::{champions, finalists, find, measured, rivals};
 use transformer_bench::results::{self, Turn, run};
 use transformer_bench::suite::Case;
 
@@ -31,9 +31,13 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let folder = results::folder();
     let (last, _) = run::merge(&folder)?;
     let was_measured = |case: &Case| measured(find(&last, case)).is_some();
-    let mut pairs: Vec<[Case; 2]> =
-        rivals(last.headline()).into_iter().filter(|pair| pair.iter().all(was_measured)).collect();
-    pairs.extend(finalists(&last));
+    let mut pairs = champions(&last);
+    let others = rivals(last.headline()).into_iter().filter(|pair| pair.iter().all(was_measured));
+    for pair in others.chain(finalists(&last)) {
+        if !pairs.contains(&pair) {
+            pairs.push(pair);
+        }
+    }
     if pairs.is_empty() {
         return Ok(());
     }
