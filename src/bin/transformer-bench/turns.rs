@@ -18,7 +18,7 @@ use transformer_bench::suite::Case;
 #[derive(Args)]
 pub struct Arguments {
     /// Stop after so many seconds
-    #[arg(long, value_name = "SECONDS", default_value_t = 40.0, allow_negative_numbers = true)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 60.0, allow_negative_numbers = true)]
     budget: f64,
 }
 
