@@ -73,14 +73,19 @@ fn serve(found: &Found, framework: Framework, first: Option<String>) -> Result<I
         worker.load(&id)?;
         say("ready")?;
     }
+    until_end(|line| worker.answer(line))
+}
+
+/// Answers line by line until the input ends, and ends the process then.
+pub fn until_end(mut answer: impl FnMut(&str) -> Result<String>) -> Result<Infallible> {
     for line in std::io::stdin().lock().lines() {
-        let line = line?;
-        match worker.answer(line.trim()) {
+        match answer(line?.trim()) {
             Ok(text) => say(&text)?,
             Err(error) => say(&format!("failed: {}", one_line(&format!("{error:#}"))))?,
         }
     }
-    // PyTorch's own end takes a tenth of a second on a core that others wait for.
+    // PyTorch's own end takes a tenth of a second on a core that others wait for, and a rank's may
+    // wait for ranks that have ended.
     // SAFETY: nothing that runs at exit is needed: every answer was flushed.
     unsafe { libc::_exit(0) }
 }
@@ -179,7 +184,7 @@ impl<'a> Worker<'a> {
         let mut all = named("input", fixture.inputs());
         all.extend(named("parameter", fixture.parameters()));
         all.extend(prepared.outputs()?);
-        part::write_tensors(file, &all)
+        ranks::write_tensors(file, &all)
     }
 
     /// A case that runs here, and its backend.

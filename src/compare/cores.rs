@@ -3,25 +3,50 @@
 //! time to be itself again, and whoever shares the hardware has had its caches meanwhile;
 //! asked from another core, the same steps take a fifth longer and scatter half as much again.
 
-/// Cores for cores_used, one of each physical core, the last first: the first ones get more of the
+/// The cores that this process may use; empty where threads can't be kept on a core.
+pub fn allowed() -> Vec<usize> {
+    #[cfg(target_os = "linux")]
+    {
+        // SAFETY: plain data, filled by the call.
+        let allowed = unsafe {
+            let mut allowed: libc::cpu_set_t = std::mem::zeroed();
+            if libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &raw mut allowed) != 0 {
+                return Vec::new();
+            }
+            allowed
+        };
+        // SAFETY: below the size of the set.
+        (0..libc::CPU_SETSIZE as usize).filter(|&core| unsafe { libc::CPU_ISSET(core, &allowed) }).collect()
+    }
+    #[cfg(not(target_os = "linux"))]
+    Vec::new()
+}
+
+/// Keeps this thread, and every thread and process that it starts, on cores. Where the system refuses, the
+/// work is done all the same.
+pub fn keep_to(cores: &[usize]) {
+    #[cfg(target_os = "linux")]
+    // SAFETY: a set of cores below its size, and plain data.
+    unsafe {
+        let mut own: libc::cpu_set_t = std::mem::zeroed();
+        for &core in cores.iter().filter(|core| **core < libc::CPU_SETSIZE as usize) {
+            libc::CPU_SET(core, &mut own);
+        }
+        libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &raw const own);
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = cores;
+}
+
+/// Cores for [`on_cores`], one of each physical core, the last first: the first ones get more of the
 /// system's own work. Empty where threads can't be kept on a core.
-#[cfg(target_os = "linux")]
 pub fn cores() -> Vec<usize> {
     // At most: they share the memory's bandwidth.
     const MOST: usize = 8;
-    // SAFETY: plain data, filled by the call.
-    let allowed = unsafe {
-        let mut allowed: libc::cpu_set_t = std::mem::zeroed();
-        if libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &raw mut allowed) != 0 {
-            return Vec::new();
-        }
-        allowed
-    };
     let mut seen = std::collections::BTreeSet::new();
-    (0..libc::CPU_SETSIZE as usize)
+    allowed()
+        .into_iter()
         .rev()
-        // SAFETY: below the size of the set.
-        .filter(|&core| unsafe { libc::CPU_ISSET(core, &allowed) })
         .filter(|core| {
             let siblings = format!("/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list");
             std::fs::read_to_string(siblings).map_or(true, |text| seen.insert(text))
@@ -31,27 +56,17 @@ pub fn cores() -> Vec<usize> {
         .collect()
 }
 
-#[cfg(not(target_os = "linux"))]
-pub fn cores() -> Vec<usize> {
-    Vec::new()
-}
-
-/// Keeps this thread, and every process that it starts, on a core, where none of them
+/// Keeps this thread on a core, as [`keep_to`] does, where none of what it starts
 /// interrupts another by waking up (`SCHED_BATCH`): a framework's threads then run one after
-/// the other, which halves the time that comparing MLX takes. Where the system refuses,
-/// the work is done all the same.
+/// the other, which halves the time that comparing MLX takes.
 fn stay_on(core: usize) {
+    keep_to(&[core]);
     #[cfg(target_os = "linux")]
-    // SAFETY: a set of one core, and plain data.
+    // SAFETY: plain data.
     unsafe {
-        let mut one: libc::cpu_set_t = std::mem::zeroed();
-        libc::CPU_SET(core, &mut one);
-        libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &raw const one);
         let parameters: libc::sched_param = std::mem::zeroed();
         libc::sched_setscheduler(0, libc::SCHED_BATCH, &raw const parameters);
     }
-    #[cfg(not(target_os = "linux"))]
-    let _ = core;
 }
 
 /// Does work pinned to each core at once, or once anywhere without any; returns what each returned.

@@ -2,6 +2,7 @@
 
 use super::Measured;
 use super::tables::{Table, digits, prefixed, time};
+use super::words::ratio;
 use crate::backend::Elsewhere;
 use crate::suite::{Case, Precision, Recipe, Shape, Workload};
 
@@ -30,10 +31,9 @@ fn alone(case: &Case, batch: usize) -> Option<Case> {
 
 /// How much of lone devices' speed is kept: `devices` of them would take `base` over their number.
 fn kept(base: Option<&Measured<'_>>, shared: &Measured<'_>, devices: f64) -> Option<Kept> {
-    let (one, all) = (base?, shared);
-    let ([one_low, one_high], [low, high]) = (one.record.ci_ns?, all.record.ci_ns?);
-    let kept = |one: f64, all: f64| one / all / devices;
-    Some((kept(one.median_ns, all.median_ns), [kept(one_low, high), kept(one_high, low)]))
+    let figure = |m: &Measured<'_>| Some((m.median_ns, m.record.ci_ns?));
+    let (times, range) = ratio(figure(shared)?, figure(base?)?);
+    Some((times / devices, range.map(|times| times / devices)))
 }
 
 /// Every training step of the run that ranks shared.

@@ -7,14 +7,14 @@ use crate::suite::{BackendId, Case, Compute, Framework, Precision, Recipe, Shape
 use crate::{disturbance, memory};
 
 /// Step times in nanoseconds: the median and its 95 % interval.
-type Figure = (f64, [f64; 2]);
+pub(super) type Figure = (f64, [f64; 2]);
 
 fn figure(results: &Results, case: &Case) -> Option<Figure> {
     measured(find(results, case)).map(|(_, median, ci)| (median, ci))
 }
 
 /// How many times as fast `a` is as `b`, with the interval that both intervals allow.
-fn ratio(a: Figure, b: Figure) -> (f64, [f64; 2]) {
+pub(super) fn ratio(a: Figure, b: Figure) -> (f64, [f64; 2]) {
     (b.0 / a.0, [b.1[0] / a.1[1], b.1[1] / a.1[0]])
 }
 

@@ -137,7 +137,19 @@ impl Prepared for Shared {
     }
 }
 
-/// Reads what a worker has written on `outputs` and `tensors`.
+/// A line of JSON (names and dims), then the values.
+///
+/// # Errors
+/// Where the file can't be written.
+pub fn write_tensors(file: &Path, all: &[Tensor]) -> Result<()> {
+    let index: Vec<(&String, &Vec<usize>)> = all.iter().map(|t| (&t.name, &t.dims)).collect();
+    let mut bytes = serde_json::to_vec(&index)?;
+    bytes.push(b'\n');
+    bytes.extend(all.iter().flat_map(|t| &t.data).flat_map(|v| v.to_le_bytes()));
+    fs::write(file, bytes).with_context(|| format!("{} could not be written", file.display()))
+}
+
+/// Reads what [`write_tensors`] has written.
 fn read_tensors(file: &Path) -> Result<Vec<Tensor>> {
     let bytes = fs::read(file).with_context(|| format!("{} can't be read", file.display()))?;
     let end = bytes.iter().position(|b| *b == b'\n').context("tensors begin with a line of JSON")?;

@@ -14,8 +14,6 @@
 //! knows which rank keeps the others waiting.
 
 use std::convert::Infallible;
-use std::fs;
-use std::io::BufRead;
 use std::path::Path;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -25,10 +23,11 @@ use transformer_bench::backend::{Backend, Found, Prepared, Rank};
 use transformer_bench::disturbance::Watch;
 use transformer_bench::memory;
 use transformer_bench::model::fixture::{Fixture, Tensor};
-use transformer_bench::results::{checksum, one_line};
+use transformer_bench::results::checksum;
 use transformer_bench::suite::Case;
 
-use super::super::worker::say;
+use super::super::worker::{say, until_end};
+use super::write_tensors;
 
 /// Makes rank N fail (`absent N`, `hang N`, `die N`), or all exchange wrongly (`silent`: not at all; `sum`: sums
 /// for means; `same`: all with the first one's part). For tests of what is said then.
@@ -201,16 +200,7 @@ pub fn serve(found: Found, id: &str) -> Result<Infallible> {
     let backend = backend.with_context(|| format!("this rank has no {id}"))?;
     let rank = Rank::of_process(backend.id().framework())?.context("this process is no rank")?;
     let mut part = Part::new(Rc::from(backend), rank, || say("here").unwrap_or(()));
-    for line in std::io::stdin().lock().lines() {
-        let line = line?;
-        match part.answer(line.trim()) {
-            Ok(text) => say(&text)?,
-            Err(error) => say(&format!("failed: {}", one_line(&format!("{error:#}"))))?,
-        }
-    }
-    // What runs at exit may wait for ranks that have ended.
-    // SAFETY: every answer was flushed.
-    unsafe { libc::_exit(0) }
+    until_end(|line| part.answer(line))
 }
 
 /// A rank that waits in an exchange reads nothing, and so does not see its input end.
@@ -223,16 +213,4 @@ fn end_with_parent() {
         }
         unsafe { libc::_exit(1) }
     });
-}
-
-/// A line of JSON (names and dims), then the values.
-///
-/// # Errors
-/// Where the file can't be written.
-pub fn write_tensors(file: &Path, all: &[Tensor]) -> Result<()> {
-    let index: Vec<(&String, &Vec<usize>)> = all.iter().map(|t| (&t.name, &t.dims)).collect();
-    let mut bytes = serde_json::to_vec(&index)?;
-    bytes.push(b'\n');
-    bytes.extend(all.iter().flat_map(|t| &t.data).flat_map(|v| v.to_le_bytes()));
-    fs::write(file, bytes).with_context(|| format!("{} could not be written", file.display()))
 }

@@ -5,7 +5,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use transformer_bench::backend::{Backend, PATIENCE};
+use transformer_bench::backend::{self, Backend, PATIENCE};
+use transformer_bench::compare::cores;
 use transformer_bench::compare::worker::{Side, Threads, Worker};
 use transformer_bench::results::one_line;
 use transformer_bench::suite::Case;
@@ -25,17 +26,8 @@ const CORES: &str = "TRANSFORMER_BENCH_CORES";
 
 /// Keeps this process on the cores that it was given, before it starts threads.
 pub fn stay() {
-    #[cfg(target_os = "linux")]
     if let Ok(text) = std::env::var(CORES) {
-        // SAFETY: a set of cores, and plain data.
-        unsafe {
-            let mut own: libc::cpu_set_t = std::mem::zeroed();
-            let cores = text.split(',').filter_map(|core| core.parse().ok());
-            cores
-                .filter(|core| *core < libc::CPU_SETSIZE as usize)
-                .for_each(|core| libc::CPU_SET(core, &mut own));
-            libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &raw const own);
-        }
+        cores::keep_to(&text.split(',').filter_map(|core| core.parse().ok()).collect::<Vec<_>>());
     }
 }
 
@@ -65,8 +57,10 @@ impl Processes {
         let framework = case.backend.framework();
         let _ = std::fs::remove_file(folder.join("store"));
         let count = case.shape.ranks();
-        let cores = cores();
-        let each = (cores.len() / count).max(1);
+        let cores = cores::allowed();
+        // A system that keeps no thread on a core has them all the same.
+        let all = if cores.is_empty() { backend::cores().0 } else { cores.len() };
+        let each = (all / count).max(1);
         let threads = each.to_string();
         let start = |(rank, own): (usize, Vec<(String, String)>)| {
             let mut environment = own;
@@ -143,21 +137,4 @@ impl Lead for Processes {
         }
         heard.answers.into_iter().next().flatten().context("a rank")
     }
-}
-
-/// The cores that this process may use.
-fn cores() -> Vec<usize> {
-    #[cfg(target_os = "linux")]
-    {
-        // SAFETY: plain data, filled by the call.
-        let allowed = unsafe {
-            let mut allowed: libc::cpu_set_t = std::mem::zeroed();
-            libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &raw mut allowed);
-            allowed
-        };
-        // SAFETY: below the size of the set.
-        (0..libc::CPU_SETSIZE as usize).filter(|&core| unsafe { libc::CPU_ISSET(core, &allowed) }).collect()
-    }
-    #[cfg(not(target_os = "linux"))]
-    (0..std::thread::available_parallelism().map_or(1, usize::from)).collect()
 }
