@@ -15,6 +15,7 @@ enum On {
     Gpu,
     /// By one framework alone.
     Of(Framework),
+    GpuOf(Framework),
 }
 
 /// What a row is measured at.
@@ -47,7 +48,7 @@ const fn row(set: Set, workloads: &'static [Workload], on: On, at: At, precision
 
 use At::{Among, Buffer, Models, Square, Summed};
 use Framework::{Mlx, Torch};
-use On::{Any, Cpu, Gpu, Of};
+use On::{Any, Cpu, Gpu, GpuOf, Of};
 use Set::{Compare, Full, Quick, Smoke};
 use Workload::{
     AllReduce, Attention, AttentionGrad, CopyPeak, FeedForward, FeedForwardGrad, Forward, ForwardBackward,
@@ -183,6 +184,8 @@ const TABLE: &[Row] = &[
     row(Full,  &[TrainStep],  Cpu,       TWO,                         "f32 f32-overlap f32-opt"),
     row(Full,  &[TrainStep],  Gpu,       MORE,                        "f32 f32-overlap f32-opt bf16 bf16-overlap bf16-opt amp-opt"),
     row(Full,  &[TrainStep],  Of(Torch), TWO,                         "f32-compile amp-compile"),
+    row(Full,  &[TrainStep],  GpuOf(Torch), MORE,                     "bf16-compile"),
+    row(Full,  &[TrainStep],  GpuOf(Torch), Models(&[("gpt2", 32)]),  "bf16-compile"),
     row(Full,  &[TrainStep],  Gpu,       Models(&[("gpt2", 32)]),     "f32 f32-opt bf16 bf16-opt amp-opt"),
     row(Full,  &[AllReduce],  Cpu,       Summed(&[(1, 2), (18, 2)]),  "f32"),
     row(Full,  &[AllReduce],  Gpu,       SUMMED,                      "f32"),
@@ -195,6 +198,7 @@ impl On {
             Self::Cpu => backend.is_cpu(),
             Self::Gpu => !backend.is_cpu(),
             Self::Of(framework) => backend.framework() == framework,
+            Self::GpuOf(framework) => !backend.is_cpu() && backend.framework() == framework,
         }
     }
 }
