@@ -193,6 +193,8 @@ fn environment() -> Vec<(String, String)> {
         "CUDA_",
         "CUBLAS_",
         "CUDNN_",
+        "NCCL_",
+        "GLOO_",
         "NVIDIA_TF32_OVERRIDE",
         "MALLOC_",
         "GLIBC_TUNABLES",
