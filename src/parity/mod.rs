@@ -82,6 +82,8 @@ impl Prover {
         if !matches!(case.shape, Shape::Buffer { .. }) {
             self.oracle.truth(truth, backend.sums());
         }
+        // Or of the case before.
+        backend.reset_peak_memory()?;
         let mut prepared = backend.prepare(given).with_context(|| format!("preparing {case}"))?;
         self.compare(truth, prepared.as_mut(), backend.sums())
     }

@@ -19,9 +19,15 @@ pub struct Machine {
     pub memory_bytes: u64,
     pub os: String,
     pub arch: String,
+    /// The widest vector instructions of an x86-64 CPU: `AVX512`, `AVX2`; empty elsewhere and in older files.
+    #[serde(default)]
+    pub vectors: String,
     /// NVIDIA GPUs with their driver, or Apple's chip; empty where there is none.
     pub gpus: Vec<String>,
     pub driver: String,
+    /// The day of the measurement, UTC, `2026-11-25`; empty in older files.
+    #[serde(default)]
+    pub date: String,
     pub commit: String,
     /// Whether the working tree differed from the commit.
     pub dirty: bool,
@@ -77,6 +83,8 @@ impl Machine {
             memory_bytes: system.total_memory(),
             os: sysinfo::System::long_os_version().unwrap_or_else(|| std::env::consts::OS.to_owned()),
             arch: std::env::consts::ARCH.to_owned(),
+            vectors: vectors().to_owned(),
+            date: output("date", &["-u", "+%F"]).unwrap_or_default(),
             gpus,
             driver,
             dirty: commit.is_some() && dirty.is_some(),
@@ -98,11 +106,13 @@ impl Machine {
         }
     }
 
-    /// A readable name for the hardware, `[a-z0-9-]+`: the GPU where there is one.
+    /// A readable name for the hardware, `[a-z0-9-]+`: the GPU, and how many, where there is one; else the
+    /// CPU with what clouds sell under one name: its vector instructions and cores.
     pub fn slug(&self) -> String {
-        let name = match self.gpus.first() {
-            Some(gpu) => gpu.trim_start_matches("NVIDIA ").to_owned(),
-            None => format!("{} {} cores", self.cpu, self.cores),
+        let name = match &self.gpus[..] {
+            [gpu] => gpu.trim_start_matches("NVIDIA ").to_owned(),
+            [gpu, ..] => format!("{} x{}", gpu.trim_start_matches("NVIDIA "), self.gpus.len()),
+            [] => format!("{} {} {} cores", self.cpu, self.vectors, self.cores),
         };
         let mut slug = String::new();
         for c in name.to_lowercase().replace("(r)", " ").replace("(tm)", " ").chars() {
@@ -132,6 +142,10 @@ impl Machine {
         let gib = |bytes: u64| format!("{} GiB", (bytes as f64 / (1u64 << 30) as f64).round());
         differ("memory", gib(self.memory_bytes), gib(other.memory_bytes));
         differ("architecture", self.arch.clone(), other.arch.clone());
+        // Older files do not tell.
+        if !self.vectors.is_empty() && !other.vectors.is_empty() {
+            differ("vector instructions", self.vectors.clone(), other.vectors.clone());
+        }
         differ("system", self.os.clone(), other.os.clone());
         differ("GPU", self.gpus.join(", "), other.gpus.join(", "));
         differ("driver", self.driver.clone(), other.driver.clone());
@@ -152,6 +166,19 @@ impl Machine {
         }
         all
     }
+}
+
+fn vectors() -> &'static str {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if std::arch::is_x86_feature_detected!("avx512f") {
+            return "AVX512";
+        }
+        if std::arch::is_x86_feature_detected!("avx2") {
+            return "AVX2";
+        }
+    }
+    ""
 }
 
 /// Clock governor, turbo and energy preference; on NVIDIA the power limit; on a Mac
@@ -388,6 +415,8 @@ mod tests {
                 .map(|name| (name.to_owned(), "1".to_owned()))
                 .into(),
             environment: vec![("OMP_NUM_THREADS".to_owned(), "1".to_owned())],
+            vectors: "AVX2".to_owned(),
+            date: "2026-11-25".to_owned(),
         };
         assert!(base.differences(&base).is_empty());
         assert!(base.differences(&Machine { commit: "b".to_owned(), ..base.clone() }).is_empty());
@@ -401,6 +430,7 @@ mod tests {
         plant("cores", &|m| m.cores = 4);
         plant("memory", &|m| m.memory_bytes *= 2);
         plant("system", &|m| m.os.push('2'));
+        plant("vector instructions", &|m| m.vectors = "AVX512".to_owned());
         plant("architecture", &|m| m.arch = "aarch64".to_owned());
         plant("GPU", &|m| m.gpus[0] = "NVIDIA H200".to_owned());
         plant("GPU", &|m| m.gpus.push("NVIDIA H100 80GB HBM3".to_owned()));
@@ -430,8 +460,12 @@ mod tests {
         let mut machine =
             Machine { cpu: "Intel(R) Xeon(R) Processor".to_owned(), cores: 2, ..Machine::default() };
         assert_eq!(machine.slug(), "intel-xeon-processor-2-cores");
+        machine.vectors = "AVX512".to_owned();
+        assert_eq!(machine.slug(), "intel-xeon-processor-avx512-2-cores");
         machine.gpus.push("NVIDIA H100 80GB HBM3".to_owned());
         assert_eq!(machine.slug(), "h100-80gb-hbm3");
+        machine.gpus.push("NVIDIA H100 80GB HBM3".to_owned());
+        assert_eq!(machine.slug(), "h100-80gb-hbm3-x2");
         assert_eq!(Machine::default().slug(), "0-cores");
     }
 

@@ -9,6 +9,7 @@
 
 #include <ATen/cuda/CUDAGraph.h>
 #include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/core/CachingDeviceAllocator.h>
 #include <c10/cuda/CUDAStream.h>
 
 #include <optional>
@@ -49,8 +50,14 @@ int tb_graph_enter(tb_graph* g) {
   });
 }
 
+// A recording allocates from a pool of its own: what the warm-up has left cached would stand beside it,
+// as torch.cuda.graph knows too.
 int tb_graph_begin(tb_graph* g) {
-  return guarded([&] { g->graph.capture_begin(); });
+  return guarded([&] {
+    at::detail::getCUDAHooks().deviceSynchronize(0);
+    at::getDeviceAllocator(at::kCUDA)->emptyCache();
+    g->graph.capture_begin();
+  });
 }
 
 int tb_graph_end(tb_graph* g) {
