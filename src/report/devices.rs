@@ -1,8 +1,8 @@
 //! What several devices bring: training steps that ranks share, against one device of the same run.
 
-use super::Measured;
-use super::tables::{Table, digits, prefixed, time};
+use super::tables::{Table, prefixed, time};
 use super::words::ratio;
+use super::{Measured, rate};
 use crate::backend::Elsewhere;
 use crate::suite::{Case, Precision, Recipe, Shape, Workload};
 
@@ -64,7 +64,11 @@ fn range([low, high]: [f64; 2]) -> String {
 pub fn table(all: &[Measured<'_>]) -> Table {
     let none = || "–".to_owned();
     let told = |kept: Option<Kept>| {
-        kept.map_or_else(none, |(part, of)| format!("{} ({})", percent(part), range(of)))
+        kept.map_or_else(none, |(part, of)| {
+            // More than all of it can't be.
+            let mark = if part > 1.05 { ": the lone figure wandered" } else { "" };
+            format!("{} ({}){mark}", percent(part), range(of))
+        })
     };
     let steps = scalings(all).into_iter().map(|s| {
         let exposed = s
@@ -75,7 +79,10 @@ pub fn table(all: &[Measured<'_>]) -> Table {
             s.m.case.to_string(),
             format!("{}, {}", s.m.case.shape.ranks(), s.ranks.engine),
             time(s.m.median_ns),
-            format!("{} samples/s", digits(s.m.case.shape.batch() as f64 / s.m.median_ns * 1e9)),
+            {
+                let (speed, unit) = rate(s.m.case.shape, s.m.median_ns);
+                prefixed(speed) + unit
+            },
             told(s.strong),
             told(s.weak),
             exposed.unwrap_or_else(none),

@@ -37,7 +37,7 @@ pub fn read(text: &str, place: &str) -> Result<Results> {
 }
 
 /// Whether a comparison in turns is one that rounds can give.
-fn check_turn(turn: &Turn) -> Result<()> {
+pub fn check_turn(turn: &Turn) -> Result<()> {
     let Turn { ratio, ratio_ci: [low, high], .. } = turn;
     let positive = [ratio, low, high].iter().all(|v| v.is_finite() && **v > 0.0);
     ensure!(positive && low <= ratio && ratio <= high, "{} in turns: no ratio and interval", turn.base);
@@ -45,7 +45,7 @@ fn check_turn(turn: &Turn) -> Result<()> {
 }
 
 /// Whether a setting is one that a comparison can find.
-fn check_setting(setting: &Setting) -> Result<()> {
+pub fn check_setting(setting: &Setting) -> Result<()> {
     let Setting { without_ns, with_ns, ratio, ratio_ci: [low, high], .. } = setting;
     let positive = [without_ns, with_ns, ratio, low, high].iter().all(|v| v.is_finite() && **v > 0.0);
     ensure!(positive && low <= ratio && ratio <= high, "setting {}: no ratio and interval", setting.setting);
@@ -253,7 +253,7 @@ mod tests {
         );
         assert_eq!(
             keys(&json["machine"]),
-            "arch commit cores cpu dirty driver environment gpus memory_bytes os others power profile versions"
+            "arch commit cores cpu date dirty driver environment gpus memory_bytes os others power profile vectors versions"
         );
         assert_eq!(keys(&json["settings"][0]), "commit id ratio ratio_ci setting with_ns without_ns");
         let readme = include_str!("../../criterion-baselines/README.md");

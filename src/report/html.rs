@@ -11,9 +11,9 @@ fn value(table: &Table) -> minijinja::Value {
     context! { title => table.title, note => table.note, header => table.header, rows => table.rows }
 }
 
-/// The page. `samples` gives a case's samples in seconds, nothing where they are not known;
+/// The page. `timings` gives a case's timings in seconds, nothing where they are not known;
 /// `command` measures the run again.
-pub fn render(results: &Results, samples: &dyn Fn(&str) -> Vec<f64>, command: &str) -> Result<String> {
+pub fn render(results: &Results, timings: &dyn Fn(&str) -> Vec<f64>, command: &str) -> Result<String> {
     let mut environment = Environment::new();
     // By the name's ending, everything that is printed is escaped.
     environment.add_template("page.html", include_str!("page.html"))?;
@@ -38,10 +38,10 @@ pub fn render(results: &Results, samples: &dyn Fn(&str) -> Vec<f64>, command: &s
     ];
     machine.extend(m.versions.iter().chain(&m.power).chain(&m.environment).cloned());
     machine.retain(|(_, value)| !value.is_empty());
-    let plots: Vec<_> = plots::all(results, samples)?
-        .into_iter()
-        .map(|p| context! { title => p.title, note => p.note, svg => p.svg })
-        .collect();
+    let shown = |p: plots::Plot| context! { title => p.title, note => p.note, svg => p.svg };
+    let picture = plots::training(results)?.map(shown);
+    let plots: Vec<_> = plots::all(results, timings)?.into_iter().map(shown).collect();
+    let (quiet, machine_was) = tables::quiet(results);
     let empty = Table { title: tables::EVERY_CASE.to_owned(), note: "", header: &[], rows: Vec::new() };
     environment
         .get_template("page.html")?
@@ -52,8 +52,14 @@ pub fn render(results: &Results, samples: &dyn Fn(&str) -> Vec<f64>, command: &s
             versions,
             command,
             machine,
+            quiet,
+            machine_was,
+            picture,
             plots,
+            answer => words::answer(results),
+            limits => words::limits(results),
             verdict => words::verdict(results),
+            first => tables::first(results).as_ref().map(value),
             tables => tables.iter().map(value).collect::<Vec<_>>(),
             every => value(every.as_ref().unwrap_or(&empty)),
             missing => tables::missing(results),

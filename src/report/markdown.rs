@@ -57,27 +57,32 @@ pub fn render(results: &Results, command: &str) -> String {
     if let Some(line) = tables::model_line(results) {
         let _ = writeln!(out, "{}\n", escaped(&line));
     }
-    let [hardware, versions] = tables::machine_lines(results);
-    let _ = writeln!(out, "{}  \n{}\n", escaped(&hardware), escaped(&versions));
-    for sentence in words::verdict(results) {
-        let _ = writeln!(out, "- {}", escaped(&sentence));
+    for sentence in words::answer(results) {
+        let _ = writeln!(out, "**{}**\n", escaped(&sentence));
     }
-    out.push('\n');
-    for shown in tables::all(results) {
+    let [hardware, versions] = tables::machine_lines(results);
+    let _ = writeln!(out, "{}. {}\n", tables::quiet(results).1, words::limits(results));
+    let _ = writeln!(out, "{}  \n{}\n", escaped(&hardware), escaped(&versions));
+    let show = |out: &mut String, shown: &tables::Table| {
         let _ = writeln!(out, "## {}\n", shown.title);
         if !shown.note.is_empty() {
             let _ = writeln!(out, "{}\n", shown.note);
         }
-        table(&mut out, shown.header, &shown.rows);
-    }
-    let missing = tables::missing(results);
-    if !missing.is_empty() {
-        out.push_str("## Not measured\n\n");
-        missing.iter().for_each(|line| {
-            let _ = writeln!(out, "- {}", escaped(line));
-        });
-        out.push('\n');
-    }
+        table(out, shown.header, &shown.rows);
+    };
+    let list = |out: &mut String, title: &str, lines: Vec<String>| {
+        if !lines.is_empty() {
+            let _ = writeln!(out, "{title}\n");
+            lines.iter().for_each(|line| {
+                let _ = writeln!(out, "- {}", escaped(line));
+            });
+            out.push('\n');
+        }
+    };
+    tables::first(results).iter().for_each(|first| show(&mut out, first));
+    list(&mut out, "Not measured here:", tables::missing(results));
+    list(&mut out, "## What else it says", words::verdict(results));
+    tables::all(results).iter().for_each(|other| show(&mut out, other));
     let _ = writeln!(out, "Measured with `{}`.", escaped(command));
     if let Some(text) = tables::invitation(results) {
         let _ = writeln!(out, "\n{text}");
@@ -135,16 +140,21 @@ mod tests {
             ],
         );
         let text = render(&results, "./scripts/bench --quick");
+        // In the tables of speed and memory, or once with the reason.
         let lines = |label: &str| -> Vec<&str> {
             let first = |line: &&str| line.split('|').nth(1).is_some_and(|cell| cell.trim() == label);
             text.lines().filter(first).collect()
         };
+        let (_, reasons) = text.split_once("Not measured here:").unwrap();
+        let (reasons, _) = reasons.split_once("\n#").unwrap();
         for row in headlines(&results) {
-            assert_eq!(lines(&row.label).len(), 2, "{}", row.label);
+            let told = reasons.matches(&row.label).count() > 0;
+            assert!(lines(&row.label).len() == 2 || told, "{}", row.label);
         }
         let line = |label: &str| lines(label)[0].to_owned();
         assert!(line("PyTorch CPU").contains("32.0") && line("PyTorch CPU").contains("1.00×"));
         assert!(line("MLX (CPU)").contains("16.0") && line("MLX (CPU)").contains("0.50×"));
-        assert!(line("PyTorch MPS").contains("no Mac"));
+        let mps = reasons.lines().find(|line| line.contains("PyTorch MPS,")).unwrap();
+        assert!(mps.contains("torch-mps: no Mac"), "{mps}");
     }
 }

@@ -46,7 +46,7 @@ pub fn headlines(results: &Results) -> Vec<Headline> {
             }
         }
     };
-    vec![
+    let mut rows = vec![
         f32(TorchCpu),
         f32(MlxMetal),
         f32(TorchMps),
@@ -61,21 +61,42 @@ pub fn headlines(results: &Results) -> Vec<Headline> {
         all_opt(TorchCpu),
         f32(MlxCpu),
         all_opt(MlxCpu),
-    ]
+    ];
+    // Where parameters in bf16 or f16, which train otherwise, are faster still.
+    for &backend in BackendId::ALL {
+        let narrow = steps(results, backend).into_iter().next();
+        if let Some(case) = narrow.filter(|case| rows.iter().all(|row| row.case != *case)) {
+            let what = match case.precision.compute {
+                Compute::Tf32 => "products in TF32".to_owned(),
+                compute => format!("parameters in {compute}"),
+            };
+            let label = format!("{}, {what} ({})", backend.label(), case.precision);
+            let place =
+                rows.iter().rposition(|row| row.case.backend == backend).map_or(rows.len(), |at| at + 1);
+            rows.insert(place, Headline { label, case });
+        }
+    }
+    rows
 }
 
-/// The measured training steps of a backend with parameters in f32, the fastest first: what All Opt is
-/// chosen from.
-fn contestants(results: &Results, backend: BackendId) -> Vec<Case> {
+/// The measured training steps of a backend at the headline's shape, the fastest first.
+fn steps(results: &Results, backend: BackendId) -> Vec<Case> {
     let mut all: Vec<Measured<'_>> = all_measured(results);
     all.retain(|m| {
         m.case.workload == Workload::TrainStep
             && m.case.backend == backend
             && m.case.shape == results.headline()
-            && matches!(m.case.precision.compute, Compute::F32 | Compute::Amp | Compute::Autocast)
     });
     all.sort_by(|a, b| a.median_ns.total_cmp(&b.median_ns));
     all.iter().map(|m| m.case).collect()
+}
+
+/// The measured training steps of a backend with parameters in f32, the fastest first: what All Opt is
+/// chosen from.
+fn contestants(results: &Results, backend: BackendId) -> Vec<Case> {
+    let mut all = steps(results, backend);
+    all.retain(|case| matches!(case.precision.compute, Compute::F32 | Compute::Amp | Compute::Autocast));
+    all
 }
 
 /// The two recipes of each backend between which rounds in turns decide which is fastest.
@@ -135,11 +156,13 @@ pub fn measured(record: Option<&Record>) -> Option<(&Record, f64, [f64; 2])> {
     Some((record, record.median_ns?, record.ci_ns?))
 }
 
-/// Why a row has no figure.
-pub fn reason(record: Option<&Record>) -> String {
-    match record {
-        Some(record) => record.reason.clone(),
-        None => "not part of this run".to_owned(),
+/// What a second of steps of so many nanoseconds gets through, in the unit of the model: tokens, or samples
+/// where it reads none.
+pub fn rate(shape: Shape, ns: f64) -> (f64, &'static str) {
+    let samples = shape.batch() as f64 / ns * 1e9;
+    match shape.model() {
+        Some((model, _)) if model.of_tokens() => (samples * model.tokens as f64, "tokens/s"),
+        _ => (samples, "samples/s"),
     }
 }
 
@@ -186,8 +209,9 @@ pub struct Sweep {
     pub model: ModelId,
     pub backend: BackendId,
     pub precision: Precision,
-    /// (batch, samples/s), by batch.
+    /// (batch, [`rate`]), by batch.
     pub speeds: Vec<(usize, f64)>,
+    pub unit: &'static str,
 }
 
 /// Every model, backend and precision that was measured at more than one batch.
@@ -198,11 +222,12 @@ pub fn batches(all: &[Measured<'_>]) -> Vec<Sweep> {
             && !model.is_miniature()
         {
             let Case { backend, precision, .. } = m.case;
-            let speed = (batch, batch as f64 / m.median_ns * 1e9);
+            let (speed, unit) = rate(m.case.shape, m.median_ns);
+            let speed = (batch, speed);
             match sweeps.iter_mut().find(|s| (s.model, s.backend, s.precision) == (model, backend, precision))
             {
                 Some(sweep) => sweep.speeds.push(speed),
-                None => sweeps.push(Sweep { model, backend, precision, speeds: vec![speed] }),
+                None => sweeps.push(Sweep { model, backend, precision, speeds: vec![speed], unit }),
             }
         }
     }

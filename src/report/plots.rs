@@ -4,11 +4,12 @@ use std::ops::Range;
 
 use anyhow::{Result, anyhow};
 use plotters::coord::Shift;
+use plotters::coord::ranged1d::{DefaultFormatting, KeyPointHint};
 use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
 
 use super::tables::{digits, time};
-use super::{Measured, batches, devices, measured_peak};
+use super::{Measured, batches, devices, find, headlines, measured, measured_peak, rate};
 use crate::results::Results;
 use crate::suite::{BackendId, Case, Compute, Precision, Shape, Workload, cost};
 
@@ -19,19 +20,18 @@ pub struct Plot {
     pub svg: String,
 }
 
-const WIDTH: u32 = 760;
-const LABELS: i32 = 250;
+/// Narrow, with large letters: a phone shows it at two thirds.
+const WIDTH: u32 = 560;
 const FONT: &str = "sans-serif";
-/// Told apart by readers who see fewer colours (Okabe and Ito).
-const COLOURS: [RGBColor; 7] = [
-    RGBColor(0, 114, 178),
-    RGBColor(230, 159, 0),
-    RGBColor(0, 158, 115),
-    RGBColor(204, 121, 167),
-    RGBColor(86, 180, 233),
-    RGBColor(213, 94, 0),
-    RGBColor(120, 120, 120),
-];
+const INK: RGBColor = RGBColor(60, 60, 60);
+
+/// What a colour means, on the whole page: these are phases of a step, of which no backend has the colour.
+/// Told apart by readers who see fewer colours (after Okabe and Ito).
+const FORWARD: (&str, RGBColor) = ("forward", RGBColor(0, 158, 115));
+const BACKWARD: (&str, RGBColor) = ("backward", RGBColor(204, 121, 167));
+const OPTIMIZER: (&str, RGBColor) = ("optimizer", RGBColor(110, 80, 160));
+const REST: (&str, RGBColor) = ("the rest", RGBColor(170, 170, 170));
+const EXCHANGE: (&str, RGBColor) = ("exchange that nothing hides", RGBColor(160, 20, 60));
 
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
@@ -51,16 +51,36 @@ fn wrong(error: impl std::fmt::Display) -> anyhow::Error {
     anyhow!("a plot could not be drawn: {error}")
 }
 
+/// PyTorch is blue and MLX is orange, the darker the faster its kind of device tends to be.
 fn colour(backend: BackendId) -> RGBColor {
-    let place = backend.index() % COLOURS.len();
-    COLOURS[place]
+    match backend {
+        BackendId::TorchCpu => RGBColor(86, 180, 233),
+        BackendId::TorchMps => RGBColor(0, 114, 178),
+        BackendId::TorchCuda => RGBColor(0, 70, 125),
+        BackendId::MlxCpu => RGBColor(230, 159, 0),
+        BackendId::MlxMetal => RGBColor(213, 94, 0),
+        BackendId::MlxCuda => RGBColor(150, 60, 0),
+    }
 }
 
 fn text(area: &Area<'_>, words: &str, at: (i32, i32), size: i32) -> Result<()> {
-    area.draw_text(words, &(FONT, size).into_text_style(area).color(&RGBColor(60, 60, 60)), at).map_err(wrong)
+    area.draw_text(words, &(FONT, size).into_text_style(area).color(&INK), at).map_err(wrong)
+}
+
+/// Squares of colours with what they mean, in a line.
+fn legend(area: &Area<'_>, entries: &[(&str, RGBColor)], top: i32) -> Result<()> {
+    let mut left = 4;
+    for (name, colour) in entries {
+        area.draw(&Rectangle::new([(left, top + 2), (left + 12, top + 14)], colour.filled()))
+            .map_err(wrong)?;
+        text(area, name, (left + 18, top), 15)?;
+        left += 34 + 8 * name.chars().count() as i32;
+    }
+    Ok(())
 }
 
 /// Horizontal bars: label, segments with colours, an interval around the end, a note.
+#[derive(Clone)]
 struct Bar {
     label: String,
     segments: Vec<(f64, RGBColor)>,
@@ -68,31 +88,61 @@ struct Bar {
     note: String,
 }
 
-fn bars(rows: &[Bar]) -> Result<String> {
+/// Bars below each other, each under its label; `meaning` of their colours stands above them.
+fn bars(rows: &[Bar], meaning: &[(&str, RGBColor)]) -> Result<String> {
     let total = |bar: &Bar| bar.segments.iter().map(|s| s.0).sum::<f64>();
     let most = rows.iter().map(|b| b.interval.map_or(total(b), |i| i[1].max(total(b)))).fold(0.0, f64::max);
-    let (line, end) = (26, WIDTH as i32 - 110);
-    drawn(rows.len() as u32 * line as u32 + 12, |area| {
-        let scale = |value: f64| LABELS + ((end - LABELS) as f64 * value / most) as i32;
+    let (line, left, end) = (40, 4, WIDTH as i32 - 150);
+    let first = if meaning.is_empty() { 4 } else { 28 };
+    drawn((first + rows.len() as i32 * line + 6) as u32, |area| {
+        legend(area, meaning, 4)?;
+        let scale = |value: f64| left + ((end - left) as f64 * value / most) as i32;
         for (index, bar) in rows.iter().enumerate() {
-            let top = 6 + index as i32 * line;
-            text(area, &bar.label, (4, top + 4), 13)?;
+            let top = first + index as i32 * line;
+            text(area, &bar.label, (left, top), 15)?;
+            let (upper, lower) = (top + 18, top + 34);
             let mut from = 0.0;
             for &(length, colour) in &bar.segments {
-                let corners = [(scale(from), top + 2), (scale(from + length), top + line - 6)];
+                let corners = [(scale(from), upper), (scale(from + length), lower)];
                 area.draw(&Rectangle::new(corners, colour.filled())).map_err(wrong)?;
                 from += length;
             }
             if let Some([low, high]) = bar.interval {
-                let middle = top + (line - 4) / 2;
+                let middle = (upper + lower) / 2;
                 let whisker = vec![(scale(low), middle), (scale(high), middle)];
                 area.draw(&PathElement::new(whisker, BLACK.stroke_width(2))).map_err(wrong)?;
             }
             let reached = bar.interval.map_or(from, |i| i[1].max(from));
-            text(area, &bar.note, (scale(reached) + 6, top + 4), 12)?;
+            text(area, &bar.note, (scale(reached) + 6, upper), 15)?;
         }
         Ok(())
     })
+}
+
+/// The training step of every headline row that was measured: what the page opens with.
+pub fn training(results: &Results) -> Result<Option<Plot>> {
+    let shape = results.headline();
+    let bar = |row: &super::Headline| {
+        let (_, median, [low, high]) = measured(find(results, &row.case))?;
+        let (speed, unit) = rate(shape, median);
+        Some(Bar {
+            label: row.label.clone(),
+            segments: vec![(speed, colour(row.case.backend))],
+            interval: Some([rate(shape, high).0, rate(shape, low).0]),
+            note: format!("{} {unit}", digits(speed)),
+        })
+    };
+    let rows: Vec<Bar> = headlines(results).iter().filter_map(bar).collect();
+    if rows.is_empty() {
+        return Ok(None);
+    }
+    Ok(Some(Plot {
+        title: format!("Training {shape}"),
+        note: format!(
+            "Longer is better; the line is the 95 % interval. Again: ./scripts/bench 'train-step/.*/{shape}$'"
+        ),
+        svg: bars(&rows, &[])?,
+    }))
 }
 
 /// Step times of a workload over everything that was measured, shapes apart.
@@ -122,7 +172,7 @@ fn times(all: &[Measured<'_>]) -> Result<Vec<Plot>> {
             plots.push(Plot {
                 title: format!("{workload}, {shape}"),
                 note: format!("Time of a step, shorter is better; the line is the 95 % interval. Again: ./scripts/bench '{workload}/.*/{shape}'"),
-                svg: bars(&rows)?,
+                svg: bars(&rows, &[])?,
             });
         }
     }
@@ -131,7 +181,7 @@ fn times(all: &[Measured<'_>]) -> Result<Vec<Plot>> {
 
 /// Where a training step's time goes, from the workloads that hold parts of it.
 fn parts(all: &[Measured<'_>], shape: Shape) -> Result<Option<Plot>> {
-    let names = ["forward", "backward", "optimizer", "the rest"];
+    let phases = [FORWARD, BACKWARD, OPTIMIZER, REST];
     let mut rows = Vec::new();
     for &backend in BackendId::ALL {
         let of = |workload| {
@@ -150,7 +200,7 @@ fn parts(all: &[Measured<'_>], shape: Shape) -> Result<Option<Plot>> {
         let lengths = [forward, (both - forward).max(0.0), optimizer, (step - both - optimizer).max(0.0)];
         rows.push(Bar {
             label: format!("{backend} f32"),
-            segments: lengths.into_iter().zip(COLOURS).collect(),
+            segments: lengths.into_iter().zip(phases.map(|phase| phase.1)).collect(),
             interval: None,
             note: format!("step {}", time(step)),
         });
@@ -158,20 +208,56 @@ fn parts(all: &[Measured<'_>], shape: Shape) -> Result<Option<Plot>> {
     if rows.is_empty() {
         return Ok(None);
     }
-    let legend: Vec<String> =
-        names.iter().zip(["blue", "orange", "green", "pink"]).map(|(n, c)| format!("{c}: {n}")).collect();
     Ok(Some(Plot {
         title: format!("Where a training step's time goes, {shape}"),
         note: format!(
-            "{}. Backward is forward-backward less forward; forward is inference, without dropout. \
-             Parts are measured apart, so that they need not add up. Again: ./scripts/bench '/f32/{shape}'",
-            legend.join(", ")
+            "Backward is forward-backward less forward; forward is inference, without dropout. \
+             Parts are measured apart, so that they need not add up. Again: ./scripts/bench '/f32/{shape}'"
         ),
-        svg: bars(&rows)?,
+        svg: bars(&rows, &phases)?,
     }))
 }
 
-type Chart<'a, 'b> = ChartContext<'b, SVGBackend<'a>, Cartesian2d<RangedCoordf64, RangedCoordf64>>;
+type Chart<'a, 'b> = ChartContext<'b, SVGBackend<'a>, Cartesian2d<Logarithms, Logarithms>>;
+
+/// A range of decimal logarithms with marks at 1, 2 and 5 times powers of ten, or at the powers alone
+/// where those are many.
+struct Logarithms {
+    inner: RangedCoordf64,
+    marks: Vec<f64>,
+}
+
+impl From<Range<f64>> for Logarithms {
+    fn from(range: Range<f64>) -> Self {
+        let powers = range.start.floor() as i32..=range.end.ceil() as i32;
+        let steps: &[f64] = if range.end - range.start > 3.0 { &[1.0] } else { &[1.0, 2.0, 5.0] };
+        let all = powers.flat_map(|power| steps.iter().map(move |step| step.log10() + f64::from(power)));
+        let marks = all.filter(|mark| range.contains(mark)).collect();
+        Self { inner: range.into(), marks }
+    }
+}
+
+impl Ranged for Logarithms {
+    type FormatOption = DefaultFormatting;
+    type ValueType = f64;
+
+    fn map(&self, value: &f64, limit: (i32, i32)) -> i32 {
+        self.inner.map(value, limit)
+    }
+
+    fn key_points<Hint: KeyPointHint>(&self, hint: Hint) -> Vec<f64> {
+        if hint.weight().allow_light_points() { Vec::new() } else { self.marks.clone() }
+    }
+
+    fn range(&self) -> Range<f64> {
+        self.inner.range()
+    }
+}
+
+/// A mark's number as short as it is: `0.05`, `2`, `500`.
+fn round(value: f64) -> String {
+    format!("{}", format!("{value:.0e}").parse::<f64>().unwrap_or(value))
+}
 
 /// Axes over decimal logarithms, labelled with the numbers that they stand for; those of y
 /// in multiples of `y_unit`.
@@ -184,22 +270,46 @@ fn axes<'a, 'b>(
 ) -> Result<Chart<'a, 'b>> {
     let mut chart = ChartBuilder::on(area)
         .margin(8)
-        .x_label_area_size(38)
-        .y_label_area_size(70)
-        .build_cartesian_2d(x, y)
+        .x_label_area_size(46)
+        .y_label_area_size(76)
+        .build_cartesian_2d(Logarithms::from(x), Logarithms::from(y))
         .map_err(wrong)?;
     chart
         .configure_mesh()
         .x_desc(names[0])
         .y_desc(names[1])
-        .y_label_formatter(&|v| digits(10f64.powf(*v) / y_unit))
-        .x_label_formatter(&|v| digits(10f64.powf(*v)))
+        .y_label_formatter(&|v| round(10f64.powf(*v) / y_unit))
+        .x_label_formatter(&|v| round(10f64.powf(*v)))
         .max_light_lines(0)
-        .label_style((FONT, 12))
+        .label_style((FONT, 14))
         .light_line_style(RGBColor(235, 235, 235))
         .draw()
         .map_err(wrong)?;
     Ok(chart)
+}
+
+/// What is over the roof by less is its and the case's own scatter: 95 % intervals reach 5 % on a shared machine.
+const ABOVE: f64 = 1.05;
+
+/// Writes names beside points, none over another.
+fn labels(area: &Area<'_>, mut names: Vec<((i32, i32), &str, RGBColor)>) -> Result<()> {
+    const LINE: i32 = 15;
+    names.sort_by_key(|name| name.0.1);
+    let mut placed: Vec<[i32; 3]> = Vec::new();
+    for ((x, y), name, colour) in names {
+        let width = 8 * name.chars().count() as i32;
+        // To the left of a point that stands far right.
+        let left = if x + 8 + width > WIDTH as i32 { x - 8 - width } else { x + 8 };
+        let free = |top: i32| {
+            placed.iter().all(|[l, t, r]| *r <= left || left + width <= *l || (top - t).abs() >= LINE)
+        };
+        let tries = (0..40).flat_map(|k| [y - 7 + 4 * k, y - 7 - 4 * k]);
+        let top = tries.into_iter().find(|&top| top >= 0 && free(top)).unwrap_or(y - 7);
+        placed.push([left, top, left + width]);
+        let style = (FONT, 14).into_text_style(area).color(&colour);
+        area.draw_text(name, &style, (left, top)).map_err(wrong)?;
+    }
+    Ok(())
 }
 
 /// Every case against the ceilings that were measured in the same run, in f32.
@@ -227,30 +337,47 @@ fn roofline(all: &[Measured<'_>], backend: BackendId) -> Result<Option<Plot>> {
     let low = points.iter().map(|p| p.0).fold(peak / bandwidth, f64::min) / 4.0;
     let high = points.iter().map(|p| p.0).fold(peak / bandwidth, f64::max) * 4.0;
     let floor = points.iter().map(|p| p.1).fold(low * bandwidth, f64::min) / 2.0;
-    let svg = drawn(400, |area| {
+    let roof_at = |x: f64| (x * bandwidth).min(peak);
+    let over: Vec<String> = points
+        .iter()
+        .filter(|(x, y, _)| *y > ABOVE * roof_at(*x))
+        .map(|(x, y, name)| {
+            let why = if x * bandwidth < peak {
+                "the caches hold its data, and copy-peak goes through memory"
+            } else {
+                "its products run faster than matmul-peak's"
+            };
+            format!("{name} stands above the roof ({:.0} %, a ring): {why}. ", 100.0 * y / roof_at(*x))
+        })
+        .collect();
+    let svg = drawn(420, |area| {
         let x = low.log10()..high.log10();
         let y = floor.log10()..(2.0 * peak).log10();
         let mut chart = axes(area, x, y, ["FLOP for each byte that must move at least", "GFLOP/s"], 1e9)?;
         let ridge = peak / bandwidth;
         let roof = [(low, low * bandwidth), (ridge, peak), (high, peak)].map(|(x, y)| (x.log10(), y.log10()));
         chart.draw_series(LineSeries::new(roof, BLACK.stroke_width(2))).map_err(wrong)?;
-        let dot =
-            |p: &(f64, f64, String)| Circle::new((p.0.log10(), p.1.log10()), 4, colour(backend).filled());
-        chart.draw_series(points.iter().map(dot)).map_err(wrong)?;
-        let style = (FONT, 11).into_text_style(area).color(&RGBColor(60, 60, 60));
-        let label = |p: &(f64, f64, String)| {
-            Text::new(p.2.clone(), ((1.06 * p.0).log10(), p.1.log10()), style.clone())
+        let dot = |p: &(f64, f64, String)| {
+            let style = if p.1 > ABOVE * roof_at(p.0) {
+                colour(backend).stroke_width(2)
+            } else {
+                colour(backend).filled()
+            };
+            Circle::new((p.0.log10(), p.1.log10()), 5, style)
         };
-        chart.draw_series(points.iter().map(label)).map_err(wrong)?;
-        Ok(())
+        chart.draw_series(points.iter().map(dot)).map_err(wrong)?;
+        let names =
+            points.iter().map(|p| (chart.backend_coord(&(p.0.log10(), p.1.log10())), p.2.as_str(), INK));
+        labels(area, names.collect())
     })?;
     Ok(Some(Plot {
         title: format!("Roofline of {backend} in f32"),
         note: format!(
-            "The roof: {} GFLOP/s of matmul-peak and {} GB/s of copy-peak, both of this run. \
+            "The roof: {} GFLOP/s of matmul-peak and {} GB/s of copy-peak, both of this run. {}\
              Again: ./scripts/bench '{backend}/f32'",
             digits(peak / 1e9),
-            digits(bandwidth / 1e9)
+            digits(bandwidth / 1e9),
+            over.concat()
         ),
         svg,
     }))
@@ -268,21 +395,19 @@ fn over_batch(title: &str, unit: &str, lines: &[Line]) -> Result<Option<Plot>> {
     let top = points().map(|p| p.1).fold(0.0, f64::max);
     let bottom = points().map(|p| p.1).fold(top, f64::min);
     let svg = drawn(380, |area| {
-        let x = (low as f64 * 0.8).log10()..(high as f64 * 3.0).log10();
+        // Room for the names behind the last points.
+        let x = (low as f64 * 0.8).log10()..(high as f64 / low as f64 * 3.0 * high as f64).log10();
         let y = (bottom / 2.0).log10()..(top * 2.0).log10();
         let mut chart = axes(area, x, y, ["batch", unit], 1.0)?;
+        let mut ends = Vec::new();
         for (name, colour, line) in lines {
             let line: Vec<(f64, f64)> = line.iter().map(|&(b, v)| ((b as f64).log10(), v.log10())).collect();
             chart
                 .draw_series(LineSeries::new(line.clone(), colour.stroke_width(2)).point_size(3))
                 .map_err(wrong)?;
-            let style = (FONT, 11).into_text_style(area).color(colour);
-            if let Some(&(x, y)) = line.last() {
-                let label = Text::new(name.clone(), (x + 0.03, y), style);
-                chart.draw_series(std::iter::once(label)).map_err(wrong)?;
-            }
+            ends.extend(line.last().map(|end| (chart.backend_coord(end), name.as_str(), *colour)));
         }
-        Ok(())
+        labels(area, ends)
     })?;
     Ok(Some(Plot {
         title: title.to_owned(),
@@ -299,7 +424,7 @@ fn shared(all: &[Measured<'_>]) -> Result<Option<Plot>> {
             s.weak.or(s.strong).map_or_else(String::new, |(part, _)| format!(", {:.0} %", 100.0 * part));
         Bar {
             label: format!("{} {} {}", s.m.case.backend, s.m.case.precision, s.m.case.shape),
-            segments: vec![(s.m.median_ns - exposed, colour(s.m.case.backend)), (exposed, COLOURS[5])],
+            segments: vec![(s.m.median_ns - exposed, colour(s.m.case.backend)), (exposed, EXCHANGE.1)],
             interval: s.m.record.ci_ns,
             note: format!("{}{kept}", time(s.m.median_ns)),
         }
@@ -310,10 +435,11 @@ fn shared(all: &[Measured<'_>]) -> Result<Option<Plot>> {
     }
     Ok(Some(Plot {
         title: "Steps that several devices share".to_owned(),
-        note: "Time of a step; red at its end: exchange of gradients that nothing hides. The percentage is what is \
-               kept of one device's speed. Again: ./scripts/bench --full 'train-step/.*/indicator-b'"
-            .to_owned(),
-        svg: bars(&rows)?,
+        note:
+            "Time of a step, shorter is better. The percentage is what is kept of one device's speed. Again: \
+               ./scripts/bench --full 'train-step/.*/indicator-b'"
+                .to_owned(),
+        svg: bars(&rows, &[EXCHANGE])?,
     }))
 }
 
@@ -322,7 +448,6 @@ fn sweeps(all: &[Measured<'_>]) -> Result<Vec<Plot>> {
     let line = |s: &super::Sweep, values: Vec<(usize, f64)>| {
         (format!("{} {} {}", s.model, s.backend, s.precision), colour(s.backend), values)
     };
-    let speeds: Vec<_> = sweeps.iter().map(|s| line(s, s.speeds.clone())).collect();
     let memory: Vec<_> = sweeps
         .iter()
         .map(|s| {
@@ -339,63 +464,65 @@ fn sweeps(all: &[Measured<'_>]) -> Result<Vec<Plot>> {
         .filter(|l| !l.2.is_empty())
         .collect();
     let mut plots = Vec::new();
-    plots.extend(over_batch("Training speed over the batch", "samples/s", &speeds)?);
+    for (unit, title) in [
+        ("samples/s", "Training speed over the batch"),
+        ("tokens/s", "Training speed over the batch, in tokens"),
+    ] {
+        let speeds: Vec<_> =
+            sweeps.iter().filter(|s| s.unit == unit).map(|s| line(s, s.speeds.clone())).collect();
+        plots.extend(over_batch(title, unit, &speeds)?);
+    }
     plots.extend(over_batch("Peak of the allocator over the batch", "MB", &memory)?);
     Ok(plots)
 }
 
-/// Each sample of the training steps against its case's median; far ones in orange.
-fn samples(all: &[Measured<'_>], samples: &dyn Fn(&str) -> Vec<f64>) -> Result<Option<Plot>> {
+/// Each timing of the training steps against its case's median; far ones as rings.
+fn timings(all: &[Measured<'_>], of: &dyn Fn(&str) -> Vec<f64>) -> Result<Option<Plot>> {
     let rows: Vec<(&Measured<'_>, Vec<f64>)> = all
         .iter()
         .filter(|m| m.case.workload == Workload::TrainStep)
-        .map(|m| (m, samples(&m.record.id)))
+        .map(|m| (m, of(&m.record.id)))
         .filter(|(_, values)| values.len() > 3)
         .collect();
     if rows.is_empty() {
         return Ok(None);
     }
-    let line = 26;
-    let svg = drawn(rows.len() as u32 * line as u32 + 34, |area| {
-        let end = WIDTH as i32 - 20;
+    let line = 40;
+    let svg = drawn(rows.len() as u32 * line as u32 + 30, |area| {
+        let (left, end) = (24, WIDTH as i32 - 24);
         // From 70 % to 150 % of the median; what lies beyond stands at the edge.
-        let scale =
-            |ratio: f64| LABELS + ((end - LABELS) as f64 * (ratio.clamp(0.7, 1.5) - 0.7) / 0.8) as i32;
+        let scale = |ratio: f64| left + ((end - left) as f64 * (ratio.clamp(0.7, 1.5) - 0.7) / 0.8) as i32;
         for (index, (m, values)) in rows.iter().enumerate() {
-            let middle = 6 + index as i32 * line + line / 2;
-            text(
-                area,
-                &format!("{} {} {}", m.case.backend, m.case.precision, m.case.shape),
-                (4, middle - 8),
-                12,
-            )?;
+            let top = 4 + index as i32 * line;
+            let name = format!("{} {} {}", m.case.backend, m.case.precision, m.case.shape);
+            text(area, &name, (4, top), 15)?;
             let mut sorted: Vec<f64> = values.clone();
             sorted.sort_by(f64::total_cmp);
             let quartile = |part: usize| sorted[part * (sorted.len() - 1) / 4];
             let reach = 1.5 * (quartile(3) - quartile(1));
-            let centre = quartile(2);
             for value in values {
                 let far = *value < quartile(1) - reach || *value > quartile(3) + reach;
-                let shade = if far { COLOURS[1].mix(0.9) } else { colour(m.case.backend).mix(0.35) };
-                area.draw(&Circle::new((scale(value / centre), middle), 4, shade.filled())).map_err(wrong)?;
+                let style = if far { INK.stroke_width(1) } else { colour(m.case.backend).mix(0.35).filled() };
+                let at = (scale(value / quartile(2)), top + 26);
+                area.draw(&Circle::new(at, 4, style)).map_err(wrong)?;
             }
         }
-        let bottom = rows.len() as i32 * line + 12;
+        let bottom = rows.len() as i32 * line + 8;
         for ratio in [0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5] {
-            text(area, &format!("{:.0} %", 100.0 * ratio), (scale(ratio) - 14, bottom), 11)?;
+            text(area, &format!("{:.0} %", 100.0 * ratio), (scale(ratio) - 18, bottom), 14)?;
         }
         Ok(())
     })?;
     Ok(Some(Plot {
-        title: "Samples of the training steps".to_owned(),
-        note: "Each against the median of its case; orange: outliers, beyond 1.5 quartile ranges. \
+        title: "Timings of the training steps".to_owned(),
+        note: "Each against the median of its case; rings: outliers, beyond 1.5 quartile ranges. \
                Again: ./scripts/bench 'train-step'"
             .to_owned(),
         svg,
     }))
 }
 
-/// Every picture that the run has figures for. `of` gives a case's samples in seconds, and
+/// Every other picture that the run has figures for. `of` gives a case's timings in seconds, and
 /// nothing where they are not known.
 pub fn all(results: &Results, of: &dyn Fn(&str) -> Vec<f64>) -> Result<Vec<Plot>> {
     let measured = super::all_measured(results);
@@ -406,7 +533,7 @@ pub fn all(results: &Results, of: &dyn Fn(&str) -> Vec<f64>) -> Result<Vec<Plot>
     }
     plots.extend(shared(&measured)?);
     plots.extend(sweeps(&measured)?);
-    plots.extend(samples(&measured, of)?);
+    plots.extend(timings(&measured, of)?);
     plots.extend(times(&measured)?);
     Ok(plots)
 }

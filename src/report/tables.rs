@@ -1,13 +1,13 @@
 //! The tables, as every export shows them: cells are formatted here and nowhere else.
 
 use super::{
-    Measured, Sweep, Utilisation, ablation, all_measured, batches, devices, find, headlines, measured,
-    measured_peak, reason, utilisation,
+    Headline, Measured, Sweep, Utilisation, ablation, all_measured, batches, devices, find, headlines,
+    measured, measured_peak, rate, utilisation,
 };
-use crate::memory;
 use crate::model::parameters::parameter_count;
-use crate::results::{Record, Results, Status, machine};
+use crate::results::{Record, Results, Status, Throughput, machine};
 use crate::suite::{BackendId, Case, Compute, Device, Precision, Shape, Workload, cost};
+use crate::{disturbance, memory};
 
 /// The title of the table that has them all.
 pub const EVERY_CASE: &str = "Every case";
@@ -59,43 +59,34 @@ fn spread(median: f64, ci: [f64; 2]) -> f64 {
 
 fn speed(results: &Results) -> Table {
     let shape = results.headline();
-    let batch = shape.batch() as f64;
     let headlines = headlines(results);
     let base = headlines.iter().find_map(|row| measured(find(results, &row.case)).map(|m| m.1));
-    let rows: Vec<_> = headlines
-        .iter()
-        .map(|row| {
-            let record = find(results, &row.case);
-            match (measured(record), base) {
-                (Some((record, median, ci)), Some(base)) => vec![
-                    row.label.clone(),
-                    digits(batch / median * 1e9),
-                    format!("{} to {}", digits(batch / ci[1] * 1e9), digits(batch / ci[0] * 1e9)),
-                    format!("{:.2}×", base / median),
-                    remarks(record),
-                ],
-                _ => {
-                    // Of what is too slow there is one measurement.
-                    let once = record.filter(|r| r.status == Status::TooSlow).and_then(|r| r.median_ns);
-                    let speed = once.map_or_else(|| "–".to_owned(), |ns| digits(batch / ns * 1e9));
-                    let times = match (once, base) {
-                        (Some(ns), Some(base)) => format!("{:.2}×", base / ns),
-                        _ => "–".to_owned(),
-                    };
-                    let why = match once {
-                        Some(_) => format!("{}, measured once", reason(record)),
-                        None => reason(record),
-                    };
-                    vec![row.label.clone(), speed, "–".to_owned(), times, why]
-                }
+    let speed = |ns| digits(rate(shape, ns).0);
+    let row = |row: &Headline| {
+        let record = find(results, &row.case)?;
+        let cells = match (measured(Some(record)), record.status) {
+            (Some((_, median, ci)), _) => {
+                let interval = format!("{} to {}", speed(ci[1]), speed(ci[0]));
+                [speed(median), interval, format!("{:.2}×", base? / median), remarks(record)]
             }
-        })
-        .collect();
+            // Of what is too slow there is one measurement.
+            (None, Status::TooSlow) => {
+                let once = record.median_ns?;
+                let times = base.map_or_else(|| "–".to_owned(), |base| format!("{:.2}×", base / once));
+                [speed(once), "–".to_owned(), times, format!("{}, measured once", record.reason)]
+            }
+            _ => return None,
+        };
+        Some(std::iter::once(row.label.clone()).chain(cells).collect())
+    };
     Table {
         title: format!("Training speed, {shape}"),
-        note: "Speed is against the first row that was measured.",
-        header: &["", "samples/s", "95 % interval", "speed", "remarks"],
-        rows,
+        note: "Speed is against the first row.",
+        header: match rate(shape, 1.0).1 {
+            "tokens/s" => &["", "tokens/s", "95 % interval", "speed", "remarks"],
+            _ => &["", "samples/s", "95 % interval", "speed", "remarks"],
+        },
+        rows: headlines.iter().filter_map(row).collect(),
     }
 }
 
@@ -109,26 +100,19 @@ fn remarks(record: &Record) -> String {
 
 fn memory(results: &Results) -> Table {
     let shape = results.headline();
-    let rows: Vec<_> = headlines(results)
-        .iter()
-        .map(|row| {
-            let record = find(results, &row.case);
-            let figures = measured(record).map(|m| m.0);
-            let none = || "–".to_owned();
-            vec![
-                row.label.clone(),
-                figures.and_then(|r| bytes(r.peak_bytes)).unwrap_or_else(none),
-                figures.and_then(|r| bytes(r.rss_peak_bytes)).unwrap_or_else(none),
-                match figures {
-                    Some(r) if r.peak_bytes.is_none() => {
-                        "this framework keeps no peak on this device".to_owned()
-                    }
-                    Some(_) => String::new(),
-                    None => reason(record),
-                },
-            ]
-        })
-        .collect();
+    let row = |row: &Headline| {
+        let (record, ..) = measured(find(results, &row.case))?;
+        let none = || "–".to_owned();
+        let note =
+            if record.peak_bytes.is_none() { "this framework keeps no peak on this device" } else { "" };
+        Some(vec![
+            row.label.clone(),
+            bytes(record.peak_bytes).unwrap_or_else(none),
+            bytes(record.rss_peak_bytes).unwrap_or_else(none),
+            note.to_owned(),
+        ])
+    };
+    let rows = headlines(results).iter().filter_map(row).collect();
     Table {
         title: format!("Memory of a training step, {shape}"),
         note: "Two definitions, never to be compared with each other: the peak of the framework's own \
@@ -203,7 +187,7 @@ fn settings(results: &Results) -> Table {
 fn sweep(all: &[Measured<'_>]) -> Table {
     let rows: Vec<_> = batches(all)
         .into_iter()
-        .map(|Sweep { model, backend, precision, speeds }| {
+        .map(|Sweep { model, backend, precision, speeds, unit }| {
             let best = speeds.iter().max_by(|a, b| a.1.total_cmp(&b.1)).expect("more than one");
             let list: Vec<_> =
                 speeds.iter().map(|(batch, speed)| format!("{batch}: {}", digits(*speed))).collect();
@@ -212,14 +196,15 @@ fn sweep(all: &[Measured<'_>]) -> Table {
                 backend.to_string(),
                 precision.to_string(),
                 list.join(", "),
+                unit.to_owned(),
                 format!("{}", best.0),
             ]
         })
         .collect();
     Table {
-        title: "Batch size: samples/s of a training step".to_owned(),
+        title: "Batch size: speed of a training step".to_owned(),
         note: "",
-        header: &["model", "backend", "precision", "samples/s by batch", "best batch"],
+        header: &["model", "backend", "precision", "speed by batch", "unit", "best batch"],
         rows,
     }
 }
@@ -302,7 +287,19 @@ fn of_tokens(results: &Results, all: &[Measured<'_>]) -> Table {
     }
 }
 
-/// Samples of a case as words: what was measured, or why not.
+/// In the unit of its model, where it has one.
+fn throughput_of(record: &Record, throughput: &Throughput) -> String {
+    let case = record.id.parse::<Case>().ok().filter(|_| throughput.unit == "samples/s");
+    match (case, record.median_ns) {
+        (Some(case), Some(median)) => {
+            let (value, unit) = rate(case.shape, median);
+            prefixed(value) + unit
+        }
+        _ => prefixed(throughput.value) + &throughput.unit,
+    }
+}
+
+/// A measured case in words.
 fn case_row(record: &Record) -> Vec<String> {
     let median = record.median_ns.filter(|_| record.status == Status::Measured);
     let throughput = record.throughput.as_ref();
@@ -313,7 +310,7 @@ fn case_row(record: &Record) -> Vec<String> {
             (Some(median), Some(ci)) => format!("±{} %", digits(spread(median, ci))),
             _ => "–".to_owned(),
         },
-        throughput.map_or_else(|| "–".to_owned(), |t| format!("{}{}", prefixed(t.value), t.unit)),
+        throughput.map_or_else(|| "–".to_owned(), |t| throughput_of(record, t)),
         record.samples.filter(|_| median.is_some()).map_or_else(|| "–".to_owned(), |n| n.to_string()),
         faults(record),
         record.parity.map_or_else(|| "–".to_owned(), |share| format!("{share:.2}")),
@@ -338,10 +335,15 @@ fn faults(record: &Record) -> String {
     }
 }
 
-/// Every table that has rows, in the order in which a reader wants them.
+/// The table of which framework trains how fast, where any did.
+pub fn first(results: &Results) -> Option<Table> {
+    Some(speed(results)).filter(|table| !table.rows.is_empty())
+}
+
+/// Every other table that has rows, in the order in which a reader wants them.
 pub fn all(results: &Results) -> Vec<Table> {
     let measured = all_measured(results);
-    let mut tables = vec![speed(results), memory(results)];
+    let mut tables = vec![memory(results)];
     tables.extend([
         recipes(&measured),
         settings(results),
@@ -353,32 +355,70 @@ pub fn all(results: &Results) -> Vec<Table> {
         title: EVERY_CASE.to_owned(),
         note: "Parity: how much of the error that its precision allows the worst tensor of the case took, at this \
                shape. Waited: the part of its time that threads were ready and had no core.",
-        header: &["case", "median", "95 % interval", "throughput", "samples", "page faults", "parity", "waited"],
+        header: &["case", "median", "95 % interval", "throughput", "timings", "page faults", "parity", "waited"],
         rows: results.cases.iter().filter(|r| r.status == Status::Measured).map(case_row).collect(),
     });
     tables.retain(|table| !table.rows.is_empty());
     tables
 }
 
-/// Why cases have no figure, a line a reason: absent backends would fill pages.
+/// Why rows and cases have no figure, a line a reason: absent backends would fill pages.
 pub fn missing(results: &Results) -> Vec<String> {
-    let mut reasons: Vec<(String, Vec<&str>)> = Vec::new();
+    struct Missing {
+        why: String,
+        rows: Vec<String>,
+        ids: Vec<String>,
+    }
+    let mut all: Vec<Missing> = Vec::new();
+    let mut add = |why: String, row: Option<String>, id: Option<&str>| {
+        let known = all.iter().position(|missing| missing.why == why).unwrap_or_else(|| {
+            all.push(Missing { why, rows: Vec::new(), ids: Vec::new() });
+            all.len() - 1
+        });
+        all[known].rows.extend(row);
+        all[known].ids.extend(id.map(str::to_owned));
+    };
+    let headlines = headlines(results);
     for record in results.cases.iter().filter(|r| r.status != Status::Measured) {
         let backend = record.id.parse::<Case>().map_or_else(|_| String::new(), |c| c.backend.to_string());
-        let key = match record.status {
+        let why = match record.status {
             Status::Skipped => format!("{backend}: {}", record.reason),
             _ => record.reason.clone(),
         };
-        match reasons.iter_mut().find(|(reason, _)| *reason == key) {
-            Some((_, ids)) => ids.push(&record.id),
-            None => reasons.push((key, vec![&record.id])),
-        }
+        let row = headlines.iter().find(|row| row.case.to_string() == record.id);
+        add(why, row.map(|row| row.label.clone()), Some(&record.id));
     }
-    let line = |(reason, ids): (String, Vec<&str>)| {
-        let what = if ids.len() == 1 { ids[0].to_owned() } else { format!("{} cases", ids.len()) };
-        format!("{reason} ({what})")
+    for row in headlines.iter().filter(|row| find(results, &row.case).is_none()) {
+        add("not part of this run".to_owned(), Some(row.label.clone()), None);
+    }
+    let line = |missing: Missing| {
+        let cases = match &missing.ids[..] {
+            [] => None,
+            [id] => Some(id.clone()),
+            ids => Some(format!("{} cases", ids.len())),
+        };
+        let what: Vec<String> = missing.rows.into_iter().chain(cases).collect();
+        format!("{} ({})", missing.why, what.join(", "))
     };
-    reasons.into_iter().map(line).collect()
+    all.into_iter().map(line).collect()
+}
+
+/// Whether anything else had the machine: true where it was quiet, and a line.
+pub fn quiet(results: &Results) -> (bool, String) {
+    let m = &results.machine;
+    let measured: Vec<&Record> = results.cases.iter().filter(|r| r.status == Status::Measured).collect();
+    let disturbed = measured.iter().filter(|r| r.disturbed()).count();
+    let busy = m.others.is_some_and(|others| others > disturbance::MUCH * m.cores as f64);
+    let others = m.others.map_or_else(
+        || "before the run nobody looked".to_owned(),
+        |others| format!("others used {others:.1} of {} cores before the run", m.cores),
+    );
+    let waited = match disturbed {
+        0 => format!("no case of {} waited for a core", measured.len()),
+        count => format!("{count} of {} cases waited for a core", measured.len()),
+    };
+    let quiet = disturbed == 0 && !busy;
+    (quiet, format!("{} machine: {others}, {waited}", if quiet { "Quiet" } else { "Disturbed" }))
 }
 
 /// What a reader on a kind of machine that nobody has sent figures of can do.
@@ -392,10 +432,11 @@ pub fn invitation(results: &Results) -> Option<&'static str> {
 /// The machine in a line, and what computed in another.
 pub fn machine_lines(results: &Results) -> [String; 2] {
     let m = &results.machine;
+    let date = if m.date.is_empty() { String::new() } else { format!("{}, ", m.date) };
     let gpus = if m.gpus.is_empty() { "no GPU".to_owned() } else { m.gpus.join(", ") };
     let dirty = if m.dirty { ", with uncommitted changes" } else { "" };
     let hardware = format!(
-        "{} ({} cores), {:.0} GB, {gpus}{}{}, {}, commit {}{dirty}.",
+        "{} ({} cores), {:.0} GB, {gpus}{}{}, {}, {date}commit {}{dirty}.",
         m.cpu,
         m.cores,
         m.memory_bytes as f64 / 1e9,

@@ -1,7 +1,7 @@
 //! The verdict in sentences, each with the figures that it stands on.
 
 use super::tables::{bytes, digits};
-use super::{all_measured, batches, champions, devices, find, measured};
+use super::{all_measured, batches, champions, devices, find, measured, rate};
 use crate::results::{Record, Results};
 use crate::suite::{BackendId, Case, Compute, Framework, Precision, Recipe, Shape, Workload};
 use crate::{disturbance, memory};
@@ -22,8 +22,8 @@ pub(super) fn ratio(a: Figure, b: Figure) -> (f64, [f64; 2]) {
 /// (src/compare/README.md). What differs by less was not seen.
 const APART: f64 = 1.25;
 
-/// "A is 2.3 times (2.1 to 2.5) as fast as B", from rounds in turns; without them both speeds,
-/// and no winner.
+/// "A is 2.3 times (2.1 to 2.5) as fast as B", from rounds in turns; without them both speeds, and a winner
+/// only where they lie further apart than runs of the same code.
 fn faster(results: &Results, what: &str, cases: [&Case; 2], figures: [Figure; 2]) -> String {
     let names = cases.map(|case| case.backend.framework().names().0);
     let speeds = figures.map(|f| speed(cases[0].shape, f.0));
@@ -42,9 +42,27 @@ fn faster(results: &Results, what: &str, cases: [&Case; 2], figures: [Figure; 2]
         } else {
             "./scripts/bench".to_owned()
         };
+        let (times, range) = ratio(figures[0], figures[1]);
+        let (first, second, times, [low, high]) = if times >= 1.0 {
+            (0, 1, times, range)
+        } else {
+            (1, 0, 1.0 / times, [1.0 / range[1], 1.0 / range[0]])
+        };
+        let speeds = format!("{} {}, {} {}", names[0], speeds[0], names[1], speeds[1]);
+        if low > APART {
+            return format!(
+                "{what}: {speeds}, one after the other: {} is {} times as fast as {} ({} to {} by either's own interval; \
+                 runs of the same code lie up to {:.0} % apart)",
+                names[first],
+                digits(times),
+                names[second],
+                digits(low),
+                digits(high),
+                100.0 * (APART - 1.0)
+            );
+        }
         return format!(
-            "{what}: {} {}, {} {}, one after the other, which names no winner (`{own}{command}` does)",
-            names[0], speeds[0], names[1], speeds[1],
+            "{what}: {speeds}, one after the other, which names no winner (`{own}{command}` does)"
         );
     };
     let [low, high] = turn.ratio_ci;
@@ -76,12 +94,10 @@ fn faster(results: &Results, what: &str, cases: [&Case; 2], figures: [Figure; 2]
     )
 }
 
-/// Samples a second, and tokens where the model has some.
+/// What a second gets through, with its unit.
 fn speed(shape: Shape, ns: f64) -> String {
-    let samples = shape.batch() as f64 / ns * 1e9;
-    let tokens = shape.model().filter(|(model, _)| model.of_tokens()).map(|(model, _)| model.tokens);
-    let tokens = tokens.map(|each| format!(" ({} tokens/s)", digits(samples * each as f64)));
-    format!("{} samples/s{}", digits(samples), tokens.unwrap_or_default())
+    let (value, unit) = rate(shape, ns);
+    format!("{} {unit}", digits(value))
 }
 
 /// Why nothing should be concluded from a case.
@@ -91,25 +107,48 @@ fn held_back(results: &Results, case: &Case) -> Option<String> {
     Some(format!("{} waited for a core for {:.0} % of its time", record.id, 100.0 * share))
 }
 
-/// The sentences, most asked first. Every run gives at least one.
+/// The answer: of each device that both frameworks have, the fastest step of either, a line each. Where there
+/// is none, why.
+pub fn answer(results: &Results) -> Vec<String> {
+    let all: Vec<String> = champions(results).into_iter().filter_map(|pair| best(results, pair)).collect();
+    ended(if all.is_empty() { vec![inconclusive(results).to_owned()] } else { all })
+}
+
+/// What must not be concluded from the answer.
+pub fn limits(results: &Results) -> String {
+    format!(
+        "It does not follow for another model, batch or machine, nor for parameters in bf16, which train otherwise: this is \
+         {}, one training step after the other on data that is there, with parameters in f32.",
+        results.headline()
+    )
+}
+
+fn ended(sentences: Vec<String>) -> Vec<String> {
+    sentences.into_iter().map(|s| if s.ends_with('.') { s } else { s + "." }).collect()
+}
+
+/// Why nothing can be said of which framework is faster.
+fn inconclusive(results: &Results) -> &'static str {
+    let has =
+        |framework: Framework| all_measured(results).iter().any(|m| m.case.backend.framework() == framework);
+    match (has(Framework::Torch), has(Framework::Mlx)) {
+        (true, true) => {
+            "No training step was measured with both frameworks on one device, so nothing can be concluded of which \
+             is faster."
+        }
+        (true, false) => "Only PyTorch was measured, so nothing can be concluded about MLX.",
+        (false, true) => "Only MLX was measured, so nothing can be concluded about PyTorch.",
+        (false, false) => "Nothing was measured, so nothing can be concluded.",
+    }
+}
+
+/// What else can be said, most asked first.
 pub fn verdict(results: &Results) -> Vec<String> {
-    // Of one recipe they have their sentence below.
-    let differ = champions(results).into_iter().filter(|[a, b]| a.precision != b.precision);
-    let mut all: Vec<String> = differ.filter_map(|pair| best(results, pair)).collect();
+    let mut all = Vec::new();
     for &backend in BackendId::ALL {
         for rival in backend.rivals().filter(|rival| backend < *rival) {
             all.extend(pair(results, [backend, rival]));
         }
-    }
-    let has =
-        |framework: Framework| all_measured(results).iter().any(|m| m.case.backend.framework() == framework);
-    if all.is_empty() {
-        all.push(match (has(Framework::Torch), has(Framework::Mlx)) {
-            (true, true) => "No workload was measured with both frameworks on one device, so nothing can be concluded of which is faster.".to_owned(),
-            (true, false) => "Only PyTorch was measured, so nothing can be concluded about MLX.".to_owned(),
-            (false, true) => "Only MLX was measured, so nothing can be concluded about PyTorch.".to_owned(),
-            (false, false) => "Nothing was measured, so nothing can be concluded.".to_owned(),
-        });
     }
     all.extend(tips(results));
     all.extend(compiling(results));
@@ -117,14 +156,14 @@ pub fn verdict(results: &Results) -> Vec<String> {
     all.extend(sizes(results));
     all.extend(faulting(results));
     all.extend(disturbed(results));
-    all.into_iter().map(|s| if s.ends_with('.') { s } else { s + "." }).collect()
+    ended(all)
 }
 
 /// The fastest training steps of two frameworks on one device, whatever their recipes.
 fn best(results: &Results, [a, b]: [Case; 2]) -> Option<String> {
     let figures = [figure(results, &a)?, figure(results, &b)?];
     let with = |case: &Case| format!("{} with {}", case.backend.framework().names().0, case.precision);
-    let what = format!("Best against best on {}, {} and {}", a.backend.device(), with(&a), with(&b));
+    let what = format!("Training on {}, {} and {}", a.backend.device(), with(&a), with(&b));
     Some(faster(results, &what, [&a, &b], figures))
 }
 
@@ -152,6 +191,10 @@ fn speeds(results: &Results, [first, second]: [BackendId; 2]) -> Vec<String> {
     for (workload, precision, what) in rows {
         let case = |backend| Case { workload, backend, precision, shape: results.headline() };
         let (a, b) = (case(first), case(second));
+        // Those are the answer.
+        if champions(results).contains(&[a, b]) {
+            continue;
+        }
         if let (Some(fa), Some(fb)) = (figure(results, &a), figure(results, &b)) {
             all.push(faster(results, &format!("{own}{what} on {place}"), [&a, &b], [fa, fb]));
         }
@@ -273,11 +316,12 @@ fn sizes(results: &Results) -> Vec<String> {
         .filter_map(|sweep| {
             let (batch, speed) = best_of(&sweep.speeds)?;
             Some(format!(
-                "Training {} on {} in {} is fastest at batch {batch}: {} samples/s",
+                "Training {} on {} in {} is fastest at batch {batch}: {} {}",
                 sweep.model,
                 sweep.backend,
                 sweep.precision,
-                digits(speed)
+                digits(speed),
+                sweep.unit
             ))
         })
         .collect()
@@ -343,11 +387,11 @@ mod tests {
             })
             .into_iter()
             .collect();
-        verdict(&results)[0].clone()
+        answer(&results)[0].clone()
     }
 
     #[test]
-    fn a_winner_is_named_from_rounds_in_turns_alone() {
+    fn a_winner_is_named_from_rounds_in_turns_or_where_runs_lie_far_apart() {
         let said = pair(Some([3.1, 2.5, 3.8]), 0.0);
         assert!(said.contains("PyTorch is 3.10 times as fast as MLX (2.50 to 3.80"), "{said}");
         assert!(said.contains("32.0 samples/s") && said.contains("3 rounds"), "{said}");
@@ -355,7 +399,8 @@ mod tests {
         assert!(said.contains("MLX is 2.00 times as fast as PyTorch (1.60 to 2.50"), "{said}");
         assert!(pair(Some([1.1, 0.9, 1.3]), 0.0).contains("no clear difference"));
         let said = pair(None, 0.0);
-        assert!(said.contains("names no winner") && !said.contains("as fast as"), "{said}");
+        // The intervals allow 2.45, and runs of the same code 1.25.
+        assert!(said.contains("one after the other: PyTorch is 3.00 times as fast as MLX (2.45"), "{said}");
         let said = pair(Some([3.1, 2.5, 3.8]), 0.3);
         assert!(said.contains("nothing is concluded") && said.contains("30 %"), "{said}");
     }
@@ -363,12 +408,15 @@ mod tests {
     #[test]
     fn the_best_of_each_framework_stand_first() {
         let ids = ["train-step/torch-cpu/amp/indicator-b16", "train-step/mlx-cpu/f32-opt/indicator-b16"];
-        let said = of(&[(ids[0], 400e6), (ids[1], 1400e6)]);
-        assert!(
-            said[0].starts_with("Best against best on the CPU, PyTorch with amp and MLX with f32-opt"),
-            "{said:?}"
-        );
-        assert!(said[0].contains("names no winner (`./scripts/bench` does)"), "{said:?}");
+        let said = |times| {
+            let cases = vec![record(ids[0], 400e6), record(ids[1], times * 400e6)];
+            answer(&Results::new(Machine::default(), cases))[0].clone()
+        };
+        let near = said(1.4);
+        assert!(near.starts_with("Training on the CPU, PyTorch with amp and MLX with f32-opt"), "{near}");
+        assert!(near.contains("names no winner (`./scripts/bench` does)"), "{near}");
+        assert!(said(3.5).contains("PyTorch is 3.50 times as fast as MLX"), "{}", said(3.5));
+        assert!(said(0.3).contains("MLX is 3.33 times as fast as PyTorch (2.73 to 4.07"), "{}", said(0.3));
         let cases = vec![record(ids[0], 400e6), record(ids[1], 1400e6)];
         let mut results = Results::new(Machine::default(), cases);
         results.turns = vec![crate::results::Turn {
@@ -379,7 +427,7 @@ mod tests {
             rounds: 3,
             commit: String::new(),
         }];
-        assert!(verdict(&results)[0].contains("PyTorch is 3.50 times as fast as MLX (3.20 to 3.90"));
+        assert!(answer(&results)[0].contains("PyTorch is 3.50 times as fast as MLX (3.20 to 3.90"));
     }
 
     #[test]
@@ -397,16 +445,17 @@ mod tests {
 
     #[test]
     fn one_framework_alone_concludes_nothing() {
+        let said = |ids: &[&str]| {
+            let cases = ids.iter().map(|id| record(id, 1e6)).collect();
+            answer(&Results::new(Machine::default(), cases))[0].clone()
+        };
         assert!(
-            of(&[("train-step/torch-cpu/f32/indicator-b16", 1e6)])[0]
-                .contains("nothing can be concluded about MLX")
+            said(&["train-step/torch-cpu/f32/indicator-b16"]).contains("nothing can be concluded about MLX")
         );
-        assert!(of(&[])[0].contains("Nothing was measured"));
-        let apart = of(&[
-            ("train-step/torch-cpu/f32/indicator-b16", 1e6),
-            ("train-step/mlx-metal/f32/indicator-b16", 1e6),
-        ]);
-        assert!(apart[0].contains("both frameworks on one device"), "{apart:?}");
+        assert!(said(&[]).contains("Nothing was measured"));
+        let apart =
+            said(&["train-step/torch-cpu/f32/indicator-b16", "train-step/mlx-metal/f32/indicator-b16"]);
+        assert!(apart.contains("both frameworks on one device"), "{apart:?}");
     }
 
     #[test]

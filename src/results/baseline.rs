@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use super::machine::Machine;
 use super::run::{self, Part};
-use super::{OwnModel, Record, Results, Status, own_model};
+use super::{OwnModel, Record, Results, Setting, Status, Turn, own_model};
 use crate::report::export;
 use crate::results;
 use crate::suite::Case;
@@ -67,6 +67,11 @@ pub struct Baseline {
     #[serde(default, deserialize_with = "own_model", skip_serializing_if = "Option::is_none")]
     pub model: Option<OwnModel>,
     pub cases: Vec<Kept>,
+    /// What was measured in turns, and with settings, at the run's commit.
+    #[serde(default)]
+    pub turns: Vec<Turn>,
+    #[serde(default)]
+    pub settings: Vec<Setting>,
 }
 
 impl Baseline {
@@ -102,8 +107,15 @@ impl Baseline {
             p.selections.iter().map(selection).collect()
         };
         let selections: Vec<Selection> = parts.iter().flat_map(of).collect();
-        let (machine, model) = (merged.machine, merged.model);
-        Ok(Self { command: run::command(&parts), selections, machine, model, cases })
+        Ok(Self {
+            command: run::command(&parts),
+            selections,
+            machine: merged.machine,
+            model: merged.model,
+            cases,
+            turns: merged.turns,
+            settings: merged.settings,
+        })
     }
 
     /// As the file holds it.
@@ -115,8 +127,16 @@ impl Baseline {
         if let Some(model) = &self.model {
             body.push_str(&format!("\"model\": {},\n", serde_json::to_string(model)?));
         }
-        let lines = self.cases.iter().map(serde_json::to_string).collect::<Result<Vec<_>, _>>()?;
-        body.push_str(&format!("\"cases\": [\n{}\n]\n}}\n", lines.join(",\n")));
+        fn lines<T: Serialize>(of: &[T]) -> Result<String> {
+            Ok(of.iter().map(serde_json::to_string).collect::<Result<Vec<_>, _>>()?.join(",\n"))
+        }
+        if !self.turns.is_empty() {
+            body.push_str(&format!("\"turns\": [\n{}\n],\n", lines(&self.turns)?));
+        }
+        if !self.settings.is_empty() {
+            body.push_str(&format!("\"settings\": [\n{}\n],\n", lines(&self.settings)?));
+        }
+        body.push_str(&format!("\"cases\": [\n{}\n]\n}}\n", lines(&self.cases)?));
         Ok(format!(
             "{{\"format\": \"{FORMAT}\",\n\"version\": {VERSION},\n\"checksum\": \"{:016x}\",\n{body}",
             results::checksum(body.as_bytes())
@@ -143,6 +163,8 @@ impl Baseline {
         let mut baseline: Self =
             serde_json::from_value(value).with_context(|| format!("{place} is damaged"))?;
         results::upgrade(version, baseline.cases.iter_mut().map(|kept| &mut kept.record));
+        baseline.settings.iter().try_for_each(export::check_setting).with_context(|| place.to_owned())?;
+        baseline.turns.iter().try_for_each(export::check_turn).with_context(|| place.to_owned())?;
         for kept in &baseline.cases {
             export::check(&kept.record).with_context(|| format!("{place}: {}", kept.record.id))?;
             ensure!(
@@ -165,7 +187,12 @@ impl Baseline {
 
     pub fn results(&self) -> Results {
         let records = self.cases.iter().map(|kept| kept.record.clone()).collect();
-        Results { model: self.model.clone(), ..Results::new(self.machine.clone(), records) }
+        Results {
+            model: self.model.clone(),
+            turns: self.turns.clone(),
+            settings: self.settings.clone(),
+            ..Results::new(self.machine.clone(), records)
+        }
     }
 
     pub fn case(&self, id: &str) -> Option<&Kept> {
@@ -384,6 +411,15 @@ mod tests {
                 kept(measured, serde_json::json!({"iters": [2.0, 2.0], "times": [4.0, 5.0]})),
                 kept(Record::without(&skipped, Status::Skipped, "no Mac"), Value::Null),
             ],
+            turns: vec![Turn {
+                base: case.to_string(),
+                head: skipped.to_string(),
+                ratio: 2.0,
+                ratio_ci: [1.5, 2.5],
+                rounds: 3,
+                commit: "a".to_owned(),
+            }],
+            settings: Vec::new(),
         }
     }
 

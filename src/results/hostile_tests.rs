@@ -103,18 +103,22 @@ fn refused(what: &str, reason: &anyhow::Error) {
     assert!(!line.trim().is_empty() && !line.contains(['\u{1b}', '\n']), "{what}: {line:?}");
 }
 
-#[test]
-fn results_changed_in_any_field_are_refused_or_shown_without_harm() {
-    let mut good = Results::new(machine(), IDS.map(record).into());
-    good.model = Some(model("hostile"));
-    good.turns.push(Turn {
+fn turn() -> Turn {
+    Turn {
         base: IDS[0].to_owned(),
         head: IDS[1].to_owned(),
         ratio: 3.0,
         ratio_ci: [2.5, 3.5],
         rounds: 3,
         commit: String::new(),
-    });
+    }
+}
+
+#[test]
+fn results_changed_in_any_field_are_refused_or_shown_without_harm() {
+    let mut good = Results::new(machine(), IDS.map(record).into());
+    good.model = Some(model("hostile"));
+    good.turns.push(turn());
     good.settings.push(Setting {
         setting: "A=1".to_owned(),
         id: IDS[0].to_owned(),
@@ -160,6 +164,8 @@ fn baselines_changed_in_any_field_are_refused_or_shown_without_harm() {
         machine: machine(),
         model: Some(model("hostile-too")),
         cases: IDS[..2].iter().map(|id| keep(id)).collect(),
+        turns: vec![turn()],
+        settings: Vec::new(),
     };
     let (mut kept, mut not) = (0, 0);
     for (what, value) in mutations(&serde_json::to_value(&good).unwrap()) {
