@@ -1,6 +1,6 @@
 //! What several devices bring: training steps that ranks share, against one device of the same run.
 
-use super::tables::{Table, prefixed, time};
+use super::tables::{Table, digits, prefixed, time};
 use super::words::ratio;
 use super::{Measured, rate};
 use crate::backend::Elsewhere;
@@ -81,7 +81,7 @@ pub fn table(all: &[Measured<'_>]) -> Table {
             time(s.m.median_ns),
             {
                 let (speed, unit) = rate(s.m.case.shape, s.m.median_ns);
-                prefixed(speed) + unit
+                format!("{} {unit}", digits(speed))
             },
             told(s.strong),
             told(s.weak),

@@ -21,8 +21,11 @@ pub struct Plot {
 }
 
 /// Narrow, with large letters: a phone shows it at two thirds.
-const WIDTH: u32 = 560;
+const WIDTH: u32 = 520;
 const FONT: &str = "sans-serif";
+/// Plotters writes a size as four fifths as many pixels.
+const LARGE: i32 = 19;
+const SMALL: i32 = 17;
 const INK: RGBColor = RGBColor(60, 60, 60);
 
 /// What a colour means, on the whole page: these are phases of a step, of which no backend has the colour.
@@ -73,7 +76,7 @@ fn legend(area: &Area<'_>, entries: &[(&str, RGBColor)], top: i32) -> Result<()>
     for (name, colour) in entries {
         area.draw(&Rectangle::new([(left, top + 2), (left + 12, top + 14)], colour.filled()))
             .map_err(wrong)?;
-        text(area, name, (left + 18, top), 15)?;
+        text(area, name, (left + 18, top), SMALL)?;
         left += 34 + 8 * name.chars().count() as i32;
     }
     Ok(())
@@ -92,15 +95,15 @@ struct Bar {
 fn bars(rows: &[Bar], meaning: &[(&str, RGBColor)]) -> Result<String> {
     let total = |bar: &Bar| bar.segments.iter().map(|s| s.0).sum::<f64>();
     let most = rows.iter().map(|b| b.interval.map_or(total(b), |i| i[1].max(total(b)))).fold(0.0, f64::max);
-    let (line, left, end) = (40, 4, WIDTH as i32 - 150);
+    let (line, left, end) = (44, 4, WIDTH as i32 - 150);
     let first = if meaning.is_empty() { 4 } else { 28 };
     drawn((first + rows.len() as i32 * line + 6) as u32, |area| {
         legend(area, meaning, 4)?;
         let scale = |value: f64| left + ((end - left) as f64 * value / most) as i32;
         for (index, bar) in rows.iter().enumerate() {
             let top = first + index as i32 * line;
-            text(area, &bar.label, (left, top), 15)?;
-            let (upper, lower) = (top + 18, top + 34);
+            text(area, &bar.label, (left, top), LARGE)?;
+            let (upper, lower) = (top + 20, top + 37);
             let mut from = 0.0;
             for &(length, colour) in &bar.segments {
                 let corners = [(scale(from), upper), (scale(from + length), lower)];
@@ -113,7 +116,7 @@ fn bars(rows: &[Bar], meaning: &[(&str, RGBColor)]) -> Result<String> {
                 area.draw(&PathElement::new(whisker, BLACK.stroke_width(2))).map_err(wrong)?;
             }
             let reached = bar.interval.map_or(from, |i| i[1].max(from));
-            text(area, &bar.note, (scale(reached) + 6, upper), 15)?;
+            text(area, &bar.note, (scale(reached) + 6, upper), LARGE)?;
         }
         Ok(())
     })
@@ -270,8 +273,8 @@ fn axes<'a, 'b>(
 ) -> Result<Chart<'a, 'b>> {
     let mut chart = ChartBuilder::on(area)
         .margin(8)
-        .x_label_area_size(46)
-        .y_label_area_size(76)
+        .x_label_area_size(50)
+        .y_label_area_size(84)
         .build_cartesian_2d(Logarithms::from(x), Logarithms::from(y))
         .map_err(wrong)?;
     chart
@@ -281,7 +284,7 @@ fn axes<'a, 'b>(
         .y_label_formatter(&|v| round(10f64.powf(*v) / y_unit))
         .x_label_formatter(&|v| round(10f64.powf(*v)))
         .max_light_lines(0)
-        .label_style((FONT, 14))
+        .label_style((FONT, SMALL))
         .light_line_style(RGBColor(235, 235, 235))
         .draw()
         .map_err(wrong)?;
@@ -293,7 +296,7 @@ const ABOVE: f64 = 1.05;
 
 /// Writes names beside points, none over another.
 fn labels(area: &Area<'_>, mut names: Vec<((i32, i32), &str, RGBColor)>) -> Result<()> {
-    const LINE: i32 = 15;
+    const LINE: i32 = 16;
     names.sort_by_key(|name| name.0.1);
     let mut placed: Vec<[i32; 3]> = Vec::new();
     for ((x, y), name, colour) in names {
@@ -306,14 +309,14 @@ fn labels(area: &Area<'_>, mut names: Vec<((i32, i32), &str, RGBColor)>) -> Resu
         let tries = (0..40).flat_map(|k| [y - 7 + 4 * k, y - 7 - 4 * k]);
         let top = tries.into_iter().find(|&top| top >= 0 && free(top)).unwrap_or(y - 7);
         placed.push([left, top, left + width]);
-        let style = (FONT, 14).into_text_style(area).color(&colour);
+        let style = (FONT, SMALL).into_text_style(area).color(&colour);
         area.draw_text(name, &style, (left, top)).map_err(wrong)?;
     }
     Ok(())
 }
 
-/// Every case against the ceilings that were measured in the same run, in f32.
-fn roofline(all: &[Measured<'_>], backend: BackendId) -> Result<Option<Plot>> {
+/// A shape's cases against the ceilings that were measured in the same run, in f32.
+fn roofline(all: &[Measured<'_>], backend: BackendId, shape: Shape) -> Result<Option<Plot>> {
     let Some(peak) = measured_peak(all, backend, Compute::F32) else { return Ok(None) };
     let copy = all
         .iter()
@@ -325,6 +328,7 @@ fn roofline(all: &[Measured<'_>], backend: BackendId) -> Result<Option<Plot>> {
         .iter()
         .filter(|m| m.case.backend == backend && m.case.precision.compute == Compute::F32)
         .filter(|m| m.case.shape.ranks() == 1 && cost::flops(&m.case) > 0)
+        .filter(|m| m.case.shape.model().is_none() || m.case.shape.model() == shape.model())
         .map(|m| {
             let flops = cost::flops(&m.case) as f64;
             (
@@ -371,7 +375,7 @@ fn roofline(all: &[Measured<'_>], backend: BackendId) -> Result<Option<Plot>> {
         labels(area, names.collect())
     })?;
     Ok(Some(Plot {
-        title: format!("Roofline of {backend} in f32"),
+        title: format!("Roofline of {backend} in f32, {shape}"),
         note: format!(
             "The roof: {} GFLOP/s of matmul-peak and {} GB/s of copy-peak, both of this run. {}\
              Again: ./scripts/bench '{backend}/f32'",
@@ -419,13 +423,13 @@ fn over_batch(title: &str, unit: &str, lines: &[Line]) -> Result<Option<Plot>> {
 /// The steps that several devices share: what computes, and what is exchange that nothing hides.
 fn shared(all: &[Measured<'_>]) -> Result<Option<Plot>> {
     let bar = |s: &devices::Scaling<'_>| {
-        let exposed = s.m.median_ns * s.ranks.exposed.map_or(0.0, |[middle, ..]| middle.max(0.0));
+        let exposed = s.ranks.exposed.map_or(0.0, |[middle, ..]| middle.max(0.0));
         let kept =
             s.weak.or(s.strong).map_or_else(String::new, |(part, _)| format!(", {:.0} %", 100.0 * part));
         Bar {
             label: format!("{} {} {}", s.m.case.backend, s.m.case.precision, s.m.case.shape),
-            segments: vec![(s.m.median_ns - exposed, colour(s.m.case.backend)), (exposed, EXCHANGE.1)],
-            interval: s.m.record.ci_ns,
+            segments: vec![(1.0 - exposed, colour(s.m.case.backend)), (exposed, EXCHANGE.1)],
+            interval: None,
             note: format!("{}{kept}", time(s.m.median_ns)),
         }
     };
@@ -495,7 +499,7 @@ fn timings(all: &[Measured<'_>], of: &dyn Fn(&str) -> Vec<f64>) -> Result<Option
         for (index, (m, values)) in rows.iter().enumerate() {
             let top = 4 + index as i32 * line;
             let name = format!("{} {} {}", m.case.backend, m.case.precision, m.case.shape);
-            text(area, &name, (4, top), 15)?;
+            text(area, &name, (4, top), LARGE)?;
             let mut sorted: Vec<f64> = values.clone();
             sorted.sort_by(f64::total_cmp);
             let quartile = |part: usize| sorted[part * (sorted.len() - 1) / 4];
@@ -509,7 +513,7 @@ fn timings(all: &[Measured<'_>], of: &dyn Fn(&str) -> Vec<f64>) -> Result<Option
         }
         let bottom = rows.len() as i32 * line + 8;
         for ratio in [0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5] {
-            text(area, &format!("{:.0} %", 100.0 * ratio), (scale(ratio) - 18, bottom), 14)?;
+            text(area, &format!("{:.0} %", 100.0 * ratio), (scale(ratio) - 18, bottom), SMALL)?;
         }
         Ok(())
     })?;
@@ -529,7 +533,7 @@ pub fn all(results: &Results, of: &dyn Fn(&str) -> Vec<f64>) -> Result<Vec<Plot>
     let mut plots = Vec::new();
     plots.extend(parts(&measured, results.headline())?);
     for &backend in BackendId::ALL {
-        plots.extend(roofline(&measured, backend)?);
+        plots.extend(roofline(&measured, backend, results.headline())?);
     }
     plots.extend(shared(&measured)?);
     plots.extend(sweeps(&measured)?);

@@ -21,10 +21,19 @@ pub struct Table {
     pub rows: Vec<Vec<String>>,
 }
 
-/// Three significant digits.
+/// Three significant digits, and all before the point: `0.0123`, `123`, `11,611`.
 pub fn digits(value: f64) -> String {
     let places = if value == 0.0 { 0 } else { (2 - value.abs().log10().floor() as i32).clamp(0, 9) };
-    format!("{value:.*}", places as usize)
+    let text = format!("{value:.*}", places as usize);
+    if value.abs() < 9999.5 {
+        return text;
+    }
+    let count = text.len();
+    let grouped = |(i, c): (usize, char)| {
+        let comma = i > 0 && (count - i).is_multiple_of(3) && text.as_bytes()[i - 1] != b'-';
+        comma.then_some(',').into_iter().chain([c])
+    };
+    text.chars().enumerate().flat_map(grouped).collect()
 }
 
 /// 1 234 567 with a prefix: `1.23 M`.
@@ -293,7 +302,7 @@ fn throughput_of(record: &Record, throughput: &Throughput) -> String {
     match (case, record.median_ns) {
         (Some(case), Some(median)) => {
             let (value, unit) = rate(case.shape, median);
-            prefixed(value) + unit
+            format!("{} {unit}", digits(value))
         }
         _ => prefixed(throughput.value) + &throughput.unit,
     }
@@ -490,6 +499,9 @@ mod tests {
         assert_eq!(digits(1.23456), "1.23");
         assert_eq!(digits(123.456), "123");
         assert_eq!(digits(1234.56), "1235");
+        assert_eq!(digits(11611.4), "11,611");
+        assert_eq!(digits(9999.7), "10,000");
+        assert_eq!(digits(1_234_567.0), "1,234,567");
         assert_eq!(digits(0.012345), "0.0123");
         assert_eq!(prefixed(2.5e9), "2.50 G");
         assert_eq!(time(1.5e6), "1.50 ms");

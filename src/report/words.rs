@@ -1,7 +1,7 @@
 //! The verdict in sentences, each with the figures that it stands on.
 
 use super::tables::{bytes, digits};
-use super::{all_measured, batches, champions, devices, find, measured, rate};
+use super::{Sweep, all_measured, batches, champions, devices, find, measured, rate};
 use crate::results::{Record, Results};
 use crate::suite::{BackendId, Case, Compute, Framework, Precision, Recipe, Shape, Workload};
 use crate::{disturbance, memory};
@@ -22,76 +22,89 @@ pub(super) fn ratio(a: Figure, b: Figure) -> (f64, [f64; 2]) {
 /// (src/compare/README.md). What differs by less was not seen.
 const APART: f64 = 1.25;
 
-/// "A is 2.3 times (2.1 to 2.5) as fast as B", from rounds in turns; without them both speeds, and a winner
-/// only where they lie further apart than runs of the same code.
+/// What two cases' times say of which is faster.
+enum Compared {
+    /// Nothing, since one was disturbed.
+    Held(String),
+    /// The place of the faster, by how much, and the interval of that.
+    Apart {
+        first: usize,
+        times: f64,
+        range: [f64; 2],
+        how: String,
+    },
+    Near {
+        how: String,
+    },
+}
+
+/// From rounds in turns; without them there is a winner only where the cases lie further apart than runs of the
+/// same code.
+fn compared(results: &Results, cases: [&Case; 2], figures: [Figure; 2]) -> Compared {
+    if let Some(held) = cases.iter().find_map(|case| held_back(results, case)) {
+        return Compared::Held(held);
+    }
+    let ids = cases.map(ToString::to_string);
+    let turn = results.turns.iter().find(|t| [&t.base, &t.head] == [&ids[0], &ids[1]]);
+    let (times, range) =
+        turn.map_or_else(|| ratio(figures[0], figures[1]), |turn| (turn.ratio, turn.ratio_ci));
+    let (first, times, range) =
+        if times >= 1.0 { (0, times, range) } else { (1, 1.0 / times, [1.0 / range[1], 1.0 / range[0]]) };
+    let [low, high] = range.map(digits);
+    match turn {
+        Some(turn) if range[0] > 1.0 => {
+            let how = format!("99 % interval, {} rounds in turns", turn.rounds);
+            Compared::Apart { first, times, range, how }
+        }
+        Some(turn) => {
+            let how =
+                format!("{low} to {high} times as fast; 99 % interval, {} rounds in turns", turn.rounds);
+            Compared::Near { how }
+        }
+        None if range[0] > APART => {
+            let apart = 100.0 * (APART - 1.0);
+            let how = format!("one after the other; runs of the same code lie up to {apart:.0} % apart");
+            Compared::Apart { first, times, range, how }
+        }
+        None => {
+            let own = results.model.as_ref().map_or_else(String::new, |own| own.variables() + " ");
+            // Cases of one recipe are compared by name; others by the turns with which a run ends.
+            let command = if cases[0].precision == cases[1].precision {
+                format!(
+                    "./scripts/compare --set quick --backends {} {} '^{}/[^/]*/{}/{}$'",
+                    cases[0].backend, cases[1].backend, cases[0].workload, cases[0].precision, cases[0].shape
+                )
+            } else {
+                "./scripts/bench".to_owned()
+            };
+            Compared::Near {
+                how: format!("one after the other, which names no winner; `{own}{command}` does"),
+            }
+        }
+    }
+}
+
+/// "A is 2.3 times as fast as B (2.1 to 2.5: how)", or both speeds.
 fn faster(results: &Results, what: &str, cases: [&Case; 2], figures: [Figure; 2]) -> String {
     let names = cases.map(|case| case.backend.framework().names().0);
     let speeds = figures.map(|f| speed(cases[0].shape, f.0));
-    if let Some(held) = cases.iter().find_map(|case| held_back(results, case)) {
-        return format!("{what}: nothing is concluded, since {held}");
-    }
-    let ids = cases.map(ToString::to_string);
-    let own = results.model.as_ref().map_or_else(String::new, |own| own.variables() + " ");
-    let Some(turn) = results.turns.iter().find(|t| [&t.base, &t.head] == [&ids[0], &ids[1]]) else {
-        // Cases of one recipe are compared by name; others by the turns with which a run ends.
-        let command = if cases[0].precision == cases[1].precision {
+    match compared(results, cases, figures) {
+        Compared::Held(why) => format!("{what}: nothing is concluded, since {why}"),
+        Compared::Apart { first, times, range, how } => {
+            let [low, high] = range.map(digits);
+            let (second, times) = (1 - first, digits(times));
             format!(
-                "./scripts/compare --set quick --backends {} {} '^{}/[^/]*/{}/{}$'",
-                cases[0].backend, cases[1].backend, cases[0].workload, cases[0].precision, cases[0].shape
+                "{what}: {} is {times} times as fast as {} ({low} to {high}: {how}; {} against {})",
+                names[first], names[second], speeds[first], speeds[second]
             )
-        } else {
-            "./scripts/bench".to_owned()
-        };
-        let (times, range) = ratio(figures[0], figures[1]);
-        let (first, second, times, [low, high]) = if times >= 1.0 {
-            (0, 1, times, range)
-        } else {
-            (1, 0, 1.0 / times, [1.0 / range[1], 1.0 / range[0]])
-        };
-        let speeds = format!("{} {}, {} {}", names[0], speeds[0], names[1], speeds[1]);
-        if low > APART {
-            return format!(
-                "{what}: {speeds}, one after the other: {} is {} times as fast as {} ({} to {} by either's own interval; \
-                 runs of the same code lie up to {:.0} % apart)",
-                names[first],
-                digits(times),
-                names[second],
-                digits(low),
-                digits(high),
-                100.0 * (APART - 1.0)
-            );
         }
-        return format!(
-            "{what}: {speeds}, one after the other, which names no winner (`{own}{command}` does)"
-        );
-    };
-    let [low, high] = turn.ratio_ci;
-    let rounds = format!("99 % interval, {} rounds in turns", turn.rounds);
-    if low <= 1.0 && high >= 1.0 {
-        return format!(
-            "{what}: no clear difference between {} and {} ({} to {} times its time; {rounds})",
-            names[0],
-            names[1],
-            digits(low),
-            digits(high)
-        );
+        Compared::Near { how } => {
+            format!(
+                "{what}: no clear difference, {} {}, {} {} ({how})",
+                names[0], speeds[0], names[1], speeds[1]
+            )
+        }
     }
-    let (first, second) = if turn.ratio > 1.0 { (0, 1) } else { (1, 0) };
-    let (times, range) = if turn.ratio > 1.0 {
-        (turn.ratio, [low, high])
-    } else {
-        (1.0 / turn.ratio, [1.0 / high, 1.0 / low])
-    };
-    format!(
-        "{what}: {} is {} times as fast as {} ({} to {}: {rounds}; alone {} and {})",
-        names[first],
-        digits(times),
-        names[second],
-        digits(range[0]),
-        digits(range[1]),
-        speeds[first],
-        speeds[second]
-    )
 }
 
 /// What a second gets through, with its unit.
@@ -160,11 +173,37 @@ pub fn verdict(results: &Results) -> Vec<String> {
 }
 
 /// The fastest training steps of two frameworks on one device, whatever their recipes.
-fn best(results: &Results, [a, b]: [Case; 2]) -> Option<String> {
-    let figures = [figure(results, &a)?, figure(results, &b)?];
-    let with = |case: &Case| format!("{} with {}", case.backend.framework().names().0, case.precision);
-    let what = format!("Training on {}, {} and {}", a.backend.device(), with(&a), with(&b));
-    Some(faster(results, &what, [&a, &b], figures))
+fn best(results: &Results, cases: [Case; 2]) -> Option<String> {
+    let figures = [figure(results, &cases[0])?, figure(results, &cases[1])?];
+    let place = format!("On {}", cases[0].backend.device());
+    let said = compared(results, [&cases[0], &cases[1]], figures);
+    let with = |i: usize| format!("{} with {}", speed(cases[i].shape, figures[i].0), cases[i].precision);
+    let name = |i: usize| cases[i].backend.framework().names().0;
+    Some(match said {
+        Compared::Held(why) => format!("{place} nothing is concluded, since {why}"),
+        Compared::Apart { first, times, range, how } => {
+            let second = 1 - first;
+            format!(
+                "{place} {} is {} times as fast as {}: {} against {} ({} to {}: {how})",
+                name(first),
+                digits(times),
+                name(second),
+                with(first),
+                with(second),
+                digits(range[0]),
+                digits(range[1])
+            )
+        }
+        Compared::Near { how } => {
+            format!(
+                "{place} neither framework is clearly faster: {} {}, {} {} ({how})",
+                name(0),
+                with(0),
+                name(1),
+                with(1)
+            )
+        }
+    })
 }
 
 /// What can be said of two backends on one device.
@@ -307,24 +346,26 @@ fn compiling(results: &Results) -> Vec<String> {
         .collect()
 }
 
-/// The best batch of each backend, where more than one was measured.
+/// The best batch and precision of each model and backend, where more than one batch was measured.
 fn sizes(results: &Results) -> Vec<String> {
     let measured = all_measured(results);
-    let best_of = |speeds: &[(usize, f64)]| speeds.iter().copied().max_by(|a, b| a.1.total_cmp(&b.1));
-    batches(&measured)
-        .iter()
-        .filter_map(|sweep| {
-            let (batch, speed) = best_of(&sweep.speeds)?;
-            Some(format!(
-                "Training {} on {} in {} is fastest at batch {batch}: {} {}",
-                sweep.model,
-                sweep.backend,
-                sweep.precision,
-                digits(speed),
-                sweep.unit
-            ))
-        })
-        .collect()
+    let mut best: Vec<(Sweep, (usize, f64))> = Vec::new();
+    for sweep in batches(&measured) {
+        let Some(most) = sweep.speeds.iter().copied().max_by(|a, b| a.1.total_cmp(&b.1)) else { continue };
+        match best.iter_mut().find(|(s, _)| (s.model, s.backend) == (sweep.model, sweep.backend)) {
+            Some(known) if known.1.1 < most.1 => *known = (sweep, most),
+            Some(_) => {}
+            None => best.push((sweep, most)),
+        }
+    }
+    let line = |(sweep, (batch, speed)): (Sweep, (usize, f64))| {
+        let speed = format!("{} {}", digits(speed), sweep.unit);
+        format!(
+            "Of the batches measured, {} trains fastest on {} at {batch}, in {}: {speed}",
+            sweep.model, sweep.backend, sweep.precision
+        )
+    };
+    best.into_iter().map(line).collect()
 }
 
 /// Cases whose time hangs on what the heap did before.
@@ -393,14 +434,21 @@ mod tests {
     #[test]
     fn a_winner_is_named_from_rounds_in_turns_or_where_runs_lie_far_apart() {
         let said = pair(Some([3.1, 2.5, 3.8]), 0.0);
-        assert!(said.contains("PyTorch is 3.10 times as fast as MLX (2.50 to 3.80"), "{said}");
-        assert!(said.contains("32.0 samples/s") && said.contains("3 rounds"), "{said}");
+        assert!(
+            said.starts_with("On the CPU PyTorch is 3.10 times as fast as MLX: 32.0 samples/s with f32"),
+            "{said}"
+        );
+        assert!(said.contains("(2.50 to 3.80: 99 % interval, 3 rounds in turns)"), "{said}");
         let said = pair(Some([0.5, 0.4, 0.625]), 0.0);
-        assert!(said.contains("MLX is 2.00 times as fast as PyTorch (1.60 to 2.50"), "{said}");
-        assert!(pair(Some([1.1, 0.9, 1.3]), 0.0).contains("no clear difference"));
+        assert!(
+            said.contains("MLX is 2.00 times as fast as PyTorch") && said.contains("(1.60 to 2.50"),
+            "{said}"
+        );
+        assert!(pair(Some([1.1, 0.9, 1.3]), 0.0).contains("neither framework is clearly faster"));
         let said = pair(None, 0.0);
         // The intervals allow 2.45, and runs of the same code 1.25.
-        assert!(said.contains("one after the other: PyTorch is 3.00 times as fast as MLX (2.45"), "{said}");
+        assert!(said.contains("PyTorch is 3.00 times as fast as MLX"), "{said}");
+        assert!(said.contains("(2.45 to 3.67: one after the other"), "{said}");
         let said = pair(Some([3.1, 2.5, 3.8]), 0.3);
         assert!(said.contains("nothing is concluded") && said.contains("30 %"), "{said}");
     }
@@ -413,10 +461,15 @@ mod tests {
             answer(&Results::new(Machine::default(), cases))[0].clone()
         };
         let near = said(1.4);
-        assert!(near.starts_with("Training on the CPU, PyTorch with amp and MLX with f32-opt"), "{near}");
-        assert!(near.contains("names no winner (`./scripts/bench` does)"), "{near}");
+        assert!(
+            near.starts_with(
+                "On the CPU neither framework is clearly faster: PyTorch 40.0 samples/s with amp, MLX"
+            ),
+            "{near}"
+        );
+        assert!(near.contains("names no winner; `./scripts/bench` does"), "{near}");
         assert!(said(3.5).contains("PyTorch is 3.50 times as fast as MLX"), "{}", said(3.5));
-        assert!(said(0.3).contains("MLX is 3.33 times as fast as PyTorch (2.73 to 4.07"), "{}", said(0.3));
+        assert!(said(0.3).contains("MLX is 3.33 times as fast as PyTorch"), "{}", said(0.3));
         let cases = vec![record(ids[0], 400e6), record(ids[1], 1400e6)];
         let mut results = Results::new(Machine::default(), cases);
         results.turns = vec![crate::results::Turn {
@@ -427,7 +480,7 @@ mod tests {
             rounds: 3,
             commit: String::new(),
         }];
-        assert!(answer(&results)[0].contains("PyTorch is 3.50 times as fast as MLX (3.20 to 3.90"));
+        assert!(answer(&results)[0].contains("(3.20 to 3.90: 99 %"), "{}", answer(&results)[0]);
     }
 
     #[test]
