@@ -21,7 +21,7 @@ pub fn escaped(text: &str) -> String {
 }
 
 /// A Markdown table whose columns line up as plain text too.
-fn table(out: &mut String, header: &[&str], rows: &[Vec<String>]) {
+pub fn table(out: &mut String, header: &[&str], rows: &[Vec<String>]) {
     let rows: Vec<Vec<String>> =
         rows.iter().map(|row| row.iter().map(|cell| escaped(cell)).collect()).collect();
     let width = |column: usize| {

@@ -5,6 +5,7 @@ pub mod export;
 pub mod html;
 pub mod markdown;
 pub mod plots;
+pub mod publish;
 pub mod side_by_side;
 pub mod tables;
 pub mod words;

@@ -24,9 +24,9 @@ pub struct Plot {
 const WIDTH: u32 = 520;
 const FONT: &str = "sans-serif";
 /// Plotters writes a size as four fifths as many pixels.
-const LARGE: i32 = 19;
-const SMALL: i32 = 17;
-const INK: RGBColor = RGBColor(60, 60, 60);
+pub(super) const LARGE: i32 = 19;
+pub(super) const SMALL: i32 = 17;
+pub(super) const INK: RGBColor = RGBColor(60, 60, 60);
 
 /// What a colour means, on the whole page: these are phases of a step, of which no backend has the colour.
 /// Told apart by readers who see fewer colours (after Okabe and Ito).
@@ -36,7 +36,7 @@ const OPTIMIZER: (&str, RGBColor) = ("optimizer", RGBColor(110, 80, 160));
 const REST: (&str, RGBColor) = ("the rest", RGBColor(170, 170, 170));
 const EXCHANGE: (&str, RGBColor) = ("exchange that nothing hides", RGBColor(160, 20, 60));
 
-type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
+pub(super) type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
 /// Draws into an SVG that scales with the page.
 fn drawn(height: u32, draw: impl FnOnce(&Area<'_>) -> Result<()>) -> Result<String> {
@@ -50,12 +50,24 @@ fn drawn(height: u32, draw: impl FnOnce(&Area<'_>) -> Result<()>) -> Result<Stri
     Ok(svg.replacen(&sized, "width=\"100%\"", 1))
 }
 
-fn wrong(error: impl std::fmt::Display) -> anyhow::Error {
+/// Draws into an SVG that stands alone: a page may be dark behind it.
+pub(super) fn drawn_on_paper(height: u32, draw: impl FnOnce(&Area<'_>) -> Result<()>) -> Result<String> {
+    let mut svg = String::new();
+    {
+        let area = SVGBackend::with_string(&mut svg, (WIDTH, height)).into_drawing_area();
+        area.fill(&WHITE).map_err(wrong)?;
+        draw(&area)?;
+        area.present().map_err(wrong)?;
+    }
+    Ok(svg)
+}
+
+pub(super) fn wrong(error: impl std::fmt::Display) -> anyhow::Error {
     anyhow!("a plot could not be drawn: {error}")
 }
 
 /// PyTorch is blue and MLX is orange, the darker the faster its kind of device tends to be.
-fn colour(backend: BackendId) -> RGBColor {
+pub(super) fn colour(backend: BackendId) -> RGBColor {
     match backend {
         BackendId::TorchCpu => RGBColor(86, 180, 233),
         BackendId::TorchMps => RGBColor(0, 114, 178),
@@ -66,12 +78,12 @@ fn colour(backend: BackendId) -> RGBColor {
     }
 }
 
-fn text(area: &Area<'_>, words: &str, at: (i32, i32), size: i32) -> Result<()> {
+pub(super) fn text(area: &Area<'_>, words: &str, at: (i32, i32), size: i32) -> Result<()> {
     area.draw_text(words, &(FONT, size).into_text_style(area).color(&INK), at).map_err(wrong)
 }
 
 /// Squares of colours with what they mean, in a line.
-fn legend(area: &Area<'_>, entries: &[(&str, RGBColor)], top: i32) -> Result<()> {
+pub(super) fn legend(area: &Area<'_>, entries: &[(&str, RGBColor)], top: i32) -> Result<()> {
     let mut left = 4;
     for (name, colour) in entries {
         area.draw(&Rectangle::new([(left, top + 2), (left + 12, top + 14)], colour.filled()))
@@ -83,42 +95,52 @@ fn legend(area: &Area<'_>, entries: &[(&str, RGBColor)], top: i32) -> Result<()>
 }
 
 /// Horizontal bars: label, segments with colours, an interval around the end, a note.
-#[derive(Clone)]
-struct Bar {
-    label: String,
-    segments: Vec<(f64, RGBColor)>,
-    interval: Option<[f64; 2]>,
-    note: String,
+pub(super) struct Bar {
+    /// Empty where it belongs to the one above.
+    pub label: String,
+    pub segments: Vec<(f64, RGBColor)>,
+    pub interval: Option<[f64; 2]>,
+    pub note: String,
 }
 
-/// Bars below each other, each under its label; `meaning` of their colours stands above them.
-fn bars(rows: &[Bar], meaning: &[(&str, RGBColor)]) -> Result<String> {
+/// Draws bars below each other, each under its label, from `top` on; returns how high they are.
+pub(super) fn bars_into(area: Option<&Area<'_>>, rows: &[Bar], top: i32) -> Result<i32> {
     let total = |bar: &Bar| bar.segments.iter().map(|s| s.0).sum::<f64>();
     let most = rows.iter().map(|b| b.interval.map_or(total(b), |i| i[1].max(total(b)))).fold(0.0, f64::max);
-    let (line, left, end) = (44, 4, WIDTH as i32 - 150);
-    let first = if meaning.is_empty() { 4 } else { 28 };
-    drawn((first + rows.len() as i32 * line + 6) as u32, |area| {
-        legend(area, meaning, 4)?;
-        let scale = |value: f64| left + ((end - left) as f64 * value / most) as i32;
-        for (index, bar) in rows.iter().enumerate() {
-            let top = first + index as i32 * line;
-            text(area, &bar.label, (left, top), LARGE)?;
-            let (upper, lower) = (top + 20, top + 37);
-            let mut from = 0.0;
-            for &(length, colour) in &bar.segments {
-                let corners = [(scale(from), upper), (scale(from + length), lower)];
-                area.draw(&Rectangle::new(corners, colour.filled())).map_err(wrong)?;
-                from += length;
-            }
-            if let Some([low, high]) = bar.interval {
-                let middle = (upper + lower) / 2;
-                let whisker = vec![(scale(low), middle), (scale(high), middle)];
-                area.draw(&PathElement::new(whisker, BLACK.stroke_width(2))).map_err(wrong)?;
-            }
-            let reached = bar.interval.map_or(from, |i| i[1].max(from));
-            text(area, &bar.note, (scale(reached) + 6, upper), LARGE)?;
+    let (left, end) = (4, WIDTH as i32 - 150);
+    let scale = |value: f64| left + ((end - left) as f64 * value / most) as i32;
+    let mut at = top;
+    for bar in rows {
+        let labelled = !bar.label.is_empty();
+        let upper = if labelled { at + 20 } else { at - 4 };
+        let lower = upper + 17;
+        let (line, middle) = (at, (upper + lower) / 2);
+        at = lower + 7;
+        let Some(area) = area else { continue };
+        text(area, &bar.label, (left, line), LARGE)?;
+        let mut from = 0.0;
+        for &(length, colour) in &bar.segments {
+            let corners = [(scale(from), upper), (scale(from + length), lower)];
+            area.draw(&Rectangle::new(corners, colour.filled())).map_err(wrong)?;
+            from += length;
         }
-        Ok(())
+        if let Some([low, high]) = bar.interval {
+            let whisker = vec![(scale(low), middle), (scale(high), middle)];
+            area.draw(&PathElement::new(whisker, BLACK.stroke_width(2))).map_err(wrong)?;
+        }
+        let reached = bar.interval.map_or(from, |i| i[1].max(from));
+        text(area, &bar.note, (scale(reached) + 6, upper), LARGE)?;
+    }
+    Ok(at - top)
+}
+
+/// A picture of bars; `meaning` of their colours stands above them.
+fn bars(rows: &[Bar], meaning: &[(&str, RGBColor)]) -> Result<String> {
+    let first = if meaning.is_empty() { 4 } else { 28 };
+    let height = bars_into(None, rows, first)?;
+    drawn((first + height) as u32, |area| {
+        legend(area, meaning, 4)?;
+        bars_into(Some(area), rows, first).map(drop)
     })
 }
 

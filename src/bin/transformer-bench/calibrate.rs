@@ -20,6 +20,7 @@ use transformer_bench::compare::rule::{Rule, THRESHOLD, Verdict};
 use transformer_bench::compare::sides::{self, Source};
 use transformer_bench::compare::stop::{self, go_on};
 use transformer_bench::compare::worker::{Side, Threads, Worker};
+use transformer_bench::report::publish;
 use transformer_bench::results;
 use transformer_bench::results::machine::Machine;
 use transformer_bench::statistics::{lower_quartile, median};
@@ -37,7 +38,8 @@ use super::compare::LONGEST;
 #[derive(Args)]
 #[command(after_help = "Examples:
   scripts/calibrate --minutes 60
-  scripts/calibrate --minutes 60 --write   puts the table into src/compare/README.md")]
+  scripts/calibrate --minutes 60 --write   puts the table into src/compare/README.md
+  scripts/calibrate --minutes 30 --curve --write && scripts/publish")]
 pub struct Arguments {
     /// About how long to go on
     #[arg(long, default_value_t = 30.0)]
@@ -57,7 +59,10 @@ pub struct Arguments {
     /// Only compare equal sides
     #[arg(long)]
     equal: bool,
-    /// Write the table between the marks in src/compare/README.md
+    /// Only look for slowdowns from 0 to 10 per cent with the default threshold: the power curve
+    #[arg(long, conflicts_with = "equal")]
+    curve: bool,
+    /// Write the table between its marks in src/compare/README.md
     #[arg(long)]
     write: bool,
     /// Only write the rounds of one comparison of equal sides to FILE: the noise that tests
@@ -99,6 +104,9 @@ const KINDS: [Kind; 18] = [
     kind(0.0, false, THRESHOLD),
     kind(0.01, true, FINE),
 ];
+
+/// The slowdowns of the power curve, those near the threshold apart by less.
+const CURVE: [f64; 7] = [0.0, 0.01, 0.015, 0.02, 0.03, 0.05, 0.10];
 
 /// The threshold with which one per cent is looked for.
 const FINE: f64 = 0.01;
@@ -166,7 +174,14 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     if let Some(path) = &arguments.record {
         return record(&own, &draw(&cases, arguments.cases, &mut random), path);
     }
-    let kinds: Vec<Kind> = KINDS.into_iter().filter(|k| !arguments.equal || k.slowdown == 0.0).collect();
+    let kinds: Vec<Kind> = if arguments.curve {
+        CURVE
+            .iter()
+            .flat_map(|&slowdown| [false, true].map(|loaded| kind(slowdown, loaded, THRESHOLD)))
+            .collect()
+    } else {
+        KINDS.into_iter().filter(|k| !arguments.equal || k.slowdown == 0.0).collect()
+    };
     let mut counts: Vec<(Kind, Count)> = Vec::new();
     let mut criterion = (0, 0);
     let start = Instant::now();
@@ -189,7 +204,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
             Err(_) if stop::interrupted() => break,
             done => done?,
         }
-        if turn % 3 == 1 {
+        if turn % 3 == 1 && !arguments.curve {
             for case in &picked[..2.min(picked.len())] {
                 if let Some(called) = criterions_own(&own, case)? {
                     criterion.0 += u64::from(called);
@@ -212,7 +227,8 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     if arguments.write {
         ensure!(!counts.is_empty(), "nothing was compared, so nothing was written: give it more --minutes");
     }
-    if arguments.write { insert(Path::new("src/compare/README.md"), &table) } else { Ok(()) }
+    let name = if arguments.curve { "power" } else { "calibrate" };
+    if arguments.write { insert(Path::new("src/compare/README.md"), name, &table) } else { Ok(()) }
 }
 
 /// Some cases, none of them twice.
@@ -364,6 +380,11 @@ fn interval(hits: u64, trials: u64) -> String {
     format!("{:.1} % ({:.1} to {:.1})", 100.0 * k / n, 100.0 * low, 100.0 * high)
 }
 
+/// Per cent as a reader writes it: 1.5 is 1.5, although 0.015 is no binary number.
+fn round(share: f64) -> f64 {
+    (1000.0 * share).round() / 10.0
+}
+
 fn table(counts: &[(Kind, Count)], criterion: (u64, u64)) -> String {
     let mut text = String::from(
         "| head is slower by | threshold | machine | comparisons | called slower | called faster | equivalent | inconclusive | median found | time a case |\n\
@@ -372,8 +393,8 @@ fn table(counts: &[(Kind, Count)], criterion: (u64, u64)) -> String {
     for (kind, c) in counts {
         text.push_str(&format!(
             "| {} % | {} % | {} | {} | {} | {} | {} | {} | {:+.2} % | {:.1} s |\n",
-            100.0 * kind.slowdown,
-            100.0 * kind.threshold,
+            round(kind.slowdown),
+            round(kind.threshold),
             if kind.loaded { "loaded" } else { "as it was" },
             c.trials,
             interval(c.slower, c.trials),
@@ -395,12 +416,11 @@ fn table(counts: &[(Kind, Count)], criterion: (u64, u64)) -> String {
     text
 }
 
-fn insert(path: &Path, table: &str) -> Result<()> {
-    const MARKS: [&str; 2] = ["<!-- calibrate -->", "<!-- end of calibrate -->"];
-    let text = std::fs::read_to_string(path)?;
-    let (before, rest) = text.split_once(MARKS[0]).context("src/compare/README.md has no mark for it")?;
-    let (_, after) = rest.split_once(MARKS[1]).context("src/compare/README.md has no end mark")?;
-    results::write_whole(path, &format!("{before}{}\n{table}{}{after}", MARKS[0], MARKS[1]))
+/// Puts the table between the marks of its name.
+fn insert(path: &Path, name: &str, table: &str) -> Result<()> {
+    let text =
+        std::fs::read_to_string(path).with_context(|| format!("{} could not be read", path.display()))?;
+    results::write_whole(path, &publish::between(&text, name, table)?)
 }
 
 #[cfg(test)]

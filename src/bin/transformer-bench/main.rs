@@ -6,6 +6,7 @@ mod compare;
 mod flamegraph;
 mod list;
 mod output;
+mod publish;
 mod report;
 mod turns;
 
@@ -38,6 +39,7 @@ enum Command {
     Report(report::Arguments),
     Turns(turns::Arguments),
     List(list::Arguments),
+    Publish(publish::Arguments),
     #[command(alias = "selftest")]
     Calibrate(calibrate::Arguments),
 }
@@ -62,6 +64,7 @@ fn main() -> ExitCode {
     let (name, result) = match arguments.command {
         Command::Baseline(arguments) => ("baseline", baseline::run(arguments).map(|()| 0)),
         Command::Report(arguments) => ("report", report::run(&arguments).map(|()| 0)),
+        Command::Publish(arguments) => ("publish", publish::run(&arguments).map(|()| 0)),
         Command::List(arguments) => ("list", list::run(&arguments).map(|()| 0)),
         Command::Compare(arguments) => {
             stop::catch_interrupts();

@@ -15,7 +15,7 @@ use transformer_bench::results::{self, Results, run};
 #[command(after_help = "Examples:
   scripts/report                            the last run
   scripts/report --from results.json        a run from elsewhere
-  scripts/report h100-80gb-hbm3/quick-torch intel-xeon-processor-2-cores/quick")]
+  scripts/report h100-80gb-hbm3-x2/training amd-epyc-avx512-2-cores/quick")]
 pub struct Arguments {
     /// Saved baselines: NAME or MACHINE/NAME (scripts/baseline list)
     machines: Vec<String>,

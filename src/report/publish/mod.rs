@@ -1,0 +1,277 @@
+//! What README.md and criterion-baselines/README.md show of the baselines: made here, and nowhere by hand.
+
+mod pictures;
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use serde::Deserialize;
+
+use super::{all_measured, champions, markdown, tables, words};
+use crate::results::Results;
+use crate::results::baseline;
+use crate::suite::{Case, Workload};
+
+/// A step beside the same step written in Python, interleaved: a line of `<machine>/python.csv`, which
+/// `scripts/reference --save` writes.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Twin {
+    pub date: String,
+    pub case: String,
+    /// How Python writes it: `eager`, `torch.compile, reduce-overhead` …
+    pub python: String,
+    pub ours_ms: f64,
+    pub python_ms: f64,
+    /// The median of the rounds' ratios of our time to Python's.
+    pub ratio: f64,
+}
+
+/// A machine's folder in criterion-baselines/.
+pub struct Kept {
+    /// `h100-80gb-hbm3/training`.
+    pub name: String,
+    pub results: Results,
+    /// Of this kind of machine.
+    pub twins: Vec<Twin>,
+}
+
+impl Kept {
+    /// `AMD EPYC, 2 cores, AVX512`, or the GPUs.
+    fn title(&self) -> String {
+        let m = &self.results.machine;
+        match &m.gpus[..] {
+            [] if m.vectors.is_empty() => format!("{}, {} cores", m.cpu, m.cores),
+            [] => format!("{}, {} cores, {}", m.cpu, m.cores, m.vectors),
+            [gpu] => gpu.clone(),
+            [gpu, ..] => format!("{gpu}, one of {}", m.gpus.len()),
+        }
+    }
+
+    /// Python's figures of a case; of the first way in which Python writes it.
+    pub fn twin(&self, case: &Case) -> Option<&Twin> {
+        let id = case.to_string();
+        self.twins.iter().find(|twin| twin.case == id)
+    }
+}
+
+/// The rows of a machine's python.csv; none where it has no such file.
+fn twins(folder: &Path) -> Result<Vec<Twin>> {
+    let path = folder.join("python.csv");
+    if !path.exists() {
+        return Ok(Vec::new());
+    }
+    let mut reader =
+        csv::Reader::from_path(&path).with_context(|| format!("{} could not be read", path.display()))?;
+    let rows: Vec<Twin> = reader
+        .deserialize()
+        .collect::<Result<_, _>>()
+        .with_context(|| format!("{} is damaged", path.display()))?;
+    for row in &rows {
+        let positive = [row.ours_ms, row.python_ms, row.ratio].iter().all(|v| v.is_finite() && *v > 0.0);
+        ensure!(
+            positive && row.case.parse::<Case>().is_ok(),
+            "{}: {} has no figures",
+            path.display(),
+            row.case
+        );
+    }
+    Ok(rows)
+}
+
+/// Every baseline under `root`, GPUs first, with the Python figures of its kind of machine.
+///
+/// # Errors
+/// Where a file is damaged.
+pub fn kept(root: &Path) -> Result<Vec<Kept>> {
+    let mut by_machine: BTreeMap<String, Vec<Twin>> = BTreeMap::new();
+    for entry in
+        fs::read_dir(root).with_context(|| format!("{} could not be read", root.display()))?.flatten()
+    {
+        by_machine.insert(entry.file_name().to_string_lossy().into_owned(), twins(&entry.path())?);
+    }
+    let mut all = Vec::new();
+    for (machine, name, file) in baseline::list(root) {
+        let results = baseline::load(&file)?.results();
+        // One GPU and two of its kind pay the same for Python.
+        let of = |folder: &&String| machine == **folder || machine.starts_with(&format!("{folder}-x"));
+        let twins =
+            by_machine.keys().rev().filter(of).flat_map(|folder| by_machine[folder].clone()).collect();
+        all.push(Kept { name: format!("{machine}/{name}"), results, twins });
+    }
+    all.sort_by_key(|kept| (kept.results.machine.gpus.is_empty(), kept.name.clone()));
+    Ok(all)
+}
+
+/// The baselines that answer the question: both frameworks on one device.
+fn answering(all: &[Kept]) -> impl Iterator<Item = &Kept> {
+    all.iter().filter(|kept| kept.results.model.is_none() && !champions(&kept.results).is_empty())
+}
+
+/// README.md's first screen.
+fn answer(all: &[Kept]) -> String {
+    let mut out = String::new();
+    for kept in answering(all) {
+        for sentence in words::answer(&kept.results) {
+            let _ = writeln!(out, "- **{}** ({}): {sentence}", kept.title(), kept.results.machine.date);
+        }
+    }
+    out.push_str(
+        "- **Mac**: nobody has sent figures yet. `./scripts/bench && ./scripts/baseline save first-mac` makes them; \
+         [how to send them](.github/CONTRIBUTING.md#your-machines-figures).\n\n",
+    );
+    out.push_str("![Training steps of both frameworks](criterion-baselines/answer.svg)\n\n");
+    let pays: Vec<String> = answering(all).filter_map(pays).collect();
+    let _ = writeln!(
+        out,
+        "Measured from Rust. Python takes this many times as long for the same step, interleaved: {}.",
+        pays.join("; ")
+    );
+    out
+}
+
+/// `on an NVIDIA H100, PyTorch 1.27 (f32) …`: how much longer Python takes for the headline's steps.
+fn pays(kept: &Kept) -> Option<String> {
+    let shape = kept.results.headline();
+    let of = |twin: &Twin| {
+        let case: Case = twin.case.parse().ok()?;
+        (case.shape == shape && case.workload == Workload::TrainStep).then_some(())?;
+        let name = case.backend.framework().names().0;
+        Some(format!("{name} {} {:.2}", case.precision, 1.0 / twin.ratio))
+    };
+    let all: Vec<String> = kept.twins.iter().filter_map(of).collect();
+    (!all.is_empty()).then(|| format!("{}, {}", kept.title(), all.join(", ")))
+}
+
+/// The tables of README.md: what each machine printed.
+fn printed(all: &[Kept]) -> Result<String> {
+    let mut out = String::new();
+    for kept in answering(all) {
+        let table = tables::first(&kept.results).context("a training step was measured")?;
+        let m = &kept.results.machine;
+        let version = |name: &str| m.versions.iter().find(|v| v.0 == name).map_or("?", |v| v.1.as_str());
+        let _ = writeln!(
+            out,
+            "{}, {}, {}: PyTorch {}, MLX {}, commit {} (`{}`):\n",
+            kept.title(),
+            kept.results.headline(),
+            m.date,
+            version("PyTorch"),
+            version("MLX"),
+            m.commit,
+            kept.name
+        );
+        markdown::table(&mut out, table.header, &table.rows);
+    }
+    Ok(out)
+}
+
+/// criterion-baselines/README.md's table of what is kept.
+fn listed(all: &[Kept]) -> String {
+    let rows: Vec<Vec<String>> = all
+        .iter()
+        .map(|kept| {
+            let m = &kept.results.machine;
+            let measured = all_measured(&kept.results).len();
+            let date = if m.date.is_empty() { "–" } else { &m.date };
+            vec![
+                format!("`{}`", kept.name),
+                kept.title(),
+                date.to_owned(),
+                m.commit.clone(),
+                measured.to_string(),
+                kept.results.turns.len().to_string(),
+            ]
+        })
+        .collect();
+    let mut out = String::new();
+    markdown::table(&mut out, &["baseline", "machine", "date", "commit", "cases", "in turns"], &rows);
+    out
+}
+
+/// criterion-baselines/README.md's tables of Python's figures, a machine each.
+fn interleaved(root: &Path) -> Result<String> {
+    let mut folders: Vec<PathBuf> = fs::read_dir(root)?.flatten().map(|entry| entry.path()).collect();
+    folders.sort();
+    let mut out = String::new();
+    for folder in folders {
+        let rows: Vec<Vec<String>> = twins(&folder)?
+            .iter()
+            .map(|twin| {
+                vec![
+                    format!("`{}`", twin.case),
+                    format!("{:.2}", twin.ours_ms),
+                    format!("{} {:.2}", twin.python, twin.python_ms),
+                    format!("{:.2}", twin.ratio),
+                    twin.date.clone(),
+                ]
+            })
+            .collect();
+        if !rows.is_empty() {
+            let name = folder.file_name().unwrap_or_default().to_string_lossy();
+            let _ = writeln!(out, "`{name}`:\n");
+            markdown::table(&mut out, &["case", "ours, ms", "Python, ms", "ratio", "date"], &rows);
+        }
+    }
+    Ok(out)
+}
+
+/// Puts a text between the marks of its name.
+///
+/// # Errors
+/// Where the page has no such marks.
+pub fn between(page: &str, name: &str, text: &str) -> Result<String> {
+    let marks = [format!("<!-- {name} -->"), format!("<!-- end of {name} -->")];
+    let (before, rest) = page.split_once(&marks[0]).with_context(|| format!("{} is missing", marks[0]))?;
+    let (_, after) = rest.split_once(&marks[1]).with_context(|| format!("{} is missing", marks[1]))?;
+    Ok(format!("{before}{}\n{}\n{}{after}", marks[0], text.trim_end(), marks[1]))
+}
+
+/// Every file that shows figures of baselines, as it should be; `root` is the project's.
+///
+/// # Errors
+/// Where a baseline is damaged, or a page has lost its marks.
+pub fn files(root: &Path) -> Result<Vec<(PathBuf, String)>> {
+    let folder = root.join("criterion-baselines");
+    let all = kept(&folder)?;
+    let read = |path: &Path| {
+        fs::read_to_string(path).with_context(|| format!("{} could not be read", path.display()))
+    };
+    let front = root.join("README.md");
+    let mut page = between(&read(&front)?, "answer", &answer(&all))?;
+    page = between(&page, "printed", &printed(&all)?)?;
+    let data = folder.join("README.md");
+    let mut kept_page = between(&read(&data)?, "baselines", &listed(&all))?;
+    kept_page = between(&kept_page, "python", &interleaved(&folder)?)?;
+    let shown: Vec<&Kept> = answering(&all).collect();
+    let trials = pictures::trials(&read(&root.join("src/compare/README.md"))?)?;
+    Ok(vec![
+        (front, page),
+        (data, kept_page),
+        (folder.join("answer.svg"), pictures::answer(&shown)?),
+        (root.join("src/compare/power.svg"), pictures::power(&trials)?),
+    ])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_published_figure_is_a_baselines() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        for (path, text) in files(root).unwrap() {
+            let found = fs::read_to_string(&path).unwrap_or_default();
+            assert!(found == text, "{} is not what the baselines say: run ./scripts/publish", path.display());
+        }
+    }
+
+    #[test]
+    fn text_goes_between_its_marks_alone() {
+        let page = "a\n<!-- x -->\nold\n<!-- end of x -->\nb";
+        assert_eq!(between(page, "x", "new\n").unwrap(), "a\n<!-- x -->\nnew\n<!-- end of x -->\nb");
+        assert!(between(page, "y", "").unwrap_err().to_string().contains("<!-- y -->"));
+    }
+}
