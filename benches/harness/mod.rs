@@ -346,7 +346,7 @@ fn sample(
     };
     if !options.test {
         let seconds = plan.duration(step).as_secs_f64().ceil();
-        eprintln!("{place} {case}: {} samples, about {seconds:.0} s", plan.samples);
+        eprintln!("{place} {case}: {} timings, about {seconds:.0} s", plan.samples);
     }
     let seen = time_samples(criterion, sampler, options, prepared.as_mut(), case, &plan)?;
     if options.profile {

@@ -37,7 +37,8 @@ class Options(unittest.TestCase):
             "reference": ("--round", "--rounds", 1), "baseline": ("--hlp", "--help", 2),
             "compare": ("--treshold", "--threshold", 2), "flamegraph": ("--slowst", "--slowest", 2),
             "report": ("--hlp", "--help", 2), "selftest": ("--minuts", "--minutes", 2),
-            "calibrate": ("--minuts", "--minutes", 2), "list": ("--flps", "--flops", 2)}
+            "calibrate": ("--minuts", "--minutes", 2), "list": ("--flps", "--flops", 2),
+            "publish": ("--chek", "--check", 2)}
 
     def scripts(self):
         return sorted(p.name for p in (ROOT / "scripts").iterdir() if p.is_file() and os.access(p, os.X_OK))
@@ -62,12 +63,12 @@ class Options(unittest.TestCase):
     def test_examples_run_as_printed(self):
         """Those that only read what is there."""
         examples = []
-        for script in ("list", "report"):
+        for script in ("list", "report", "publish"):
             _, text = run(f"scripts/{script}", "--help")
             lines = text.split("Examples:")[1].splitlines()
             examples += [line.split("  ")[0] for line in map(str.strip, lines) if line.startswith("scripts/")]
-        tried = [example for example in examples if "list" in example or "/quick" in example]
-        self.assertGreaterEqual(len(tried), 3, examples)
+        tried = [example for example in examples if "list" in example or "/quick" in example or "--check" in example]
+        self.assertGreaterEqual(len(tried), 4, examples)
         for example in tried:
             code, text = run(*example.split())
             self.assertEqual(code, 0, f"{example}: {text[-300:]}")
@@ -86,7 +87,7 @@ class Options(unittest.TestCase):
         subprocess.run(["cargo", "build", "--quiet", "--release", "--locked", "--bins"], cwd=ROOT, check=True)
         code, text = run("target/release/transformer-bench", "--help")
         self.assertEqual(code, 0)
-        for name in ("baseline", "compare", "flamegraph", "report", "list", "calibrate"):
+        for name in ("baseline", "compare", "flamegraph", "report", "list", "calibrate", "publish"):
             self.assertRegex(text, f"(?m)^  {name} +[A-Z]")
 
 

@@ -127,6 +127,13 @@ mod tests {
         });
         let page = render(&results, &|_| Vec::new(), "./scripts/bench --quick").unwrap();
         let page = page.replace("&#x2f;", "/");
+        let at = |text: &str| page.find(text).unwrap_or_else(|| panic!("no {text}"));
+        assert!(
+            at("class=\"answer\"") < at("<svg") && at("<svg") < at("<table"),
+            "the answer and the picture come first"
+        );
+        assert!(at("class=\"badge quiet\"") < at("<svg"));
+        assert!(at("<table") < at("Not measured here"), "what is missing is folded below");
         for text in
             ["PyTorch is 2.00 times as fast as MLX", "32.0", "16.0", "./scripts/bench --quick", "<svg"]
         {

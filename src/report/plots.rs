@@ -563,3 +563,54 @@ pub fn all(results: &Results, of: &dyn Fn(&str) -> Vec<f64>) -> Result<Vec<Plot>
     plots.extend(times(&measured)?);
     Ok(plots)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::all_measured;
+    use super::super::tests::record;
+    use super::*;
+    use crate::results::machine::Machine;
+
+    #[test]
+    fn marks_are_round() {
+        let marks = |range: Range<f64>| -> Vec<String> {
+            Logarithms::from(range).marks.iter().map(|mark| round(10f64.powf(*mark))).collect()
+        };
+        assert_eq!(marks(0.9..2.2), ["10", "20", "50", "100"]);
+        assert_eq!(marks(-1.4..0.1), ["0.05", "0.1", "0.2", "0.5", "1"]);
+        assert_eq!(marks(0.5..4.2), ["10", "100", "1000", "10000"]);
+    }
+
+    #[test]
+    fn what_stands_above_the_roof_says_why() {
+        let cases = |forward| {
+            [
+                ("matmul-peak/torch-cpu/f32/n1024", 10e6),
+                ("copy-peak/torch-cpu/f32/m256", 10e6),
+                ("forward/torch-cpu/f32/indicator-b16", forward),
+            ]
+            .map(|(id, median)| record(id, median))
+            .to_vec()
+        };
+        let note = |forward| {
+            let results = Results::new(Machine::default(), cases(forward));
+            let measured = all_measured(&results);
+            roofline(&measured, BackendId::TorchCpu, results.headline()).unwrap().unwrap().note
+        };
+        assert!(!note(100e6).contains("above the roof"), "{}", note(100e6));
+        let said = note(0.1e6);
+        assert!(
+            said.contains("optimizer-step f32 stands above the roof") && said.contains("caches"),
+            "{said}"
+        );
+    }
+
+    #[test]
+    fn a_backend_has_its_colour_and_no_phase_has_it() {
+        let mut all: Vec<RGBColor> = BackendId::ALL.iter().map(|&backend| colour(backend)).collect();
+        all.extend([FORWARD, BACKWARD, OPTIMIZER, REST, EXCHANGE].map(|phase| phase.1));
+        for (i, a) in all.iter().enumerate() {
+            assert!(all[i + 1..].iter().all(|b| a != b), "{a:?} means two things");
+        }
+    }
+}

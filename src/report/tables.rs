@@ -463,6 +463,63 @@ mod tests {
     use super::super::tests::record;
     use super::*;
 
+    fn step(precision: &str, median: f64) -> Record {
+        record(&format!("train-step/torch-cuda/{precision}/indicator-b16"), median)
+    }
+
+    #[test]
+    fn the_fastest_recipe_is_always_in_the_table() {
+        let mut cases = vec![step("f32", 20e6), step("amp-compile", 2e6)];
+        let rows = |cases: &[Record]| {
+            first(&Results::new(machine::Machine::default(), cases.to_vec())).unwrap().rows
+        };
+        assert_eq!(rows(&cases).len(), 2);
+        cases.push(step("bf16-compile", 1e6));
+        let all = rows(&cases);
+        assert_eq!(all[2][0], "PyTorch CUDA, parameters in bf16 (bf16-compile)");
+        assert_eq!(all[2][1..4], ["16,000", "14,545 to 17,778", "20.00×"]);
+        cases.push(step("tf32-opt", 0.5e6));
+        assert_eq!(rows(&cases)[2][0], "PyTorch CUDA, products in TF32 (tf32-opt)");
+    }
+
+    #[test]
+    fn a_run_is_quiet_or_disturbed() {
+        let mut results =
+            Results::new(machine::Machine { cores: 2, ..Default::default() }, vec![step("f32", 2e7)]);
+        results.machine.others = Some(0.0);
+        assert_eq!(
+            quiet(&results),
+            (
+                true,
+                "Quiet machine: others used 0.0 of 2 cores before the run, no case of 1 waited for a core"
+                    .to_owned()
+            )
+        );
+        results.machine.others = Some(1.0);
+        assert!(quiet(&results).1.starts_with("Disturbed machine: others used 1.0 of 2 cores"));
+        results.machine.others = None;
+        results.cases[0].waiting_share = Some(0.2);
+        let (calm, said) = quiet(&results);
+        assert!(!calm && said.contains("1 of 1 cases waited") && said.contains("nobody looked"), "{said}");
+    }
+
+    #[test]
+    fn models_of_tokens_are_told_in_tokens() {
+        let with_rate = |id, median: f64| {
+            let unit = "samples/s".to_owned();
+            Record { throughput: Some(Throughput { value: 1.0, unit }), ..record(id, median) }
+        };
+        let cases = vec![
+            with_rate("train-step/torch-cpu/f32/gpt2-b8-t1024", 8.192e9),
+            with_rate("forward/torch-cpu/f32/indicator-b16", 1e9),
+        ];
+        let results = Results::new(machine::Machine::default(), cases);
+        let tables = all(&results);
+        let every = tables.last().unwrap();
+        let told: Vec<&str> = every.rows.iter().map(|row| row[3].as_str()).collect();
+        assert_eq!(told, ["1000 tokens/s", "16.0 samples/s"]);
+    }
+
     #[test]
     fn a_tip_has_a_figure_or_the_command_that_gives_it() {
         let id = "train-step/torch-cpu/f32/indicator-b16";

@@ -167,7 +167,9 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let source = arguments.executables.clone().map_or(Source::Worktree, Source::Folder);
     let own = sides::build(&source, &say)?;
     ensure!(!own.executables.is_empty(), "{} holds no executable torch or mlx", own.name);
-    let cases = own.cases(arguments.set, &arguments.filter, Instant::now() + Duration::from_secs(600))?;
+    let mut cases = own.cases(arguments.set, &arguments.filter, Instant::now() + Duration::from_secs(600))?;
+    // Ranks would share the one core of a lane.
+    cases.retain(|case| case.shape.ranks() == 1);
     ensure!(!cases.is_empty(), "no case matches '{}'", arguments.filter);
 
     let mut random = ChaCha8Rng::seed_from_u64(std::process::id().into());

@@ -45,16 +45,16 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     if !left.is_empty() {
         eprintln!("report: the run was cut off ({}): what is missing was not measured", left.join(", "));
     }
-    // The samples are Criterion's; without them the report lacks one picture.
+    // The timings are Criterion's; without them the report lacks one picture.
     let kept = Baseline::of_last_run(&folder, &results::criterion_home(), "new", true).ok();
-    let samples = |id: &str| kept.as_ref().and_then(|k| k.case(id)).map(|c| c.samples()).unwrap_or_default();
-    write(&folder, &merged, &samples, &run::command(&parts))
+    let timings = |id: &str| kept.as_ref().and_then(|k| k.case(id)).map(|c| c.samples()).unwrap_or_default();
+    write(&folder, &merged, &timings, &run::command(&parts))
 }
 
 fn write(
     folder: &std::path::Path,
     results: &Results,
-    samples: &dyn Fn(&str) -> Vec<f64>,
+    timings: &dyn Fn(&str) -> Vec<f64>,
     command: &str,
 ) -> Result<()> {
     let text = markdown::render(results, command);
@@ -63,7 +63,7 @@ fn write(
         ("results.csv", export::csv(results)?),
         ("bmf.json", export::bmf(results)?),
         ("report.md", text.clone()),
-        ("report.html", html::render(results, samples, command)?),
+        ("report.html", html::render(results, timings, command)?),
     ];
     for (name, content) in &files {
         results::write_whole(&folder.join(name), content)?;

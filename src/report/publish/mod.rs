@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 
-use super::{all_measured, champions, markdown, tables, words};
+use super::{all_measured, champions, find, markdown, measured, rate, tables, words};
 use crate::results::Results;
 use crate::results::baseline;
 use crate::suite::{Case, Workload};
@@ -117,6 +117,9 @@ fn answer(all: &[Kept]) -> String {
         for sentence in words::answer(&kept.results) {
             let _ = writeln!(out, "- **{}** ({}): {sentence}", kept.title(), kept.results.machine.date);
         }
+        for pair in champions(&kept.results) {
+            let _ = write!(out, "{}", in_python(kept, pair).unwrap_or_default());
+        }
     }
     out.push_str(
         "- **Mac**: nobody has sent figures yet. `./scripts/bench && ./scripts/baseline save first-mac` makes them; \
@@ -126,13 +129,31 @@ fn answer(all: &[Kept]) -> String {
     let pays: Vec<String> = answering(all).filter_map(pays).collect();
     let _ = writeln!(
         out,
-        "Measured from Rust. Python takes this many times as long for the same step, interleaved: {}.",
-        pays.join("; ")
+        "Measured from Rust. How many times as long Python takes for the same step, interleaved with ours. {}.",
+        pays.join(". ")
     );
     out
 }
 
-/// `on an NVIDIA H100, PyTorch 1.27 (f32) …`: how much longer Python takes for the headline's steps.
+/// What the answer would be for somebody who writes the same two steps in Python, by the interleaved ratios.
+fn in_python(kept: &Kept, cases: [Case; 2]) -> Option<String> {
+    let speed = |case: &Case| {
+        let (_, median, _) = measured(find(&kept.results, case))?;
+        Some(rate(case.shape, median).0 * kept.twin(case)?.ratio)
+    };
+    let speeds = [speed(&cases[0])?, speed(&cases[1])?];
+    let first = if speeds[0] >= speeds[1] { 0 } else { 1 };
+    let name = |i: usize| cases[i].backend.framework().names().0;
+    Some(format!(
+        "  Written in Python, the same two steps: {} {} times as fast, {} against {}.\n",
+        name(first),
+        tables::digits(speeds[first] / speeds[1 - first]),
+        tables::digits(speeds[first]),
+        tables::digits(speeds[1 - first])
+    ))
+}
+
+/// `NVIDIA H100: PyTorch f32 1.27 …`: how much longer Python takes for the headline's steps.
 fn pays(kept: &Kept) -> Option<String> {
     let shape = kept.results.headline();
     let of = |twin: &Twin| {
@@ -142,10 +163,10 @@ fn pays(kept: &Kept) -> Option<String> {
         Some(format!("{name} {} {:.2}", case.precision, 1.0 / twin.ratio))
     };
     let all: Vec<String> = kept.twins.iter().filter_map(of).collect();
-    (!all.is_empty()).then(|| format!("{}, {}", kept.title(), all.join(", ")))
+    (!all.is_empty()).then(|| format!("{}: {}", kept.title(), all.join(", ")))
 }
 
-/// The tables of README.md: what each machine printed.
+/// criterion-baselines/README.md's tables: what each machine printed of its headline.
 fn printed(all: &[Kept]) -> Result<String> {
     let mut out = String::new();
     for kept in answering(all) {
@@ -240,10 +261,10 @@ pub fn files(root: &Path) -> Result<Vec<(PathBuf, String)>> {
         fs::read_to_string(path).with_context(|| format!("{} could not be read", path.display()))
     };
     let front = root.join("README.md");
-    let mut page = between(&read(&front)?, "answer", &answer(&all))?;
-    page = between(&page, "printed", &printed(&all)?)?;
+    let page = between(&read(&front)?, "answer", &answer(&all))?;
     let data = folder.join("README.md");
     let mut kept_page = between(&read(&data)?, "baselines", &listed(&all))?;
+    kept_page = between(&kept_page, "printed", &printed(&all)?)?;
     kept_page = between(&kept_page, "python", &interleaved(&folder)?)?;
     let shown: Vec<&Kept> = answering(&all).collect();
     let trials = pictures::trials(&read(&root.join("src/compare/README.md"))?)?;
