@@ -600,7 +600,7 @@ mod tests {
         assert!(!note(100e6).contains("above the roof"), "{}", note(100e6));
         let said = note(0.1e6);
         assert!(
-            said.contains("optimizer-step f32 stands above the roof") && said.contains("caches"),
+            said.contains("forward f32 stands above the roof") && said.contains("products run faster"),
             "{said}"
         );
     }

@@ -34,6 +34,8 @@ pub struct Kept {
     /// `h100-80gb-hbm3/training`.
     pub name: String,
     pub results: Results,
+    /// What measures it again.
+    command: String,
     /// Of this kind of machine.
     pub twins: Vec<Twin>,
 }
@@ -94,12 +96,17 @@ pub fn kept(root: &Path) -> Result<Vec<Kept>> {
     }
     let mut all = Vec::new();
     for (machine, name, file) in baseline::list(root) {
-        let results = baseline::load(&file)?.results();
+        let baseline = baseline::load(&file)?;
         // One GPU and two of its kind pay the same for Python.
         let of = |folder: &&String| machine == **folder || machine.starts_with(&format!("{folder}-x"));
         let twins =
             by_machine.keys().rev().filter(of).flat_map(|folder| by_machine[folder].clone()).collect();
-        all.push(Kept { name: format!("{machine}/{name}"), results, twins });
+        all.push(Kept {
+            name: format!("{machine}/{name}"),
+            results: baseline.results(),
+            command: baseline.command,
+            twins,
+        });
     }
     all.sort_by_key(|kept| (kept.results.machine.gpus.is_empty(), kept.name.clone()));
     Ok(all)
@@ -268,12 +275,17 @@ pub fn files(root: &Path) -> Result<Vec<(PathBuf, String)>> {
     kept_page = between(&kept_page, "python", &interleaved(&folder)?)?;
     let shown: Vec<&Kept> = answering(&all).collect();
     let trials = pictures::trials(&read(&root.join("src/compare/README.md"))?)?;
-    Ok(vec![
+    let mut files = vec![
         (front, page),
         (data, kept_page),
         (folder.join("answer.svg"), pictures::answer(&shown)?),
         (root.join("src/compare/power.svg"), pictures::power(&trials)?),
-    ])
+    ];
+    for kept in &all {
+        let report = markdown::render(&kept.results, &kept.command);
+        files.push((folder.join(&kept.name).join("report.md"), report));
+    }
+    Ok(files)
 }
 
 #[cfg(test)]

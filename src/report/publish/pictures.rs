@@ -4,6 +4,7 @@ use anyhow::{Context, Result};
 use plotters::prelude::*;
 
 use super::Kept;
+use crate::compare::rule::THRESHOLD;
 use crate::report::plots::{Bar, INK, LARGE, SMALL, bars_into, colour, drawn_on_paper, legend, text, wrong};
 use crate::report::tables::digits;
 use crate::report::{find, headlines, measured, rate};
@@ -50,30 +51,51 @@ fn section(kept: &Kept, grey: RGBColor) -> (String, Vec<Bar>) {
     (format!("{}, training {shape}", kept.title()), rows)
 }
 
-/// How often a comparison called what was slower by a share, in per cent; with the interval of that.
+/// How often comparisons called what was slower by a share, in per cent; with the interval of that.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Trial {
     slowdown: f64,
     loaded: bool,
+    comparisons: f64,
     called: [f64; 3],
 }
 
-/// Reads the table that `calibrate --curve --write` wrote into src/compare/README.md.
+/// Reads the tables that `calibrate --write` and `calibrate --curve --write` put into src/compare/README.md:
+/// what was tried with the default threshold, of two rows of the same slowdown that of more comparisons.
 pub fn trials(page: &str) -> Result<Vec<Trial>> {
-    let (_, rest) =
-        page.split_once("<!-- power -->").context("src/compare/README.md has no table of power")?;
-    let (table, _) =
-        rest.split_once("<!-- end of power -->").context("src/compare/README.md has no end of it")?;
     let numbers = |cell: &str| -> Vec<f64> {
         cell.split(|c: char| !c.is_ascii_digit() && c != '.').filter_map(|word| word.parse().ok()).collect()
     };
     let row = |line: &str| {
         let cells: Vec<&str> = line.split('|').map(str::trim).collect();
-        let slowdown = *numbers(cells.get(1)?).first()?;
-        let called = numbers(cells.get(5)?).try_into().ok()?;
-        Some(Trial { slowdown, loaded: *cells.get(3)? == "loaded", called })
+        let number = |column: usize| numbers(cells.get(column)?).first().copied();
+        (number(2)? == 100.0 * THRESHOLD).then_some(())?;
+        Some(Trial {
+            slowdown: number(1)?,
+            loaded: *cells.get(3)? == "loaded",
+            comparisons: number(4)?,
+            called: numbers(cells.get(5)?).try_into().ok()?,
+        })
     };
-    Ok(table.lines().filter_map(row).collect())
+    let mut all: Vec<Trial> = Vec::new();
+    for name in ["calibrate", "power"] {
+        let (_, rest) =
+            page.split_once(&format!("<!-- {name} -->")).with_context(|| format!("no table of {name}"))?;
+        let (table, _) =
+            rest.split_once("<!-- end of").with_context(|| format!("no end of the table of {name}"))?;
+        for trial in table.lines().filter_map(row) {
+            match all
+                .iter_mut()
+                .find(|known| (known.slowdown, known.loaded) == (trial.slowdown, trial.loaded))
+            {
+                Some(known) if known.comparisons < trial.comparisons => *known = trial,
+                Some(_) => {}
+                None => all.push(trial),
+            }
+        }
+    }
+    all.sort_by(|a, b| a.slowdown.total_cmp(&b.slowdown));
+    Ok(all)
 }
 
 /// The share of slowdowns that were called, over their size, idle and loaded.
@@ -129,11 +151,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_table_of_trials_is_read() {
-        let page = "<!-- power -->\n| head is slower by | threshold | machine | comparisons | called slower | rest |\n\
-                    | --- | --- | --- | --- | --- | --- |\n| 1.5 % | 2 % | loaded | 40 | 12.5 % (4.2 to 26.8) | 0 |\n\
-                    <!-- end of power -->";
-        assert_eq!(trials(page).unwrap(), [Trial { slowdown: 1.5, loaded: true, called: [12.5, 4.2, 26.8] }]);
+    fn the_tables_of_trials_are_read() {
+        let row = |slowdown, threshold, count, called| {
+            format!("| {slowdown} % | {threshold} % | loaded | {count} | {called} % (4.2 to 26.8) | 0 |")
+        };
+        let page = format!(
+            "<!-- calibrate -->\n| head is slower by | x |\n| --- | --- |\n{}\n{}\n<!-- end of calibrate -->\n\
+             <!-- power -->\n{}\n{}\n<!-- end of power -->",
+            row("2", "2", 60, "93.3"),
+            row("1", "1", 60, "83.3"),
+            row("1.5", "2", 20, "12.5"),
+            row("2", "2", 20, "95.0")
+        );
+        let trial = |slowdown, comparisons, share| Trial {
+            slowdown,
+            loaded: true,
+            comparisons,
+            called: [share, 4.2, 26.8],
+        };
+        assert_eq!(trials(&page).unwrap(), [trial(1.5, 20.0, 12.5), trial(2.0, 60.0, 93.3)]);
         assert!(trials("").is_err());
     }
 }
