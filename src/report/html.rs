@@ -48,6 +48,7 @@ pub fn render(results: &Results, timings: &dyn Fn(&str) -> Vec<f64>, command: &s
         .render(context! {
             model => tables::model_line(results),
             name => results.model.as_ref().map(|own| own.configuration.name),
+            slug => m.slug(),
             hardware,
             versions,
             command,

@@ -5,7 +5,7 @@ use super::{
     measured, measured_peak, rate, utilisation,
 };
 use crate::model::parameters::parameter_count;
-use crate::results::{Record, Results, Status, Throughput, machine};
+use crate::results::{Record, Results, Setting, Status, Throughput, machine};
 use crate::suite::{BackendId, Case, Compute, Device, Precision, Shape, Workload, cost};
 use crate::{disturbance, memory};
 
@@ -161,36 +161,35 @@ const TIPS: [(BackendId, &str); 4] = [
 ];
 
 fn settings(results: &Results) -> Table {
-    let mut rows: Vec<_> = results
-        .settings
-        .iter()
-        .map(|s| {
-            vec![
-                s.setting.clone(),
-                s.id.clone(),
-                time(s.without_ns),
-                time(s.with_ns),
-                format!("{:.2}×", 1.0 / s.ratio),
-                format!("{:.2} to {:.2}", 1.0 / s.ratio_ci[1], 1.0 / s.ratio_ci[0]),
-            ]
-        })
-        .collect();
-    let headlines = headlines(results);
-    for (backend, tip) in TIPS {
-        let eager = headlines.iter().map(|row| row.case).find(|case| case.backend == backend);
-        let Some((record, ..)) = measured(eager.and_then(|case| find(results, &case))) else { continue };
-        if !results.settings.iter().any(|s| s.setting == tip) {
-            let command = format!("not measured: ./scripts/compare worktree --env {tip} '{}'", record.id);
-            let none = || "–".to_owned();
-            rows.push(vec![tip.to_owned(), record.id.clone(), none(), none(), none(), command]);
-        }
-    }
+    let row = |s: &Setting| {
+        vec![
+            s.setting.clone(),
+            s.id.clone(),
+            time(s.without_ns),
+            time(s.with_ns),
+            format!("{:.2}×", 1.0 / s.ratio),
+            format!("{:.2} to {:.2}", 1.0 / s.ratio_ci[1], 1.0 / s.ratio_ci[0]),
+        ]
+    };
     Table {
         title: "What settings bring".to_owned(),
         note: "Environment variables, interleaved with and without.",
         header: &["setting", "case", "without", "with", "speed", "99 % interval"],
-        rows,
+        rows: results.settings.iter().map(row).collect(),
     }
+}
+
+/// The tips that nobody tried here, with the commands that would.
+fn untried(results: &Results) -> Vec<String> {
+    let headlines = headlines(results);
+    let line = |(backend, tip): (BackendId, &str)| {
+        let eager = headlines.iter().map(|row| row.case).find(|case| case.backend == backend)?;
+        let (record, ..) = measured(find(results, &eager))?;
+        let tried = results.settings.iter().any(|s| s.setting == tip && s.id == record.id);
+        (!tried)
+            .then(|| format!("{tip} on {backend}: ./scripts/compare worktree --env {tip} '{}'", record.id))
+    };
+    TIPS.into_iter().filter_map(line).collect()
 }
 
 fn sweep(all: &[Measured<'_>]) -> Table {
@@ -409,7 +408,7 @@ pub fn missing(results: &Results) -> Vec<String> {
         let what: Vec<String> = missing.rows.into_iter().chain(cases).collect();
         format!("{} ({})", missing.why, what.join(", "))
     };
-    all.into_iter().map(line).collect()
+    all.into_iter().map(line).chain(untried(results)).collect()
 }
 
 /// Whether anything else had the machine: true where it was quiet, and a line.
@@ -524,10 +523,11 @@ mod tests {
     fn a_tip_has_a_figure_or_the_command_that_gives_it() {
         let id = "train-step/torch-cpu/f32/indicator-b16";
         let mut results = Results::new(machine::Machine::default(), vec![record(id, 5e8)]);
-        let open = settings(&results).rows;
-        assert_eq!(open.len(), 2, "{open:?}");
-        assert!(open[1][5].contains("--env TRANSFORMER_BENCH_HEAP=system"), "{open:?}");
-        assert!(open[0][5].contains("--env OMP_NUM_THREADS=1 'train-step/torch-cpu/f32/"), "{open:?}");
+        let open = untried(&results);
+        assert!(settings(&results).rows.is_empty() && open.len() == 2, "{open:?}");
+        assert!(open[1].contains("--env TRANSFORMER_BENCH_HEAP=system"), "{open:?}");
+        assert!(open[0].contains("--env OMP_NUM_THREADS=1 'train-step/torch-cpu/f32/"), "{open:?}");
+        assert!(missing(&results).contains(&open[0]));
         results.settings.push(crate::results::Setting {
             setting: "OMP_NUM_THREADS=1".to_owned(),
             id: id.to_owned(),
@@ -538,7 +538,7 @@ mod tests {
             commit: String::new(),
         });
         assert_eq!(settings(&results).rows[0][2..], ["500 ms", "1.00 s", "0.50×", "0.40 to 0.62"]);
-        assert_eq!(settings(&results).rows.len(), 2);
+        assert_eq!((settings(&results).rows.len(), untried(&results).len()), (1, 1));
     }
 
     #[test]
