@@ -9,10 +9,11 @@ use transformer_bench::results;
 
 /// Writes what README.md, criterion-baselines/README.md and their pictures show of the kept baselines.
 ///
-/// No figure there is written by hand: the tests compare the pages with what this makes.
+/// No figure there is written by hand: the tests compare the pages with what this makes. A baseline counts once
+/// git knows it (git add): what you keep for yourself is not published.
 #[derive(Args)]
 #[command(after_help = "Examples:
-  scripts/baseline save nightly && scripts/publish
+  scripts/baseline save first && git add criterion-baselines && scripts/publish
   scripts/publish --check")]
 pub struct Arguments {
     /// Write nothing, and fail where a page differs

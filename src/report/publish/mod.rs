@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
@@ -83,7 +84,15 @@ fn twins(folder: &Path) -> Result<Vec<Twin>> {
     Ok(rows)
 }
 
-/// Every baseline under `root`, GPUs first, with the Python figures of its kind of machine.
+/// The baselines that are part of the project, not a user's own beside them; None where git does not tell.
+fn tracked(root: &Path) -> Option<Vec<PathBuf>> {
+    let listed =
+        Command::new("git").arg("-C").arg(root).args(["ls-files", "--", "*/baseline.json"]).output().ok()?;
+    let text = String::from_utf8(listed.stdout).ok().filter(|_| listed.status.success())?;
+    Some(text.lines().map(|line| root.join(line)).collect())
+}
+
+/// Every baseline of the project under `root`, GPUs first, with the Python figures of its kind of machine.
 ///
 /// # Errors
 /// Where a file is damaged.
@@ -95,7 +104,11 @@ pub fn kept(root: &Path) -> Result<Vec<Kept>> {
         by_machine.insert(entry.file_name().to_string_lossy().into_owned(), twins(&entry.path())?);
     }
     let mut all = Vec::new();
+    let tracked = tracked(root);
     for (machine, name, file) in baseline::list(root) {
+        if tracked.as_ref().is_some_and(|tracked| !tracked.contains(&file)) {
+            continue;
+        }
         let baseline = baseline::load(&file)?;
         // One GPU and two of its kind pay the same for Python.
         let of = |folder: &&String| machine == **folder || machine.starts_with(&format!("{folder}-x"));
@@ -291,6 +304,7 @@ pub fn files(root: &Path) -> Result<Vec<(PathBuf, String)>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::results::tests::scratch;
 
     #[test]
     fn every_published_figure_is_a_baselines() {
@@ -299,6 +313,25 @@ mod tests {
             let found = fs::read_to_string(&path).unwrap_or_default();
             assert!(found == text, "{} is not what the baselines say: run ./scripts/publish", path.display());
         }
+    }
+
+    #[test]
+    fn a_users_own_baselines_are_not_published() {
+        let root = scratch("publish");
+        let folder = root.join("m/own");
+        fs::create_dir_all(&folder).unwrap();
+        fs::write(folder.join("baseline.json"), "damaged").unwrap();
+        // Without git all of them count, and a damaged one is told.
+        assert!(kept(&root).is_err());
+        let git = |arguments: &[&str]| {
+            let done = Command::new("git").arg("-C").arg(&root).args(arguments).output().unwrap();
+            assert!(done.status.success(), "{arguments:?}");
+        };
+        git(&["init", "-q"]);
+        assert!(kept(&root).unwrap().is_empty());
+        git(&["add", "m"]);
+        assert!(kept(&root).is_err());
+        fs::remove_dir_all(root).unwrap();
     }
 
     #[test]
