@@ -84,18 +84,16 @@ fn run(framework: Framework, find: fn() -> Found) -> Result<bool> {
         return ranks::follow(found, rank).map(|()| true);
     }
     let found = ranks::shared(found, led);
+    // What a launcher started is no rank in another process: there such cases are skipped like all others.
     let apart = |case: &Case| {
-        backend::needs_tf32_process(case) && !case.backend.is_cpu() && found.backend(case.backend).is_some()
+        led.is_none()
+            && backend::needs_tf32_process(case)
+            && !case.backend.is_cpu()
+            && found.backend(case.backend).is_some()
     };
     let (apart, selected): (Vec<Case>, Vec<Case>) = selected.into_iter().partition(apart);
-    let (selected, child) = if backend::is_tf32_process() {
-        (apart, false)
-    } else if led.is_some() {
-        // What a launcher started is no rank in another process: these are skipped like all others.
-        (selected.into_iter().chain(apart).collect(), false)
-    } else {
-        (selected, !apart.is_empty())
-    };
+    let (selected, child) =
+        if backend::is_tf32_process() { (apart, false) } else { (selected, !apart.is_empty()) };
     let mut suite = Suite::new(options, home, found);
     let passed = suite.measure_all(framework, &selected, led)?;
     ranks::dismiss(&suite.here.found, led);

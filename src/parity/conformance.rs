@@ -300,7 +300,7 @@ pub fn memory_is_counted(backend: &dyn Backend) -> Result<Outcome> {
 const LEAK: u64 = 2_000 * STEPS;
 const STEPS: u64 = 500;
 
-/// The resident size stays flat over 1,000 steps of every workload at its miniature shape.
+/// The resident size stays flat over [`STEPS`] steps of every workload at its miniature shape.
 pub fn memory_does_not_grow(backend: &dyn Backend) -> Result<Outcome> {
     let mut tried = 0;
     for case in alone() {

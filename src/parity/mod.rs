@@ -82,7 +82,7 @@ impl Prover {
         if !matches!(case.shape, Shape::Buffer { .. }) {
             self.oracle.truth(truth, backend.sums());
         }
-        // Or of the case before.
+        // What the case before has left cached would stand beside them.
         backend.reset_peak_memory()?;
         let mut prepared = backend.prepare(given).with_context(|| format!("preparing {case}"))?;
         self.compare(truth, prepared.as_mut(), backend.sums())

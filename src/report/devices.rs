@@ -1,8 +1,8 @@
 //! What several devices bring: training steps that ranks share, against one device of the same run.
 
-use super::tables::{Table, digits, prefixed, time};
+use super::Measured;
+use super::tables::{Table, prefixed, rate_text, time};
 use super::words::ratio;
-use super::{Measured, rate};
 use crate::backend::Elsewhere;
 use crate::suite::{Case, Precision, Recipe, Shape, Workload};
 
@@ -79,10 +79,7 @@ pub fn table(all: &[Measured<'_>]) -> Table {
             s.m.case.to_string(),
             format!("{}, {}", s.m.case.shape.ranks(), s.ranks.engine),
             time(s.m.median_ns),
-            {
-                let (speed, unit) = rate(s.m.case.shape, s.m.median_ns);
-                format!("{} {unit}", digits(speed))
-            },
+            rate_text(s.m.case.shape, s.m.median_ns),
             told(s.strong),
             told(s.weak),
             exposed.unwrap_or_else(none),

@@ -31,13 +31,18 @@ pub fn read(text: &str, place: &str) -> Result<Results> {
     for record in &results.cases {
         check(record).with_context(|| format!("{place}: {}", record.id))?;
     }
-    results.settings.iter().try_for_each(check_setting).with_context(|| place.to_owned())?;
-    results.turns.iter().try_for_each(check_turn).with_context(|| place.to_owned())?;
+    check_comparisons(&results.turns, &results.settings).with_context(|| place.to_owned())?;
     Ok(results)
 }
 
+/// Whether comparisons that are kept beside a run are such as rounds can give.
+pub fn check_comparisons(turns: &[Turn], settings: &[Setting]) -> Result<()> {
+    settings.iter().try_for_each(check_setting)?;
+    turns.iter().try_for_each(check_turn)
+}
+
 /// Whether a comparison in turns is one that rounds can give.
-pub fn check_turn(turn: &Turn) -> Result<()> {
+fn check_turn(turn: &Turn) -> Result<()> {
     let Turn { ratio, ratio_ci: [low, high], .. } = turn;
     let positive = [ratio, low, high].iter().all(|v| v.is_finite() && **v > 0.0);
     ensure!(positive && low <= ratio && ratio <= high, "{} in turns: no ratio and interval", turn.base);
@@ -45,7 +50,7 @@ pub fn check_turn(turn: &Turn) -> Result<()> {
 }
 
 /// Whether a setting is one that a comparison can find.
-pub fn check_setting(setting: &Setting) -> Result<()> {
+fn check_setting(setting: &Setting) -> Result<()> {
     let Setting { without_ns, with_ns, ratio, ratio_ci: [low, high], .. } = setting;
     let positive = [without_ns, with_ns, ratio, low, high].iter().all(|v| v.is_finite() && **v > 0.0);
     ensure!(positive && low <= ratio && ratio <= high, "setting {}: no ratio and interval", setting.setting);

@@ -74,7 +74,7 @@ pub fn render(results: &Results, timings: &dyn Fn(&str) -> Vec<f64>, command: &s
 mod tests {
     use std::time::Instant;
 
-    use super::super::tests::record;
+    use super::super::tests::{record, turn_of};
     use super::*;
     use crate::results::machine::Machine;
     use crate::results::{Record, Status};
@@ -118,14 +118,7 @@ mod tests {
         let ids = ["train-step/torch-cpu/f32/indicator-b16", "train-step/mlx-cpu/f32/indicator-b16"];
         let cases = vec![record(ids[0], 500e6), record(ids[1], 1000e6)];
         let mut results = Results::new(Machine::default(), cases);
-        results.turns.push(crate::results::Turn {
-            base: ids[0].to_owned(),
-            head: ids[1].to_owned(),
-            ratio: 2.0,
-            ratio_ci: [1.9, 2.1],
-            rounds: 3,
-            commit: String::new(),
-        });
+        results.turns.push(turn_of(ids, 2.0, [1.9, 2.1]));
         let page = render(&results, &|_| Vec::new(), "./scripts/bench --quick").unwrap();
         let page = page.replace("&#x2f;", "/");
         let at = |text: &str| page.find(text).unwrap_or_else(|| panic!("no {text}"));

@@ -268,6 +268,7 @@ pub fn measured_peak(all: &[Measured<'_>], backend: BackendId, compute: Compute)
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::results::Turn;
     use crate::results::machine::Machine;
 
     pub(super) fn record(id: &str, median: f64) -> Record {
@@ -276,6 +277,12 @@ mod tests {
         record.median_ns = Some(median);
         record.ci_ns = Some([0.9 * median, 1.1 * median]);
         record
+    }
+
+    /// Two cases in turns.
+    pub(super) fn turn_of([base, head]: [&str; 2], ratio: f64, ratio_ci: [f64; 2]) -> Turn {
+        let (base, head) = (base.to_owned(), head.to_owned());
+        Turn { base, head, ratio, ratio_ci, rounds: 3, commit: String::new() }
     }
 
     #[test]
@@ -334,15 +341,7 @@ mod tests {
         assert_eq!(label(&results), "PyTorch CPU + All Opt (amp-compile)");
         let [first, second] = finalists(&results)[0].map(|case| case.to_string());
         assert!(first.contains("amp-compile") && second.contains("amp-opt"));
-        let turn = crate::results::Turn {
-            base: first,
-            head: second,
-            ratio: 0.9,
-            ratio_ci: [0.85, 0.95],
-            rounds: 3,
-            commit: String::new(),
-        };
-        results.turns.push(turn);
+        results.turns.push(turn_of([&first, &second], 0.9, [0.85, 0.95]));
         assert_eq!(label(&results), "PyTorch CPU + All Opt (amp-opt)");
     }
 

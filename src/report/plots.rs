@@ -8,8 +8,8 @@ use plotters::coord::ranged1d::{DefaultFormatting, KeyPointHint};
 use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
 
-use super::tables::{digits, time};
-use super::{Measured, batches, devices, find, headlines, measured, measured_peak, rate};
+use super::tables::{digits, rate_text, time};
+use super::{Headline, Measured, batches, devices, find, headlines, measured, measured_peak, rate};
 use crate::results::Results;
 use crate::suite::{BackendId, Case, Compute, Precision, Shape, Workload, cost};
 
@@ -38,28 +38,28 @@ const EXCHANGE: (&str, RGBColor) = ("exchange that nothing hides", RGBColor(160,
 
 pub(super) type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
-/// Draws into an SVG that scales with the page.
-fn drawn(height: u32, draw: impl FnOnce(&Area<'_>) -> Result<()>) -> Result<String> {
+fn painted(height: u32, draw: impl FnOnce(&Area<'_>) -> Result<()>) -> Result<String> {
     let mut svg = String::new();
     {
         let area = SVGBackend::with_string(&mut svg, (WIDTH, height)).into_drawing_area();
-        draw(&area)?;
-        area.present().map_err(wrong)?;
-    }
-    let sized = format!("width=\"{WIDTH}\" height=\"{height}\"");
-    Ok(svg.replacen(&sized, "width=\"100%\"", 1))
-}
-
-/// Draws into an SVG that stands alone: a page may be dark behind it.
-pub(super) fn drawn_on_paper(height: u32, draw: impl FnOnce(&Area<'_>) -> Result<()>) -> Result<String> {
-    let mut svg = String::new();
-    {
-        let area = SVGBackend::with_string(&mut svg, (WIDTH, height)).into_drawing_area();
-        area.fill(&WHITE).map_err(wrong)?;
         draw(&area)?;
         area.present().map_err(wrong)?;
     }
     Ok(svg)
+}
+
+/// Draws into an SVG that scales with the page.
+fn drawn(height: u32, draw: impl FnOnce(&Area<'_>) -> Result<()>) -> Result<String> {
+    let sized = format!("width=\"{WIDTH}\" height=\"{height}\"");
+    Ok(painted(height, draw)?.replacen(&sized, "width=\"100%\"", 1))
+}
+
+/// Draws into an SVG that stands alone: a page may be dark behind it.
+pub(super) fn drawn_on_paper(height: u32, draw: impl FnOnce(&Area<'_>) -> Result<()>) -> Result<String> {
+    painted(height, |area| {
+        area.fill(&WHITE).map_err(wrong)?;
+        draw(area)
+    })
 }
 
 pub(super) fn wrong(error: impl std::fmt::Display) -> anyhow::Error {
@@ -144,20 +144,26 @@ fn bars(rows: &[Bar], meaning: &[(&str, RGBColor)]) -> Result<String> {
     })
 }
 
+/// The bar of every headline row that was measured: what its training step gets through.
+pub(super) fn speeds(results: &Results) -> Vec<(Case, Bar)> {
+    let shape = results.headline();
+    let bar = |row: Headline| {
+        let (_, median, [low, high]) = measured(find(results, &row.case))?;
+        let bar = Bar {
+            label: row.label,
+            segments: vec![(rate(shape, median).0, colour(row.case.backend))],
+            interval: Some([rate(shape, high).0, rate(shape, low).0]),
+            note: rate_text(shape, median),
+        };
+        Some((row.case, bar))
+    };
+    headlines(results).into_iter().filter_map(bar).collect()
+}
+
 /// The training step of every headline row that was measured: what the page opens with.
 pub fn training(results: &Results) -> Result<Option<Plot>> {
     let shape = results.headline();
-    let bar = |row: &super::Headline| {
-        let (_, median, [low, high]) = measured(find(results, &row.case))?;
-        let (speed, unit) = rate(shape, median);
-        Some(Bar {
-            label: row.label.clone(),
-            segments: vec![(speed, colour(row.case.backend))],
-            interval: Some([rate(shape, high).0, rate(shape, low).0]),
-            note: format!("{} {unit}", digits(speed)),
-        })
-    };
-    let rows: Vec<Bar> = headlines(results).iter().filter_map(bar).collect();
+    let rows: Vec<Bar> = speeds(results).into_iter().map(|(_, bar)| bar).collect();
     if rows.is_empty() {
         return Ok(None);
     }

@@ -36,6 +36,12 @@ pub fn digits(value: f64) -> String {
     text.chars().enumerate().flat_map(grouped).collect()
 }
 
+/// What a second of such steps gets through, with its unit.
+pub fn rate_text(shape: Shape, ns: f64) -> String {
+    let (value, unit) = rate(shape, ns);
+    format!("{} {unit}", digits(value))
+}
+
 /// 1 234 567 with a prefix: `1.23 M`.
 pub fn prefixed(value: f64) -> String {
     let (scale, prefix) = match value {
@@ -299,10 +305,7 @@ fn of_tokens(results: &Results, all: &[Measured<'_>]) -> Table {
 fn throughput_of(record: &Record, throughput: &Throughput) -> String {
     let case = record.id.parse::<Case>().ok().filter(|_| throughput.unit == "samples/s");
     match (case, record.median_ns) {
-        (Some(case), Some(median)) => {
-            let (value, unit) = rate(case.shape, median);
-            format!("{} {unit}", digits(value))
-        }
+        (Some(case), Some(median)) => rate_text(case.shape, median),
         _ => prefixed(throughput.value) + &throughput.unit,
     }
 }

@@ -1,9 +1,9 @@
 //! The verdict in sentences, each with the figures that it stands on.
 
-use super::tables::{bytes, digits};
-use super::{Sweep, all_measured, batches, champions, devices, find, measured, rate};
+use super::tables::{bytes, digits, rate_text};
+use super::{Sweep, all_measured, batches, champions, devices, find, measured};
 use crate::results::{Record, Results};
-use crate::suite::{BackendId, Case, Compute, Framework, Precision, Recipe, Shape, Workload};
+use crate::suite::{BackendId, Case, Compute, Framework, Precision, Recipe, Workload};
 use crate::{disturbance, memory};
 
 /// Step times in nanoseconds: the median and its 95 % interval.
@@ -87,7 +87,7 @@ fn compared(results: &Results, cases: [&Case; 2], figures: [Figure; 2]) -> Compa
 /// "A is 2.3 times as fast as B (2.1 to 2.5: how)", or both speeds.
 fn faster(results: &Results, what: &str, cases: [&Case; 2], figures: [Figure; 2]) -> String {
     let names = cases.map(|case| case.backend.framework().names().0);
-    let speeds = figures.map(|f| speed(cases[0].shape, f.0));
+    let speeds = figures.map(|f| rate_text(cases[0].shape, f.0));
     match compared(results, cases, figures) {
         Compared::Held(why) => format!("{what}: nothing is concluded, since {why}"),
         Compared::Apart { first, times, range, how } => {
@@ -105,12 +105,6 @@ fn faster(results: &Results, what: &str, cases: [&Case; 2], figures: [Figure; 2]
             )
         }
     }
-}
-
-/// What a second gets through, with its unit.
-fn speed(shape: Shape, ns: f64) -> String {
-    let (value, unit) = rate(shape, ns);
-    format!("{} {unit}", digits(value))
 }
 
 /// Why nothing should be concluded from a case.
@@ -177,7 +171,7 @@ fn best(results: &Results, cases: [Case; 2]) -> Option<String> {
     let figures = [figure(results, &cases[0])?, figure(results, &cases[1])?];
     let place = format!("On {}", cases[0].backend.device());
     let said = compared(results, [&cases[0], &cases[1]], figures);
-    let with = |i: usize| format!("{} with {}", speed(cases[i].shape, figures[i].0), cases[i].precision);
+    let with = |i: usize| format!("{} with {}", rate_text(cases[i].shape, figures[i].0), cases[i].precision);
     let name = |i: usize| cases[i].backend.framework().names().0;
     Some(match said {
         Compared::Held(why) => format!("{place} nothing is concluded, since {why}"),
@@ -217,6 +211,7 @@ fn speeds(results: &Results, [first, second]: [BackendId; 2]) -> Vec<String> {
     let (mut all, place) = (Vec::new(), first.device());
     // Whose training, where it is not the suite's own model's.
     let own = results.model.as_ref().map_or_else(String::new, |own| format!("{}: ", own.configuration.name));
+    let answered = champions(results);
     let rows = [
         (Workload::TrainStep, Precision::eager(Compute::F32), "Training in f32"),
         (Workload::TrainStep, Precision::opt(Compute::F32), "Training in f32 with all optimisations"),
@@ -231,7 +226,7 @@ fn speeds(results: &Results, [first, second]: [BackendId; 2]) -> Vec<String> {
         let case = |backend| Case { workload, backend, precision, shape: results.headline() };
         let (a, b) = (case(first), case(second));
         // Those are the answer.
-        if champions(results).contains(&[a, b]) {
+        if answered.contains(&[a, b]) {
             continue;
         }
         if let (Some(fa), Some(fb)) = (figure(results, &a), figure(results, &b)) {
@@ -402,7 +397,7 @@ fn disturbed(results: &Results) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::record;
+    use super::super::tests::{record, turn_of};
     use super::*;
     use crate::results::machine::Machine;
 
@@ -417,17 +412,7 @@ mod tests {
         let mut cases = vec![record(ids[0], 500e6), record(ids[1], 1500e6)];
         cases[1].waiting_share = Some(waiting);
         let mut results = Results::new(Machine::default(), cases);
-        results.turns = turn
-            .map(|[ratio, low, high]| crate::results::Turn {
-                base: ids[0].to_owned(),
-                head: ids[1].to_owned(),
-                ratio,
-                ratio_ci: [low, high],
-                rounds: 3,
-                commit: String::new(),
-            })
-            .into_iter()
-            .collect();
+        results.turns = turn.map(|[ratio, low, high]| turn_of(ids, ratio, [low, high])).into_iter().collect();
         answer(&results)[0].clone()
     }
 
@@ -472,14 +457,7 @@ mod tests {
         assert!(said(0.3).contains("MLX is 3.33 times as fast as PyTorch"), "{}", said(0.3));
         let cases = vec![record(ids[0], 400e6), record(ids[1], 1400e6)];
         let mut results = Results::new(Machine::default(), cases);
-        results.turns = vec![crate::results::Turn {
-            base: ids[0].to_owned(),
-            head: ids[1].to_owned(),
-            ratio: 3.5,
-            ratio_ci: [3.2, 3.9],
-            rounds: 3,
-            commit: String::new(),
-        }];
+        results.turns = vec![turn_of(ids, 3.5, [3.2, 3.9])];
         assert!(answer(&results)[0].contains("(3.20 to 3.90: 99 %"), "{}", answer(&results)[0]);
     }
 

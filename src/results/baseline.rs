@@ -163,8 +163,7 @@ impl Baseline {
         let mut baseline: Self =
             serde_json::from_value(value).with_context(|| format!("{place} is damaged"))?;
         results::upgrade(version, baseline.cases.iter_mut().map(|kept| &mut kept.record));
-        baseline.settings.iter().try_for_each(export::check_setting).with_context(|| place.to_owned())?;
-        baseline.turns.iter().try_for_each(export::check_turn).with_context(|| place.to_owned())?;
+        export::check_comparisons(&baseline.turns, &baseline.settings).with_context(|| place.to_owned())?;
         for kept in &baseline.cases {
             export::check(&kept.record).with_context(|| format!("{place}: {}", kept.record.id))?;
             ensure!(

@@ -2,7 +2,6 @@
 
 mod pictures;
 
-use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -97,12 +96,6 @@ fn tracked(root: &Path) -> Option<Vec<PathBuf>> {
 /// # Errors
 /// Where a file is damaged.
 pub fn kept(root: &Path) -> Result<Vec<Kept>> {
-    let mut by_machine: BTreeMap<String, Vec<Twin>> = BTreeMap::new();
-    for entry in
-        fs::read_dir(root).with_context(|| format!("{} could not be read", root.display()))?.flatten()
-    {
-        by_machine.insert(entry.file_name().to_string_lossy().into_owned(), twins(&entry.path())?);
-    }
     let mut all = Vec::new();
     let tracked = tracked(root);
     for (machine, name, file) in baseline::list(root) {
@@ -110,15 +103,18 @@ pub fn kept(root: &Path) -> Result<Vec<Kept>> {
             continue;
         }
         let baseline = baseline::load(&file)?;
+        let mut of_kind = twins(&root.join(&machine))?;
         // One GPU and two of its kind pay the same for Python.
-        let of = |folder: &&String| machine == **folder || machine.starts_with(&format!("{folder}-x"));
-        let twins =
-            by_machine.keys().rev().filter(of).flat_map(|folder| by_machine[folder].clone()).collect();
+        if let Some((one, count)) = machine.rsplit_once("-x")
+            && count.parse::<usize>().is_ok()
+        {
+            of_kind.extend(twins(&root.join(one))?);
+        }
         all.push(Kept {
             name: format!("{machine}/{name}"),
             results: baseline.results(),
             command: baseline.command,
-            twins,
+            twins: of_kind,
         });
     }
     all.sort_by_key(|kept| (kept.results.machine.gpus.is_empty(), kept.name.clone()));

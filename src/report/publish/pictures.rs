@@ -5,9 +5,8 @@ use plotters::prelude::*;
 
 use super::Kept;
 use crate::compare::rule::THRESHOLD;
-use crate::report::plots::{Bar, INK, LARGE, SMALL, bars_into, colour, drawn_on_paper, legend, text, wrong};
+use crate::report::plots::{Bar, INK, LARGE, SMALL, bars_into, drawn_on_paper, legend, speeds, text, wrong};
 use crate::report::tables::digits;
-use crate::report::{find, headlines, measured, rate};
 
 /// The training step of every machine's baseline, both frameworks, and grey below a bar the same step in Python.
 pub fn answer(all: &[&Kept]) -> Result<String> {
@@ -28,27 +27,18 @@ pub fn answer(all: &[&Kept]) -> Result<String> {
 }
 
 fn section(kept: &Kept, grey: RGBColor) -> (String, Vec<Bar>) {
-    let (results, shape) = (&kept.results, kept.results.headline());
     let mut rows = Vec::new();
-    for row in headlines(results) {
-        let Some((_, median, [low, high])) = measured(find(results, &row.case)) else { continue };
-        let (speed, unit) = rate(shape, median);
-        rows.push(Bar {
-            label: row.label,
-            segments: vec![(speed, colour(row.case.backend))],
-            interval: Some([rate(shape, high).0, rate(shape, low).0]),
-            note: format!("{} {unit}", digits(speed)),
-        });
-        if let Some(twin) = kept.twin(&row.case) {
-            rows.push(Bar {
-                label: String::new(),
-                segments: vec![(speed * twin.ratio, grey)],
-                interval: None,
-                note: format!("{}, Python", digits(speed * twin.ratio)),
-            });
-        }
+    for (case, bar) in speeds(&kept.results) {
+        let python = kept.twin(&case).map(|twin| bar.segments[0].0 * twin.ratio);
+        rows.push(bar);
+        rows.extend(python.map(|speed| Bar {
+            label: String::new(),
+            segments: vec![(speed, grey)],
+            interval: None,
+            note: format!("{}, Python", digits(speed)),
+        }));
     }
-    (format!("{}, training {shape}", kept.title()), rows)
+    (format!("{}, training {}", kept.title(), kept.results.headline()), rows)
 }
 
 /// How often comparisons called what was slower by a share, in per cent; with the interval of that.
