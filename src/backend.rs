@@ -117,6 +117,12 @@ pub trait Prepared {
         None
     }
 
+    /// Where other processes do the work: leaves profiles of the first one in a folder, taken over
+    /// about so long, and returns what is to be said of them.
+    fn profile_elsewhere(&mut self, _time: Duration, _folder: &Path) -> Option<Result<String>> {
+        None
+    }
+
     /// The results of the last step as f32, for parity; untimed. Names: what the model
     /// puts out (`out`, `selection`, `weights`, `logits`), `loss`, `grad/<parameter>`,
     /// `grad/x`, and `param/<parameter>` where an optimizer ran.

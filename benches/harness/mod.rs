@@ -73,7 +73,7 @@ fn run(framework: Framework, find: fn() -> Found) -> Result<bool> {
         selected.iter().for_each(|case| println!("{case}: benchmark"));
         return Ok(true);
     }
-    if options.profile {
+    if options.profile.is_some() {
         profiler::prepare()?;
     }
     let led = Rank::of_process(framework)?;
@@ -208,7 +208,7 @@ impl Suite {
         let present: Vec<Case> = selected.iter().filter(here).copied().collect();
         self.options.check_baseline(&self.home, &present)?;
         // What is only looked at needs no proof.
-        if !self.options.profile && !self.options.load_baseline {
+        if self.options.profile.is_none() && !self.options.load_baseline {
             let runs = |case: &&Case| self.here.runs(case).is_ok();
             let runs: Vec<Case> = selected.iter().filter(runs).copied().collect();
             let unmade = self.made(&runs);
@@ -264,7 +264,7 @@ impl Suite {
 
     /// Whether the run leaves records.
     fn writes(&self) -> bool {
-        !self.options.test && !self.options.profile && !self.options.load_baseline
+        !self.options.test && self.options.profile.is_none() && !self.options.load_baseline
     }
 
     /// Where the records go.
@@ -334,10 +334,17 @@ fn sample(
     memory::reset_resident_peak();
     let fixture = Fixture::new(*case);
     // A recorded graph's kernels are named while it is recorded.
-    let watched = options.profile && case.backend.device() == Device::NvidiaGpu;
+    let watched = options.profile.is_some() && case.backend.device() == Device::NvidiaGpu;
     let watch = if watched { Some(gpu::watch()) } else { None };
     let mut prepared = backend.prepare(&fixture)?;
     let watch = watch.transpose().map(drop);
+    let folder = criterion_folder(&results::criterion_home(), case).join("profile");
+    if let Some(time) = options.profile
+        && let Some(said) = prepared.profile_elsewhere(time, &folder)
+    {
+        println!("{}", said?);
+        return Ok(None);
+    }
     let (step, plan) = plan(prepared.as_mut(), options, case)?;
     let Some(plan) = plan else {
         return few(prepared.as_mut(), options, backend, case, place, step).map(Some);
@@ -347,14 +354,14 @@ fn sample(
         eprintln!("{place} {case}: {} timings, about {seconds:.0} s", plan.samples);
     }
     let seen = time_samples(criterion, sampler, options, prepared.as_mut(), case, &plan)?;
-    if options.profile {
+    if options.profile.is_some() {
         if let Some(error) = sampler.failure() {
             return Err(error);
         }
-        let folder = criterion_folder(&results::criterion_home(), case).join("profile");
         if watched {
             watch.context("the GPU's side of the profile")?;
-            profiler::gpu(prepared.as_mut(), case, &folder)?;
+            let each = prepared.time(3)?.as_secs_f64() / 3.0;
+            println!("{}", profiler::gpu(prepared.as_mut(), case, profiler::recorded(each), &folder)?);
         }
         if case.backend.device() == Device::AppleGpu {
             profiler::metal(prepared.as_mut(), backend, &folder);
@@ -464,8 +471,11 @@ fn time_samples(
                 return Duration::from_secs(1);
             }
             let (before, watch) = (memory::faults(), Watch::now());
-            let elapsed =
-                if options.profile { sampler.run(prepared, iterations) } else { prepared.time(iterations) };
+            let elapsed = if options.profile.is_some() {
+                sampler.run(prepared, iterations)
+            } else {
+                prepared.time(iterations)
+            };
             seen.peak_rss = memory::resident_peak_bytes();
             seen.watch.add(Watch::now().since(watch));
             seen.faults.push((memory::faults() - before) as f64 / iterations as f64);

@@ -2,6 +2,7 @@
 //! is Criterion's, which reads the same arguments.
 
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use regex::Regex;
@@ -46,7 +47,8 @@ pub struct Options {
     /// `--test`, or run by `cargo test`: every case once, nothing written.
     pub test: bool,
     pub list: bool,
-    pub profile: bool,
+    /// Profiles are taken, over so long.
+    pub profile: Option<Duration>,
     /// The user's own sampling settings win over the plan.
     pub own_samples: bool,
     pub own_times: bool,
@@ -62,7 +64,7 @@ impl Options {
             filter: Filter::All,
             test: false,
             list: false,
-            profile: false,
+            profile: None,
             own_samples: false,
             own_times: false,
             baseline: None,
@@ -81,7 +83,12 @@ impl Options {
                 "--test" => test = true,
                 "--list" => options.list = true,
                 "--exact" => exact = true,
-                "--profile-time" => options.profile = true,
+                "--profile-time" => {
+                    let seconds = value.as_deref().and_then(|v| v.parse().ok());
+                    let time = seconds.and_then(|s| Duration::try_from_secs_f64(s).ok());
+                    let told = value.unwrap_or_default();
+                    options.profile = Some(time.with_context(|| format!("--profile-time {told}: seconds"))?);
+                }
                 "--sample-size" => {
                     let enough =
                         value.as_deref().and_then(|v| v.parse::<usize>().ok()).is_some_and(|n| n >= 10);

@@ -94,7 +94,29 @@ impl Sampler {
         self.0.borrow_mut().failed.take()
     }
 
-    fn finish(&self, id: &str, folder: &Path) -> Result<()> {
+    /// Profiles so many steps without Criterion; returns what is to be said.
+    pub fn steps(&self, prepared: &mut dyn Prepared, steps: u64, id: &str, folder: &Path) -> Result<String> {
+        self.start()?;
+        self.run(prepared, steps)?;
+        self.finish(id, folder)
+    }
+
+    fn start(&self) -> Result<()> {
+        let mut state = self.0.borrow_mut();
+        *state = State::default();
+        let guard = ProfilerGuardBuilder::default()
+            .build()
+            .map_err(|error| anyhow!("this system lets no signal sample the stacks: {error}"))?;
+        let ticker = Ticker::start();
+        // The first sample prepares the unwinder, which allocates: taken here,
+        // where no other code is interrupted.
+        // SAFETY: pprof's own handler is in place.
+        unsafe { libc::raise(libc::SIGPROF) };
+        state.guard = Some((guard, ticker));
+        Ok(())
+    }
+
+    fn finish(&self, id: &str, folder: &Path) -> Result<String> {
         let mut state = self.0.borrow_mut();
         let (guard, ticker) = state.guard.take().context("the profiler did not start")?;
         drop(ticker);
@@ -114,38 +136,27 @@ impl Sampler {
             let change = midmean(&state.sampled) / midmean(&state.bare) - 1.0;
             format!("sampling changed the step by {:+.1} % ({blocks} pairs of blocks)", 100.0 * change)
         };
-        println!(
+        Ok(format!(
             "{id}: {} samples, {:.1} % of them in a named function; {slowdown}\n{}",
             profile.total(),
             100.0 * profile.resolved(),
             folder.join("flamegraph.svg").display()
-        );
-        Ok(())
+        ))
     }
 }
 
 impl Profiler for Sampler {
     fn start_profiling(&mut self, _id: &str, _folder: &Path) {
-        let mut state = self.0.borrow_mut();
-        *state = State::default();
-        match ProfilerGuardBuilder::default().build() {
-            Ok(guard) => {
-                let ticker = Ticker::start();
-                // The first sample prepares the unwinder, which allocates: taken here,
-                // where no other code is interrupted.
-                // SAFETY: pprof's own handler is in place.
-                unsafe { libc::raise(libc::SIGPROF) };
-                state.guard = Some((guard, ticker));
-            }
-            Err(error) => {
-                state.failed = Some(anyhow!("this system lets no signal sample the stacks: {error}"));
-            }
-        }
+        let started = self.start();
+        self.0.borrow_mut().failed = started.err();
     }
 
     fn stop_profiling(&mut self, id: &str, folder: &Path) {
-        if let Err(error) = self.finish(id, folder) {
-            self.0.borrow_mut().failed = Some(error);
+        match self.finish(id, folder) {
+            Ok(text) => println!("{text}"),
+            Err(error) => {
+                self.0.borrow_mut().failed.get_or_insert(error);
+            }
         }
     }
 }
@@ -240,13 +251,17 @@ pub fn metal(prepared: &mut dyn Prepared, backend: &dyn Backend, folder: &Path) 
     }
 }
 
-/// Nanoseconds of GPU time that are recorded, about.
-const RECORDED: f64 = 0.5e9;
+/// Seconds of a GPU's time that are recorded, about.
+const RECORDED: f64 = 0.5;
 
-/// The second flamegraph of a GPU case: what its kernels take, by operator.
-pub fn gpu(prepared: &mut dyn Prepared, case: &Case, folder: &Path) -> Result<()> {
-    let each = prepared.time(3)?.as_nanos() as f64 / 3.0;
-    let steps = (RECORDED / each).clamp(3.0, 200.0) as u64;
+/// How many steps of a length in seconds are recorded of a GPU.
+pub fn recorded(each: f64) -> u64 {
+    (RECORDED / each).clamp(3.0, 200.0) as u64
+}
+
+/// The second flamegraph of a GPU case: what its kernels take, by operator, over twice so many
+/// steps. Returns what is to be said.
+pub fn gpu(prepared: &mut dyn Prepared, case: &Case, steps: u64, folder: &Path) -> Result<String> {
     let watch = gpu::watch()?;
     let named = gpu::record(steps, || prepared.step())?;
     drop(watch);
@@ -256,8 +271,18 @@ pub fn gpu(prepared: &mut dyn Prepared, case: &Case, folder: &Path) -> Result<()
     profile.write(folder, "gpu", &format!("{case}, GPU time of {steps} steps"), Unit::Nanoseconds)?;
     results::write_whole(&folder.join("gpu-trace.json"), &named.events())?;
     let a_step = |nanoseconds: u64| nanoseconds as f64 / steps as f64 * 1e-6;
-    println!(
-        "{case}: {:.3} ms a step, the GPU busy for {:.3} ms of it ({:.1} % idle); {} launches, {:.3} ms of device time\n{}\n{}",
+    let (exchange, alone) = plain.exchange();
+    let exchange = if exchange > 0 {
+        format!(
+            "; exchange for {:.3} ms, {:.3} ms of it beside nothing else",
+            a_step(exchange),
+            a_step(alone)
+        )
+    } else {
+        String::new()
+    };
+    Ok(format!(
+        "{case}: {:.3} ms a step, the GPU busy for {:.3} ms of it ({:.1} % idle); {} launches, {:.3} ms of device time{exchange}\n{}\n{}",
         a_step(plain.wall),
         a_step(plain.busy()),
         100.0 * plain.idle(),
@@ -265,6 +290,5 @@ pub fn gpu(prepared: &mut dyn Prepared, case: &Case, folder: &Path) -> Result<()
         a_step(plain.device_time()),
         folder.join("gpu.svg").display(),
         folder.join("gpu-trace.json").display(),
-    );
-    Ok(())
+    ))
 }

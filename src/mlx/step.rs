@@ -2,13 +2,14 @@
 //! calls it, the others compile it.
 
 use std::cell::RefCell;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use half::{bf16, f16};
 use mlx_rs::error::Exception;
 use mlx_rs::random::{self, RandomState};
 use mlx_rs::transforms::compile::compile;
-use mlx_rs::transforms::{eval, value_and_grad_with_argnums, vjp};
+use mlx_rs::transforms::{async_eval, eval, value_and_grad_with_argnums, vjp};
 use mlx_rs::{Array, Dtype};
 use transformer_bench::backend::Prepared;
 use transformer_bench::model::fixture::{AdamW, Fixture, Tensor as Named};
@@ -358,6 +359,23 @@ impl Prepared for Step {
                 .chain([&self.key]),
         )?;
         Ok(())
+    }
+
+    fn time(&mut self, steps: u64) -> Result<Duration> {
+        let start = Instant::now();
+        if self.program.case.workload == Workload::AllReduce {
+            // A ceiling: in a row, as nccl-tests times it.
+            for _ in 0..steps {
+                self.results = vec![ranks::all_reduce(&self.inputs[0])?];
+                async_eval(&self.results)?;
+            }
+            eval(&self.results)?;
+        } else {
+            for _ in 0..steps {
+                self.step()?;
+            }
+        }
+        Ok(start.elapsed())
     }
 
     fn outputs(&mut self) -> Result<Vec<Named>> {

@@ -29,7 +29,19 @@ pub struct Trace {
 impl Trace {
     /// Nanoseconds in which at least one activity ran.
     pub fn busy(&self) -> u64 {
-        let mut spans: Vec<(u64, u64)> = self.activities.iter().map(|a| (a.start, a.end)).collect();
+        self.busy_with(|_| true)
+    }
+
+    /// Nanoseconds in which an exchange between ranks ran, and those of them in which nothing else did.
+    pub fn exchange(&self) -> (u64, u64) {
+        // NCCL's kernels, whoever calls it.
+        let is = |a: &Activity| a.name.contains("ncclDevKernel");
+        (self.busy_with(is), self.busy() - self.busy_with(|a| !is(a)))
+    }
+
+    fn busy_with(&self, which: impl Fn(&Activity) -> bool) -> u64 {
+        let chosen = self.activities.iter().filter(|a| which(a));
+        let mut spans: Vec<(u64, u64)> = chosen.map(|a| (a.start, a.end)).collect();
         spans.sort_unstable();
         let (mut busy, mut reached) = (0, 0);
         for (start, end) in spans {
@@ -237,6 +249,16 @@ mod tests {
         assert_eq!(trace().device_time(), 350);
         assert_eq!(trace().busy(), 300);
         assert!((trace().idle() - 0.5).abs() < 1e-12);
+    }
+
+    #[test]
+    fn an_exchange_is_told_from_what_runs_beside_it() {
+        let mut shared = trace();
+        assert_eq!(shared.exchange(), (0, 0));
+        shared.activities[1].name =
+            "_Z40ncclDevKernel_AllReduce_Sum_f32_RING_LL24ncclDevKernelArgs".to_owned();
+        // From 150 to 300, and the other kernel until 200.
+        assert_eq!(shared.exchange(), (150, 100));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use transformer_bench::suite::{Case, Workload};
 
 use crate::extension::{self, Graph, Moments, Package};
 use crate::leaves::{self, Places};
-use crate::ranks::Exchange;
+use crate::ranks::{Exchange, Sizes};
 use crate::{packages, step};
 
 /// Whether a workload is compiled: what a user of torch.compile would give it.
@@ -86,7 +86,7 @@ impl Compiled {
         let (leaves, places) = leaves::pack(fixture.parameters(), device, kind, true);
         let start = inputs.len();
         let shared = if case.shape.ranks() > 1 {
-            let exchange = Exchange::new(device, &leaves, true, fixture.silent)?;
+            let exchange = Exchange::new(device, &leaves, Some(Sizes::WHOLE), fixture.silent)?;
             Some((exchange, Moments::new(&leaves, true), fixture.adamw))
         } else {
             None

@@ -1,5 +1,7 @@
 //! The workloads in tch: what one iteration runs, and what it leaves for parity.
 
+use std::time::{Duration, Instant};
+
 use anyhow::{Context, Result};
 use tch::{Device, Kind, Tensor};
 use transformer_bench::backend::Prepared;
@@ -11,7 +13,7 @@ use transformer_bench::suite::{Case, Compute, Shape, Workload};
 use crate::extension::{self, Graph, Moments};
 use crate::leaves::{self, Places};
 use crate::net::{self, Layers};
-use crate::ranks::{self, Exchange};
+use crate::ranks::{self, Exchange, Sizes};
 
 /// A case on a device.
 pub struct Step {
@@ -101,8 +103,9 @@ impl Step {
             graph: None,
         };
         if case.shape.ranks() > 1 {
-            let buckets = recipe.overlaps() && train;
-            step.exchange = Exchange::new(device, step.computes(), buckets, fixture.silent)?;
+            let sizes = if recorded { Sizes::recorded(step.computes()) } else { Sizes::DDP };
+            let sizes = (recipe.overlaps() && train).then_some(sizes);
+            step.exchange = Exchange::new(device, step.computes(), sizes, fixture.silent)?;
         }
         if case.workload == Workload::AllReduce {
             step.results = vec![step.inputs[0].copy()];
@@ -211,7 +214,7 @@ impl Step {
             Workload::CopyPeak => {
                 let _ = self.inputs[0].neg_out(&self.results[0]);
             }
-            Workload::AllReduce => ranks::all_reduce(&self.results[0])?,
+            Workload::AllReduce => ranks::all_reduce(&self.results[0], 1)?,
             Workload::Forward | Workload::Attention | Workload::FeedForward | Workload::MatmulPeak => {
                 self.results.clear();
                 self.results = tch::no_grad(|| self.forwarding(|| self.forward()))?;
@@ -266,6 +269,20 @@ impl Prepared for Step {
             None => extension::caught(|| self.passes().and_then(|()| self.update()))?,
         }
         extension::synchronize(self.device)
+    }
+
+    fn time(&mut self, steps: u64) -> Result<Duration> {
+        let start = Instant::now();
+        if self.case.workload == Workload::AllReduce {
+            // A ceiling: in a row, as nccl-tests times it.
+            extension::caught(|| ranks::all_reduce(&self.results[0], steps))?;
+            extension::synchronize(self.device)?;
+        } else {
+            for _ in 0..steps {
+                self.step()?;
+            }
+        }
+        Ok(start.elapsed())
     }
 
     fn outputs(&mut self) -> Result<Vec<Named>> {

@@ -127,6 +127,18 @@ impl Prepared for Shared {
         })
     }
 
+    fn profile_elsewhere(&mut self, time: Duration, folder: &Path) -> Option<Result<String>> {
+        let mut ask = || {
+            fs::create_dir_all(folder).with_context(|| format!("{} could not be made", folder.display()))?;
+            let steps = (time.as_secs_f64() / self.steps("steps", 1)?.as_secs_f64()).ceil().max(3.0);
+            // The part is loaded again, and launches that are named take their time.
+            let expected = processes::LOADING + 3 * time;
+            let said = self.ranks.ask(&format!("profile {steps} {}", folder.display()), expected)?;
+            Ok(serde_json::from_str(&said)?)
+        };
+        Some(ask())
+    }
+
     fn outputs(&mut self) -> Result<Vec<Tensor>> {
         let file = self.folder.0.join("tensors");
         let answer = self.ranks.ask(&format!("tensors {}", file.display()), self.step)?;

@@ -7,6 +7,7 @@
 //! | `case ID` | `ready` once this rank's part of the case has been prepared and has done a step |
 //! | `part ID` | `ready` once its part of the parity fixture has been prepared |
 //! | `steps N`, `silent N` | seconds that so many steps took, of the slowest rank and the fastest, and the largest share of it that a rank waited for a core; silent ones leave the exchange out |
+//! | `profile N FOLDER` | as JSON, what is to be said of the profiles that the first rank has left in the folder, of so many steps of all |
 //! | `tensors FILE` | `written` once the first rank has put the last step's results into the file, the loss as the mean over ranks; `differ` and what, where the ranks hold different ones |
 //! | `memory` | peak bytes of the allocator and of the process, the largest of any rank; 0 where nothing tells |
 //!
@@ -23,9 +24,11 @@ use transformer_bench::backend::{Backend, Found, Prepared, Rank};
 use transformer_bench::disturbance::Watch;
 use transformer_bench::memory;
 use transformer_bench::model::fixture::{Fixture, Tensor};
+use transformer_bench::profile::gpu;
 use transformer_bench::results::checksum;
-use transformer_bench::suite::Case;
+use transformer_bench::suite::{Case, Device};
 
+use super::super::profiler::{self, Sampler};
 use super::super::worker::{say, until_end};
 use super::write_tensors;
 
@@ -75,6 +78,11 @@ impl Part {
             "case" | "part" => self.load(rest, word == "part").map(|()| "ready".to_owned()),
             "steps" => self.time(steps()?, false),
             "silent" => self.time(steps()?, true),
+            "profile" => {
+                let (steps, folder) = rest.split_once(' ').context("profile N FOLDER")?;
+                let steps = steps.parse().with_context(|| format!("'{steps}' is no number of steps"))?;
+                Ok(serde_json::to_string(&self.profile(steps, Path::new(folder))?)?)
+            }
             "tensors" => self.tensors(Path::new(rest)),
             "memory" => self.memory(),
             _ => bail!("'{line}' is no request to a rank"),
@@ -141,6 +149,35 @@ impl Part {
         let slowest = times.iter().copied().fold(0.0, f32::max);
         let fastest = times.iter().copied().fold(slowest, f32::min);
         Ok(format!("{slowest:e} {fastest:e} {:e}", self.most(waiting as f32)?))
+    }
+
+    /// All do the same steps, so that the first, who looks, waits for nobody.
+    fn profile(&mut self, steps: u64, folder: &Path) -> Result<String> {
+        let case = self.case.context("no case: say 'case ID' first")?;
+        let gpu = case.backend.device() == Device::NvidiaGpu;
+        // A recorded graph's kernels are named while it is recorded.
+        let watch = if gpu { Some(gpu::watch()?) } else { None };
+        self.load(&case.to_string(), false)?;
+        drop(watch);
+        let looks = self.rank.index == 0;
+        let prepared = self.prepared.as_mut().context("the part was loaded")?;
+        let mut said = Vec::new();
+        if looks {
+            said.push(Sampler::default().steps(prepared.as_mut(), steps, &case.to_string(), folder)?);
+        } else {
+            prepared.time(steps)?;
+        }
+        if gpu {
+            let each = prepared.time(3)?.as_secs_f32() / 3.0;
+            let recorded = profiler::recorded(f64::from(self.most(each)?));
+            let prepared = self.prepared.as_mut().context("the part was loaded")?;
+            if looks {
+                said.push(profiler::gpu(prepared.as_mut(), &case, recorded, folder)?);
+            } else {
+                prepared.time(2 * recorded)?;
+            }
+        }
+        Ok(said.join("\n"))
     }
 
     fn tensors(&mut self, file: &Path) -> Result<String> {

@@ -29,11 +29,25 @@ class Nccl {
     check(function<int(void**, int, Id, int)>("ncclCommInitRank")(&communicator_, size, made, rank),
           "ncclCommInitRank");
     all_reduce_ = function<AllReduce>("ncclAllReduce");
+    group_start_ = function<int()>("ncclGroupStart");
+    group_end_ = function<int()>("ncclGroupEnd");
   }
 
-  // Both begin when the current stream has come so far, on a stream of their own.
-  void sum(const at::Tensor& tensor) { all_reduce(tensor, SUM); }
-  void mean(const at::Tensor& tensor) { all_reduce(tensor, AVERAGE); }
+  // What follows begins when the current stream has come so far, on a stream of its own.
+
+  // In place.
+  void sum(const at::Tensor& tensor) {
+    behind(stream_, c10::cuda::getCurrentCUDAStream());
+    all_reduce(tensor, tensor, SUM);
+  }
+
+  // The means of several tensors in as many others, launched as one.
+  void mean(const std::vector<at::Tensor>& tensors, const std::vector<at::Tensor>& means) {
+    behind(stream_, c10::cuda::getCurrentCUDAStream());
+    check(group_start_(), "ncclGroupStart");
+    for (size_t i = 0; i < tensors.size(); ++i) all_reduce(tensors[i], means[i], AVERAGE);
+    check(group_end_(), "ncclGroupEnd");
+  }
 
   // The current stream goes on when all that began is done.
   void wait() { behind(c10::cuda::getCurrentCUDAStream(), stream_); }
@@ -80,15 +94,16 @@ class Nccl {
     event.block(waiting);
   }
 
-  void all_reduce(const at::Tensor& tensor, int operation) {
-    behind(stream_, c10::cuda::getCurrentCUDAStream());
-    check(all_reduce_(tensor.const_data_ptr(), tensor.mutable_data_ptr(), tensor.numel(), type(tensor),
-                      operation, communicator_, stream_),
+  void all_reduce(const at::Tensor& from, const at::Tensor& to, int operation) {
+    check(all_reduce_(from.const_data_ptr(), to.mutable_data_ptr(), from.numel(), type(from), operation,
+                      communicator_, stream_),
           "ncclAllReduce");
   }
 
   void* communicator_ = nullptr;
   AllReduce* all_reduce_ = nullptr;
+  int (*group_start_)() = nullptr;
+  int (*group_end_)() = nullptr;
   c10::cuda::CUDAStream stream_;
 };
 
@@ -100,7 +115,7 @@ class Nccl {
   static std::vector<float> id() { return std::vector<float>(ID); }
   Nccl(const std::vector<float>&, int, int) { TORCH_CHECK(false, "built without CUDA"); }
   void sum(const at::Tensor&) {}
-  void mean(const at::Tensor&) {}
+  void mean(const std::vector<at::Tensor>&, const std::vector<at::Tensor>&) {}
   void wait() {}
 };
 

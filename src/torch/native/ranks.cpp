@@ -42,7 +42,7 @@ void sum_on_cpu(at::Tensor values) {
 // The mean over all ranks in place, when the current stream is through.
 void mean(at::Tensor& tensor) {
   if (tensor.is_cuda()) {
-    joined().nccl->mean(tensor);
+    joined().nccl->mean({tensor}, {tensor});
     joined().nccl->wait();
     return;
   }
@@ -51,15 +51,11 @@ void mean(at::Tensor& tensor) {
   if (!tensor.is_cpu()) tensor.copy_(here);
 }
 
-// DDP's sizes (torch/csrc/distributed/c10d/reducer.hpp): a small first one, so that the
-// exchange begins early.
-constexpr int64_t FIRST_BUCKET = 1 << 20;
-constexpr int64_t BUCKET = 25 << 20;
-
 struct Bucket {
-  // What is exchanged, and parts of it for each gradient.
+  // A copy of all gradients, where they are exchanged as one piece.
   at::Tensor flat;
-  std::vector<at::Tensor> views;
+  // Of each gradient; parts of the copy where there is one.
+  std::vector<at::Tensor> means;
   // The gradients of this step; those of one bucket all come before it is sent.
   std::vector<at::Tensor> gradients;
   size_t missing = 0;
@@ -78,29 +74,29 @@ struct tb_buckets {
   std::vector<std::pair<size_t, size_t>> place;
   bool silent;
 
-  tb_buckets(std::vector<at::Tensor> all, bool silent) : parameters(std::move(all)), silent(silent) {
+  // `bucket_of` tells it of each parameter; they are filled from the first on.
+  tb_buckets(std::vector<at::Tensor> all, const size_t* bucket_of, bool copied, bool silent)
+      : parameters(std::move(all)), silent(silent) {
     place.resize(parameters.size());
-    int64_t held = 0;
     std::vector<std::vector<size_t>> members;
     for (size_t i = parameters.size(); i-- > 0;) {
-      int64_t bytes = parameters[i].nbytes();
-      if (members.empty() || held + bytes > (members.size() == 1 ? FIRST_BUCKET : BUCKET)) {
-        members.emplace_back();
-        held = 0;
-      }
-      held += bytes;
-      place[i] = {members.size() - 1, members.back().size()};
-      members.back().push_back(i);
+      if (bucket_of[i] == members.size()) members.emplace_back();
+      auto& own = members.at(bucket_of[i]);
+      place[i] = {bucket_of[i], own.size()};
+      own.push_back(i);
     }
+    bool gpu = !parameters.empty() && parameters[0].is_cuda();
     for (const auto& own : members) {
       Bucket bucket;
-      int64_t count = 0;
+      auto options = parameters[own[0]].options().requires_grad(false).device(gpu ? at::kCUDA : at::kCPU);
+      int64_t count = 0, start = 0;
       for (size_t i : own) count += parameters[i].numel();
-      auto options = parameters[own[0]].options().requires_grad(false);
-      bucket.flat = at::empty({count}, parameters[own[0]].is_cuda() ? options : options.device(at::kCPU));
-      int64_t start = 0;
+      if (copied || !gpu) bucket.flat = at::empty({count}, options);
       for (size_t i : own) {
-        bucket.views.push_back(bucket.flat.narrow(0, start, parameters[i].numel()).view(parameters[i].sizes()));
+        auto shape = parameters[i].sizes();
+        bucket.means.push_back(bucket.flat.defined()
+                                   ? bucket.flat.narrow(0, start, parameters[i].numel()).view(shape)
+                                   : at::empty(shape, options));
         start += parameters[i].numel();
       }
       bucket.gradients.resize(own.size());
@@ -125,10 +121,20 @@ struct tb_buckets {
 
   void send(Bucket& bucket) {
     at::NoGradGuard no_grad;
-    at::_foreach_copy_(bucket.views, bucket.gradients);
+    if (!bucket.flat.defined()) {
+      // NCCL reads what lies dense.
+      for (auto& gradient : bucket.gradients) gradient = gradient.contiguous();
+      if (silent) {
+        bucket.means = bucket.gradients;
+      } else {
+        joined().nccl->mean(bucket.gradients, bucket.means);
+      }
+      return;
+    }
+    at::_foreach_copy_(bucket.means, bucket.gradients);
     if (silent) return;
     if (bucket.flat.is_cuda()) {
-      joined().nccl->mean(bucket.flat);
+      joined().nccl->mean({bucket.flat}, {bucket.flat});
       return;
     }
     bucket.flat.div_(joined().size);
@@ -146,10 +152,10 @@ struct tb_buckets {
       for (auto& gradient : bucket.gradients) gradient.reset();
       bucket.missing = bucket.gradients.size();
     }
-    if (!silent && !buckets.empty() && buckets[0].flat.is_cuda()) joined().nccl->wait();
+    if (!silent && !parameters.empty() && parameters[0].is_cuda()) joined().nccl->wait();
     for (size_t i = 0; i < parameters.size(); ++i) {
-      const auto& view = buckets[place[i].first].views[place[i].second];
-      all[i] = view.device() == parameters[i].device() ? view : view.to(parameters[i].device());
+      const auto& mean = buckets[place[i].first].means[place[i].second];
+      all[i] = mean.device() == parameters[i].device() ? mean : mean.to(parameters[i].device());
     }
     return all;
   }
@@ -204,17 +210,19 @@ int tb_ranks_sum(float* values, int64_t count) {
   return guarded([&] { sum_on_cpu(at::from_blob(values, {count}, at::kFloat)); });
 }
 
-// Adds up a buffer over all ranks, in place.
-int tb_ranks_all_reduce(at::Tensor* buffer) {
+// Adds up a buffer over all ranks, in place, so many times in a row.
+int tb_ranks_all_reduce(at::Tensor* buffer, uint64_t times) {
   return guarded([&] {
     if (buffer->is_cuda()) {
-      joined().nccl->sum(*buffer);
+      for (uint64_t i = 0; i < times; ++i) joined().nccl->sum(*buffer);
       joined().nccl->wait();
       return;
     }
-    auto here = buffer->is_cpu() ? *buffer : buffer->cpu();
-    sum_on_cpu(here);
-    if (!buffer->is_cpu()) buffer->copy_(here);
+    for (uint64_t i = 0; i < times; ++i) {
+      auto here = buffer->is_cpu() ? *buffer : buffer->cpu();
+      sum_on_cpu(here);
+      if (!buffer->is_cpu()) buffer->copy_(here);
+    }
   });
 }
 
@@ -226,8 +234,9 @@ int tb_ranks_mean(at::Tensor** tensors, size_t count) {
   });
 }
 
-int tb_buckets_new(at::Tensor** parameters, size_t count, bool silent, tb_buckets** out) {
-  return guarded([&] { *out = new tb_buckets(list(parameters, count), silent); });
+int tb_buckets_new(at::Tensor** parameters, const size_t* bucket_of, size_t count, bool copied, bool silent,
+                   tb_buckets** out) {
+  return guarded([&] { *out = new tb_buckets(list(parameters, count), bucket_of, copied, silent); });
 }
 
 void tb_buckets_free(tb_buckets* buckets) {
