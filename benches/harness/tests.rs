@@ -51,6 +51,16 @@ mod options_tests {
     }
 
     #[test]
+    fn a_profile_takes_seconds() {
+        let time = std::time::Duration::from_millis(2500);
+        assert_eq!(read("--bench --profile-time 2.5").unwrap().profile, Some(time));
+        for text in ["--profile-time", "--profile-time long", "--profile-time=-1"] {
+            let error = read(text).unwrap_err().to_string();
+            assert!(error.contains("--profile-time") && error.contains("seconds"), "{error}");
+        }
+    }
+
+    #[test]
     fn a_missing_baseline_is_named() {
         let options = read("--bench --baseline never").unwrap();
         let case = "forward/mlx-cpu/f32/indicator-b16".parse().unwrap();

@@ -97,6 +97,20 @@ class Ranks(unittest.TestCase):
         self.assertIn("torch: 1 cases ran, 1 failed", output)
         self.assertRegex(errors, r"-r2: error, .*rank 1: the process ended with signal: 6")
 
+    def test_the_first_rank_is_profiled(self):
+        for framework in FRAMEWORKS:
+            with self.subTest(framework):
+                process = self.start(framework, "--profile-time", "2", f"^{self.step(framework, 'f32-overlap')}$")
+                output, errors = process.communicate(timeout=120)
+                self.assertEqual(process.returncode, 0, errors)
+                self.assertRegex(output, r"-r2: \d+ samples")
+                profile = self.folder / f"criterion-{framework}/train-step/{framework}-cpu_f32-overlap/indicator-tiny-b2-r2/profile"
+                stacks = (profile / "flamegraph.folded").read_text().splitlines()
+                own = sum(int(line.rsplit(" ", 1)[1]) for line in stacks if line.startswith("step;"))
+                # The process that conducts only waits: its steps leave next to no samples.
+                self.assertGreater(own, 50, stacks[:5])
+                self.assertEqual(group_of(process), [])
+
     def test_more_ranks_than_devices_are_skipped(self):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         batch = 2 * (cores + 1)

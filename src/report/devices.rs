@@ -4,7 +4,9 @@ use super::Measured;
 use super::tables::{Table, prefixed, rate_text, time};
 use super::words::ratio;
 use crate::backend::Elsewhere;
-use crate::suite::{Case, Precision, Recipe, Shape, Workload};
+use crate::model::ModelId;
+use crate::model::parameters::parameter_count;
+use crate::suite::{BackendId, Case, Precision, Recipe, Shape, Workload};
 
 /// A part of the speed that as many lone devices would have, and the range that both intervals allow. A
 /// process alone has all cores of a CPU, so ranks of one are held against that.
@@ -110,19 +112,68 @@ pub fn table(all: &[Measured<'_>]) -> Table {
     }
 }
 
-/// What a second device, or an eighth, is worth: of each backend and shape the fastest recipe.
-pub fn sentences(all: &[Measured<'_>]) -> Vec<String> {
+/// Of each backend and shape the fastest recipe that can be held against lone devices.
+fn fastest<'a>(all: &'a [Measured<'a>]) -> Vec<Scaling<'a>> {
     let mut scalings = scalings(all);
     scalings.retain(|s| s.weak.is_some() || s.strong.is_some());
     scalings.sort_by(|a, b| a.m.median_ns.total_cmp(&b.m.median_ns));
-    let mut told: Vec<&Case> = Vec::new();
-    let mut sentences = Vec::new();
-    for s in &scalings {
-        let case = &s.m.case;
-        if told.iter().any(|known| known.backend == case.backend && known.shape == case.shape) {
-            continue;
-        }
+    let mut told: Vec<Case> = Vec::new();
+    scalings.retain(|s| {
+        let case = s.m.case;
+        let known = told.iter().any(|known| known.backend == case.backend && known.shape == case.shape);
         told.push(case);
+        !known
+    });
+    scalings
+}
+
+/// What a second GPU, or an eighth, is worth: a sentence for each backend and number of them.
+pub fn worth(all: &[Measured<'_>]) -> Vec<String> {
+    let mut groups: Vec<(BackendId, usize, Vec<Scaling<'_>>)> = Vec::new();
+    for s in fastest(all).into_iter().filter(|s| !s.m.case.backend.is_cpu()) {
+        let (backend, ranks) = (s.m.case.backend, s.m.case.shape.ranks());
+        match groups.iter_mut().find(|(b, r, _)| (*b, *r) == (backend, ranks)) {
+            Some((_, _, own)) => own.push(s),
+            None => groups.push((backend, ranks, vec![s])),
+        }
+    }
+    groups.into_iter().map(|(backend, ranks, own)| times(backend, ranks, &own)).collect()
+}
+
+/// `2 GPUs against one …`: model by model, the largest first, and the largest batch.
+fn times(backend: BackendId, ranks: usize, all: &[Scaling<'_>]) -> String {
+    let mut models: Vec<ModelId> = all.iter().filter_map(|s| Some(s.m.case.shape.model()?.0)).collect();
+    models.sort_by_key(|model| std::cmp::Reverse(parameter_count(Shape::of(*model, 1))));
+    models.dedup();
+    let of_a_model = |model: ModelId| {
+        let mut own: Vec<&Scaling<'_>> =
+            all.iter().filter(|s| s.m.case.shape.model().is_some_and(|(m, _)| m == model)).collect();
+        own.sort_by_key(|s| std::cmp::Reverse(s.m.case.shape.batch()));
+        let figures: Vec<String> = own
+            .iter()
+            .flat_map(|s| {
+                let (batch, recipe) = (s.m.case.shape.batch(), s.m.case.precision);
+                let times = |kept: Option<Kept>, how: String| {
+                    kept.map(|(part, _)| format!("{:.2} times as fast {how} ({recipe})", part * ranks as f64))
+                };
+                let weak = times(s.weak, format!("at a batch of {} each", batch / ranks));
+                weak.into_iter().chain(times(s.strong, format!("sharing a batch of {batch}")))
+            })
+            .collect();
+        format!("{} trains {}", model.name, figures.join(", "))
+    };
+    format!(
+        "{ranks} GPUs against one ({}): {}",
+        backend.framework().names().0,
+        models.into_iter().map(of_a_model).collect::<Vec<_>>().join("; ")
+    )
+}
+
+/// The same in full, with what is lost.
+pub fn sentences(all: &[Measured<'_>]) -> Vec<String> {
+    let mut sentences = Vec::new();
+    for s in &fastest(all) {
+        let case = &s.m.case;
         let (ranks, batch) = (case.shape.ranks(), case.shape.batch());
         let of = |kept: Option<Kept>, how: String| {
             let lone = if case.backend.is_cpu() {
@@ -186,6 +237,24 @@ mod tests {
         let said = words::verdict(&results);
         assert!(said.iter().any(|s| s.contains("80.0 %") && s.contains("at batch 16 each")), "{said:?}");
         assert!(tables::all(&results).iter().any(|t| t.title == "Several devices"));
+    }
+
+    #[test]
+    fn what_a_second_gpu_is_worth_is_said_in_speeds() {
+        let mut results = run(1.25e6);
+        let said = worth(&all_measured(&results));
+        let whole = "2 GPUs against one (PyTorch): indicator trains 1.60 times as fast at a batch of 16 each \
+                     (bf16-opt), 1.44 times as fast sharing a batch of 32 (bf16-opt)";
+        assert_eq!(said, [whole]);
+        // Without a winner to tell, it is the answer.
+        assert_eq!(words::answer(&results), [format!("{whole}.")]);
+        // A slower recipe of the same shape is not told.
+        let mut eager = record("train-step/torch-cuda/bf16/indicator-b32-r2", 5e6);
+        eager.ranks = Some(Elsewhere::default());
+        results.cases.extend([eager, record("train-step/torch-cuda/bf16/indicator-b32", 9e6)]);
+        assert_eq!(worth(&all_measured(&results)), [whole]);
+        results.cases.iter_mut().for_each(|r| r.ranks = None);
+        assert!(worth(&all_measured(&results)).is_empty());
     }
 
     #[test]

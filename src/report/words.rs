@@ -115,14 +115,23 @@ fn held_back(results: &Results, case: &Case) -> Option<String> {
 }
 
 /// The answer: of each device that both frameworks have, the fastest step of either, a line each. Where there
-/// is none, why.
+/// is none, what further devices bring; else why there is none.
 pub fn answer(results: &Results) -> Vec<String> {
-    let all: Vec<String> = champions(results).into_iter().filter_map(|pair| best(results, pair)).collect();
+    let mut all: Vec<String> =
+        champions(results).into_iter().filter_map(|pair| best(results, pair)).collect();
+    if all.is_empty() {
+        all = devices::worth(&all_measured(results));
+    }
     ended(if all.is_empty() { vec![inconclusive(results).to_owned()] } else { all })
 }
 
 /// What must not be concluded from the answer.
 pub fn limits(results: &Results) -> String {
+    if champions(results).is_empty() && !devices::worth(&all_measured(results)).is_empty() {
+        return "It does not follow for another model, batch or link between the devices: these are training steps one \
+                after the other on data that is there, each in the precision and recipe beside it."
+            .to_owned();
+    }
     format!(
         "It does not follow for another model, batch or machine, nor for parameters in bf16, which train otherwise: this is \
          {}, one training step after the other on data that is there, with parameters in f32.",

@@ -10,7 +10,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 
-use super::{all_measured, champions, find, markdown, measured, rate, tables, words};
+use super::{all_measured, champions, devices, find, markdown, measured, rate, tables, words};
 use crate::results::Results;
 use crate::results::baseline;
 use crate::suite::{Case, Workload};
@@ -126,6 +126,21 @@ fn answering(all: &[Kept]) -> impl Iterator<Item = &Kept> {
     all.iter().filter(|kept| kept.results.model.is_none() && !champions(&kept.results).is_empty())
 }
 
+/// The baselines that tell what further GPUs bring: of each machine the last, and of one day that of several
+/// devices alone.
+fn sharing(all: &[Kept]) -> Vec<&Kept> {
+    let mut chosen: Vec<&Kept> = Vec::new();
+    let age = |kept: &Kept| (kept.results.machine.date.clone(), champions(&kept.results).is_empty());
+    for kept in all.iter().filter(|kept| !devices::worth(&all_measured(&kept.results)).is_empty()) {
+        match chosen.iter_mut().find(|other| other.title() == kept.title()) {
+            Some(other) if age(other) < age(kept) => *other = kept,
+            Some(_) => {}
+            None => chosen.push(kept),
+        }
+    }
+    chosen
+}
+
 /// README.md's first screen.
 fn answer(all: &[Kept]) -> String {
     let mut out = String::new();
@@ -135,6 +150,14 @@ fn answer(all: &[Kept]) -> String {
         }
         for pair in champions(&kept.results) {
             let _ = write!(out, "{}", in_python(kept, pair).unwrap_or_default());
+        }
+    }
+    for kept in sharing(all) {
+        for sentence in devices::worth(&all_measured(&kept.results)) {
+            let (m, name) = (&kept.results.machine, &kept.name);
+            let gpus = format!("{} × {}", m.gpus.len(), m.gpus.first().map_or("", String::as_str));
+            let link = format!("criterion-baselines/{name}/report.md#several-devices");
+            let _ = writeln!(out, "- **{gpus}** ({}): {sentence}. [What is lost]({link}).", m.date);
         }
     }
     out.push_str(
