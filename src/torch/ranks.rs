@@ -41,10 +41,6 @@ unsafe extern "C" {
 /// A file through which the ranks of one machine meet, in the place of a host and a port.
 const STORE: &str = "TRANSFORMER_BENCH_STORE";
 
-/// Whether NCCL may be called beside a CUDA graph that holds its calls
-/// (<https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/env.html>).
-const MIXING: &str = "NCCL_GRAPH_MIXING_SUPPORT";
-
 /// The engine that exchanges a backend's gradients.
 pub fn engine(id: BackendId) -> &'static str {
     match id {
@@ -65,11 +61,6 @@ pub fn meeting(id: BackendId, ranks: usize, folder: &Path) -> Vec<Environment> {
         ];
         if id == BackendId::TorchCuda {
             all.push(("CUDA_VISIBLE_DEVICES".to_owned(), visible_gpu(rank)));
-            // A step has one recording at a time and nothing beside it, so NCCL need not provide for
-            // both: 0.7 % of a recorded step of 3.8 ms on two H100s.
-            if std::env::var_os(MIXING).is_none() {
-                all.push((MIXING.to_owned(), "0".to_owned()));
-            }
         }
         all
     };

@@ -10,6 +10,7 @@
 
 #include <c10/core/Event.h>
 #include <c10/cuda/CUDAStream.h>
+#include <c10/util/env.h>
 #include <dlfcn.h>
 
 class Nccl {
@@ -26,6 +27,9 @@ class Nccl {
   Nccl(const std::vector<float>& id, int rank, int size) : stream_(c10::cuda::getStreamFromPool(true)) {
     Id made;
     for (int i = 0; i < ID; ++i) made.bytes[i] = static_cast<signed char>(id[i]);
+    // A step is one recording with nothing beside it: NCCL need not provide for calls meanwhile, which
+    // took 0.7 % of a recorded step of 3.8 ms on two H100s. Before NCCL reads it; the user's own stays.
+    c10::utils::set_env("NCCL_GRAPH_MIXING_SUPPORT", "0", false);
     check(function<int(void**, int, Id, int)>("ncclCommInitRank")(&communicator_, size, made, rank),
           "ncclCommInitRank");
     all_reduce_ = function<AllReduce>("ncclAllReduce");
