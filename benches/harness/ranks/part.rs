@@ -29,6 +29,7 @@ use transformer_bench::results::checksum;
 use transformer_bench::suite::{Case, Device};
 
 use super::super::profiler::{self, Sampler};
+use super::super::symbols;
 use super::super::worker::{say, until_end};
 use super::write_tensors;
 
@@ -177,6 +178,7 @@ impl Part {
                 prepared.time(2 * recorded)?;
             }
         }
+        symbols::drop_generated();
         Ok(said.join("\n"))
     }
 
