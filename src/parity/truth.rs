@@ -145,7 +145,7 @@ fn known(exact: Exact, squares: Vec<f64>, factor: impl Fn(&str) -> f64) -> Vec<K
             let strays = factor("loss") * (count * square).sqrt();
             // It is one number of f32: all roundings of the oracle may happen to end next to the truth, and
             // an engine's beside it.
-            loss.allowed = strays.max(1.5 * loss.exact.first().map_or(0.0, |&truth| spacing(truth)));
+            loss.allowed = strays.max(1.5 * spacing(loss.exact[0]));
             continue;
         }
         let [sum, of] = layers[layer(&name)];

@@ -119,15 +119,18 @@ fn held_back(results: &Results, case: &Case) -> Option<String> {
 pub fn answer(results: &Results) -> Vec<String> {
     let mut all: Vec<String> =
         champions(results).into_iter().filter_map(|pair| best(results, pair)).collect();
-    if all.is_empty() {
-        all = devices::worth(&all_measured(results));
-    }
+    all.extend(of_devices(results));
     ended(if all.is_empty() { vec![inconclusive(results).to_owned()] } else { all })
+}
+
+/// What further devices bring, where no two frameworks stand against each other.
+fn of_devices(results: &Results) -> Vec<String> {
+    if champions(results).is_empty() { devices::worth(&all_measured(results)) } else { Vec::new() }
 }
 
 /// What must not be concluded from the answer.
 pub fn limits(results: &Results) -> String {
-    if champions(results).is_empty() && !devices::worth(&all_measured(results)).is_empty() {
+    if !of_devices(results).is_empty() {
         return "It does not follow for another model, batch or link between the devices: these are training steps one \
                 after the other on data that is there, each in the precision and recipe beside it."
             .to_owned();

@@ -201,6 +201,20 @@ pub enum Exchange {
 /// Gradients in buckets (`tb_buckets`), filled by hooks of the tensors that they are taken by.
 pub struct Buckets(*mut c_void);
 
+impl Buckets {
+    fn new(parameters: &[Tensor], sizes: Sizes, silent: bool) -> Result<Self> {
+        let bytes: Vec<i64> = parameters.iter().map(bytes).collect();
+        let (all, bucket_of) = (raw(parameters), sizes.buckets(&bytes));
+        let mut handle = std::ptr::null_mut();
+        // SAFETY: as many live tensors as numbers; writes one pointer, owned by the value made here.
+        checked(unsafe {
+            let count = bucket_of.len();
+            tb_buckets_new(all.as_ptr(), bucket_of.as_ptr(), count, sizes.copied, silent, &mut handle)
+        })?;
+        Ok(Self(handle))
+    }
+}
+
 impl Drop for Buckets {
     fn drop(&mut self) {
         // SAFETY: owned, freed once.
@@ -212,18 +226,11 @@ impl Exchange {
     /// Among ranks: in buckets, which hooks of `parameters` fill, or each gradient alone.
     pub fn new(device: Device, parameters: &[Tensor], sizes: Option<Sizes>, silent: bool) -> Result<Self> {
         join_on(device)?;
-        let Some(sizes) = sizes else {
-            return Ok(if silent { Self::None } else { Self::Each });
-        };
-        let mut handle = std::ptr::null_mut();
-        let bytes: Vec<i64> = parameters.iter().map(bytes).collect();
-        let (all, bucket_of) = (raw(parameters), sizes.buckets(&bytes));
-        // SAFETY: as many live tensors as numbers; writes one pointer, owned by the value made here.
-        checked(unsafe {
-            let count = bucket_of.len();
-            tb_buckets_new(all.as_ptr(), bucket_of.as_ptr(), count, sizes.copied, silent, &mut handle)
-        })?;
-        Ok(Self::Buckets(Buckets(handle)))
+        Ok(match sizes {
+            Some(sizes) => Self::Buckets(Buckets::new(parameters, sizes, silent)?),
+            None if silent => Self::None,
+            None => Self::Each,
+        })
     }
 
     /// The means of gradients that came without a backward pass whose hooks fill buckets.
@@ -290,14 +297,7 @@ mod tests {
             let on = (tch::Kind::Float, Device::Cpu);
             let parameters: Vec<Tensor> =
                 [3, 5, 7].map(|n| Tensor::ones([n, 2], on).set_requires_grad(true)).into();
-            let bucket_of = sizes.buckets(&parameters.iter().map(bytes).collect::<Vec<_>>());
-            let mut handle = std::ptr::null_mut();
-            // SAFETY: live tensors; the handle is freed below.
-            checked(unsafe {
-                tb_buckets_new(raw(&parameters).as_ptr(), bucket_of.as_ptr(), 3, true, true, &mut handle)
-            })
-            .unwrap();
-            let exchange = Exchange::Buckets(Buckets(handle));
+            let exchange = Exchange::Buckets(Buckets::new(&parameters, sizes, true).unwrap());
             for step in 1..3 {
                 let sum = |(i, p): (usize, &Tensor)| p.sum(tch::Kind::Float) * (i as i64 + step);
                 let loss: Tensor = parameters.iter().enumerate().map(sum).sum();

@@ -156,10 +156,11 @@ impl Part {
     fn profile(&mut self, steps: u64, folder: &Path) -> Result<String> {
         let case = self.case.context("no case: say 'case ID' first")?;
         let gpu = case.backend.device() == Device::NvidiaGpu;
-        // A recorded graph's kernels are named while it is recorded.
-        let watch = if gpu { Some(gpu::watch()?) } else { None };
-        self.load(&case.to_string(), false)?;
-        drop(watch);
+        if gpu {
+            // A recorded graph's kernels are named while it is recorded: once more.
+            let _watch = gpu::watch()?;
+            self.load(&case.to_string(), false)?;
+        }
         let looks = self.rank.index == 0;
         let prepared = self.prepared.as_mut().context("the part was loaded")?;
         let mut said = Vec::new();

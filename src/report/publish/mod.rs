@@ -126,16 +126,20 @@ fn answering(all: &[Kept]) -> impl Iterator<Item = &Kept> {
     all.iter().filter(|kept| kept.results.model.is_none() && !champions(&kept.results).is_empty())
 }
 
-/// The baselines that tell what further GPUs bring: of each machine the last, and of one day that of several
-/// devices alone.
-fn sharing(all: &[Kept]) -> Vec<&Kept> {
-    let mut chosen: Vec<&Kept> = Vec::new();
+/// The baselines that tell what further GPUs bring, and what they say: of each machine the last, and of one day
+/// that of several devices alone.
+fn sharing(all: &[Kept]) -> Vec<(&Kept, Vec<String>)> {
+    let mut chosen: Vec<(&Kept, Vec<String>)> = Vec::new();
     let age = |kept: &Kept| (kept.results.machine.date.clone(), champions(&kept.results).is_empty());
-    for kept in all.iter().filter(|kept| !devices::worth(&all_measured(&kept.results)).is_empty()) {
-        match chosen.iter_mut().find(|other| other.title() == kept.title()) {
-            Some(other) if age(other) < age(kept) => *other = kept,
+    for kept in all {
+        let said = devices::worth(&all_measured(&kept.results));
+        if said.is_empty() {
+            continue;
+        }
+        match chosen.iter_mut().find(|(other, _)| other.title() == kept.title()) {
+            Some(other) if age(other.0) < age(kept) => *other = (kept, said),
             Some(_) => {}
-            None => chosen.push(kept),
+            None => chosen.push((kept, said)),
         }
     }
     chosen
@@ -152,9 +156,9 @@ fn answer(all: &[Kept]) -> String {
             let _ = write!(out, "{}", in_python(kept, pair).unwrap_or_default());
         }
     }
-    for kept in sharing(all) {
-        for sentence in devices::worth(&all_measured(&kept.results)) {
-            let (m, name) = (&kept.results.machine, &kept.name);
+    for (kept, said) in sharing(all) {
+        let (m, name) = (&kept.results.machine, &kept.name);
+        for sentence in said {
             let gpus = format!("{} × {}", m.gpus.len(), m.gpus.first().map_or("", String::as_str));
             let link = format!("criterion-baselines/{name}/report.md#several-devices");
             let _ = writeln!(out, "- **{gpus}** ({}): {sentence}. [What is lost]({link}).", m.date);
