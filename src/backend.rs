@@ -8,8 +8,8 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
 use crate::model::fixture::{Fixture, Tensor};
-pub use crate::model::oracle::rounding::Sums;
-use crate::suite::{BackendId, Case, Compute, Device, Framework, Recipe, Workload};
+pub use crate::model::reference::rounding::Sums;
+use crate::suite::{BackendId, Case, Device, Framework, Precision, Variant, Workload};
 
 /// Why a case can't run here; shown as the row's reason.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,15 +32,15 @@ pub trait Backend {
     fn supports(&self, case: &Case) -> Result<(), Unsupported>;
 
     /// Loads the fixture and returns the case, ready to step.
-    fn prepare(&self, fixture: &Fixture) -> Result<Box<dyn Prepared>>;
+    fn load(&self, fixture: &Fixture) -> Result<Box<dyn LoadedCase>>;
 
     /// Whether the code of a recipe's cases is made before they can run: a minute each, once.
-    fn is_made(&self, _recipe: Recipe) -> bool {
+    fn is_precompiled(&self, _recipe: Variant) -> bool {
         false
     }
 
     /// Whether a case's code is still to be made; preparing the case makes it too.
-    fn unmade(&self, _case: &Case) -> bool {
+    fn needs_compile(&self, _case: &Case) -> bool {
         false
     }
 
@@ -48,7 +48,7 @@ pub trait Backend {
     ///
     /// # Errors
     /// Where it can't be made, with the compiler's last line.
-    fn make(&self, _case: &Case) -> Result<()> {
+    fn compile(&self, _case: &Case) -> Result<()> {
         Ok(())
     }
 
@@ -56,24 +56,24 @@ pub trait Backend {
     fn devices(&self) -> (usize, &'static str);
 
     /// What exchanges gradients between ranks.
-    fn engine(&self) -> &'static str;
+    fn comm_backend(&self) -> &'static str;
 
     /// What each of several ranks of this machine finds in its environment, so that they meet; `folder`
     /// is theirs alone.
     ///
     /// # Errors
     /// Where no place can be made.
-    fn meeting(&self, ranks: usize, folder: &Path) -> Result<Vec<Environment>>;
+    fn rendezvous_env(&self, ranks: usize, folder: &Path) -> Result<Vec<Environment>>;
 
     /// Adds up numbers over all ranks, of which this process is one: all have the sums then, so it
     /// is also how they wait for each other.
     ///
     /// # Errors
     /// Where a rank is gone, or does not answer in time.
-    fn sum(&self, values: &[f32]) -> Result<Vec<f32>>;
+    fn all_reduce_sum(&self, values: &[f32]) -> Result<Vec<f32>>;
 
     /// In which type it keeps sums over rows: decides what a gradient may be off by.
-    fn sums(&self) -> Sums;
+    fn accumulation(&self) -> Sums;
 
     /// Waits until the device has nothing left to do.
     fn synchronize(&self) -> Result<()>;
@@ -98,7 +98,7 @@ pub trait Backend {
 }
 
 /// A case loaded onto a device.
-pub trait Prepared {
+pub trait LoadedCase {
     /// Does one iteration and returns only when every result exists on the device.
     fn step(&mut self) -> Result<()>;
 
@@ -106,7 +106,7 @@ pub trait Prepared {
     /// one leaks into the next.
     fn time(&mut self, steps: u64) -> Result<Duration> {
         let start = Instant::now();
-        if !self.in_a_row(steps)? {
+        if !self.run_pipelined(steps)? {
             for _ in 0..steps {
                 self.step()?;
             }
@@ -115,18 +115,18 @@ pub trait Prepared {
     }
 
     /// Does as many without waiting in between, where the case is timed so; false where it is not.
-    fn in_a_row(&mut self, _steps: u64) -> Result<bool> {
+    fn run_pipelined(&mut self, _steps: u64) -> Result<bool> {
         Ok(false)
     }
 
     /// Where other processes do the work: what was seen of them.
-    fn elsewhere(&mut self) -> Option<Elsewhere> {
+    fn rank_stats(&mut self) -> Option<RankStats> {
         None
     }
 
     /// Where other processes do the work: leaves profiles of the first one in a folder, taken over
     /// about so long, and returns what is to be said of them.
-    fn profile_elsewhere(&mut self, _time: Duration, _folder: &Path) -> Option<Result<String>> {
+    fn profile_first_rank(&mut self, _time: Duration, _folder: &Path) -> Option<Result<String>> {
         None
     }
 
@@ -138,26 +138,26 @@ pub trait Prepared {
 
 /// What was seen of the ranks that worked for a case.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Elsewhere {
+pub struct RankStats {
     /// [`Backend::engine`]
-    pub engine: String,
+    pub comm_backend: String,
     /// The largest of any rank.
     pub peak_bytes: Option<u64>,
     pub rss_peak_bytes: Option<u64>,
     /// The largest part of its time that a rank's threads were ready and had no core.
-    pub waiting_share: f64,
+    pub cpu_wait_share: f64,
     /// By how much the slowest rank took longer than the fastest, of its time; the median.
     pub skew: f64,
     /// What of the step is exchange that nothing hides: 1 less the same step without it over the step,
     /// in turns on the same ranks, and the range that the middle of it lies in.
-    pub exposed: Option<[f64; 3]>,
+    pub exposed_communication: Option<[f64; 3]>,
 }
 
 /// How long a rank waits for the others: within 30 s a user knows that one is missing.
-pub const PATIENCE: Duration = Duration::from_secs(18);
+pub const COLLECTIVE_TIMEOUT: Duration = Duration::from_secs(18);
 
 /// The cores that this process may use, and their name.
-pub fn cores() -> (usize, &'static str) {
+pub fn cpu_device_count() -> (usize, &'static str) {
     (std::thread::available_parallelism().map_or(1, usize::from), "cores")
 }
 
@@ -175,7 +175,7 @@ pub type Environment = Vec<(String, String)>;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rank {
     pub index: usize,
-    pub of: usize,
+    pub count: usize,
 }
 
 impl Rank {
@@ -185,7 +185,7 @@ impl Rank {
     ///
     /// # Errors
     /// Where only a part of it is there.
-    pub fn of_process(framework: Framework) -> Result<Option<Self>> {
+    pub fn from_environment(framework: Framework) -> Result<Option<Self>> {
         let variable = |name: &str| std::env::var(name).ok().filter(|text| !text.is_empty());
         let (name, size_name) = match framework {
             Framework::Torch => ("RANK", "WORLD_SIZE"),
@@ -205,51 +205,54 @@ impl Rank {
         let Some(index) = variable(name) else { return Ok(None) };
         let index = index.parse().with_context(|| format!("{name}={index} is no number"))?;
         ensure!(index < of, "rank {index} of {of} can't be: see {name}");
-        Ok((of > 1).then_some(Self { index, of }))
+        Ok((of > 1).then_some(Self { index, count: of }))
     }
 }
 
 /// A backend that this machine lacks.
 #[derive(Clone, Debug)]
-pub struct Absent {
+pub struct Unavailable {
     pub id: BackendId,
     pub reason: String,
 }
 
 /// What a framework finds at run time: each of its backends is in one of the two lists.
 #[derive(Default)]
-pub struct Found {
-    pub present: Vec<Box<dyn Backend>>,
-    pub absent: Vec<Absent>,
+pub struct Backends {
+    pub available: Vec<Box<dyn Backend>>,
+    pub unavailable: Vec<Unavailable>,
 }
 
-impl Found {
-    pub fn absent(&mut self, id: BackendId, reason: impl Into<String>) {
-        self.absent.push(Absent { id, reason: reason.into() });
+impl Backends {
+    pub fn add_unavailable(&mut self, id: BackendId, reason: impl Into<String>) {
+        self.unavailable.push(Unavailable { id, reason: reason.into() });
     }
 
-    pub fn backend(&self, id: BackendId) -> Option<&dyn Backend> {
-        self.present.iter().find(|b| b.id() == id).map(Box::as_ref)
+    pub fn get(&self, id: BackendId) -> Option<&dyn Backend> {
+        self.available.iter().find(|b| b.id() == id).map(Box::as_ref)
     }
 }
 
 /// Width of the product that a device must get right before it counts as there.
-pub const PROBE: usize = 32;
+pub const SANITY_WIDTH: usize = 32;
 
 /// A matrix [PROBE, PROBE] of small integers, exact in every format and sum.
-pub fn probe() -> Vec<f32> {
-    (0..PROBE * PROBE).map(|i| (i % 7) as f32).collect()
+pub fn sanity_matrix() -> Vec<f32> {
+    (0..SANITY_WIDTH * SANITY_WIDTH).map(|i| (i % 7) as f32).collect()
 }
 
 /// Holds a device's product of [`probe`] with itself against the host's.
 ///
 /// # Errors
 /// Where a number differs.
-pub fn check_probe(found: &[f32]) -> Result<()> {
-    let x = probe();
-    let cell =
-        |i: usize| (0..PROBE).map(|k| x[i / PROBE * PROBE + k] * x[k * PROBE + i % PROBE]).sum::<f32>();
-    let expected = (0..PROBE * PROBE).map(cell);
+pub fn check_sanity_product(found: &[f32]) -> Result<()> {
+    let x = sanity_matrix();
+    let cell = |i: usize| {
+        (0..SANITY_WIDTH)
+            .map(|k| x[i / SANITY_WIDTH * SANITY_WIDTH + k] * x[k * SANITY_WIDTH + i % SANITY_WIDTH])
+            .sum::<f32>()
+    };
+    let expected = (0..SANITY_WIDTH * SANITY_WIDTH).map(cell);
     if found.len() != x.len() || expected.zip(found).any(|(a, b)| a != *b) {
         bail!("a small matrix product comes out wrong");
     }
@@ -257,7 +260,7 @@ pub fn check_probe(found: &[f32]) -> Result<()> {
 }
 
 /// Why this system can't have a device at all; None where it may.
-pub fn impossible(device: Device) -> Option<&'static str> {
+pub fn unsupported_reason(device: Device) -> Option<&'static str> {
     match (device, cfg!(target_os = "macos")) {
         (Device::AppleGpu, false) => Some("needs macOS on Apple silicon"),
         (Device::NvidiaGpu, true) => Some("CUDA does not exist on macOS"),
@@ -266,7 +269,7 @@ pub fn impossible(device: Device) -> Option<&'static str> {
 }
 
 /// Why a device that fails its probe is absent.
-pub fn broken(error: &anyhow::Error) -> String {
+pub fn failure_message(error: &anyhow::Error) -> String {
     format!("the device is there and can't compute: {error:#}")
 }
 
@@ -281,25 +284,25 @@ pub fn is_tf32_process() -> bool {
 
 /// Whether a case can only run in such a process.
 pub fn needs_tf32_process(case: &Case) -> bool {
-    case.backend.framework() == Framework::Mlx && case.precision.compute == Compute::Tf32
+    case.backend.framework() == Framework::Mlx && case.method.precision == Precision::Tf32
 }
 
 /// Refuses what no backend can offer, whatever its framework.
-pub fn meaningful(case: &Case) -> Result<(), Unsupported> {
+pub fn check_supported(case: &Case) -> Result<(), Unsupported> {
     let no = |reason: &str| Err(Unsupported(reason.to_owned()));
-    match case.precision.recipe {
-        Recipe::Overlap if case.shape.ranks() == 1 => {
-            return no("one device exchanges nothing: see the same case with -r2");
+    match case.method.variant {
+        Variant::Overlap if case.shape.ranks() == 1 => {
+            return no("one device exchanges nothing: see the same case with -dp2");
         }
-        Recipe::Eager | Recipe::Overlap | Recipe::Compile | Recipe::Opt => {}
+        Variant::Eager | Variant::Overlap | Variant::Compile | Variant::Tuned => {}
         _ if case.shape.ranks() == 1 => {}
         _ => return no("ranks are measured plain, -overlap, -compile and -opt"),
     }
-    match case.precision.compute {
-        Compute::F16 if case.workload.optimizes() => {
-            no("AdamW in pure f16 divides by zero: squared gradients and ε = 1e-8 underflow; use bf16 or amp")
-        }
-        Compute::Amp | Compute::Autocast
+    match case.method.precision {
+        Precision::F16 if case.workload.optimizes() => no(
+            "AdamW in pure f16 divides by zero: squared gradients and ε = 1e-8 underflow; use bf16 or mixed",
+        ),
+        Precision::Mixed | Precision::Amp
             if matches!(
                 case.workload,
                 Workload::MatmulPeak | Workload::CopyPeak | Workload::AllReduce | Workload::OptimizerStep
@@ -317,16 +320,17 @@ mod tests {
 
     #[test]
     fn a_device_that_computes_wrongly_fails_the_probe() {
-        let x = probe();
-        let row = |i: usize| (0..PROBE).map(move |j| (i, j));
-        let sum =
-            |(i, j): (usize, usize)| (0..PROBE).map(|k| x[i * PROBE + k] * x[k * PROBE + j]).sum::<f32>();
-        let mut right: Vec<f32> = (0..PROBE).flat_map(row).map(sum).collect();
-        check_probe(&right).unwrap();
-        right[PROBE + 1] += 1.0;
-        assert!(check_probe(&right).is_err());
+        let x = sanity_matrix();
+        let row = |i: usize| (0..SANITY_WIDTH).map(move |j| (i, j));
+        let sum = |(i, j): (usize, usize)| {
+            (0..SANITY_WIDTH).map(|k| x[i * SANITY_WIDTH + k] * x[k * SANITY_WIDTH + j]).sum::<f32>()
+        };
+        let mut right: Vec<f32> = (0..SANITY_WIDTH).flat_map(row).map(sum).collect();
+        check_sanity_product(&right).unwrap();
+        right[SANITY_WIDTH + 1] += 1.0;
+        assert!(check_sanity_product(&right).is_err());
         // What GitHub's paravirtual Metal device gives.
-        assert!(check_probe(&vec![0.0; PROBE * PROBE]).is_err());
-        assert!(check_probe(&[]).is_err());
+        assert!(check_sanity_product(&vec![0.0; SANITY_WIDTH * SANITY_WIDTH]).is_err());
+        assert!(check_sanity_product(&[]).is_err());
     }
 }

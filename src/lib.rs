@@ -30,7 +30,7 @@
 
 pub mod backend;
 pub mod compare;
-pub mod disturbance;
+pub mod interference;
 pub mod memory;
 pub mod model;
 pub mod parity;

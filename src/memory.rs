@@ -15,23 +15,23 @@ use std::time::Instant;
 
 /// `system` leaves the heap as the system has it, so that what keeping brings can be
 /// measured: `scripts/compare worktree --env TRANSFORMER_BENCH_HEAP=system`.
-pub const HEAP: &str = "TRANSFORMER_BENCH_HEAP";
+pub const MALLOC_VARIABLE: &str = "TRANSFORMER_BENCH_HEAP";
 
 /// Makes the heap keep what is freed, from now on. Called before the first large allocation.
 ///
 /// # Errors
 /// Where [`HEAP`] holds another word than `kept` or `system`.
-pub fn keep_freed() -> anyhow::Result<()> {
-    match std::env::var(HEAP).as_deref() {
-        Err(_) | Ok("kept") => pin(),
+pub fn retain_freed_memory() -> anyhow::Result<()> {
+    match std::env::var(MALLOC_VARIABLE).as_deref() {
+        Err(_) | Ok("kept") => configure_malloc(),
         Ok("system") => {}
-        Ok(other) => anyhow::bail!("{HEAP}={other}: kept (the default) or system"),
+        Ok(other) => anyhow::bail!("{MALLOC_VARIABLE}={other}: kept (the default) or system"),
     }
     Ok(())
 }
 
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
-fn pin() {
+fn configure_malloc() {
     // Grown by at least this at a time: few calls, and untouched pages cost nothing.
     const TOP_PAD: libc::c_int = 64 << 20;
     // SAFETY: sets numbers of the allocator.
@@ -51,12 +51,12 @@ fn pin() {}
 
 /// What holds this process's memory, for the machine's versions; None where nothing is
 /// known of it, and nothing was set.
-pub fn heap() -> Option<(String, String)> {
+pub fn describe_allocator() -> Option<(String, String)> {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     {
         // SAFETY: a static string.
         let version = unsafe { std::ffi::CStr::from_ptr(libc::gnu_get_libc_version()) };
-        let kept = std::env::var(HEAP).map_or(true, |word| word != "system");
+        let kept = std::env::var(MALLOC_VARIABLE).map_or(true, |word| word != "system");
         let how = if kept { "freed memory kept" } else { "freed memory given back at will" };
         Some(("heap".to_owned(), format!("glibc {}, {how}", version.to_string_lossy())))
     }
@@ -65,7 +65,7 @@ pub fn heap() -> Option<(String, String)> {
 }
 
 /// Page faults of all threads of this process so far, that no disk took part in.
-pub fn faults() -> u64 {
+pub fn page_faults() -> u64 {
     usage().map_or(0, |usage| usage.ru_minflt as u64)
 }
 
@@ -79,7 +79,7 @@ fn usage() -> Option<libc::rusage> {
 
 /// The share of a step's time above which its page faults are too many: what two runs of
 /// one case may differ by on a quiet machine.
-pub const MUCH: f64 = 0.05;
+pub const FAULT_SHARE_THRESHOLD: f64 = 0.05;
 
 /// Nanoseconds that a page fault takes here, the page's clearing included: measured once a
 /// process, on fresh pages. 0 where there are none to be had.
@@ -108,11 +108,11 @@ fn touch() -> Option<f64> {
         if place == libc::MAP_FAILED {
             return None;
         }
-        let (before, start) = (faults(), Instant::now());
+        let (before, start) = (page_faults(), Instant::now());
         for offset in (0..BYTES).step_by(4096) {
             place.cast::<u8>().add(offset).write_volatile(1);
         }
-        let (taken, count) = (start.elapsed(), faults() - before);
+        let (taken, count) = (start.elapsed(), page_faults() - before);
         libc::munmap(place, BYTES);
         (count > 0).then(|| taken.as_nanos() as f64 / count as f64)
     }
@@ -183,15 +183,15 @@ mod tests {
     fn faults_of(mib: usize) -> u64 {
         let turn = || drop(std::hint::black_box(vec![1u8; mib << 20]));
         turn();
-        let before = faults();
+        let before = page_faults();
         (0..10).for_each(|_| turn());
-        faults() - before
+        page_faults() - before
     }
 
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     #[test]
     fn blocks_that_are_freed_cost_no_faults_when_they_come_again() {
-        keep_freed().unwrap();
+        retain_freed_memory().unwrap();
         // A test has a thread of its own, whose heap was there before and ends at 64 MiB.
         for mib in [1, 8, 24] {
             let faults = faults_of(mib);
@@ -205,7 +205,7 @@ mod tests {
         // Larger than what is kept by now.
         let faults = faults_of(60);
         assert!(faults > 1000, "{faults} faults where each block is mapped");
-        keep_freed().unwrap();
+        retain_freed_memory().unwrap();
     }
 
     #[test]
@@ -218,10 +218,10 @@ mod tests {
     #[test]
     fn a_wrong_word_is_refused() {
         // SAFETY: tests of this crate run one after the other.
-        unsafe { std::env::set_var(HEAP, "jemalloc") };
-        let error = keep_freed().unwrap_err().to_string();
+        unsafe { std::env::set_var(MALLOC_VARIABLE, "jemalloc") };
+        let error = retain_freed_memory().unwrap_err().to_string();
         // SAFETY: as above.
-        unsafe { std::env::remove_var(HEAP) };
+        unsafe { std::env::remove_var(MALLOC_VARIABLE) };
         assert!(error.contains("kept") && error.contains("jemalloc"), "{error}");
     }
 }

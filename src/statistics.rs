@@ -33,7 +33,7 @@ pub fn midmean(values: &[f64]) -> f64 {
 
 /// The value that Student's t with so much freedom leaves with probability `outside`, both ends
 /// together.
-pub fn quantile(freedom: f64, outside: f64) -> f64 {
+pub fn student_t_two_sided(freedom: f64, outside: f64) -> f64 {
     StudentsT::new(0.0, 1.0, freedom).expect("positive degrees").inverse_cdf(1.0 - outside / 2.0)
 }
 
@@ -42,7 +42,7 @@ pub fn mean(values: &[f64]) -> f64 {
 }
 
 /// Standard deviation of a sample.
-pub fn spread(values: &[f64]) -> f64 {
+pub fn std_dev(values: &[f64]) -> f64 {
     let centre = mean(values);
     let squares: f64 = values.iter().map(|v| (v - centre).powi(2)).sum();
     (squares / (values.len() as f64 - 1.0)).sqrt()

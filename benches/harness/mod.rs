@@ -4,13 +4,13 @@
 //! step alone, from which the plan is made; Criterion's samples; the record. Records
 //! are written after every case, so a run that is killed keeps what it has.
 
-mod by_hand;
+mod criterion_files;
 mod options;
+mod parity;
 mod profiler;
-mod proving;
 mod ranks;
+mod sampling_timer;
 mod symbols;
-mod ticker;
 mod timing;
 mod worker;
 
@@ -20,8 +20,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use criterion::{BenchmarkId, Criterion, SamplingMode, Throughput};
-use transformer_bench::backend::{self, Backend, Found, Prepared, Rank};
-use transformer_bench::disturbance::{self, Watch};
+use transformer_bench::backend::{self, Backend, Backends, LoadedCase, Rank};
+use transformer_bench::interference::{self, CpuUsage};
 use transformer_bench::memory;
 use transformer_bench::model::fixture::Fixture;
 use transformer_bench::profile::gpu;
@@ -30,18 +30,18 @@ use transformer_bench::results::run::{Selection, Writer};
 use transformer_bench::results::{self, Record, Status, criterion_folder};
 use transformer_bench::statistics;
 use transformer_bench::suite::cost::{self, Work};
-use transformer_bench::suite::{Case, Device, Framework, cases, given};
+use transformer_bench::suite::{Case, Device, Framework, cases, custom_model};
 
 use options::Options;
+use parity::Proven;
 use profiler::Sampler;
-use proving::Proven;
 use timing::Plan;
 
 /// How long the machine is looked at before a run.
 const LOOK: Duration = Duration::from_millis(500);
 
 /// Runs a framework's cases.
-pub fn main(framework: Framework, find: fn() -> Found) -> ExitCode {
+pub fn main(framework: Framework, find: fn() -> Backends) -> ExitCode {
     match run(framework, find) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
@@ -53,11 +53,11 @@ pub fn main(framework: Framework, find: fn() -> Found) -> ExitCode {
 }
 
 /// True unless a case failed.
-fn run(framework: Framework, find: fn() -> Found) -> Result<bool> {
-    memory::keep_freed()?;
+fn run(framework: Framework, find: fn() -> Backends) -> Result<bool> {
+    memory::retain_freed_memory()?;
     machine::prefer_fast_cores();
     ranks::stay();
-    let notes = given::from_environment(|| machine::reach(&Machine::read()))?;
+    let notes = custom_model::from_environment(|| machine::capacity(&Machine::read()))?;
     if let Some(first) = worker::requested(std::env::args().skip(1)) {
         worker::start(framework, find, first)?;
     }
@@ -76,7 +76,7 @@ fn run(framework: Framework, find: fn() -> Found) -> Result<bool> {
     if options.profile.is_some() {
         profiler::prepare()?;
     }
-    let led = Rank::of_process(framework)?;
+    let led = Rank::from_environment(framework)?;
     ranks::see_own_gpu(led);
     let found = find();
     machine::assert_isolated(framework)?;
@@ -89,7 +89,7 @@ fn run(framework: Framework, find: fn() -> Found) -> Result<bool> {
         led.is_none()
             && backend::needs_tf32_process(case)
             && !case.backend.is_cpu()
-            && found.backend(case.backend).is_some()
+            && found.get(case.backend).is_some()
     };
     let (apart, selected): (Vec<Case>, Vec<Case>) = selected.into_iter().partition(apart);
     let (selected, child) =
@@ -115,10 +115,10 @@ fn tf32_process() -> Result<bool> {
 }
 
 /// The machine with the versions of what was found.
-fn machine_of(found: &Found) -> Machine {
+fn machine_of(found: &Backends) -> Machine {
     let mut machine = Machine::read();
-    machine.add_versions(found.present.iter().flat_map(|backend| backend.versions()));
-    machine.add_versions(memory::heap());
+    machine.add_versions(found.available.iter().flat_map(|backend| backend.versions()));
+    machine.add_versions(memory::describe_allocator());
     machine
 }
 
@@ -144,7 +144,7 @@ fn criterion_home() -> PathBuf {
 
 /// What can run, and on what.
 struct Here {
-    found: Found,
+    found: Backends,
     machine: Machine,
 }
 
@@ -152,8 +152,8 @@ impl Here {
     /// The backend of a case that can run here, else why not. Cases that can't fit are refused
     /// before anything is allocated.
     fn runs(&self, case: &Case) -> Result<&dyn Backend, String> {
-        let Some(backend) = self.found.backend(case.backend) else {
-            let absent = self.found.absent.iter().find(|a| a.id == case.backend);
+        let Some(backend) = self.found.get(case.backend) else {
+            let absent = self.found.unavailable.iter().find(|a| a.id == case.backend);
             return Err(absent.map_or_else(|| "not found".to_owned(), |a| a.reason.clone()));
         };
         backend.supports(case).map_err(|unsupported| unsupported.to_string())?;
@@ -178,13 +178,13 @@ struct Suite {
 }
 
 impl Suite {
-    fn new(options: Options, home: PathBuf, found: Found) -> Self {
+    fn new(options: Options, home: PathBuf, found: Backends) -> Self {
         let sampler = Sampler::default();
         let mut machine = machine_of(&found);
         if !options.test && !options.load_baseline {
-            let others = disturbance::others(LOOK);
-            machine.others = Some(others);
-            if others > disturbance::MUCH * machine.cores as f64 {
+            let others = interference::background_load(LOOK);
+            machine.background_load = Some(others);
+            if others > interference::WAIT_THRESHOLD * machine.cores as f64 {
                 eprintln!(
                     "note: others use {others:.1} of this machine's {} cores: what they disturb is marked",
                     machine.cores
@@ -204,7 +204,7 @@ impl Suite {
 
     /// True unless a case failed.
     fn measure_all(&mut self, framework: Framework, selected: &[Case], led: Option<Rank>) -> Result<bool> {
-        let here = |c: &&Case| self.here.found.backend(c.backend).is_some();
+        let here = |c: &&Case| self.here.found.get(c.backend).is_some();
         let present: Vec<Case> = selected.iter().filter(here).copied().collect();
         self.options.check_baseline(&self.home, &present)?;
         // What is only looked at needs no proof.
@@ -215,8 +215,8 @@ impl Suite {
             let runs: Vec<Case> = runs.into_iter().filter(|case| !unmade.contains_key(case)).collect();
             self.proven = match led {
                 // A process of its own would be no rank.
-                Some(_) => proving::prove_here(&self.here.found, &runs),
-                None => proving::prove(framework, &runs)?,
+                Some(_) => parity::prove_here(&self.here.found, &runs),
+                None => parity::prove(framework, &runs)?,
             };
             self.proven.extend(unmade);
         }
@@ -246,13 +246,13 @@ impl Suite {
 
     /// Makes the code of the cases that have none yet; returns those for which that failed, with the reason.
     fn made(&self, cases: &[Case]) -> Proven {
-        let backend = |case: &Case| self.here.found.backend(case.backend);
-        let unmade = |case: &&Case| backend(case).is_some_and(|b| b.unmade(case));
+        let backend = |case: &Case| self.here.found.get(case.backend);
+        let unmade = |case: &&Case| backend(case).is_some_and(|b| b.needs_compile(case));
         let unmade: Vec<&Case> = cases.iter().filter(unmade).collect();
         let mut failed = Proven::new();
         for (index, case) in unmade.iter().enumerate() {
             eprintln!("compiling {case}, about a minute or two; {} of {}", index + 1, unmade.len());
-            let made = backend(case).map_or(Ok(()), |b| b.make(case));
+            let made = backend(case).map_or(Ok(()), |b| b.compile(case));
             if let Err(error) = made {
                 let text = format!("no code could be made: {error:#}");
                 eprintln!("{case}: {text}");
@@ -278,11 +278,11 @@ impl Suite {
     fn measure(&mut self, case: &Case, place: &str) -> Option<Record> {
         let backend = match self.here.runs(case) {
             Ok(backend) => backend,
-            Err(reason) => return Some(self.told(place, Record::without(case, Status::Skipped, reason))),
+            Err(reason) => return Some(self.told(place, Record::unmeasured(case, Status::Skipped, reason))),
         };
         let share = match self.proven.get(case) {
             Some(Err((status, reason))) => {
-                return Some(self.told(place, Record::without(case, *status, reason.clone())));
+                return Some(self.told(place, Record::unmeasured(case, *status, reason.clone())));
             }
             proven => proven.and_then(|p| p.as_ref().ok()).copied(),
         };
@@ -291,7 +291,7 @@ impl Suite {
         let record = Record { parity: share, ..record };
         let record = if record.status == Status::Measured && !self.options.test {
             figures(&self.home, case, record, &self.here.machine)
-                .unwrap_or_else(|error| Record::without(case, Status::Error, format!("{error:#}")))
+                .unwrap_or_else(|error| Record::unmeasured(case, Status::Error, format!("{error:#}")))
         } else {
             record
         };
@@ -336,11 +336,11 @@ fn sample(
     // A recorded graph's kernels are named while it is recorded.
     let watched = options.profile.is_some() && case.backend.device() == Device::NvidiaGpu;
     let watch = if watched { Some(gpu::watch()) } else { None };
-    let mut prepared = backend.prepare(&fixture)?;
+    let mut prepared = backend.load(&fixture)?;
     let watch = watch.transpose().map(drop);
     let folder = criterion_folder(&results::criterion_home(), case).join("profile");
     if let Some(time) = options.profile
-        && let Some(said) = prepared.profile_elsewhere(time, &folder)
+        && let Some(said) = prepared.profile_first_rank(time, &folder)
     {
         println!("{}", said?);
         return Ok(None);
@@ -368,11 +368,11 @@ fn sample(
         }
         return Ok(None);
     }
-    let mut record = Record::without(case, Status::Measured, "");
+    let mut record = Record::unmeasured(case, Status::Measured, "");
     record.peak_bytes = backend.peak_memory();
     record.rss_peak_bytes = seen.peak_rss;
     record.page_faults = Some(statistics::median(&seen.faults));
-    record.waiting_share = seen.watch.waiting_share();
+    record.cpu_wait_share = seen.watch.cpu_wait_share();
     if !options.test {
         ask_ranks(prepared.as_mut(), &mut record);
     }
@@ -383,47 +383,47 @@ fn sample(
 }
 
 /// Puts what was seen of the processes that did the work in the place of what was seen of this one.
-fn ask_ranks(prepared: &mut dyn Prepared, record: &mut Record) {
-    if let Some(ranks) = prepared.elsewhere() {
+fn ask_ranks(prepared: &mut dyn LoadedCase, record: &mut Record) {
+    if let Some(ranks) = prepared.rank_stats() {
         (record.peak_bytes, record.rss_peak_bytes) = (ranks.peak_bytes, ranks.rss_peak_bytes);
         // A rank's engine has threads that wait for its cores too: that is no disturbance.
-        (record.page_faults, record.waiting_share) = (None, None);
+        (record.page_faults, record.cpu_wait_share) = (None, None);
         record.ranks = Some(ranks);
     }
 }
 
 /// A case whose steps are too slow for Criterion's ten samples: as many as fit.
 fn few(
-    prepared: &mut dyn Prepared,
+    prepared: &mut dyn LoadedCase,
     options: &Options,
     backend: &dyn Backend,
     case: &Case,
     place: &str,
     step: Duration,
 ) -> Result<Record> {
-    let before = (Watch::now(), memory::faults());
+    let before = (CpuUsage::now(), memory::page_faults());
     let Some(steps) = timing::few(prepared, step, options.set, case.workload)? else {
         let reason = format!("too slow: {:.1} s a step", step.as_secs_f64());
-        let mut record = Record::without(case, Status::TooSlow, reason);
+        let mut record = Record::unmeasured(case, Status::TooSlow, reason);
         record.median_ns = Some(step.as_nanos() as f64);
         record.samples = Some(1);
         return Ok(record);
     };
     eprintln!("{place} {case}: {} steps of {:.1} s", steps.len(), step.as_secs_f64());
-    let mut record = Record::without(case, Status::Measured, "");
+    let mut record = Record::unmeasured(case, Status::Measured, "");
     record.peak_bytes = backend.peak_memory();
     record.rss_peak_bytes = memory::resident_peak_bytes();
-    record.page_faults = Some((memory::faults() - before.1) as f64 / steps.len() as f64);
-    record.waiting_share = Watch::now().since(before.0).waiting_share();
+    record.page_faults = Some((memory::page_faults() - before.1) as f64 / steps.len() as f64);
+    record.cpu_wait_share = CpuUsage::now().since(before.0).cpu_wait_share();
     if !options.test {
         ask_ranks(prepared, &mut record);
-        by_hand::write(&criterion_folder(&results::criterion_home(), case), case, &steps)?;
+        criterion_files::write(&criterion_folder(&results::criterion_home(), case), case, &steps)?;
     }
     Ok(record)
 }
 
 /// Runs one step, or two, and makes the plan from the faster; None where it is too slow.
-fn plan(prepared: &mut dyn Prepared, options: &Options, case: &Case) -> Result<(Duration, Option<Plan>)> {
+fn plan(prepared: &mut dyn LoadedCase, options: &Options, case: &Case) -> Result<(Duration, Option<Plan>)> {
     let mut step = prepared.time(1)?;
     // The first step also loads kernels, compiles and fills caches: a second one tells
     // more, unless the first was hopeless.
@@ -439,7 +439,7 @@ struct Seen {
     peak_rss: Option<u64>,
     /// Page faults a step, of each sample.
     faults: Vec<f64>,
-    watch: Watch,
+    watch: CpuUsage,
 }
 
 /// Takes Criterion's samples.
@@ -447,7 +447,7 @@ fn time_samples(
     criterion: &mut Criterion,
     sampler: &Sampler,
     options: &Options,
-    prepared: &mut dyn Prepared,
+    prepared: &mut dyn LoadedCase,
     case: &Case,
     plan: &Plan,
 ) -> Result<Seen> {
@@ -470,15 +470,15 @@ fn time_samples(
             if failed.is_some() {
                 return Duration::from_secs(1);
             }
-            let (before, watch) = (memory::faults(), Watch::now());
+            let (before, watch) = (memory::page_faults(), CpuUsage::now());
             let elapsed = if options.profile.is_some() {
                 sampler.run(prepared, iterations)
             } else {
                 prepared.time(iterations)
             };
             seen.peak_rss = memory::resident_peak_bytes();
-            seen.watch.add(Watch::now().since(watch));
-            seen.faults.push((memory::faults() - before) as f64 / iterations as f64);
+            seen.watch.add(CpuUsage::now().since(watch));
+            seen.faults.push((memory::page_faults() - before) as f64 / iterations as f64);
             // Criterion can't be stopped; the figures are thrown away below.
             elapsed.unwrap_or_else(|error| {
                 failed = Some(error);
@@ -498,13 +498,13 @@ fn failure(case: &Case, error: &anyhow::Error) -> Record {
     let text = format!("{error:#}");
     let lower = text.to_lowercase();
     if ["out of memory", "can't allocate memory", "unable to allocate"].iter().any(|w| lower.contains(w)) {
-        return Record::without(case, Status::Skipped, format!("out of memory: {text}"));
+        return Record::unmeasured(case, Status::Skipped, format!("out of memory: {text}"));
     }
-    Record::without(case, Status::Error, text)
+    Record::unmeasured(case, Status::Error, text)
 }
 
 fn benchmark_id(case: &Case) -> BenchmarkId {
-    BenchmarkId::new(format!("{}/{}", case.backend, case.precision), case.shape)
+    BenchmarkId::new(format!("{}/{}", case.backend, case.method), case.shape)
 }
 
 /// Fills a record from the files that Criterion has written.
@@ -520,7 +520,7 @@ fn figures(home: &Path, case: &Case, mut record: Record, machine: &Machine) -> R
     let median = &estimates["median"];
     let number = |value: &serde_json::Value| value.as_f64().context("Criterion's estimates have no median");
     let point = number(&median["point_estimate"])?;
-    let ceiling = machine::flops_ceiling(case.backend, case.precision.compute, machine);
+    let ceiling = machine::flops_ceiling(case.backend, case.method.precision, machine);
     machine::check_rate(cost::flops(case) / case.shape.ranks() as u64, point, ceiling)?;
     let interval = &median["confidence_interval"];
     let work = cost::work(case);

@@ -119,7 +119,7 @@ impl Options {
         }
         if let Some(pattern) = pattern {
             options.filter =
-                if exact { Filter::Exact(pattern) } else { Filter::Pattern(suite::pattern(&pattern)?) };
+                if exact { Filter::Exact(pattern) } else { Filter::Pattern(suite::parse_filter(&pattern)?) };
         }
         options.check_filter()?;
         Ok(options)

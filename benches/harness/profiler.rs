@@ -14,15 +14,15 @@ use anyhow::{Context, Result, anyhow};
 use criterion::profiler::Profiler;
 use pprof::protos::Message;
 use pprof::{ProfilerGuard, ProfilerGuardBuilder, UnresolvedReport};
-use transformer_bench::backend::{Backend, Prepared};
+use transformer_bench::backend::{Backend, LoadedCase};
 use transformer_bench::profile::gpu;
 use transformer_bench::profile::{Profile, Unit};
 use transformer_bench::results;
 use transformer_bench::statistics::midmean;
 use transformer_bench::suite::Case;
 
+use super::sampling_timer::Ticker;
 use super::symbols::{self, Symbols, is_generated};
-use super::ticker::Ticker;
 
 /// Steps of about this long run before sampling goes on or off.
 const BLOCK: Duration = Duration::from_millis(200);
@@ -60,7 +60,7 @@ pub fn prepare() -> Result<()> {
 
 impl Sampler {
     /// Runs steps, by turns with and without sampling; returns the time of all.
-    pub fn run(&self, prepared: &mut dyn Prepared, steps: u64) -> Result<Duration> {
+    pub fn run(&self, prepared: &mut dyn LoadedCase, steps: u64) -> Result<Duration> {
         let mut state = self.0.borrow_mut();
         if state.guard.is_none() {
             return prepared.time(steps);
@@ -95,7 +95,13 @@ impl Sampler {
     }
 
     /// Profiles so many steps without Criterion; returns what is to be said.
-    pub fn steps(&self, prepared: &mut dyn Prepared, steps: u64, id: &str, folder: &Path) -> Result<String> {
+    pub fn steps(
+        &self,
+        prepared: &mut dyn LoadedCase,
+        steps: u64,
+        id: &str,
+        folder: &Path,
+    ) -> Result<String> {
         self.start()?;
         self.run(prepared, steps)?;
         self.finish(id, folder)
@@ -241,7 +247,7 @@ fn thread_name(frames: &[String], name: &str) -> String {
 }
 
 /// A step as a `.gputrace`, where the system allows one; a line that says so elsewhere.
-pub fn metal(prepared: &mut dyn Prepared, backend: &dyn Backend, folder: &Path) {
+pub fn metal(prepared: &mut dyn LoadedCase, backend: &dyn Backend, folder: &Path) {
     let trace = std::path::absolute(folder.join("step.gputrace")).unwrap_or_default();
     // Metal overwrites nothing.
     let _ = std::fs::remove_dir_all(&trace);
@@ -261,7 +267,7 @@ pub fn recorded(each: f64) -> u64 {
 
 /// The second flamegraph of a GPU case: what its kernels take, by operator, over twice so many
 /// steps. Returns what is to be said.
-pub fn gpu(prepared: &mut dyn Prepared, case: &Case, steps: u64, folder: &Path) -> Result<String> {
+pub fn gpu(prepared: &mut dyn LoadedCase, case: &Case, steps: u64, folder: &Path) -> Result<String> {
     let watch = gpu::watch()?;
     let named = gpu::record(steps, || prepared.step())?;
     drop(watch);
@@ -269,7 +275,7 @@ pub fn gpu(prepared: &mut dyn Prepared, case: &Case, steps: u64, folder: &Path) 
     let plain = gpu::record(steps, || prepared.step())?;
     let profile = named.profile(case.workload.id());
     profile.write(folder, "gpu", &format!("{case}, GPU time of {steps} steps"), Unit::Nanoseconds)?;
-    results::write_whole(&folder.join("gpu-trace.json"), &named.events())?;
+    results::write_atomic(&folder.join("gpu-trace.json"), &named.events())?;
     let a_step = |nanoseconds: u64| nanoseconds as f64 / steps as f64 * 1e-6;
     let (exchange, alone) = plain.exchange();
     let exchange = if exchange > 0 {

@@ -1,12 +1,12 @@
 //! The harness's own tests, a target of their own: bench targets have no test runner.
 #![allow(dead_code)] // The run itself, which uses the rest, is the bench targets'.
 
-#[path = "ranks/heard.rs"]
-mod heard;
+#[path = "ranks/failure.rs"]
+mod failure;
 mod options;
 mod profiler;
+mod sampling_timer;
 mod symbols;
-mod ticker;
 mod timing;
 
 mod options_tests {
@@ -27,7 +27,7 @@ mod options_tests {
             read("--bench --save-baseline main --noplot attention/.*/f32/ --sample-size=20").unwrap();
         assert_eq!(options.filter_text(), "attention/.*/f32/");
         assert!(options.own_samples && !options.own_times && !options.test);
-        let case = "attention/torch-cpu/f32/b16-h8-n111-d32".parse().unwrap();
+        let case = "attention/torch-cpu/f32/b16-h8-t111-d32".parse().unwrap();
         assert!(options.selects(&case));
         assert!(!options.selects(&Case { workload: transformer_bench::suite::Workload::Forward, ..case }));
     }
@@ -73,7 +73,7 @@ mod timing_tests {
     use std::time::Duration;
 
     use anyhow::Result;
-    use transformer_bench::backend::Prepared;
+    use transformer_bench::backend::LoadedCase;
     use transformer_bench::suite::{Set, Workload};
 
     use super::timing::*;
@@ -81,7 +81,7 @@ mod timing_tests {
 
     struct Empty;
 
-    impl Prepared for Empty {
+    impl LoadedCase for Empty {
         fn step(&mut self) -> Result<()> {
             std::hint::black_box(&self);
             Ok(())
@@ -94,7 +94,7 @@ mod timing_tests {
 
     #[test]
     fn the_loop_costs_under_200_ns_an_iteration() {
-        let mut empty: Box<dyn Prepared> = Box::new(Empty);
+        let mut empty: Box<dyn LoadedCase> = Box::new(Empty);
         let mut each: Vec<f64> =
             (0..21).map(|_| empty.time(100_000).unwrap().as_nanos() as f64 / 1e5).collect();
         each.sort_by(f64::total_cmp);
@@ -143,7 +143,7 @@ mod profiler_tests {
     use anyhow::Result;
     use criterion::profiler::Profiler;
     use pprof::protos::Message;
-    use transformer_bench::backend::Prepared;
+    use transformer_bench::backend::LoadedCase;
     use transformer_bench::model::fixture::Tensor;
     use transformer_bench::profile::Profile;
 
@@ -166,7 +166,7 @@ mod profiler_tests {
         });
     }
 
-    impl Prepared for Planted {
+    impl LoadedCase for Planted {
         fn step(&mut self) -> Result<()> {
             planted_slow_function();
             the_rest();
@@ -211,10 +211,10 @@ mod profiler_tests {
     }
 }
 
-mod heard_tests {
+mod failure_tests {
     use std::time::Duration;
 
-    use super::heard::Heard;
+    use super::failure::Heard;
 
     /// Of two ranks: their answers, whether they were about to wait, who has ended and who failed.
     fn cause(answers: [bool; 2], here: [bool; 2], ended: &[&str], failed: &[&str], request: &str) -> String {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::Result;
-use transformer_bench::backend::Prepared;
+use transformer_bench::backend::LoadedCase;
 use transformer_bench::suite::{Set, Workload};
 
 /// How a case is sampled. Sampling is flat: every sample holds equally many steps.
@@ -26,7 +26,7 @@ const LONGEST: Duration = Duration::from_secs(60);
 /// Times as many steps as fit into a case's limit, at least three; None where one takes over a
 /// minute.
 pub fn few(
-    prepared: &mut dyn Prepared,
+    prepared: &mut dyn LoadedCase,
     step: Duration,
     set: Set,
     workload: Workload,

@@ -21,16 +21,16 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use transformer_bench::backend::{
-    Backend, Found, Prepared, TF32_PROCESS, is_tf32_process, needs_tf32_process,
+    Backend, Backends, LoadedCase, TF32_PROCESS, is_tf32_process, needs_tf32_process,
 };
-use transformer_bench::disturbance::{cpu_time, delay};
+use transformer_bench::interference::{cpu_time, scheduler_delay_ns};
 use transformer_bench::model::fixture::{Fixture, Tensor};
-use transformer_bench::parity::Prover;
-use transformer_bench::parity::proofs::Proofs;
+use transformer_bench::parity::ParityChecker;
+use transformer_bench::parity::cache::PassedChecks;
 use transformer_bench::results::{self, machine, one_line};
-use transformer_bench::suite::{Case, Framework, cases, pattern};
+use transformer_bench::suite::{Case, Framework, cases, parse_filter};
 
-use super::ranks::{self, part};
+use super::ranks::{self, rank_worker};
 
 /// Makes steps slower by arithmetic that is thrown away, for proving that comparisons
 /// find what they should: `ID=ROUNDS` for each case, joined by `;`.
@@ -43,15 +43,15 @@ pub fn requested(arguments: impl Iterator<Item = String>) -> Option<Option<Strin
 }
 
 struct Worker<'a> {
-    found: &'a Found,
+    found: &'a Backends,
     framework: Framework,
-    current: Option<Box<dyn Prepared>>,
-    prover: Prover,
-    proofs: Option<Proofs>,
+    current: Option<Box<dyn LoadedCase>>,
+    prover: ParityChecker,
+    proofs: Option<PassedChecks>,
 }
 
 /// Becomes a worker.
-pub fn start(framework: Framework, find: fn() -> Found, first: Option<String>) -> Result<Infallible> {
+pub fn start(framework: Framework, find: fn() -> Backends, first: Option<String>) -> Result<Infallible> {
     let case = first.as_deref().and_then(|id| id.parse().ok());
     if case.is_some_and(|case| needs_tf32_process(&case)) {
         // SAFETY: no other thread runs yet.
@@ -60,15 +60,16 @@ pub fn start(framework: Framework, find: fn() -> Found, first: Option<String>) -
     let found = find();
     machine::assert_isolated(framework)?;
     if let Ok(id) = std::env::var(ranks::RANK_OF) {
-        return part::serve(found, &id);
+        return rank_worker::serve(found, &id);
     }
     let found = ranks::shared(found, None);
     serve(&found, framework, first)
 }
 
 /// Answers until its input ends, and ends the process then.
-fn serve(found: &Found, framework: Framework, first: Option<String>) -> Result<Infallible> {
-    let mut worker = Worker { found, framework, current: None, prover: Prover::default(), proofs: None };
+fn serve(found: &Backends, framework: Framework, first: Option<String>) -> Result<Infallible> {
+    let mut worker =
+        Worker { found, framework, current: None, prover: ParityChecker::default(), proofs: None };
     if let Some(id) = first {
         worker.load(&id)?;
         say("ready")?;
@@ -99,10 +100,10 @@ pub fn say(line: &str) -> Result<()> {
 impl<'a> Worker<'a> {
     fn answer(&mut self, line: &str) -> Result<String> {
         if let Ok(steps) = line.parse() {
-            let (delayed, before) = (delay(), cpu_time());
+            let (delayed, before) = (scheduler_delay_ns(), cpu_time());
             let wall = self.time(steps)?;
             let cpu = cpu_time() - before;
-            let delayed = delay().saturating_sub(delayed);
+            let delayed = scheduler_delay_ns().saturating_sub(delayed);
             return Ok(format!("{} {} {delayed}", wall.as_nanos(), cpu.as_nanos()));
         }
         match line.split_once(' ').unwrap_or((line, "")) {
@@ -136,12 +137,12 @@ impl<'a> Worker<'a> {
 
     fn cases(&self, set: &str, filter: &str) -> Result<String> {
         let set = set.parse().map_err(anyhow::Error::msg)?;
-        let filter = pattern(filter)?;
+        let filter = parse_filter(filter)?;
         let runs = |case: &Case| {
             case.backend.framework() == self.framework
                 && filter.is_match(&case.to_string())
                 && needs_tf32_process(case) == is_tf32_process()
-                && self.found.backend(case.backend).is_some_and(|b| b.supports(case).is_ok())
+                && self.found.get(case.backend).is_some_and(|b| b.supports(case).is_ok())
         };
         let ids: Vec<String> = cases(set).into_iter().filter(runs).map(|c| c.to_string()).collect();
         Ok(ids.join(" "))
@@ -156,15 +157,15 @@ impl<'a> Worker<'a> {
             // Before the first case runs: engines load more libraries then.
             None => {
                 let machine = super::machine_of(self.found);
-                self.proofs.insert(Proofs::open(&results::folder(), &machine)?)
+                self.proofs.insert(PassedChecks::open(&results::folder(), &machine)?)
             }
         };
-        if let Some(share) = proofs.of(&case) {
+        if let Some(share) = proofs.get(&case) {
             return Ok(format!("before {share}"));
         }
-        match self.prover.prove(backend, case)? {
+        match self.prover.check_case(backend, case)? {
             Ok(share) => {
-                proofs.keep(&case, share)?;
+                proofs.add(&case, share)?;
                 Ok(format!("now {share}"))
             }
             Err(mismatch) => Ok(format!("wrong {}", one_line(&mismatch.to_string()))),
@@ -176,7 +177,7 @@ impl<'a> Worker<'a> {
         self.current = None;
         let (case, backend) = self.runnable(id)?;
         let fixture = Fixture::for_parity(case);
-        let mut prepared = backend.prepare(&fixture)?;
+        let mut prepared = backend.load(&fixture)?;
         prepared.step()?;
         let named = |kind: &str, tensors: &[Tensor]| -> Vec<Tensor> {
             tensors.iter().map(|t| Tensor { name: format!("{kind}/{}", t.name), ..t.clone() }).collect()
@@ -190,8 +191,9 @@ impl<'a> Worker<'a> {
     /// A case that runs here, and its backend.
     fn runnable(&self, id: &str) -> Result<(Case, &'a dyn Backend)> {
         let case: Case = id.parse().map_err(anyhow::Error::msg)?;
-        let Some(backend) = self.found.backend(case.backend) else {
-            let reason = self.found.absent.iter().find(|a| a.id == case.backend).map(|a| a.reason.as_str());
+        let Some(backend) = self.found.get(case.backend) else {
+            let reason =
+                self.found.unavailable.iter().find(|a| a.id == case.backend).map(|a| a.reason.as_str());
             bail!("{}: {}", case.backend, reason.unwrap_or("not a backend of this executable"));
         };
         if let Err(reason) = backend.supports(&case) {
@@ -205,7 +207,7 @@ impl<'a> Worker<'a> {
         self.current = None;
         let (case, backend) = self.runnable(id)?;
         backend.reset_peak_memory()?;
-        let mut prepared = backend.prepare(&Fixture::new(case))?;
+        let mut prepared = backend.load(&Fixture::new(case))?;
         prepared.step()?;
         if let Some(rounds) = extra_work(id)? {
             prepared = Box::new(Slowed { inner: prepared, rounds });
@@ -222,7 +224,7 @@ impl<'a> Worker<'a> {
 
 /// A case whose every step does extra work.
 struct Slowed {
-    inner: Box<dyn Prepared>,
+    inner: Box<dyn LoadedCase>,
     rounds: u64,
 }
 
@@ -248,7 +250,7 @@ fn extra_work(id: &str) -> Result<Option<u64>> {
     Ok(None)
 }
 
-impl Prepared for Slowed {
+impl LoadedCase for Slowed {
     fn step(&mut self) -> Result<()> {
         self.inner.step()?;
         work(self.rounds);

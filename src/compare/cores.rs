@@ -24,7 +24,7 @@ pub fn allowed() -> Vec<usize> {
 
 /// Keeps this thread, and every thread and process that it starts, on cores. Where the system refuses, the
 /// work is done all the same.
-pub fn keep_to(cores: &[usize]) {
+pub fn pin_threads(cores: &[usize]) {
     #[cfg(target_os = "linux")]
     // SAFETY: a set of cores below its size, and plain data.
     unsafe {
@@ -40,7 +40,7 @@ pub fn keep_to(cores: &[usize]) {
 
 /// Cores for [`on_cores`], one of each physical core, the last first: the first ones get more of the
 /// system's own work. Empty where threads can't be kept on a core.
-pub fn cores() -> Vec<usize> {
+pub fn physical_cores() -> Vec<usize> {
     // At most: they share the memory's bandwidth.
     const MOST: usize = 8;
     let mut seen = std::collections::BTreeSet::new();
@@ -59,8 +59,8 @@ pub fn cores() -> Vec<usize> {
 /// Keeps this thread on a core, as [`keep_to`] does, where none of what it starts
 /// interrupts another by waking up (`SCHED_BATCH`): a framework's threads then run one after
 /// the other, which halves the time that comparing MLX takes.
-fn stay_on(core: usize) {
-    keep_to(&[core]);
+fn pin_to_core(core: usize) {
+    pin_threads(&[core]);
     #[cfg(target_os = "linux")]
     // SAFETY: plain data.
     unsafe {
@@ -76,7 +76,7 @@ pub fn on_cores<T: Send>(cores: &[usize], work: impl Fn(usize) -> T + Sync) -> V
         let pinned = |index: usize| {
             let core = cores.get(index).copied();
             scope.spawn(move || {
-                core.into_iter().for_each(stay_on);
+                core.into_iter().for_each(pin_to_core);
                 work(index)
             })
         };
@@ -90,7 +90,7 @@ pub fn on_cores<T: Send>(cores: &[usize], work: impl Fn(usize) -> T + Sync) -> V
 
 /// Does work pinned to a core, as comparisons measure.
 pub fn on_a_core<T: Send>(work: impl Fn() -> T + Sync) -> T {
-    let cores = cores();
+    let cores = physical_cores();
     on_cores(&cores[..cores.len().min(1)], |_| work()).pop().expect("it is done once")
 }
 
@@ -100,7 +100,7 @@ mod tests {
 
     #[test]
     fn work_stays_on_its_core() {
-        let cores = cores();
+        let cores = physical_cores();
         let seen = on_cores(&cores, |index| (index, std::thread::available_parallelism().unwrap().get()));
         assert_eq!(seen.iter().map(|s| s.0).collect::<Vec<_>>(), (0..cores.len().max(1)).collect::<Vec<_>>());
         if !cores.is_empty() {

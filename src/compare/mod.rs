@@ -11,10 +11,10 @@
 //! | `past.rs` | a baseline's part |
 //! | `stop.rs` | Ctrl-C |
 
+pub mod baseline_level;
 pub mod cores;
-pub mod past;
+pub mod decision;
+pub mod revisions;
 pub mod rounds;
-pub mod rule;
-pub mod sides;
-pub mod stop;
+pub mod signals;
 pub mod worker;

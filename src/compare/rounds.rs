@@ -8,10 +8,10 @@ use anyhow::Result;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
-use super::cores::{cores, on_cores};
-use super::rule::{Estimate, Judge, Rule, THRESHOLD, Verdict};
-use super::stop::go_on;
-use super::worker::{Side, Step, Threads, Worker, never_wait};
+use super::cores::{on_cores, physical_cores};
+use super::decision::{Estimate, Rule, SequentialTest, THRESHOLD, Verdict};
+use super::signals::check_interrupted;
+use super::worker::{BlockTiming, Side, Threads, Worker, never_wait};
 use crate::statistics::median;
 use crate::suite::{BackendId, Case, cost};
 
@@ -39,7 +39,7 @@ const MOST_LONG: usize = 20;
 pub struct Row {
     pub base: Case,
     pub head: Case,
-    pub judge: Judge,
+    pub judge: SequentialTest,
     /// Step times in seconds of each round's pairs, base first.
     pub rounds: Vec<Vec<(f64, f64)>>,
     /// Whether a step takes so long that a round has few.
@@ -50,7 +50,7 @@ pub struct Row {
 
 impl Row {
     pub fn new(base: Case, head: Case, rule: Rule) -> Self {
-        Self { base, head, judge: Judge::new(rule), rounds: Vec::new(), slow: false, failed: None }
+        Self { base, head, judge: SequentialTest::new(rule), rounds: Vec::new(), slow: false, failed: None }
     }
 
     pub fn verdict(&self) -> Option<Verdict> {
@@ -71,7 +71,7 @@ impl Row {
         match found {
             Ok(round) => {
                 if round.pairs[0].0 > ROUND.as_secs_f64() {
-                    self.judge.at_most(MOST_LONG);
+                    self.judge.limit_rounds(MOST_LONG);
                 }
                 self.slow = round.slow;
                 self.judge.add(&round.pairs);
@@ -83,7 +83,7 @@ impl Row {
 
     /// Whether it may be measured beside others: neither on a GPU, which cores_used would share,
     /// nor with steps that are slow or need much memory.
-    fn small(&self) -> bool {
+    fn is_single_core(&self) -> bool {
         let small = |case: &Case| case.backend.is_cpu() && cost::memory_estimate(case) < SMALL;
         small(&self.base) && small(&self.head) && !self.slow
     }
@@ -96,11 +96,11 @@ pub fn rule(threshold: f64, cases: usize) -> Rule {
 
 /// Rounds of a comparison that wants an interval, not a verdict: the fewest whose spread says
 /// something (Student's t with two degrees of freedom).
-pub const FEW: usize = 3;
+pub const MIN_ROUNDS: usize = 3;
 
 /// The rule for a case that is compared for its interval.
-pub fn few() -> Rule {
-    Rule { most: FEW, ..rule(THRESHOLD, 1) }
+pub fn quick_rule() -> Rule {
+    Rule { most: MIN_ROUNDS, ..rule(THRESHOLD, 1) }
 }
 
 /// Runs rounds until every row has its verdict, or the time is over.
@@ -114,7 +114,7 @@ pub fn decide(
     until: Instant,
     mut progress: impl FnMut(usize, usize),
 ) -> Result<()> {
-    let all_cores = if threads == Threads::One { cores() } else { Vec::new() };
+    let all_cores = if threads == Threads::One { physical_cores() } else { Vec::new() };
     let mut last_open = 0;
     for turn in 1.. {
         let open = rows.iter().filter(|r| r.verdict().is_none()).count();
@@ -140,7 +140,7 @@ pub fn decide(
 fn groups(rows: &[Row]) -> Vec<(Vec<usize>, usize)> {
     let mut all: BTreeMap<([BackendId; 2], bool), Vec<usize>> = BTreeMap::new();
     for (index, row) in rows.iter().enumerate().filter(|(_, row)| row.verdict().is_none()) {
-        let key = ([row.base.backend, row.head.backend], row.small());
+        let key = ([row.base.backend, row.head.backend], row.is_single_core());
         all.entry(key).or_default().push(index);
     }
     let most = |backends: [BackendId; 2], small: bool| {
@@ -220,7 +220,7 @@ impl<'a> Pinned<'a> {
         let mut all = Vec::new();
         let mut at_least = ROUND;
         for task in tasks {
-            go_on()?;
+            check_interrupted()?;
             if Instant::now() >= until {
                 break;
             }
@@ -230,7 +230,7 @@ impl<'a> Pinned<'a> {
             }
             let found = self.round(task, at_least);
             if found.is_err() {
-                go_on()?;
+                check_interrupted()?;
                 // One that died is replaced, and the other with it.
                 self.workers = [None, None];
                 if Instant::now() >= until {
@@ -265,7 +265,7 @@ impl<'a> Pinned<'a> {
         self.workers[side].as_mut().expect("both were started")
     }
 
-    fn time(&mut self, side: usize, steps: u64) -> Result<Step, (usize, anyhow::Error)> {
+    fn time(&mut self, side: usize, steps: u64) -> Result<BlockTiming, (usize, anyhow::Error)> {
         self.worker(side).time(steps).map_err(|error| (side, error))
     }
 
@@ -291,7 +291,7 @@ impl<'a> Pinned<'a> {
     fn round(&mut self, task: &Task, at_least: Duration) -> Found {
         let cases = &task.cases;
         let (mut loading, mut measuring) = (Duration::ZERO, Duration::ZERO);
-        let mut pairs: Vec<[Step; 2]> = Vec::new();
+        let mut pairs: Vec<[BlockTiming; 2]> = Vec::new();
         loop {
             let start = Instant::now();
             let each = self.load(cases)?;
@@ -300,7 +300,7 @@ impl<'a> Pinned<'a> {
             let longest = each[0].max(each[1]);
             let slow = longest > SLOW.as_secs_f64();
             let few = ((ROUND.as_secs_f64() / (2.0 * longest)) as usize).clamp(SLOW_PAIRS, PAIRS);
-            let steps = each.map(|e| if slow { 1 } else { steps_a_block(e) });
+            let steps = each.map(|e| if slow { 1 } else { steps_per_block(e) });
             let goal = at_least.max(loading);
             let stretch = (PER_LOAD * load).min(goal.saturating_sub(measuring));
             let (start, before) = (Instant::now(), pairs.len());
@@ -309,7 +309,7 @@ impl<'a> Pinned<'a> {
             } else {
                 start.elapsed() < stretch || pairs.len() < before + PAIRS
             } {
-                let mut pair = [Step { wall: f64::NAN, cpu: f64::NAN, delayed: f64::NAN }; 2];
+                let mut pair = [BlockTiming { wall: f64::NAN, cpu: f64::NAN, delayed: f64::NAN }; 2];
                 let first = (self.random.next_u32() & 1) as usize;
                 for side in [first, 1 - first] {
                     pair[side] = self.time(side, steps[side])?;
@@ -320,7 +320,7 @@ impl<'a> Pinned<'a> {
             if slow || measuring >= goal {
                 let by_cpu = self.threads == Threads::One && cases.iter().all(|c| c.backend.is_cpu());
                 let by_cpu = by_cpu && never_wait(&pairs);
-                let time = |step: Step| if by_cpu { step.cpu } else { step.wall };
+                let time = |step: BlockTiming| if by_cpu { step.cpu } else { step.wall };
                 let pairs = pairs.iter().map(|[base, head]| (time(*base), time(*head))).collect();
                 return Ok(Round { pairs, slow });
             }
@@ -329,6 +329,6 @@ impl<'a> Pinned<'a> {
 }
 
 /// How many steps of so many seconds a block has.
-pub fn steps_a_block(step: f64) -> u64 {
+pub fn steps_per_block(step: f64) -> u64 {
     (BLOCK.as_secs_f64() / step).ceil().max(1.0) as u64
 }

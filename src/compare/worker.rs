@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use super::cores::cores;
-use super::stop::go_on;
+use super::cores::physical_cores;
+use super::signals::check_interrupted;
 use crate::results::Scratch;
 use crate::results::machine::Machine;
 use crate::statistics::lower_quartile;
@@ -66,9 +66,9 @@ pub enum Threads {
 }
 
 /// What is true of how the two sides of a comparison run, for its reader; None of [`Threads::All`].
-pub fn how(threads: Threads) -> Option<&'static str> {
+pub fn pinning_note(threads: Threads) -> Option<&'static str> {
     (threads == Threads::One).then(|| {
-        if cores().is_empty() {
+        if physical_cores().is_empty() {
             "CPU backends on one thread, by the CPU time of their process where steps never wait; this system \
              keeps no process on a core, so expect less to be decided"
         } else {
@@ -169,7 +169,7 @@ impl Worker {
         let last = self.until.map_or(last, |until| last.min(until.max(start) + GRACE));
         let line = if sent.is_ok() { self.line(request, start, last)? } else { None };
         let Some(line) = line else {
-            go_on()?;
+            check_interrupted()?;
             bail!("{}", self.end());
         };
         match line.trim().strip_prefix("failed: ") {
@@ -181,12 +181,12 @@ impl Worker {
     /// The next line of the process; None at its end.
     fn line(&mut self, request: &str, start: Instant, last: Instant) -> Result<Option<String>> {
         loop {
-            match self.look(Duration::from_millis(200)) {
+            match self.poll(Duration::from_millis(200)) {
                 Ok(Some(line)) => return Ok(Some(line)),
                 Ok(None) => {}
                 Err(_) => return Ok(None),
             }
-            go_on()?;
+            check_interrupted()?;
             if Instant::now() >= last {
                 let _ = self.child.kill();
                 self.input = None;
@@ -200,7 +200,7 @@ impl Worker {
     ///
     /// # Errors
     /// Where the process says no more.
-    pub fn look(&mut self, moment: Duration) -> Result<Option<String>> {
+    pub fn poll(&mut self, moment: Duration) -> Result<Option<String>> {
         if let Some(line) = self.whole_line() {
             return Ok(Some(line));
         }
@@ -239,14 +239,14 @@ impl Worker {
     }
 
     /// Has a case proven, or recalled.
-    pub fn prove(&mut self, case: &Case) -> Result<Proof> {
+    pub fn check(&mut self, case: &Case) -> Result<CheckOutcome> {
         let answer = self.ask(&format!("prove {case}"), PROOF)?;
         let (word, rest) = answer.split_once(' ').unwrap_or((&answer, ""));
         let share = || rest.parse().with_context(|| format!("'{answer}' is no proof"));
         match word {
-            "now" => Ok(Proof::Now(share()?)),
-            "before" => Ok(Proof::Before(share()?)),
-            "wrong" => Ok(Proof::Wrong(rest.to_owned())),
+            "now" => Ok(CheckOutcome::Now(share()?)),
+            "before" => Ok(CheckOutcome::Before(share()?)),
+            "wrong" => Ok(CheckOutcome::Wrong(rest.to_owned())),
             _ => bail!("'{answer}' is no proof"),
         }
     }
@@ -262,7 +262,7 @@ impl Worker {
         Ok(answer.parse::<f64>().with_context(|| format!("'{answer}' is no time"))? * 1e-9)
     }
 
-    pub fn time(&mut self, steps: u64) -> Result<Step> {
+    pub fn time(&mut self, steps: u64) -> Result<BlockTiming> {
         let answer = self.ask(&steps.to_string(), EVER)?;
         let seconds = |text: &str| {
             let nanoseconds: f64 = text.parse().with_context(|| format!("'{answer}' is no time"))?;
@@ -271,13 +271,13 @@ impl Worker {
         // Older executables tell less: as if they had waited throughout.
         let mut words = answer.split(' ');
         let mut next = || seconds(words.next().unwrap_or("0"));
-        Ok(Step { wall: next()?, cpu: next()?, delayed: next()? })
+        Ok(BlockTiming { wall: next()?, cpu: next()?, delayed: next()? })
     }
 }
 
 /// What a process says of a case's parity.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Proof {
+pub enum CheckOutcome {
     /// How much of the error that is allowed the worst tensor took.
     Now(f64),
     /// The same, of an earlier proof.
@@ -304,7 +304,7 @@ fn die_with_parent(command: &mut Command) {
 /// What a step took in seconds: by the clock; of that on a CPU, over all threads; and ready
 /// for one that something else had.
 #[derive(Clone, Copy, Debug)]
-pub struct Step {
+pub struct BlockTiming {
     pub wall: f64,
     pub cpu: f64,
     pub delayed: f64,
@@ -313,9 +313,9 @@ pub struct Step {
 /// Whether blocks show that neither side's steps wait for anything but the core. Where the
 /// system does not tell who was ready, three quarters of them may have lost the core to
 /// others, but a step that waits does so in all.
-pub fn never_wait(blocks: &[[Step; 2]]) -> bool {
+pub fn never_wait(blocks: &[[BlockTiming; 2]]) -> bool {
     (0..2).all(|side| {
-        let waited = |s: Step| 1.0 - (s.cpu + s.delayed) / s.wall;
+        let waited = |s: BlockTiming| 1.0 - (s.cpu + s.delayed) / s.wall;
         let shares: Vec<f64> = blocks.iter().map(|b| waited(b[side])).collect();
         lower_quartile(&shares) <= WAITING
     })
@@ -342,7 +342,7 @@ mod tests {
 
     #[test]
     fn a_step_waits_only_where_every_block_shows_it() {
-        let step = |wall, cpu, delayed| Step { wall, cpu, delayed };
+        let step = |wall, cpu, delayed| BlockTiming { wall, cpu, delayed };
         let interrupted =
             [[step(2.0, 1.0, 0.0), step(1.0, 1.0, 0.0)], [step(1.0, 1.0, 0.0), step(3.0, 1.0, 0.0)]];
         assert!(never_wait(&interrupted));

@@ -2,18 +2,18 @@
 //!
 //! `net` is the network, `step` the workloads, `ranks` what several processes exchange, `native` the little that Linux needs.
 
+mod distributed;
 mod library;
-mod net;
-mod ranks;
+mod network;
 mod step;
 
 use std::path::Path;
 
 use anyhow::{Result, ensure};
 use mlx_rs::{Array, Device, DeviceType, Dtype};
-use transformer_bench::backend::{self, Backend, Environment, Found, Prepared, Sums, Unsupported};
+use transformer_bench::backend::{self, Backend, Backends, Environment, LoadedCase, Sums, Unsupported};
 use transformer_bench::model::fixture::Fixture;
-use transformer_bench::suite::{BackendId, Case, Compute, Framework, Recipe};
+use transformer_bench::suite::{BackendId, Case, Framework, Precision, Variant};
 
 /// MLX on one device.
 struct Mlx {
@@ -21,14 +21,14 @@ struct Mlx {
 }
 
 /// Finds the devices that this build of MLX and this machine offer.
-pub fn find() -> Found {
+pub fn find() -> Backends {
     library::pin_precision();
-    let mut found = Found::default();
+    let mut found = Backends::default();
     let missing = |id: BackendId| -> Option<String> {
         if id.is_cpu() {
             return None;
         }
-        if let Some(reason) = backend::impossible(id.device()) {
+        if let Some(reason) = backend::unsupported_reason(id.device()) {
             return Some(reason.to_owned());
         }
         if id == BackendId::MlxCuda && !library::built_with_cuda() {
@@ -37,12 +37,12 @@ pub fn find() -> Found {
         if !library::gpu_available() {
             return Some("MLX sees no GPU on this machine".to_owned());
         }
-        computes(DeviceType::Gpu).err().map(|error| backend::broken(&error))
+        computes(DeviceType::Gpu).err().map(|error| backend::failure_message(&error))
     };
     for &id in BackendId::ALL.iter().filter(|id| id.framework() == Framework::Mlx) {
         match missing(id) {
-            None => found.present.push(Box::new(Mlx { id })),
-            Some(reason) => found.absent(id, reason),
+            None => found.available.push(Box::new(Mlx { id })),
+            Some(reason) => found.add_unavailable(id, reason),
         }
     }
     found
@@ -54,11 +54,11 @@ fn computes(device: DeviceType) -> Result<()> {
     Device::set_default(&device);
     // MLX leaves the default as it was where it has no such device.
     ensure!(Device::try_default()? == device, "MLX computes on another device instead");
-    let side = backend::PROBE as i32;
-    let x = Array::from_slice(&backend::probe(), &[side, side]);
+    let side = backend::SANITY_WIDTH as i32;
+    let x = Array::from_slice(&backend::sanity_matrix(), &[side, side]);
     let product = x.matmul(&x)?;
     product.eval()?;
-    backend::check_probe(product.try_as_slice::<f32>()?)
+    backend::check_sanity_product(product.try_as_slice::<f32>()?)
 }
 
 impl Mlx {
@@ -80,35 +80,35 @@ impl Backend for Mlx {
     }
 
     fn supports(&self, case: &Case) -> Result<(), Unsupported> {
-        let compute = case.precision.compute;
+        let compute = case.method.precision;
         let no = |reason: &str| Err(Unsupported(reason.to_owned()));
-        backend::meaningful(case)?;
-        match case.precision.recipe {
-            Recipe::Optimizer => return no("MLX has no fused optimizer: compiling the step fuses it"),
-            Recipe::Graph => return no("MLX records graphs of its own accord"),
-            Recipe::Attention if case.dropout().weights > 0.0 => {
+        backend::check_supported(case)?;
+        match case.method.variant {
+            Variant::FusedAdamw => return no("MLX has no fused optimizer: compiling the step fuses it"),
+            Variant::CudaGraph => return no("MLX records graphs of its own accord"),
+            Variant::Sdpa if case.dropout().weights > 0.0 => {
                 return no(
                     "MLX's fused attention has no dropout on the weights, and this model trains with it",
                 );
             }
             _ => {}
         }
-        if compute == Compute::Autocast {
-            return no("MLX has no autocast: amp is the same computation in both frameworks");
+        if compute == Precision::Amp {
+            return no("MLX has no autocast: mixed computes in bf16 in both frameworks");
         }
-        if compute == Compute::Tf32 && self.id.is_cpu() {
+        if compute == Precision::Tf32 && self.id.is_cpu() {
             return no("MLX has TF32 on GPUs alone");
         }
-        if compute == Compute::Tf32 && self.id == BackendId::MlxMetal && !library::neural_accelerators() {
+        if compute == Precision::Tf32 && self.id == BackendId::MlxMetal && !library::neural_accelerators() {
             return no("TF32 needs the neural accelerators of an M5 and macOS 26.2: before, it is f32");
         }
-        if (compute == Compute::Tf32) != backend::is_tf32_process() {
+        if (compute == Precision::Tf32) != backend::is_tf32_process() {
             return no("MLX reads its TF32 switch once a process, and this one has it the other way");
         }
         Ok(())
     }
 
-    fn prepare(&self, fixture: &Fixture) -> Result<Box<dyn Prepared>> {
+    fn load(&self, fixture: &Fixture) -> Result<Box<dyn LoadedCase>> {
         Device::set_default(&self.device());
         Ok(Box::new(step::Step::new(fixture)?))
     }
@@ -117,27 +117,27 @@ impl Backend for Mlx {
         match self.id {
             BackendId::MlxCuda => (library::gpus(), "GPUs"),
             BackendId::MlxMetal => (1, "GPU, and ranks of Metal need a Mac each"),
-            _ => backend::cores(),
+            _ => backend::cpu_device_count(),
         }
     }
 
-    fn engine(&self) -> &'static str {
-        ranks::engine(self.id)
+    fn comm_backend(&self) -> &'static str {
+        distributed::engine(self.id)
     }
 
-    fn meeting(&self, ranks: usize, folder: &Path) -> Result<Vec<Environment>> {
-        ranks::meeting(self.id, ranks, folder)
+    fn rendezvous_env(&self, ranks: usize, folder: &Path) -> Result<Vec<Environment>> {
+        distributed::meeting(self.id, ranks, folder)
     }
 
-    fn sum(&self, values: &[f32]) -> Result<Vec<f32>> {
+    fn all_reduce_sum(&self, values: &[f32]) -> Result<Vec<f32>> {
         Device::set_default(&self.device());
-        ranks::sum(values)
+        distributed::sum(values)
     }
 
     /// MLX 0.32 accumulates in the type of the result: `strided_reduce` of its CPU backend, and
     /// `totals` in `reduction/reduce_col.h` of Metal's. Measured on a CPU: over 1,776 rows of bf16
     /// the gradients of biases and norms are off by 40 to 60 % of their norm.
-    fn sums(&self) -> Sums {
+    fn accumulation(&self) -> Sums {
         Sums::Narrow
     }
 
@@ -165,11 +165,11 @@ impl Backend for Mlx {
 }
 
 /// The type in which a precision stores parameters.
-fn dtype(compute: Compute) -> Dtype {
+fn dtype(compute: Precision) -> Dtype {
     match compute {
-        Compute::Bf16 => Dtype::Bfloat16,
-        Compute::F16 => Dtype::Float16,
-        Compute::F32 | Compute::Tf32 | Compute::Amp | Compute::Autocast => Dtype::Float32,
+        Precision::Bf16 => Dtype::Bfloat16,
+        Precision::F16 => Dtype::Float16,
+        Precision::F32 | Precision::Tf32 | Precision::Mixed | Precision::Amp => Dtype::Float32,
     }
 }
 
@@ -184,7 +184,7 @@ mod tests {
             println!("skipped: this machine has a GPU");
             return;
         }
-        let reason = backend::broken(&computes(DeviceType::Gpu).unwrap_err());
+        let reason = backend::failure_message(&computes(DeviceType::Gpu).unwrap_err());
         assert!(reason.contains("can't compute"), "{reason}");
         Device::set_default(&Device::new(DeviceType::Cpu, 0));
     }

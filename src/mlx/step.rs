@@ -10,14 +10,14 @@ use mlx_rs::random::{self, RandomState};
 use mlx_rs::transforms::compile::compile;
 use mlx_rs::transforms::{async_eval, eval, value_and_grad_with_argnums, vjp};
 use mlx_rs::{Array, Dtype};
-use transformer_bench::backend::Prepared;
+use transformer_bench::backend::LoadedCase;
 use transformer_bench::model::fixture::{AdamW, Fixture, Tensor as Named};
-use transformer_bench::model::parameters::{InOrder, Parts};
+use transformer_bench::model::parameters::{InOrder, LayerParams};
 use transformer_bench::model::{Dropout, ModelId};
-use transformer_bench::suite::{Case, Compute, Shape, Workload};
+use transformer_bench::suite::{Case, Precision, Shape, Workload};
 
-use crate::net::{self, Layers, scalar};
-use crate::ranks;
+use crate::distributed;
+use crate::network::{self, Layers, scalar};
 
 type Function = Box<dyn FnMut(&[Array]) -> Result<Vec<Array>, Exception>>;
 
@@ -87,7 +87,7 @@ fn inputs(fixture: &Fixture, dtype: Dtype) -> Vec<Array> {
 impl Step {
     pub fn new(fixture: &Fixture) -> Result<Self> {
         let case = fixture.case;
-        let dtype = crate::dtype(case.precision.compute);
+        let dtype = crate::dtype(case.method.precision);
         let parameters: Vec<Array> = fixture.parameters().iter().map(|p| load(p, dtype)).collect();
         let inputs = inputs(fixture, dtype);
         let zeros = |p: &Array| mlx_rs::ops::zeros_like(p);
@@ -101,7 +101,7 @@ impl Step {
             inputs: inputs.len(),
             silent: fixture.silent,
         };
-        let function: Function = if case.precision.recipe.whole_step() {
+        let function: Function = if case.method.variant.captures_full_step() {
             Box::new(compile(move |args: &[Array]| program.run(args), None))
         } else {
             Box::new(move |args: &[Array]| program.run(args))
@@ -122,7 +122,7 @@ impl Step {
             results: Vec::new(),
             gradients: Vec::new(),
         };
-        if case.precision.recipe.whole_step() {
+        if case.method.variant.captures_full_step() {
             // Compiles: MLX builds kernels on the first evaluation, which can take a
             // minute. The state stays as it is, since arrays never change.
             let args = step.arguments(1);
@@ -191,14 +191,14 @@ impl Program {
         let mut out = match self.case.workload {
             Workload::OptimizerStep => Vec::new(),
             Workload::CopyPeak => vec![a.inputs[0].negative()?],
-            Workload::AllReduce => vec![ranks::all_reduce(&a.inputs[0])?],
+            Workload::AllReduce => vec![distributed::all_reduce(&a.inputs[0])?],
             Workload::MatmulPeak => vec![self.chain(a.inputs)?],
             Workload::AttentionGrad | Workload::FeedForwardGrad => block_gradients(&forward, &a)?,
             Workload::ForwardBackward | Workload::TrainStep => self.model_gradients(&forward, &a)?,
             _ => forward(a.parameters, a.inputs)?,
         };
         if self.case.shape.ranks() > 1 && self.case.workload.trains() && !self.silent {
-            let means = ranks::mean(&out[1..], self.case.precision.recipe.overlaps())?;
+            let means = distributed::mean(&out[1..], self.case.method.variant.overlaps_communication())?;
             out.splice(1.., means);
         }
         if self.returned().updated {
@@ -213,7 +213,7 @@ impl Program {
     fn layers(&self, key: Array) -> Layers {
         Layers {
             model: self.case.shape.model().map_or(ModelId::indicator(), |(model, _)| model),
-            fused: self.case.precision.recipe.fused_attention(),
+            fused: self.case.method.variant.uses_sdpa(),
             dropout: self.dropout,
             random: RandomState::from_key(key),
         }
@@ -224,7 +224,7 @@ impl Program {
         let Shape::Model { model, .. } = self.case.shape else { unreachable!("a model's workload") };
         let everything: Vec<i32> = (0..self.parameters as i32).collect();
         let f = |p: &[Array]| -> Result<Vec<Array>, Exception> {
-            Ok(vec![net::loss(&model, &forward(p, a.inputs)?, a.inputs)?])
+            Ok(vec![network::loss(&model, &forward(p, a.inputs)?, a.inputs)?])
         };
         let (loss, gradients) = value_and_grad_with_argnums(f, &everything)(a.parameters)?;
         Ok(loss.into_iter().chain(gradients).collect())
@@ -237,18 +237,18 @@ impl Program {
         layers: &mut Layers,
     ) -> Result<Vec<Array>, Exception> {
         // Mixed precision written out: the parameters stay f32, their copies are bf16.
-        let amp = self.case.precision.compute == Compute::Amp;
+        let amp = self.case.method.precision == Precision::Mixed;
         let cast = |a: &Array| {
             if amp && a.dtype() == Dtype::Float32 { a.as_dtype(Dtype::Bfloat16) } else { Ok(a.clone()) }
         };
         let parameters = parameters.iter().map(cast).collect::<Result<Vec<_>, _>>()?;
         // What the loss alone reads, the third, stays.
         let inputs = inputs.iter().take(2).map(cast).collect::<Result<Vec<_>, _>>()?;
-        Ok(match Parts::take(&mut InOrder(parameters.into_iter()), self.case.shape) {
-            Parts::Model(network) => layers.model(&inputs, &network)?,
-            Parts::Attention(layer) => vec![layers.attention(&inputs[0], &layer)?],
-            Parts::FeedForward(layer) => vec![layers.feed_forward(&inputs[0], &layer)?],
-            Parts::None => unreachable!("peaks have no model"),
+        Ok(match LayerParams::take(&mut InOrder(parameters.into_iter()), self.case.shape) {
+            LayerParams::Model(network) => layers.model(&inputs, &network)?,
+            LayerParams::Attention(layer) => vec![layers.attention(&inputs[0], &layer)?],
+            LayerParams::FeedForward(layer) => vec![layers.feed_forward(&inputs[0], &layer)?],
+            LayerParams::None => unreachable!("peaks have no model"),
         })
     }
 
@@ -321,7 +321,7 @@ impl Step {
     }
 }
 
-impl Prepared for Step {
+impl LoadedCase for Step {
     fn step(&mut self) -> Result<()> {
         let returned = self.program.returned();
         self.results.clear();
@@ -361,12 +361,12 @@ impl Prepared for Step {
     }
 
     /// An all-reduce, a ceiling, is timed as nccl-tests times it.
-    fn in_a_row(&mut self, steps: u64) -> Result<bool> {
+    fn run_pipelined(&mut self, steps: u64) -> Result<bool> {
         if self.program.case.workload != Workload::AllReduce {
             return Ok(false);
         }
         for _ in 0..steps {
-            self.results = vec![ranks::all_reduce(&self.inputs[0])?];
+            self.results = vec![distributed::all_reduce(&self.inputs[0])?];
             async_eval(&self.results)?;
         }
         eval(&self.results)?;
@@ -426,9 +426,9 @@ mod tests {
         // Two layers of weights, residual, hidden, residual; and two heads.
         for (id, draws) in [
             ("train-step/mlx-cpu/f32/indicator-tiny-b2", 10),
-            ("train-step/mlx-cpu/f32-opt/indicator-tiny-b2", 10),
+            ("train-step/mlx-cpu/f32-tuned/indicator-tiny-b2", 10),
             ("forward-backward/mlx-cpu/f32/indicator-tiny-b2", 10),
-            ("attention-grad/mlx-cpu/f32/b2-h4-n8-d8", 1),
+            ("attention-grad/mlx-cpu/f32/b2-h4-t8-d8", 1),
         ] {
             let fixture = Fixture::new(id.parse().unwrap());
             let mut step = Step::new(&fixture).unwrap();

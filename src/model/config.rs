@@ -11,11 +11,11 @@ use std::path::Path;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::{Map, Value};
 
-use super::{Activation, Biases, Dropout, Input, Model, NormKind, NormPlace, Output, Position, presets};
+use super::{Activation, Biases, Dropout, Input, Model, NormKind, NormOrder, Output, Position, presets};
 
 /// A model as its file has it, at the most tokens that it allows.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Read {
+pub struct ParsedModel {
     pub model: Model,
     /// What a user should know of the file, a line each.
     pub notes: Vec<String>,
@@ -25,7 +25,7 @@ pub struct Read {
 ///
 /// # Errors
 /// One line: what is wrong with the file, or which field says what is not built.
-pub fn read(path: &Path) -> Result<Read> {
+pub fn read(path: &Path) -> Result<ParsedModel> {
     let shown = path.display();
     let file = if path.is_dir() { path.join("config.json") } else { path.to_owned() };
     let text = fs::read_to_string(&file).with_context(|| {
@@ -39,7 +39,7 @@ pub fn read(path: &Path) -> Result<Read> {
         let model = toml::from_str(&text).map_err(|error| {
             anyhow!("{shown}: {}", error.to_string().split_whitespace().collect::<Vec<_>>().join(" "))
         })?;
-        Read { model, notes: Vec::new() }
+        ParsedModel { model, notes: Vec::new() }
     } else {
         let value: Value =
             serde_json::from_str(&text).map_err(|error| anyhow!("{} is no JSON: {error}", file.display()))?;
@@ -48,10 +48,13 @@ pub fn read(path: &Path) -> Result<Read> {
         let own = fields.all.get("_name_or_path").and_then(Value::as_str).filter(|text| !text.is_empty());
         let mut model = hugging_face(&fields).with_context(|| shown.to_string())?;
         model.name = leaked(&own.and_then(|text| text.rsplit('/').next()).map_or(name, str::to_owned));
-        Read { model, notes: fields.unknown().map(|note| format!("{shown}: {note}")).into_iter().collect() }
+        ParsedModel {
+            model,
+            notes: fields.unknown().map(|note| format!("{shown}: {note}")).into_iter().collect(),
+        }
     };
-    let model = completed(read.model).with_context(|| shown.to_string())?;
-    Ok(Read { model, ..read })
+    let model = complete(read.model).with_context(|| shown.to_string())?;
+    Ok(ParsedModel { model, ..read })
 }
 
 fn leaked(text: &str) -> &'static str {
@@ -103,7 +106,7 @@ const MOST_LAYERS: usize = 2000;
 ///
 /// # Errors
 /// One line: the choice or size that can't be.
-pub fn completed(mut m: Model) -> Result<Model> {
+pub fn complete(mut m: Model) -> Result<Model> {
     m.name = leaked(&named(m.name));
     if m.head_width == 0 && m.heads > 0 {
         ensure!(
@@ -123,7 +126,7 @@ pub fn completed(mut m: Model) -> Result<Model> {
         ("layers", m.layers),
         ("heads", m.heads),
         ("head-width", m.head_width),
-        ("hidden", m.hidden),
+        ("hidden", m.ffn_width),
     ];
     for (name, size) in sizes {
         ensure!((1..=LARGEST).contains(&size), "{name} is {size}: from 1 to {LARGEST}");
@@ -135,7 +138,7 @@ pub fn completed(mut m: Model) -> Result<Model> {
         m.key_value_heads,
         m.heads
     );
-    let tokens = m.of_tokens();
+    let tokens = m.is_language_model();
     ensure!(
         !tokens || (1..=LARGEST).contains(&m.vocabulary),
         "vocabulary is {}: from 1 to {LARGEST}",
@@ -146,7 +149,7 @@ pub fn completed(mut m: Model) -> Result<Model> {
         "output and input do not fit: tokens go with tied, untied and masked, indicators with indicator-heads"
     );
     ensure!(!m.token_type || tokens, "token-type needs input = \"tokens\"");
-    if let Position::Rotary { base } = m.position {
+    if let Position::Rotary { theta: base } = m.position {
         ensure!(
             m.head_width.is_multiple_of(2),
             "rotary positions need an even head-width, not {}",
@@ -154,7 +157,7 @@ pub fn completed(mut m: Model) -> Result<Model> {
         );
         ensure!(base.is_finite() && base > 1.0, "rotary base is {base}: over 1");
     }
-    for norm in [Some(m.norm), m.query_key_norm].into_iter().flatten() {
+    for norm in [Some(m.norm), m.qk_norm].into_iter().flatten() {
         ensure!(norm.eps().is_finite() && norm.eps() >= 0.0, "a norm's eps is {}: at least 0", norm.eps());
     }
     for p in m.dropout.all() {
@@ -163,13 +166,13 @@ pub fn completed(mut m: Model) -> Result<Model> {
     // Masks are read off gradients (src/parity/dropout.rs): where none is zero by itself.
     let rectified = matches!(m.activation, Activation::Relu | Activation::ReluSquared);
     ensure!(
-        m.dropout.hidden == 0.0 || (m.bias.feed_forward && !rectified && !m.gated),
+        m.dropout.hidden == 0.0 || (m.bias.feed_forward && !rectified && !m.glu),
         "dropout.hidden can be proven where the feed-forward part has biases, no gate and no ReLU"
     );
     ensure!(
         m.dropout.embedding == 0.0
             || m.position == Position::Learned
-            || m.embedding_norm && m.norm.learns().1,
+            || m.embedding_norm && m.norm.has_weight_and_bias().1,
         "dropout.embedding can be proven with learned positions, or with a layer norm behind the embedding"
     );
     Ok(m)
@@ -182,7 +185,7 @@ struct Fields<'a> {
 }
 
 /// Says nothing of the mathematics of a training step.
-const ASIDE: &[&str] = &[
+const IGNORED_FIELDS: &[&str] = &[
     "_attn_implementation_autoset",
     "_commit_hash",
     "_name_or_path",
@@ -258,7 +261,7 @@ impl Fields<'_> {
     }
 
     /// Refuses a field that has another value than one that changes nothing.
-    fn only(&self, name: &'static str, runs: &[Value]) -> Result<()> {
+    fn require_one_of(&self, name: &'static str, runs: &[Value]) -> Result<()> {
         match self.get(name) {
             Some(value) if !runs.contains(value) => {
                 let words: Vec<String> = runs.iter().map(ToString::to_string).collect();
@@ -288,7 +291,7 @@ impl Fields<'_> {
     /// What nobody here knows, told in one line.
     fn unknown(&self) -> Option<String> {
         let used = self.used.borrow();
-        let known = |name: &str| used.contains(name) || ASIDE.contains(&name);
+        let known = |name: &str| used.contains(name) || IGNORED_FIELDS.contains(&name);
         let unknown: Vec<String> = self
             .all
             .iter()
@@ -314,13 +317,13 @@ fn hugging_face(f: &Fields<'_>) -> Result<Model> {
     // What no family has, wherever it stands.
     for name in ["quantization_config", "attn_logit_softcapping", "final_logit_softcapping", "no_rope_layers"]
     {
-        f.only(name, &[])?;
+        f.require_one_of(name, &[])?;
     }
     for name in ["num_experts", "num_local_experts", "n_routed_experts"] {
-        f.only(name, &[0.into(), 1.into()])?;
+        f.require_one_of(name, &[0.into(), 1.into()])?;
     }
     for name in ["add_cross_attention", "is_encoder_decoder", "is_decoder", "tie_encoder_decoder"] {
-        f.only(name, &[false.into()])?;
+        f.require_one_of(name, &[false.into()])?;
     }
     match family.as_str() {
         Some("gpt2") => gpt2(f),
@@ -337,7 +340,7 @@ fn hugging_face(f: &Fields<'_>) -> Result<Model> {
             let m = llama(f, Biases { qkv: bias, out: bias, feed_forward: false }, 32768)?;
             let norm = NormKind::Rms { eps: m.norm.eps(), weight: true };
             let head_width = f.size_or("head_dim")?.unwrap_or(128);
-            Ok(Model { query_key_norm: Some(norm), head_width, ..m })
+            Ok(Model { qk_norm: Some(norm), head_width, ..m })
         }
         _ => bail!(
             "model_type is {family}, which is not built: gpt2, llama, mistral, qwen2, qwen3 and bert run, and a \
@@ -358,16 +361,16 @@ const BARE: Model = Model {
 
 /// <https://huggingface.co/docs/transformers/model_doc/gpt2>
 fn gpt2(f: &Fields<'_>) -> Result<Model> {
-    f.only("scale_attn_weights", &[true.into()])?;
-    f.only("scale_attn_by_inverse_layer_idx", &[false.into()])?;
-    f.only("reorder_and_upcast_attn", &[false.into()])?;
+    f.require_one_of("scale_attn_weights", &[true.into()])?;
+    f.require_one_of("scale_attn_by_inverse_layer_idx", &[false.into()])?;
+    f.require_one_of("reorder_and_upcast_attn", &[false.into()])?;
     let width = f.size("n_embd")?;
     Ok(Model {
         tokens: f.size_or("n_positions")?.unwrap_or(1024),
         width,
         layers: f.size("n_layer")?,
         heads: f.size("n_head")?,
-        hidden: f.size_or("n_inner")?.unwrap_or(4 * width),
+        ffn_width: f.size_or("n_inner")?.unwrap_or(4 * width),
         vocabulary: f.size("vocab_size")?,
         norm: NormKind::Layer { eps: f.number("layer_norm_epsilon", 1e-5)? },
         activation: f.activation("activation_function", "gelu_new")?,
@@ -384,8 +387,8 @@ fn gpt2(f: &Fields<'_>) -> Result<Model> {
 
 /// <https://huggingface.co/docs/transformers/model_doc/bert>, with the head for masked tokens.
 fn bert(f: &Fields<'_>) -> Result<Model> {
-    f.only("position_embedding_type", &["absolute".into()])?;
-    f.only("tie_word_embeddings", &[true.into()])?;
+    f.require_one_of("position_embedding_type", &["absolute".into()])?;
+    f.require_one_of("tie_word_embeddings", &[true.into()])?;
     let dropout = f.number("hidden_dropout_prob", 0.1)?;
     f.size_or("type_vocab_size")?;
     Ok(Model {
@@ -393,10 +396,10 @@ fn bert(f: &Fields<'_>) -> Result<Model> {
         width: f.size("hidden_size")?,
         layers: f.size("num_hidden_layers")?,
         heads: f.size("num_attention_heads")?,
-        hidden: f.size("intermediate_size")?,
+        ffn_width: f.size("intermediate_size")?,
         vocabulary: f.size("vocab_size")?,
         norm: NormKind::Layer { eps: f.number("layer_norm_eps", 1e-12)? },
-        norm_place: NormPlace::After,
+        norm_order: NormOrder::PostNorm,
         embedding_norm: true,
         final_norm: false,
         token_type: true,
@@ -408,15 +411,15 @@ fn bert(f: &Fields<'_>) -> Result<Model> {
             residual: dropout,
             ..Dropout::NONE
         },
-        output: Output::Masked,
+        output: Output::MlmHead,
         ..BARE
     })
 }
 
 /// <https://huggingface.co/docs/transformers/model_doc/llama> and those that follow it.
 fn llama(f: &Fields<'_>, bias: Biases, longest: usize) -> Result<Model> {
-    f.only("partial_rotary_factor", &[1.into(), 1.0.into()])?;
-    f.only("rope_interleaved", &[false.into()])?;
+    f.require_one_of("partial_rotary_factor", &[1.into(), 1.0.into()])?;
+    f.require_one_of("rope_interleaved", &[false.into()])?;
     let mut tokens = f.size_or("max_position_embeddings")?.unwrap_or(longest);
     // A window that nothing reaches changes nothing; Qwen has a switch for it.
     let windowed = f.flag("use_sliding_window", !f.all.contains_key("use_sliding_window"))?;
@@ -435,12 +438,12 @@ fn llama(f: &Fields<'_>, bias: Biases, longest: usize) -> Result<Model> {
         heads: f.size("num_attention_heads")?,
         key_value_heads: f.size_or("num_key_value_heads")?.unwrap_or(0),
         head_width: f.size_or("head_dim")?.unwrap_or(0),
-        hidden: f.size("intermediate_size")?,
+        ffn_width: f.size("intermediate_size")?,
         vocabulary: f.size("vocab_size")?,
         norm,
-        position: Position::Rotary { base: rotary_base(f)? },
+        position: Position::Rotary { theta: rotary_base(f)? },
         activation: f.activation("hidden_act", "silu")?,
-        gated: true,
+        glu: true,
         bias,
         dropout: Dropout { weights: f.number("attention_dropout", 0.0)?, ..Dropout::NONE },
         output: if f.flag("tie_word_embeddings", false)? { Output::Tied } else { Output::Untied },
@@ -478,7 +481,7 @@ mod tests {
     use crate::results::tests::scratch;
     use crate::suite::Shape;
 
-    fn of(text: &str, file: &str) -> Result<Read> {
+    fn of(text: &str, file: &str) -> Result<ParsedModel> {
         static NEXT: AtomicUsize = AtomicUsize::new(0);
         let folder = scratch(&format!("config-{}", NEXT.fetch_add(1, Ordering::Relaxed)));
         fs::create_dir_all(&folder).unwrap();
@@ -489,12 +492,12 @@ mod tests {
         read
     }
 
-    fn json(text: &str) -> Result<Read> {
+    fn json(text: &str) -> Result<ParsedModel> {
         of(text, "some-model.json")
     }
 
     fn parameters(model: Model) -> usize {
-        parameter_count(Shape::of(ModelId::add(model), 1))
+        parameter_count(Shape::of_model(ModelId::intern(model), 1))
     }
 
     const SMOLLM2: &str = r#"{"architectures": ["LlamaForCausalLM"], "attention_bias": false,

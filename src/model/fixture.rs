@@ -6,9 +6,9 @@ use once_cell::sync::OnceCell;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
-use super::parameters::{self, Init, Spec};
+use super::parameters::{self, Init, ParameterSpec};
 use super::{Dropout, Input, Model};
-use crate::suite::{Case, Compute, Shape, Workload};
+use crate::suite::{Case, Precision, Shape, Workload};
 
 const SEED: u64 = 0x7261_6e73_666f_726d;
 
@@ -58,11 +58,11 @@ pub struct Fixture {
 }
 
 /// Rounds to what the precision stores, so that every side starts from equal values.
-pub fn round_to(compute: Compute, values: &mut [f32]) {
+pub fn round_to(compute: Precision, values: &mut [f32]) {
     match compute {
-        Compute::Bf16 => values.iter_mut().for_each(|v| *v = bf16::from_f32(*v).to_f32()),
-        Compute::F16 => values.iter_mut().for_each(|v| *v = f16::from_f32(*v).to_f32()),
-        Compute::F32 | Compute::Tf32 | Compute::Amp | Compute::Autocast => {}
+        Precision::Bf16 => values.iter_mut().for_each(|v| *v = bf16::from_f32(*v).to_f32()),
+        Precision::F16 => values.iter_mut().for_each(|v| *v = f16::from_f32(*v).to_f32()),
+        Precision::F32 | Precision::Tf32 | Precision::Mixed | Precision::Amp => {}
     }
 }
 
@@ -129,7 +129,7 @@ impl Fixture {
     }
 
     /// Whether it is of a parity run.
-    pub fn is_of_parity(&self) -> bool {
+    pub fn is_for_parity(&self) -> bool {
         self.adamw == AdamW::PARITY
     }
 
@@ -145,7 +145,7 @@ impl Fixture {
     }
 
     /// One rank's: its part of the batch, or its own buffer.
-    pub fn of_rank(self, rank: usize) -> Self {
+    pub fn for_rank(self, rank: usize) -> Self {
         Self { rank: Some(rank), inputs: OnceCell::new(), ..self }
     }
 
@@ -183,7 +183,7 @@ impl Fixture {
         self.inputs.get_or_init(|| {
             let mut all = self.make_inputs();
             if let Some(rank) = self.rank {
-                all.iter_mut().for_each(|tensor| part(tensor, self.case.shape, rank));
+                all.iter_mut().for_each(|tensor| take_rank_share(tensor, self.case.shape, rank));
             }
             all
         })
@@ -218,20 +218,20 @@ impl Fixture {
         edit(&mut one.unwrap_or_else(|| panic!("no input {name}")).data);
     }
 
-    fn like_parameters(&self, kind: &str, value: impl Fn(&mut Draw, &Spec) -> f32) -> Vec<Tensor> {
+    fn like_parameters(&self, kind: &str, value: impl Fn(&mut Draw, &ParameterSpec) -> f32) -> Vec<Tensor> {
         parameters::parameters(self.case.shape)
             .into_iter()
             .map(|spec| {
                 let mut draw = Draw::new(&format!("{kind} {}", spec.name));
                 let mut data: Vec<f32> = (0..spec.len()).map(|_| value(&mut draw, &spec)).collect();
-                round_to(self.case.precision.compute, &mut data);
+                round_to(self.case.method.precision, &mut data);
                 Tensor { name: spec.name, dims: spec.dims, data }
             })
             .collect()
     }
 
     fn make_inputs(&self) -> Vec<Tensor> {
-        let compute = self.case.precision.compute;
+        let compute = self.case.method.precision;
         let make = |name: &str, dims: &[usize], value: &dyn Fn(&mut Draw) -> f32| {
             let mut draw = Draw::new(&format!("input {name}"));
             let mut data: Vec<f32> = (0..dims.iter().product()).map(|_| value(&mut draw)).collect();
@@ -275,7 +275,7 @@ fn shift(rank: usize, length: usize) -> usize {
 }
 
 /// What a rank has of an input: its rows of the batch; of a buffer the same numbers elsewhere.
-fn part(tensor: &mut Tensor, shape: Shape, rank: usize) {
+fn take_rank_share(tensor: &mut Tensor, shape: Shape, rank: usize) {
     if let Shape::Buffer { .. } = shape {
         let by = shift(rank, tensor.data.len());
         tensor.data.rotate_left(by);
@@ -315,7 +315,7 @@ mod tests {
     #[test]
     fn the_same_case_gives_the_same_values_and_backends_share_them() {
         let a = fixture("train-step/torch-cpu/f32/indicator-tiny-b2");
-        let b = fixture("train-step/mlx-cuda/amp/indicator-tiny-b2");
+        let b = fixture("train-step/mlx-cuda/mixed/indicator-tiny-b2");
         assert_eq!(a.parameters(), b.parameters());
         assert_eq!(a.inputs(), b.inputs());
         assert_ne!(a.parameters()[0].data, a.gradients()[0].data);
@@ -342,7 +342,7 @@ mod tests {
     #[test]
     fn ranks_share_a_batch_and_nothing_else() {
         let whole = fixture("train-step/torch-cpu/f32/indicator-b4");
-        let of = |rank| fixture("train-step/torch-cpu/f32/indicator-b4-r2").of_rank(rank);
+        let of = |rank| fixture("train-step/torch-cpu/f32/indicator-b4-dp2").for_rank(rank);
         let (first, second) = (of(0), of(1));
         for (name, dims) in [("values", vec![2, 111]), ("market", vec![2, 10])] {
             let both = [&first.input(name).data[..], &second.input(name).data[..]].concat();
@@ -350,8 +350,8 @@ mod tests {
         }
         assert_eq!(first.parameters(), whole.parameters());
         let buffer =
-            |rank| fixture("all-reduce/torch-cpu/f32/m1-r2").of_rank(rank).input("buffer").data.clone();
-        let sum = fixture("all-reduce/torch-cpu/f32/m1-r2").sum_over_ranks();
+            |rank| fixture("all-reduce/torch-cpu/f32/1mib-dp2").for_rank(rank).input("buffer").data.clone();
+        let sum = fixture("all-reduce/torch-cpu/f32/1mib-dp2").sum_over_ranks();
         assert!(sum.iter().zip(buffer(0).iter().zip(buffer(1))).all(|(sum, (a, b))| *sum == a + b));
         assert!(buffer(0) != buffer(1) && buffer(0).iter().all(|v| (v * 256.0).fract() == 0.0));
     }

@@ -13,25 +13,25 @@
 
 pub mod config;
 pub mod fixture;
-pub mod oracle;
 pub mod parameters;
 mod presets;
+pub mod reference;
 
 use std::fmt;
 use std::ops::Deref;
 
 use serde::{Deserialize, Serialize};
 
-pub use presets::{CHOICES, GPT2, INDICATOR, ModelId};
+pub use presets::{CHOICE_MODELS, GPT2, INDICATOR, ModelId};
 
 /// Where a normalisation stands in a block.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum NormPlace {
+pub enum NormOrder {
     /// x + f(norm(x)) (GPT-2).
-    Before,
+    PreNorm,
     /// norm(x + f(x)) (Vaswani et al. 2017).
-    After,
+    PostNorm,
 }
 
 /// How features are normalised.
@@ -58,7 +58,7 @@ impl NormKind {
     }
 
     /// Whether it has a weight, and a bias.
-    pub fn learns(self) -> (bool, bool) {
+    pub fn has_weight_and_bias(self) -> (bool, bool) {
         match self {
             Self::Layer { .. } => (true, true),
             Self::Rms { weight, .. } => (weight, false),
@@ -74,7 +74,7 @@ pub enum Position {
     Learned,
     /// Queries and keys are turned, each feature of a head's first half with its partner in the
     /// second, by token · base^(−2i/d) (Su et al. 2021; the halves as in GPT-NeoX and Hugging Face).
-    Rotary { base: f64 },
+    Rotary { theta: f64 },
     /// Not at all.
     None,
 }
@@ -131,7 +131,7 @@ pub enum Output {
     Untied,
     /// BERT's head for masked tokens (Devlin et al. 2018): D → D, activation, norm, then the
     /// embedding's transpose and a bias; cross-entropy with a token at every place.
-    Masked,
+    MlmHead,
     /// Two heads D → D/2, ReLU, → 1: selection logits, and weights by softmax over N. Loss:
     /// BCE with logits + 0.5·MSE(weights, t) + 0.1·mean(σ(selection)).
     IndicatorHeads,
@@ -204,15 +204,15 @@ pub struct Model {
     pub key_value_heads: usize,
     #[serde(default)]
     pub head_width: usize,
-    pub hidden: usize,
+    pub ffn_width: usize,
     /// 0 where it has none.
     #[serde(default)]
     pub vocabulary: usize,
     pub norm: NormKind,
-    pub norm_place: NormPlace,
+    pub norm_order: NormOrder,
     /// Of each head's queries and keys, before they are turned.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub query_key_norm: Option<NormKind>,
+    pub qk_norm: Option<NormKind>,
     /// Behind the embedding.
     #[serde(default)]
     pub embedding_norm: bool,
@@ -227,7 +227,7 @@ pub struct Model {
     /// Whether the activation is taken of a projection of its own and multiplies the other (Shazeer
     /// 2020).
     #[serde(default)]
-    pub gated: bool,
+    pub glu: bool,
     pub bias: Biases,
     pub causal: bool,
     #[serde(default)]
@@ -248,18 +248,18 @@ impl Model {
     /// The names of what it puts out.
     pub fn output_names(&self) -> &'static [&'static str] {
         match self.output {
-            Output::Tied | Output::Untied | Output::Masked => &["logits"],
+            Output::Tied | Output::Untied | Output::MlmHead => &["logits"],
             Output::IndicatorHeads => &["selection", "weights"],
         }
     }
 
     /// Columns of all queries, and of all keys or values.
-    pub fn inner(&self) -> (usize, usize) {
+    pub fn qkv_widths(&self) -> (usize, usize) {
         (self.heads * self.head_width, self.key_value_heads * self.head_width)
     }
 
     /// Whether a sample is a row of tokens, whose number an id tells.
-    pub fn of_tokens(&self) -> bool {
+    pub fn is_language_model(&self) -> bool {
         self.input == Input::Tokens
     }
 }

@@ -18,13 +18,13 @@ pub enum Init {
 
 /// One parameter.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Spec {
+pub struct ParameterSpec {
     pub name: String,
     pub dims: Vec<usize>,
     pub init: Init,
 }
 
-impl Spec {
+impl ParameterSpec {
     pub fn len(&self) -> usize {
         self.dims.iter().product()
     }
@@ -100,12 +100,12 @@ pub struct Network<T> {
     pub embedding_norm: Option<Norm<T>>,
     pub blocks: Vec<Block<T>>,
     pub norm: Option<Norm<T>>,
-    pub end: End<T>,
+    pub end: OutputHead<T>,
 }
 
 /// What turns the last block's result into what comes out.
 #[derive(Clone, Debug)]
-pub enum End<T> {
+pub enum OutputHead<T> {
     /// The table of tokens.
     Tied,
     /// [V, D]
@@ -148,13 +148,13 @@ impl<I: Iterator> Source for InOrder<I> {
 
 /// Collects the specifications.
 #[derive(Default)]
-struct Specs(Vec<Spec>);
+struct Specs(Vec<ParameterSpec>);
 
 impl Source for Specs {
     type Item = ();
 
     fn next(&mut self, name: &str, dims: &[usize], init: Init) {
-        self.0.push(Spec { name: name.to_owned(), dims: dims.to_vec(), init });
+        self.0.push(ParameterSpec { name: name.to_owned(), dims: dims.to_vec(), init });
     }
 }
 
@@ -170,7 +170,7 @@ impl<T> Linear<T> {
 
 impl<T> Norm<T> {
     fn take(source: &mut impl Source<Item = T>, name: &str, width: usize, kind: NormKind) -> Self {
-        let (weight, bias) = kind.learns();
+        let (weight, bias) = kind.has_weight_and_bias();
         Self {
             weight: weight.then(|| source.next(&format!("{name}.weight"), &[width], Init::NearOne)),
             bias: bias.then(|| source.next(&format!("{name}.bias"), &[width], Init::Uniform(0.1))),
@@ -180,14 +180,14 @@ impl<T> Norm<T> {
 
 impl<T> Attention<T> {
     pub fn take(source: &mut impl Source<Item = T>, name: &str, m: &Model) -> Self {
-        let (inner, shared) = m.inner();
+        let (inner, shared) = m.qkv_widths();
         let mut linear =
             |part: &str, from, to, bias| Linear::take(source, &format!("{name}.{part}"), from, to, bias);
         let q = linear("q", m.width, inner, m.bias.qkv);
         let k = linear("k", m.width, shared, m.bias.qkv);
         let v = linear("v", m.width, shared, m.bias.qkv);
         let o = linear("o", inner, m.width, m.bias.out);
-        let norms = m.query_key_norm.map(|kind| {
+        let norms = m.qk_norm.map(|kind| {
             ["q-norm", "k-norm"].map(|part| Norm::take(source, &format!("{name}.{part}"), m.head_width, kind))
         });
         Self { q, k, v, norms, o }
@@ -200,9 +200,9 @@ impl<T> FeedForward<T> {
         let mut linear =
             |part: &str, from, to| Linear::take(source, &format!("{name}.{part}"), from, to, bias);
         Self {
-            gate: m.gated.then(|| linear("gate", m.width, m.hidden)),
-            up: linear("up", m.width, m.hidden),
-            down: linear("down", m.hidden, m.width),
+            gate: m.glu.then(|| linear("gate", m.width, m.ffn_width)),
+            up: linear("up", m.width, m.ffn_width),
+            down: linear("down", m.ffn_width, m.width),
         }
     }
 }
@@ -246,7 +246,7 @@ impl<T> Embedding<T> {
 /// Bound of what tables of tokens and their positions hold, about as GPT-2 starts.
 const SMALL: f32 = 0.05;
 
-impl<T> End<T> {
+impl<T> OutputHead<T> {
     fn take(source: &mut impl Source<Item = T>, m: &Model) -> Self {
         match m.output {
             Output::Tied => Self::Tied,
@@ -254,7 +254,7 @@ impl<T> End<T> {
                 let bound = Init::Uniform(1.0 / (m.width as f32).sqrt());
                 Self::Untied(source.next("output.weight", &[m.vocabulary, m.width], bound))
             }
-            Output::Masked => Self::Masked {
+            Output::MlmHead => Self::Masked {
                 dense: Linear::take(source, "output.dense", m.width, m.width, true),
                 norm: Norm::take(source, "output.norm", m.width, m.norm),
                 bias: source.next("output.bias", &[m.vocabulary], Init::Uniform(SMALL)),
@@ -268,7 +268,7 @@ impl<T> End<T> {
 
 impl<T> Network<T> {
     pub fn take(source: &mut impl Source<Item = T>, m: &Model) -> Self {
-        let position = Init::Uniform(if m.of_tokens() { SMALL } else { 0.5 });
+        let position = Init::Uniform(if m.is_language_model() { SMALL } else { 0.5 });
         Self {
             embedding: Embedding::take(source, m),
             position: (m.position == Position::Learned)
@@ -276,14 +276,14 @@ impl<T> Network<T> {
             embedding_norm: m.embedding_norm.then(|| Norm::take(source, "embedding-norm", m.width, m.norm)),
             blocks: (0..m.layers).map(|layer| Block::take(source, &format!("blocks.{layer}"), m)).collect(),
             norm: m.final_norm.then(|| Norm::take(source, "norm", m.width, m.norm)),
-            end: End::take(source, m),
+            end: OutputHead::take(source, m),
         }
     }
 }
 
 /// What a shape computes with: a whole model, or a part of its blocks.
 #[derive(Clone, Debug)]
-pub enum Parts<T> {
+pub enum LayerParams<T> {
     Model(Box<Network<T>>),
     Attention(Attention<T>),
     FeedForward(FeedForward<T>),
@@ -291,7 +291,7 @@ pub enum Parts<T> {
     None,
 }
 
-impl<T> Parts<T> {
+impl<T> LayerParams<T> {
     pub fn take(source: &mut impl Source<Item = T>, shape: Shape) -> Self {
         match shape {
             Shape::Model { model, .. } => Self::Model(Box::new(Network::take(source, &model))),
@@ -307,15 +307,15 @@ impl<T> Parts<T> {
 }
 
 /// The parameters of a shape, in order; empty for the two peaks.
-pub fn parameters(shape: Shape) -> Vec<Spec> {
+pub fn parameters(shape: Shape) -> Vec<ParameterSpec> {
     let mut specs = Specs::default();
-    Parts::take(&mut specs, shape);
+    LayerParams::take(&mut specs, shape);
     specs.0
 }
 
 /// How many numbers the parameters of a shape hold.
 pub fn parameter_count(shape: Shape) -> usize {
-    parameters(shape).iter().map(Spec::len).sum()
+    parameters(shape).iter().map(ParameterSpec::len).sum()
 }
 
 #[cfg(test)]
@@ -324,7 +324,7 @@ mod tests {
     use crate::model::ModelId;
 
     fn model(name: &str) -> Shape {
-        Shape::of(ModelId::named(name).unwrap(), 8)
+        Shape::of_model(ModelId::named(name).unwrap(), 8)
     }
 
     #[test]
@@ -340,7 +340,7 @@ mod tests {
     #[test]
     fn names_are_unique() {
         for id in ModelId::with_miniatures() {
-            let specs = parameters(Shape::of(id, 1));
+            let specs = parameters(Shape::of_model(id, 1));
             let names: std::collections::HashSet<_> = specs.iter().map(|s| &s.name).collect();
             assert_eq!(names.len(), specs.len());
         }

@@ -14,17 +14,17 @@ pub const INDICATOR: Model = Model {
     heads: 8,
     key_value_heads: 8,
     head_width: 32,
-    hidden: 1024,
+    ffn_width: 1024,
     vocabulary: 0,
     norm: NormKind::Layer { eps: 1e-5 },
-    norm_place: NormPlace::After,
-    query_key_norm: None,
+    norm_order: NormOrder::PostNorm,
+    qk_norm: None,
     embedding_norm: false,
     final_norm: true,
     position: Position::Learned,
     token_type: false,
     activation: Activation::Gelu,
-    gated: false,
+    glu: false,
     bias: Biases::ALL,
     causal: false,
     dropout: Dropout { embedding: 0.0, ..Dropout::everywhere(0.1) },
@@ -42,17 +42,17 @@ pub const GPT2: Model = Model {
     heads: 12,
     key_value_heads: 12,
     head_width: 64,
-    hidden: 3072,
+    ffn_width: 3072,
     vocabulary: 50304,
     norm: NormKind::Layer { eps: 1e-5 },
-    norm_place: NormPlace::Before,
-    query_key_norm: None,
+    norm_order: NormOrder::PreNorm,
+    qk_norm: None,
     embedding_norm: false,
     final_norm: true,
     position: Position::Learned,
     token_type: false,
     activation: Activation::GeluTanh,
-    gated: false,
+    glu: false,
     bias: Biases::ALL,
     causal: true,
     dropout: Dropout::NONE,
@@ -62,14 +62,14 @@ pub const GPT2: Model = Model {
 
 /// Choices that neither model makes, at sizes that the oracle can follow: what a file may ask for is
 /// tried in every test, whether or not one is given.
-pub const CHOICES: [Model; 3] = [
+pub const CHOICE_MODELS: [Model; 3] = [
     // As Llama and Qwen 2: grouped heads, rotary, gated SiLU, an output of its own, biases of q, k, v.
     Model {
         key_value_heads: 2,
         norm: NormKind::Rms { eps: 1e-5, weight: true },
-        position: Position::Rotary { base: 1e4 },
+        position: Position::Rotary { theta: 1e4 },
         activation: Activation::Silu,
-        gated: true,
+        glu: true,
         bias: Biases { qkv: true, ..Biases::NONE },
         output: Output::Untied,
         ..GPT2.miniature("grouped-tiny", 16)
@@ -77,23 +77,23 @@ pub const CHOICES: [Model; 3] = [
     // As nanochat and Qwen 3: norms without weights, norms of queries and keys, squared ReLU.
     Model {
         norm: NormKind::Rms { eps: 1e-6, weight: false },
-        query_key_norm: Some(NormKind::Rms { eps: 1e-6, weight: true }),
+        qk_norm: Some(NormKind::Rms { eps: 1e-6, weight: true }),
         embedding_norm: true,
-        position: Position::Rotary { base: 1e5 },
+        position: Position::Rotary { theta: 1e5 },
         activation: Activation::ReluSquared,
         bias: Biases::NONE,
         ..GPT2.miniature("normed-tiny", 16)
     },
     // As BERT, with its dropout.
     Model {
-        norm_place: NormPlace::After,
+        norm_order: NormOrder::PostNorm,
         embedding_norm: true,
         final_norm: false,
         token_type: true,
         activation: Activation::Gelu,
         causal: false,
         dropout: Dropout { hidden: 0.0, heads: 0.0, ..Dropout::everywhere(0.1) },
-        output: Output::Masked,
+        output: Output::MlmHead,
         ..GPT2.miniature("masked-tiny", 16)
     },
 ];
@@ -115,7 +115,7 @@ impl Model {
             heads: 4,
             key_value_heads,
             head_width: 8,
-            hidden: 128,
+            ffn_width: 128,
             vocabulary,
             ..self
         }
@@ -128,10 +128,10 @@ static MODELS: [Model; 4] =
     [INDICATOR, INDICATOR.miniature("indicator-tiny", 8), GPT2, GPT2.miniature("gpt2-tiny", 16)];
 
 /// Models that this process has added; they stay for its life.
-static ADDED: Mutex<Vec<&'static Model>> = Mutex::new(Vec::new());
+static INTERNED: Mutex<Vec<&'static Model>> = Mutex::new(Vec::new());
 
 /// Those of a name that ids may use, with the configuration that the name stands for.
-static GIVEN: Mutex<Vec<Model>> = Mutex::new(Vec::new());
+static CUSTOM: Mutex<Vec<Model>> = Mutex::new(Vec::new());
 
 /// A model of the list, by its place in it: small, and equal only to itself.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -154,22 +154,22 @@ impl ModelId {
     }
 
     /// A model that was given under a name, at so many tokens.
-    pub fn given(name: &str, tokens: Option<usize>) -> Option<Self> {
-        let model = *GIVEN.lock().expect("no panic holds it").iter().find(|m| m.name == name)?;
-        Some(Self::add(Model { tokens: tokens.unwrap_or(model.tokens), ..model }))
+    pub fn custom(name: &str, tokens: Option<usize>) -> Option<Self> {
+        let model = *CUSTOM.lock().expect("no panic holds it").iter().find(|m| m.name == name)?;
+        Some(Self::intern(Model { tokens: tokens.unwrap_or(model.tokens), ..model }))
     }
 
     /// The names of models that were given.
-    pub fn given_names() -> Vec<&'static str> {
-        GIVEN.lock().expect("no panic holds it").iter().map(|m| m.name).collect()
+    pub fn custom_names() -> Vec<&'static str> {
+        CUSTOM.lock().expect("no panic holds it").iter().map(|m| m.name).collect()
     }
 
     /// Lets ids name a model, at any number of tokens.
     ///
     /// # Errors
     /// Where the name stands for another already.
-    pub fn give(model: Model) -> Result<(), String> {
-        let mut given = GIVEN.lock().expect("no panic holds it");
+    pub fn register(model: Model) -> Result<(), String> {
+        let mut given = CUSTOM.lock().expect("no panic holds it");
         let taken = |known: &&Model| known.name == model.name;
         let same = |known: &Model| Model { tokens: model.tokens, ..*known } == model;
         if let Some(known) = given.iter().find(taken) {
@@ -191,8 +191,8 @@ impl ModelId {
     }
 
     /// A model that is on no list, for this process.
-    pub fn add(model: Model) -> Self {
-        let mut added = ADDED.lock().expect("no panic holds it");
+    pub fn intern(model: Model) -> Self {
+        let mut added = INTERNED.lock().expect("no panic holds it");
         let known = added.iter().position(|known| **known == model);
         Self(
             MODELS.len()
@@ -217,7 +217,7 @@ impl ModelId {
             return Self(self.0 | 1);
         }
         let name = Box::leak(format!("{}-tiny", self.name).into_boxed_str());
-        Self::add((*self).miniature(name, MODELS[3].tokens))
+        Self::intern((*self).miniature(name, MODELS[3].tokens))
     }
 
     /// Whether the scalar oracle can follow.
@@ -230,7 +230,9 @@ impl Deref for ModelId {
     type Target = Model;
 
     fn deref(&self) -> &Model {
-        MODELS.get(self.0).unwrap_or_else(|| ADDED.lock().expect("no panic holds it")[self.0 - MODELS.len()])
+        MODELS
+            .get(self.0)
+            .unwrap_or_else(|| INTERNED.lock().expect("no panic holds it")[self.0 - MODELS.len()])
     }
 }
 

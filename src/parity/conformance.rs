@@ -6,30 +6,30 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
 
-use crate::backend::{Backend, Found, Prepared};
+use crate::backend::{Backend, Backends, LoadedCase};
 use crate::memory;
 use crate::model::fixture::Fixture;
-use crate::model::{CHOICES, Model, ModelId};
-use crate::parity::Prover;
-use crate::parity::faults::FAULTS;
+use crate::model::{CHOICE_MODELS, Model, ModelId};
+use crate::parity::ParityChecker;
+use crate::parity::fault_injection::FAULTS;
 use crate::results::machine;
 use crate::statistics::median;
-use crate::suite::{Case, Compute, Precision, Recipe, Set, Shape, Workload, cases};
+use crate::suite::{Case, Method, Precision, Set, Shape, Variant, Workload, cases};
 
-fn case(backend: &dyn Backend, workload: Workload, precision: Precision, shape: Shape) -> Case {
-    Case { workload, backend: backend.id(), precision, shape }
+fn case(backend: &dyn Backend, workload: Workload, precision: Method, shape: Shape) -> Case {
+    Case { workload, backend: backend.id(), method: precision, shape }
 }
 
 /// A model's miniature, or a part of its blocks.
 fn tiny(name: &str) -> Shape {
-    Shape::of(named(name), 2)
+    Shape::of_model(named(name), 2)
 }
 
 fn named(name: &str) -> ModelId {
     ModelId::named(name).expect("a preset").miniature()
 }
 
-const F32: Precision = Precision::eager(Compute::F32);
+const F32: Method = Method::eager(Precision::F32);
 
 /// What a check found where nothing was wrong.
 pub enum Outcome {
@@ -41,17 +41,17 @@ pub enum Outcome {
 use Outcome::{Holds, Skipped};
 
 /// The precisions and recipes that a backend offers.
-fn precisions(backend: &dyn Backend) -> Vec<Precision> {
-    let all = Compute::ALL
-        .iter()
-        .flat_map(|&compute| Recipe::ALL.iter().map(move |&recipe| Precision { compute, recipe }));
-    let offered = |precision: &Precision| {
+fn precisions(backend: &dyn Backend) -> Vec<Method> {
+    let all = Precision::ALL.iter().flat_map(|&compute| {
+        Variant::ALL.iter().map(move |&recipe| Method { precision: compute, variant: recipe })
+    });
+    let offered = |precision: &Method| {
         [Workload::Forward, Workload::TrainStep].iter().any(|&workload| {
             backend.supports(&case(backend, workload, *precision, tiny("indicator"))).is_ok()
         })
     };
     // Of what is made first, a precision that the suite's own test leaves out is not tried.
-    let tried = |p: &Precision| !backend.is_made(p.recipe) || !smoke(backend, *p).is_empty();
+    let tried = |p: &Method| !backend.is_precompiled(p.variant) || !smoke(backend, *p).is_empty();
     all.filter(offered).filter(tried).collect()
 }
 
@@ -61,23 +61,23 @@ fn alone() -> impl Iterator<Item = Case> {
 }
 
 /// The cases that prove a precision: every workload at its miniature shapes.
-fn miniatures(backend: &dyn Backend, precision: Precision) -> Vec<Case> {
-    let eager = Precision::eager(Compute::F32);
+fn miniatures(backend: &dyn Backend, precision: Method) -> Vec<Case> {
+    let eager = Method::eager(Precision::F32);
     let chain = Shape::Square { n: 64, chain: 3 };
-    let of_backend = |c: &Case| c.backend == backend.id() && c.precision == eager;
-    let all = alone().filter(of_backend).map(|c| Case { precision, ..c });
-    if backend.is_made(precision.recipe) {
+    let of_backend = |c: &Case| c.backend == backend.id() && c.method == eager;
+    let all = alone().filter(of_backend).map(|c| Case { method: precision, ..c });
+    if backend.is_precompiled(precision.variant) {
         return smoke(backend, precision);
     }
     // Single optimisations are tried on the suite's own models.
-    let all_or_none = matches!(precision.recipe, Recipe::Eager | Recipe::Opt);
-    let choices = CHOICES.iter().filter(|_| all_or_none).flat_map(|choice| {
-        let model = ModelId::add(*choice);
+    let all_or_none = matches!(precision.variant, Variant::Eager | Variant::Tuned);
+    let choices = CHOICE_MODELS.iter().filter(|_| all_or_none).flat_map(|choice| {
+        let model = ModelId::intern(*choice);
         [Workload::AttentionGrad, Workload::FeedForwardGrad, Workload::Forward, Workload::TrainStep].map(
             |w| {
                 let shape = match w.block() {
                     Some(part) => Shape::Block { part, model, batch: 2 },
-                    None => Shape::of(model, 2),
+                    None => Shape::of_model(model, 2),
                 };
                 case(backend, w, precision, shape)
             },
@@ -90,18 +90,18 @@ fn miniatures(backend: &dyn Backend, precision: Precision) -> Vec<Case> {
 }
 
 /// The cases of the suite's own test in a precision: all that is tried where each takes a minute to make.
-fn smoke(backend: &dyn Backend, precision: Precision) -> Vec<Case> {
-    alone().filter(|c| c.backend == backend.id() && c.precision == precision).collect()
+fn smoke(backend: &dyn Backend, precision: Method) -> Vec<Case> {
+    alone().filter(|c| c.backend == backend.id() && c.method == precision).collect()
 }
 
 /// Every precision and recipe that the backend offers computes what the oracle does.
-pub fn parity_holds(backend: &dyn Backend) -> Result<Outcome> {
-    let mut prover = Prover::default();
+pub fn parity_passes(backend: &dyn Backend) -> Result<Outcome> {
+    let mut prover = ParityChecker::default();
     let mut proven = 0;
     for precision in precisions(backend) {
         let mut worst = (0.0, String::new());
         for case in miniatures(backend, precision) {
-            match prover.prove(backend, case)? {
+            match prover.check_case(backend, case)? {
                 Ok(share) if share > worst.0 => worst = (share, case.to_string()),
                 Ok(_) => {}
                 Err(mismatch) => bail!("{mismatch}"),
@@ -116,42 +116,42 @@ pub fn parity_holds(backend: &dyn Backend) -> Result<Outcome> {
 
 /// Mixed precision is one computation in both frameworks: bf16's, on copies of f32
 /// parameters. So its forward pass gives bf16's results to the last bit.
-pub fn amp_computes_as_bf16(backend: &dyn Backend) -> Result<Outcome> {
+pub fn mixed_computes_in_bf16(backend: &dyn Backend) -> Result<Outcome> {
     for model in ModelId::all() {
         let outputs = |compute| -> Result<Vec<Vec<f32>>> {
-            let precision = Precision::eager(compute);
+            let precision = Method::eager(compute);
             let case = case(backend, Workload::Forward, precision, tiny(model.name));
-            let mut prepared = backend.prepare(&Fixture::for_parity(case))?;
+            let mut prepared = backend.load(&Fixture::for_parity(case))?;
             prepared.step()?;
             Ok(prepared.outputs()?.into_iter().map(|tensor| tensor.data).collect())
         };
-        let amp = outputs(Compute::Amp)?;
-        ensure!(amp == outputs(Compute::Bf16)?, "{model} in amp is not computed in bf16 throughout");
-        ensure!(amp != outputs(Compute::F32)?, "{model} in amp is computed in f32");
+        let amp = outputs(Precision::Mixed)?;
+        ensure!(amp == outputs(Precision::Bf16)?, "{model} in mixed is not computed in bf16 throughout");
+        ensure!(amp != outputs(Precision::F32)?, "{model} in mixed is computed in f32");
     }
     Ok(Holds)
 }
 
 /// Every planted fault is caught in every precision and recipe that can show it.
 pub fn parity_catches_wrong_kernels(backend: &dyn Backend) -> Result<Outcome> {
-    let mut prover = Prover::default();
+    let mut prover = ParityChecker::default();
     let mut missed = Vec::new();
     for fault in FAULTS {
-        let mut hidden: BTreeMap<Compute, f64> = BTreeMap::new();
+        let mut hidden: BTreeMap<Precision, f64> = BTreeMap::new();
         for precision in precisions(backend) {
             let case = fault.case(backend, precision);
             if backend.supports(&case).is_err() {
                 continue;
             }
-            if backend.is_made(precision.recipe)
+            if backend.is_precompiled(precision.variant)
                 && (fault.changes_model() || !smoke(backend, precision).contains(&case))
             {
                 continue;
             }
-            if let Ok(share) = fault.verdict(backend, &mut prover, precision)? {
-                let most = hidden.entry(precision.compute).or_default();
+            if let Ok(share) = fault.outcome(backend, &mut prover, precision)? {
+                let most = hidden.entry(precision.precision).or_default();
                 *most = most.max(share);
-                if !fault.hidden.contains(&precision.compute) {
+                if !fault.hidden.contains(&precision.precision) {
                     missed.push(format!("{} in {precision}", fault.name));
                 }
             }
@@ -164,7 +164,7 @@ pub fn parity_catches_wrong_kernels(backend: &dyn Backend) -> Result<Outcome> {
     Ok(Holds)
 }
 
-fn time(prepared: &mut dyn Prepared) -> Result<Duration> {
+fn time(prepared: &mut dyn LoadedCase) -> Result<Duration> {
     let start = Instant::now();
     prepared.step()?;
     Ok(start.elapsed())
@@ -174,7 +174,7 @@ fn time(prepared: &mut dyn Prepared) -> Result<Duration> {
 /// lies where it should, since other work on the machine can spoil one attempt, and a missing
 /// wait spoils all.
 fn ratio_of_times(
-    [one, two]: [&mut dyn Prepared; 2],
+    [one, two]: [&mut dyn LoadedCase; 2],
     pairs: usize,
     expected: std::ops::RangeInclusive<f64>,
 ) -> Result<f64> {
@@ -198,13 +198,13 @@ fn ratio_of_times(
 }
 
 /// The recipes of the training step in f32 that take any size at once.
-fn recipes(backend: &dyn Backend) -> Vec<Precision> {
-    let precision = |&recipe: &Recipe| Precision { compute: Compute::F32, recipe };
-    let offered = |p: &Precision| {
-        !backend.is_made(p.recipe)
+fn recipes(backend: &dyn Backend) -> Vec<Method> {
+    let precision = |&recipe: &Variant| Method { precision: Precision::F32, variant: recipe };
+    let offered = |p: &Method| {
+        !backend.is_precompiled(p.variant)
             && backend.supports(&case(backend, Workload::TrainStep, *p, tiny("indicator"))).is_ok()
     };
-    Recipe::ALL.iter().map(precision).filter(offered).collect()
+    Variant::ALL.iter().map(precision).filter(offered).collect()
 }
 
 /// Twice the work takes twice the time, in every recipe: a step that returned early would not.
@@ -213,7 +213,7 @@ pub fn time_follows_work(backend: &dyn Backend) -> Result<Outcome> {
         // On an accelerator small products measure launches.
         let n = if backend.id().is_cpu() { 512 } else { 4096 };
         let case = case(backend, Workload::MatmulPeak, F32, Shape::Square { n, chain });
-        backend.prepare(&Fixture::new(case))
+        backend.load(&Fixture::new(case))
     };
     let (mut once, mut twice) = (square(8)?, square(16)?);
     let ratio = ratio_of_times([once.as_mut(), twice.as_mut()], 31, 1.9..=2.1)?;
@@ -221,10 +221,10 @@ pub fn time_follows_work(backend: &dyn Backend) -> Result<Outcome> {
     drop((once, twice));
     for precision in recipes(backend) {
         let layers = |layers| {
-            let model = ModelId::add(Model { layers, ..*ModelId::indicator() });
+            let model = ModelId::intern(Model { layers, ..*ModelId::indicator() });
             let batch = if backend.id().is_cpu() { 1 } else { 64 };
-            let shape = Shape::of(model, batch);
-            backend.prepare(&Fixture::new(case(backend, Workload::TrainStep, precision, shape)))
+            let shape = Shape::of_model(model, batch);
+            backend.load(&Fixture::new(case(backend, Workload::TrainStep, precision, shape)))
         };
         let (mut three, mut six) = (layers(3)?, layers(6)?);
         // Embedding, heads and what an operation costs on many threads stay as they are; a step that
@@ -240,11 +240,11 @@ pub fn time_follows_work(backend: &dyn Backend) -> Result<Outcome> {
 }
 
 /// After `step()` the device is idle, and reading every result is copying alone, in every recipe.
-pub fn nothing_is_left_pending(backend: &dyn Backend) -> Result<Outcome> {
+pub fn steps_leave_nothing_pending(backend: &dyn Backend) -> Result<Outcome> {
     for precision in recipes(backend) {
-        let shape = Shape::of(ModelId::indicator(), 4);
+        let shape = Shape::of_model(ModelId::indicator(), 4);
         let case = case(backend, Workload::TrainStep, precision, shape);
-        let mut prepared = backend.prepare(&Fixture::new(case))?;
+        let mut prepared = backend.load(&Fixture::new(case))?;
         time(prepared.as_mut())?;
         let (mut waits, mut reads) = (Vec::new(), Vec::new());
         for _ in 0..5 {
@@ -276,7 +276,7 @@ pub fn memory_is_counted(backend: &dyn Backend) -> Result<Outcome> {
     memory::reset_resident_peak();
     let before = memory::resident_bytes();
     let fixture = Fixture::new(case);
-    let mut prepared = backend.prepare(&fixture)?;
+    let mut prepared = backend.load(&fixture)?;
     prepared.step()?;
     let (found, buffers) = match backend.peak_memory() {
         Some(peak) => (peak, 2),
@@ -308,10 +308,11 @@ pub fn memory_does_not_grow(backend: &dyn Backend) -> Result<Outcome> {
             continue;
         }
         // Half types and single optimisations run on the same code paths.
-        if case.precision.compute.is_half() || !matches!(case.precision.recipe, Recipe::Eager | Recipe::Opt) {
+        if case.method.precision.is_half() || !matches!(case.method.variant, Variant::Eager | Variant::Tuned)
+        {
             continue;
         }
-        let mut prepared = backend.prepare(&Fixture::new(case))?;
+        let mut prepared = backend.load(&Fixture::new(case))?;
         for _ in 0..100 {
             prepared.step()?;
         }
@@ -343,23 +344,23 @@ pub fn process_holds_one_framework(backend: &dyn Backend) -> Result<Outcome> {
 ///
 /// # Panics
 /// On the first backend that fails, with the reason.
-pub fn assert_all(found: &Found) {
+pub fn assert_all(found: &Backends) {
     type Check = fn(&dyn Backend) -> Result<Outcome>;
     const CHECKS: &[(&str, Check)] = &[
         ("the process holds one framework", process_holds_one_framework),
-        ("parity holds", parity_holds),
-        ("amp computes as bf16 does", amp_computes_as_bf16),
+        ("parity holds", parity_passes),
+        ("mixed computes as bf16 does", mixed_computes_in_bf16),
         ("parity catches wrong kernels", parity_catches_wrong_kernels),
         ("memory is counted", memory_is_counted),
-        ("nothing is left pending", nothing_is_left_pending),
+        ("nothing is left pending", steps_leave_nothing_pending),
         ("time follows work", time_follows_work),
         ("memory does not grow", memory_does_not_grow),
     ];
-    memory::keep_freed().unwrap_or_else(|reason| panic!("{reason:#}"));
-    for absent in &found.absent {
+    memory::retain_freed_memory().unwrap_or_else(|reason| panic!("{reason:#}"));
+    for absent in &found.unavailable {
         println!("{}: skipped, {}", absent.id, absent.reason);
     }
-    for backend in &found.present {
+    for backend in &found.available {
         for (name, check) in CHECKS {
             let start = Instant::now();
             let outcome = check(backend.as_ref())

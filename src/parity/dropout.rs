@@ -12,11 +12,11 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context, Result};
 
-use super::truth::with_masks;
-use super::{Mismatch, judge};
-use crate::backend::{Backend, Prepared, Sums};
+use super::tolerance::expected_with_masks;
+use super::{Mismatch, compare_tensors};
+use crate::backend::{Backend, LoadedCase, Sums};
 use crate::model::fixture::{AdamW, Fixture, Tensor};
-use crate::model::oracle::blocked::Site;
+use crate::model::reference::blocked::Site;
 use crate::model::{Dropout, Model, ModelId};
 use crate::suite::{Block, Case, Shape};
 
@@ -39,13 +39,13 @@ type Kept = BTreeMap<(usize, Site), Vec<bool>>;
 /// Where the backend fails.
 pub fn check(backend: &dyn Backend, case: Case) -> Result<Option<Mismatch>> {
     let probe = Probe::new(case);
-    let prepared = backend.prepare(&probe.fixture());
+    let prepared = backend.load(&probe.fixture());
     let mut prepared = prepared.with_context(|| format!("preparing {}", probe.case))?;
-    check_with(&probe, prepared.as_mut(), backend.sums())
+    check_with(&probe, prepared.as_mut(), backend.accumulation())
 }
 
 /// The same of what has been prepared for a probe; `sums` is [`Backend::sums`].
-pub fn check_with(probe: &Probe, prepared: &mut dyn Prepared, sums: Sums) -> Result<Option<Mismatch>> {
+pub fn check_with(probe: &Probe, prepared: &mut dyn LoadedCase, sums: Sums) -> Result<Option<Mismatch>> {
     let case = probe.case;
     let fixture = probe.fixture();
     let mut all: Vec<Kept> = Vec::new();
@@ -56,14 +56,14 @@ pub fn check_with(probe: &Probe, prepared: &mut dyn Prepared, sums: Sums) -> Res
             return Ok(Some(Mismatch::new(case, "a gradient is missing")));
         };
         if index < probe.followed() {
-            let known = with_masks(&fixture, sums, &|sample, site, [rows, columns]| {
+            let known = expected_with_masks(&fixture, sums, &|sample, site, [rows, columns]| {
                 probe.factors(&kept, sample, site, rows, columns)
             });
             let known: Vec<_> = known.into_iter().filter(|k| probe.follows(&k.name)).collect();
             for tensor in &known {
                 probe.hide(&tensor.name, &tensor.exact, &mut found);
             }
-            if let Err(mismatch) = judge(case, &known, &found) {
+            if let Err(mismatch) = compare_tensors(case, &known, &found) {
                 return Ok(Some(Mismatch::new(case, format!("with dropout, {}", mismatch.what))));
             }
         }
@@ -87,7 +87,7 @@ impl Probe {
         let shape = match case.shape {
             Shape::Model { .. } => {
                 let small = if model.is_miniature() { model } else { model.miniature() };
-                Shape::of(ModelId::add(Model { tokens: 1, ..*small }), 1)
+                Shape::of_model(ModelId::intern(Model { tokens: 1, ..*small }), 1)
             }
             block => block,
         };
@@ -191,7 +191,7 @@ impl Probe {
                     (d.embedding, m.width),
                     (d.weights, m.layers * m.heads),
                     (d.residual, 2 * m.layers * m.width),
-                    (d.hidden, m.layers * m.hidden),
+                    (d.hidden, m.layers * m.ffn_width),
                     (if self.reads_head() { d.heads } else { 0.0 }, m.width / 2),
                 ];
                 let slow = draws.iter().filter(|(p, _)| *p > 0.0).map(|(_, each)| *each).min();
@@ -227,7 +227,7 @@ impl Probe {
         match self.case.shape {
             Shape::Block { part: Block::FeedForward, .. } => {
                 let down = gradient("feed-forward.down.weight")?;
-                for (row, units) in self.rows().zip(down.chunks(m.hidden)) {
+                for (row, units) in self.rows().zip(down.chunks(m.ffn_width)) {
                     let all = kept.entry((row, Site::Hidden { layer: 0 })).or_default();
                     all.extend(units.iter().map(|v| *v != 0.0));
                 }
@@ -258,7 +258,7 @@ impl Probe {
                         data.iter().skip(at).step_by(width).any(|v| *v != 0.0)
                     };
                     let alive = |data: &[f32]| data.iter().map(|v| *v != 0.0).collect::<Vec<_>>();
-                    let hidden = (0..m.hidden).map(|j| column(down, m.hidden, j)).collect();
+                    let hidden = (0..m.ffn_width).map(|j| column(down, m.ffn_width, j)).collect();
                     kept.insert((0, Site::Hidden { layer }), hidden);
                     // A bias tells of each column, or else the row of the weights that leads there.
                     let rows = |name: &str, weights: &[f32]| match of(&format!("{name}.bias")) {

@@ -9,7 +9,7 @@ use std::path::Path;
 use anyhow::{Context, Result, anyhow, ensure};
 use inferno::{differential, flamegraph};
 
-use crate::results::write_whole;
+use crate::results::write_atomic;
 
 /// What a stack's weight counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -117,8 +117,8 @@ impl Profile {
 
     /// Writes `NAME.folded` and `NAME.svg` into a folder.
     pub fn write(&self, folder: &Path, name: &str, title: &str, unit: Unit) -> Result<()> {
-        write_whole(&folder.join(format!("{name}.folded")), &self.folded())?;
-        write_whole(&folder.join(format!("{name}.svg")), &self.svg(title, unit)?)
+        write_atomic(&folder.join(format!("{name}.folded")), &self.folded())?;
+        write_atomic(&folder.join(format!("{name}.svg")), &self.svg(title, unit)?)
     }
 }
 

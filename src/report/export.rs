@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use serde_json::{Map, Value, json};
 
-use crate::results::{Record, Results, Setting, Status, Turn};
+use crate::results::{EnvEffect, InterleavedResult, Record, Results, Status, upgrade};
 
 /// `results.json` of this version; see the README for its fields.
 pub fn json(results: &Results) -> Result<String> {
@@ -16,7 +16,7 @@ pub fn json(results: &Results) -> Result<String> {
 /// An empty or damaged file, one of a newer version, or values that are no times.
 pub fn read(text: &str, place: &str) -> Result<Results> {
     ensure!(!text.trim().is_empty(), "{place} is empty: run ./scripts/bench again");
-    let value: Value = serde_json::from_str(text)
+    let mut value: Value = serde_json::from_str(text)
         .with_context(|| format!("{place} is damaged: run ./scripts/bench again"))?;
     let version = value["version"].as_u64().unwrap_or(1);
     ensure!(
@@ -24,36 +24,39 @@ pub fn read(text: &str, place: &str) -> Result<Results> {
         "{place} has version {version}, and this program reads up to {}: update transformer-bench",
         crate::results::VERSION
     );
-    let mut results: Results =
+    upgrade::upgrade(&mut value, version);
+    let results: Results =
         serde_json::from_value(value).with_context(|| format!("{place} lacks what a run has"))?;
-    crate::results::upgrade(version, &mut results.cases);
-    results.version = crate::results::VERSION;
     for record in &results.cases {
         check(record).with_context(|| format!("{place}: {}", record.id))?;
     }
-    check_comparisons(&results.turns, &results.settings).with_context(|| place.to_owned())?;
+    check_comparisons(&results.interleaved, &results.env_effects).with_context(|| place.to_owned())?;
     Ok(results)
 }
 
 /// Whether comparisons that are kept beside a run are such as rounds can give.
-pub fn check_comparisons(turns: &[Turn], settings: &[Setting]) -> Result<()> {
+pub fn check_comparisons(turns: &[InterleavedResult], settings: &[EnvEffect]) -> Result<()> {
     settings.iter().try_for_each(check_setting)?;
     turns.iter().try_for_each(check_turn)
 }
 
 /// Whether a comparison in turns is one that rounds can give.
-fn check_turn(turn: &Turn) -> Result<()> {
-    let Turn { ratio, ratio_ci: [low, high], .. } = turn;
+fn check_turn(turn: &InterleavedResult) -> Result<()> {
+    let InterleavedResult { ratio, ratio_ci: [low, high], .. } = turn;
     let positive = [ratio, low, high].iter().all(|v| v.is_finite() && **v > 0.0);
     ensure!(positive && low <= ratio && ratio <= high, "{} in turns: no ratio and interval", turn.base);
     Ok(())
 }
 
 /// Whether a setting is one that a comparison can find.
-fn check_setting(setting: &Setting) -> Result<()> {
-    let Setting { without_ns, with_ns, ratio, ratio_ci: [low, high], .. } = setting;
+fn check_setting(setting: &EnvEffect) -> Result<()> {
+    let EnvEffect { without_ns, with_ns, ratio, ratio_ci: [low, high], .. } = setting;
     let positive = [without_ns, with_ns, ratio, low, high].iter().all(|v| v.is_finite() && **v > 0.0);
-    ensure!(positive && low <= ratio && ratio <= high, "setting {}: no ratio and interval", setting.setting);
+    ensure!(
+        positive && low <= ratio && ratio <= high,
+        "setting {}: no ratio and interval",
+        setting.variables
+    );
     Ok(())
 }
 
@@ -75,14 +78,14 @@ pub fn check(record: &Record) -> Result<()> {
     for share in [record.page_faults, record.page_fault_share].into_iter().flatten() {
         ensure!(share.is_finite() && share >= 0.0, "{share} page faults can't be");
     }
-    for share in [record.parity, record.waiting_share].into_iter().flatten() {
+    for share in [record.parity, record.cpu_wait_share].into_iter().flatten() {
         ensure!((0.0..=1.0).contains(&share), "{share} is no share");
     }
     if let Some(ranks) = &record.ranks {
-        let shares = [ranks.skew, ranks.waiting_share];
+        let shares = [ranks.skew, ranks.cpu_wait_share];
         ensure!(shares.iter().all(|share| (0.0..=1.0).contains(share)), "{shares:?} are no shares");
         // What should end may take longer by chance.
-        let exposed = ranks.exposed.unwrap_or_default();
+        let exposed = ranks.exposed_communication.unwrap_or_default();
         ensure!(exposed.iter().all(|share| share.is_finite() && *share <= 1.0), "{exposed:?} is no part");
     }
     Ok(())
@@ -136,7 +139,7 @@ pub fn csv(results: &Results) -> Result<String> {
             float(r.page_faults),
             float(r.page_fault_share),
             float(r.parity),
-            float(r.waiting_share),
+            float(r.cpu_wait_share),
         ])?;
     }
     Ok(String::from_utf8(writer.into_inner()?)?)
@@ -179,7 +182,7 @@ mod tests {
         for (i, case) in cases(Set::Full).iter().enumerate() {
             let mut r = record(&case.to_string(), 1e6 / (i + 1) as f64 + 0.123_456_789);
             if i % 7 == 0 {
-                r = Record::without(case, Status::Skipped, "no \"Mac\", <b>here</b>");
+                r = Record::unmeasured(case, Status::Skipped, "no \"Mac\", <b>here</b>");
             } else {
                 r.throughput = Some(Throughput { value: 1e9 / 3.0 + i as f64, unit: "samples/s".to_owned() });
                 r.peak_bytes = Some(1 << 30);
@@ -187,7 +190,7 @@ mod tests {
             }
             results.cases.push(r);
         }
-        results.turns.push(Turn {
+        results.interleaved.push(InterleavedResult {
             base: "train-step/torch-cpu/f32/indicator-b16".to_owned(),
             head: "train-step/mlx-cpu/f32/indicator-b16".to_owned(),
             ratio: 3.0,
@@ -195,8 +198,8 @@ mod tests {
             rounds: 3,
             commit: String::new(),
         });
-        results.settings.push(Setting {
-            setting: "A=1".to_owned(),
+        results.env_effects.push(EnvEffect {
+            variables: "A=1".to_owned(),
             id: results.cases[0].id.clone(),
             without_ns: 1e6,
             with_ns: 2e6,
@@ -251,7 +254,7 @@ mod tests {
     fn the_schema_is_the_documented_one() {
         let json: Value = serde_json::from_str(&json(&results()).unwrap()).unwrap();
         let keys = |value: &Value| value.as_object().unwrap().keys().cloned().collect::<Vec<_>>().join(" ");
-        assert_eq!(keys(&json), "cases machine settings turns version");
+        assert_eq!(keys(&json), "cases env_effects interleaved machine version");
         assert_eq!(
             keys(&json["cases"][1]),
             "backend ci_ns id median_ns page_fault_share page_faults parity peak_bytes precision ranks reason rss_peak_bytes samples shape status throughput waiting_share workload"

@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use minijinja::{Environment, context};
 
 use super::tables::{self, Table};
-use super::{plots, words};
+use super::{plots, summary};
 use crate::results::Results;
 
 fn value(table: &Table) -> minijinja::Value {
@@ -57,9 +57,9 @@ pub fn render(results: &Results, timings: &dyn Fn(&str) -> Vec<f64>, command: &s
             machine_was,
             picture,
             plots,
-            answer => words::answer(results),
-            limits => words::limits(results),
-            verdict => words::verdict(results),
+            answer => summary::answer(results),
+            limits => summary::limits(results),
+            verdict => summary::verdict(results),
             first => tables::first(results).as_ref().map(value),
             tables => tables.iter().map(value).collect::<Vec<_>>(),
             every => value(every.as_ref().unwrap_or(&empty)),
@@ -85,7 +85,7 @@ mod tests {
         let case = cases(Set::Quick)[0];
         let mut results = Results::new(
             Machine { cpu: "<script>alert(1)</script>".to_owned(), ..Machine::default() },
-            vec![Record::without(&case, Status::Error, "<img src=x onerror=alert(1)>")],
+            vec![Record::unmeasured(&case, Status::Error, "<img src=x onerror=alert(1)>")],
         );
         results.machine.versions.push(("<b>".to_owned(), "&".to_owned()));
         let page = render(&results, &|_| Vec::new(), "./scripts/bench '<x>'").unwrap();
@@ -118,7 +118,7 @@ mod tests {
         let ids = ["train-step/torch-cpu/f32/indicator-b16", "train-step/mlx-cpu/f32/indicator-b16"];
         let cases = vec![record(ids[0], 500e6), record(ids[1], 1000e6)];
         let mut results = Results::new(Machine::default(), cases);
-        results.turns.push(turn_of(ids, 2.0, [1.9, 2.1]));
+        results.interleaved.push(turn_of(ids, 2.0, [1.9, 2.1]));
         let page = render(&results, &|_| Vec::new(), "./scripts/bench --quick").unwrap();
         let page = page.replace("&#x2f;", "/");
         let at = |text: &str| page.find(text).unwrap_or_else(|| panic!("no {text}"));

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::{tables, words};
+use super::{summary, tables};
 use crate::results::Results;
 
 /// Text as a cell or a line of Markdown shows it: no HTML, no new column, no new line, and no
@@ -57,11 +57,11 @@ pub fn render(results: &Results, command: &str) -> String {
     if let Some(line) = tables::model_line(results) {
         let _ = writeln!(out, "{}\n", escaped(&line));
     }
-    for sentence in words::answer(results) {
+    for sentence in summary::answer(results) {
         let _ = writeln!(out, "**{}**\n", escaped(&sentence));
     }
     let [hardware, versions] = tables::machine_lines(results);
-    let _ = writeln!(out, "{}. {}\n", tables::quiet(results).1, words::limits(results));
+    let _ = writeln!(out, "{}. {}\n", tables::quiet(results).1, summary::limits(results));
     let _ = writeln!(out, "{}  \n{}\n", escaped(&hardware), escaped(&versions));
     let show = |out: &mut String, shown: &tables::Table| {
         let _ = writeln!(out, "## {}\n", shown.title);
@@ -81,7 +81,7 @@ pub fn render(results: &Results, command: &str) -> String {
     };
     tables::first(results).iter().for_each(|first| show(&mut out, first));
     list(&mut out, "Not measured here:", tables::missing(results));
-    list(&mut out, "## What else it says", words::verdict(results));
+    list(&mut out, "## What else it says", summary::verdict(results));
     tables::all(results).iter().for_each(|other| show(&mut out, other));
     let _ = writeln!(out, "Measured with `{}`.", escaped(command));
     if let Some(text) = tables::invitation(results) {
@@ -104,7 +104,7 @@ mod tests {
         assert_eq!(escaped("a|b\n<script>\u{1b}[31m"), "a\\|b &lt;script> [31m");
         let mut results =
             Results::new(Machine { cpu: "<b>|\n\u{1b}]0;x".to_owned(), ..Machine::default() }, Vec::new());
-        results.cases.push(Record::without(
+        results.cases.push(Record::unmeasured(
             &"forward/torch-cpu/f32/indicator-b16".parse().unwrap(),
             Status::Skipped,
             "<img src=x>|\u{7}",
@@ -136,7 +136,7 @@ mod tests {
             vec![
                 record("train-step/torch-cpu/f32/indicator-b16", 500e6),
                 record("train-step/mlx-cpu/f32/indicator-b16", 1000e6),
-                Record::without(&mps, Status::Skipped, "no Mac"),
+                Record::unmeasured(&mps, Status::Skipped, "no Mac"),
             ],
         );
         let text = render(&results, "./scripts/bench --quick");

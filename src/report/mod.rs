@@ -1,18 +1,18 @@
 //! The tables that answer the question, made from one run's results.
 
-pub mod devices;
 pub mod export;
 pub mod html;
+pub mod machines;
 pub mod markdown;
 pub mod plots;
 pub mod publish;
-pub mod side_by_side;
+pub mod scaling;
+pub mod summary;
 pub mod tables;
-pub mod words;
 
 use crate::model::ModelId;
 use crate::results::{Record, Results, Status};
-use crate::suite::{BackendId, Case, Compute, Precision, Recipe, Shape, Workload, cost};
+use crate::suite::{BackendId, Case, Method, Precision, Shape, Variant, Workload, cost};
 
 /// A row of the headline tables.
 pub struct Headline {
@@ -26,24 +26,24 @@ pub fn headlines(results: &Results) -> Vec<Headline> {
     let step = |backend, precision| Case {
         workload: Workload::TrainStep,
         backend,
-        precision,
+        method: precision,
         shape: results.headline(),
     };
     let f32 = |backend: BackendId| Headline {
         label: backend.label().to_owned(),
-        case: step(backend, Precision::eager(Compute::F32)),
+        case: step(backend, Method::eager(Precision::F32)),
     };
     let amp = |backend: BackendId| Headline {
         label: format!("{} + AMP", backend.label()),
-        case: step(backend, Precision::eager(Compute::Amp)),
+        case: step(backend, Method::eager(Precision::Mixed)),
     };
     let all_opt = |backend: BackendId| match fastest(results, backend) {
-        Some(case) => Headline { label: format!("{} + All Opt ({})", backend.label(), case.precision), case },
+        Some(case) => Headline { label: format!("{} + All Opt ({})", backend.label(), case.method), case },
         None => {
-            let compute = if backend.is_cpu() { Compute::F32 } else { Compute::Amp };
+            let compute = if backend.is_cpu() { Precision::F32 } else { Precision::Mixed };
             Headline {
                 label: format!("{} + All Opt", backend.label()),
-                case: step(backend, Precision::opt(compute)),
+                case: step(backend, Method::tuned(compute)),
             }
         }
     };
@@ -67,11 +67,11 @@ pub fn headlines(results: &Results) -> Vec<Headline> {
     for &backend in BackendId::ALL {
         let narrow = steps(results, backend).into_iter().next();
         if let Some(case) = narrow.filter(|case| rows.iter().all(|row| row.case != *case)) {
-            let what = match case.precision.compute {
-                Compute::Tf32 => "products in TF32".to_owned(),
+            let what = match case.method.precision {
+                Precision::Tf32 => "products in TF32".to_owned(),
                 compute => format!("parameters in {compute}"),
             };
-            let label = format!("{}, {what} ({})", backend.label(), case.precision);
+            let label = format!("{}, {what} ({})", backend.label(), case.method);
             let place =
                 rows.iter().rposition(|row| row.case.backend == backend).map_or(rows.len(), |at| at + 1);
             rows.insert(place, Headline { label, case });
@@ -94,27 +94,27 @@ fn steps(results: &Results, backend: BackendId) -> Vec<Case> {
 
 /// The measured training steps of a backend with parameters in f32, the fastest first: what All Opt is
 /// chosen from.
-fn contestants(results: &Results, backend: BackendId) -> Vec<Case> {
+fn f32_param_steps(results: &Results, backend: BackendId) -> Vec<Case> {
     let mut all = steps(results, backend);
-    all.retain(|case| matches!(case.precision.compute, Compute::F32 | Compute::Amp | Compute::Autocast));
+    all.retain(|case| matches!(case.method.precision, Precision::F32 | Precision::Mixed | Precision::Amp));
     all
 }
 
 /// The two recipes of each backend between which rounds in turns decide which is fastest.
-pub fn finalists(results: &Results) -> Vec<[Case; 2]> {
-    let first_two = |&backend: &BackendId| contestants(results, backend).first_chunk::<2>().copied();
+pub fn top_two(results: &Results) -> Vec<[Case; 2]> {
+    let first_two = |&backend: &BackendId| f32_param_steps(results, backend).first_chunk::<2>().copied();
     BackendId::ALL.iter().filter_map(first_two).collect()
 }
 
 /// A backend's fastest training step with parameters in f32, where more than the eager ones were measured:
 /// by rounds in turns, or without them by the medians.
 fn fastest(results: &Results, backend: BackendId) -> Option<Case> {
-    let all = contestants(results, backend);
-    all.iter().find(|case| case.precision.recipe != Recipe::Eager)?;
+    let all = f32_param_steps(results, backend);
+    all.iter().find(|case| case.method.variant != Variant::Eager)?;
     let (first, second) = (*all.first()?, all.get(1));
     let beaten = second.filter(|second| {
         results
-            .turns
+            .interleaved
             .iter()
             .any(|turn| turn.base == first.to_string() && turn.head == second.to_string() && turn.ratio < 1.0)
     });
@@ -123,24 +123,26 @@ fn fastest(results: &Results, backend: BackendId) -> Option<Case> {
 
 /// Where two frameworks were measured on one device: the fastest training step of either, with parameters
 /// in f32.
-pub fn champions(results: &Results) -> Vec<[Case; 2]> {
-    let best = |backend| fastest(results, backend).or_else(|| contestants(results, backend).first().copied());
-    let pairs = BackendId::ALL.iter().flat_map(|&a| a.rivals().filter(move |b| a < *b).map(move |b| [a, b]));
+pub fn best_pairs(results: &Results) -> Vec<[Case; 2]> {
+    let best =
+        |backend| fastest(results, backend).or_else(|| f32_param_steps(results, backend).first().copied());
+    let pairs =
+        BackendId::ALL.iter().flat_map(|&a| a.counterparts().filter(move |b| a < *b).map(move |b| [a, b]));
     pairs.filter_map(|[a, b]| Some([best(a)?, best(b)?])).collect()
 }
 
 /// The training steps in which two frameworks on one device are compared.
-pub fn rivals(shape: Shape) -> Vec<[Case; 2]> {
+pub fn eager_pairs(shape: Shape) -> Vec<[Case; 2]> {
     let precisions = [
-        Precision::eager(Compute::F32),
-        Precision::opt(Compute::F32),
-        Precision::eager(Compute::Amp),
-        Precision::opt(Compute::Amp),
+        Method::eager(Precision::F32),
+        Method::tuned(Precision::F32),
+        Method::eager(Precision::Mixed),
+        Method::tuned(Precision::Mixed),
     ];
-    let case = |backend, precision| Case { workload: Workload::TrainStep, backend, precision, shape };
+    let case = |backend, precision| Case { workload: Workload::TrainStep, backend, method: precision, shape };
     let of = |a: BackendId| {
-        let rivals = a.rivals().filter(move |b| a < *b);
-        rivals.flat_map(move |b| precisions.map(|p| [case(a, p), case(b, p)]))
+        let others = a.counterparts().filter(move |b| a < *b);
+        others.flat_map(move |b| precisions.map(|p| [case(a, p), case(b, p)]))
     };
     BackendId::ALL.iter().copied().flat_map(of).collect()
 }
@@ -162,7 +164,7 @@ pub fn measured(record: Option<&Record>) -> Option<(&Record, f64, [f64; 2])> {
 pub fn rate(shape: Shape, ns: f64) -> (f64, &'static str) {
     let samples = shape.batch() as f64 / ns * 1e9;
     match shape.model() {
-        Some((model, _)) if model.of_tokens() => (samples * model.tokens as f64, "tokens/s"),
+        Some((model, _)) if model.is_language_model() => (samples * model.tokens as f64, "tokens/s"),
         _ => (samples, "samples/s"),
     }
 }
@@ -192,7 +194,7 @@ pub fn all_measured(results: &Results) -> Vec<Measured<'_>> {
 pub fn ablation<'a>(all: &'a [Measured<'a>]) -> Vec<(&'a Measured<'a>, f64)> {
     let steps = all.iter().filter(|m| m.case.workload == Workload::TrainStep);
     let mut rows = Vec::new();
-    for eager in steps.clone().filter(|m| m.case.precision == Precision::eager(Compute::F32)) {
+    for eager in steps.clone().filter(|m| m.case.method == Method::eager(Precision::F32)) {
         let same = steps
             .clone()
             .filter(|m| m.case.backend == eager.case.backend && m.case.shape == eager.case.shape);
@@ -209,7 +211,7 @@ pub fn ablation<'a>(all: &'a [Measured<'a>]) -> Vec<(&'a Measured<'a>, f64)> {
 pub struct Sweep {
     pub model: ModelId,
     pub backend: BackendId,
-    pub precision: Precision,
+    pub precision: Method,
     /// (batch, [`rate`]), by batch.
     pub speeds: Vec<(usize, f64)>,
     pub unit: &'static str,
@@ -222,7 +224,7 @@ pub fn batches(all: &[Measured<'_>]) -> Vec<Sweep> {
         if let Shape::Model { model, batch, ranks: 1 } = m.case.shape
             && !model.is_miniature()
         {
-            let Case { backend, precision, .. } = m.case;
+            let Case { backend, method: precision, .. } = m.case;
             let (speed, unit) = rate(m.case.shape, m.median_ns);
             let speed = (batch, speed);
             match sweeps.iter_mut().find(|s| (s.model, s.backend, s.precision) == (model, backend, precision))
@@ -256,11 +258,11 @@ pub fn utilisation(flops_per_s: f64, peak: Option<f64>) -> Utilisation {
 
 /// The best rate that the run's own matrix products reached on a backend in a format, in
 /// FLOP/s. Mixed precision multiplies in bf16.
-pub fn measured_peak(all: &[Measured<'_>], backend: BackendId, compute: Compute) -> Option<f64> {
-    let compute = if compute.is_mixed() { Compute::Bf16 } else { compute };
+pub fn measured_peak(all: &[Measured<'_>], backend: BackendId, compute: Precision) -> Option<f64> {
+    let compute = if compute.is_mixed_precision() { Precision::Bf16 } else { compute };
     all.iter()
         .filter(|m| m.case.workload == Workload::MatmulPeak && m.case.backend == backend)
-        .filter(|m| m.case.precision.compute == compute)
+        .filter(|m| m.case.method.precision == compute)
         .map(|m| cost::flops(&m.case) as f64 / m.median_ns * 1e9)
         .max_by(f64::total_cmp)
 }
@@ -268,21 +270,21 @@ pub fn measured_peak(all: &[Measured<'_>], backend: BackendId, compute: Compute)
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::results::Turn;
+    use crate::results::InterleavedResult;
     use crate::results::machine::Machine;
 
     pub(super) fn record(id: &str, median: f64) -> Record {
         let case: Case = id.parse().unwrap();
-        let mut record = Record::without(&case, Status::Measured, "");
+        let mut record = Record::unmeasured(&case, Status::Measured, "");
         record.median_ns = Some(median);
         record.ci_ns = Some([0.9 * median, 1.1 * median]);
         record
     }
 
     /// Two cases in turns.
-    pub(super) fn turn_of([base, head]: [&str; 2], ratio: f64, ratio_ci: [f64; 2]) -> Turn {
+    pub(super) fn turn_of([base, head]: [&str; 2], ratio: f64, ratio_ci: [f64; 2]) -> InterleavedResult {
         let (base, head) = (base.to_owned(), head.to_owned());
-        Turn { base, head, ratio, ratio_ci, rounds: 3, commit: String::new() }
+        InterleavedResult { base, head, ratio, ratio_ci, rounds: 3, commit: String::new() }
     }
 
     #[test]
@@ -291,7 +293,7 @@ mod tests {
             Machine::default(),
             vec![
                 record("train-step/torch-cuda/f32/indicator-b16", 10e6),
-                record("train-step/torch-cuda/f32-graph/indicator-b16", 5e6),
+                record("train-step/torch-cuda/f32-cudagraph/indicator-b16", 5e6),
                 record("train-step/mlx-cuda/f32/indicator-b16", 7e6),
             ],
         );
@@ -310,39 +312,47 @@ mod tests {
                     .any(|row| row.case.backend == backend),
                 "{backend} has no row"
             );
-            assert_eq!(backend.rivals().count(), 1, "{backend} is compared with none, or with two");
+            assert_eq!(backend.counterparts().count(), 1, "{backend} is compared with none, or with two");
         }
     }
 
     #[test]
     fn the_best_of_each_framework_meet() {
         let step = |case: &str, ns| record(&format!("train-step/{case}/indicator-b16"), ns);
-        let mut cases = vec![step("torch-cpu/f32", 9e6), step("torch-cpu/amp-compile", 5e6)];
-        let pairs = |cases: &[Record]| champions(&Results::new(Machine::default(), cases.to_vec()));
+        let mut cases = vec![step("torch-cpu/f32", 9e6), step("torch-cpu/mixed-compile", 5e6)];
+        let pairs = |cases: &[Record]| best_pairs(&Results::new(Machine::default(), cases.to_vec()));
         assert!(pairs(&cases).is_empty());
-        cases.extend([step("mlx-cpu/f32", 20e6), step("mlx-cpu/bf16-opt", 1e6), step("mlx-metal/f32", 1e6)]);
+        cases.extend([
+            step("mlx-cpu/f32", 20e6),
+            step("mlx-cpu/bf16-tuned", 1e6),
+            step("mlx-metal/f32", 1e6),
+        ]);
         let [[torch, mlx]] = pairs(&cases)[..] else { panic!("one device has both") };
-        assert_eq!(torch.precision.to_string(), "amp-compile");
+        assert_eq!(torch.method.to_string(), "mixed-compile");
         // bf16 stores other parameters.
-        assert_eq!(mlx.precision.to_string(), "f32");
+        assert_eq!(mlx.method.to_string(), "f32");
     }
 
     #[test]
     fn all_opt_is_the_fastest_recipe_by_turns() {
         let step =
             |precision: &str, ns| record(&format!("train-step/torch-cpu/{precision}/indicator-b16"), ns);
-        let mut results = Results::new(Machine::default(), vec![step("f32", 10e6), step("amp", 6e6)]);
+        let mut results = Results::new(Machine::default(), vec![step("f32", 10e6), step("mixed", 6e6)]);
         let label = |results: &Results| {
             let rows = headlines(results);
             rows.into_iter().map(|row| row.label).find(|l| l.starts_with("PyTorch CPU + All Opt")).unwrap()
         };
         assert_eq!(label(&results), "PyTorch CPU + All Opt", "nothing but eager steps");
-        results.cases.extend([step("amp-compile", 4e6), step("amp-opt", 4.1e6), step("bf16-opt", 1e6)]);
-        assert_eq!(label(&results), "PyTorch CPU + All Opt (amp-compile)");
-        let [first, second] = finalists(&results)[0].map(|case| case.to_string());
-        assert!(first.contains("amp-compile") && second.contains("amp-opt"));
-        results.turns.push(turn_of([&first, &second], 0.9, [0.85, 0.95]));
-        assert_eq!(label(&results), "PyTorch CPU + All Opt (amp-opt)");
+        results.cases.extend([
+            step("mixed-compile", 4e6),
+            step("mixed-tuned", 4.1e6),
+            step("bf16-tuned", 1e6),
+        ]);
+        assert_eq!(label(&results), "PyTorch CPU + All Opt (mixed-compile)");
+        let [first, second] = top_two(&results)[0].map(|case| case.to_string());
+        assert!(first.contains("mixed-compile") && second.contains("mixed-tuned"));
+        results.interleaved.push(turn_of([&first, &second], 0.9, [0.85, 0.95]));
+        assert_eq!(label(&results), "PyTorch CPU + All Opt (mixed-tuned)");
     }
 
     #[test]
@@ -369,8 +379,8 @@ mod tests {
         let peak = record("matmul-peak/torch-cuda/bf16/n8192", 2.0 * 8192f64.powi(3) / 700e12 * 1e9);
         let results = Results::new(Machine::default(), vec![peak]);
         let all = all_measured(&results);
-        let found = measured_peak(&all, BackendId::TorchCuda, Compute::Amp).unwrap();
+        let found = measured_peak(&all, BackendId::TorchCuda, Precision::Mixed).unwrap();
         assert!((found / 700e12 - 1.0).abs() < 1e-9);
-        assert_eq!(measured_peak(&all, BackendId::TorchCuda, Compute::F32), None);
+        assert_eq!(measured_peak(&all, BackendId::TorchCuda, Precision::F32), None);
     }
 }

@@ -9,9 +9,9 @@ use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
 
 use super::tables::{digits, rate_text, time};
-use super::{Headline, Measured, batches, devices, find, headlines, measured, measured_peak, rate};
+use super::{Headline, Measured, batches, find, headlines, measured, measured_peak, rate, scaling};
 use crate::results::Results;
-use crate::suite::{BackendId, Case, Compute, Precision, Shape, Workload, cost};
+use crate::suite::{BackendId, Case, Method, Precision, Shape, Workload, cost};
 
 /// A picture and what it shows.
 pub struct Plot {
@@ -194,7 +194,7 @@ fn times(all: &[Measured<'_>]) -> Result<Vec<Plot>> {
                 .iter()
                 .filter(|m| m.case.workload == workload && m.case.shape == shape)
                 .map(|m| Bar {
-                    label: format!("{} {}", m.case.backend, m.case.precision),
+                    label: format!("{} {}", m.case.backend, m.case.method),
                     segments: vec![(m.median_ns, colour(m.case.backend))],
                     interval: m.record.ci_ns,
                     note: time(m.median_ns),
@@ -216,8 +216,8 @@ fn parts(all: &[Measured<'_>], shape: Shape) -> Result<Option<Plot>> {
     let mut rows = Vec::new();
     for &backend in BackendId::ALL {
         let of = |workload| {
-            let precision = Precision::eager(Compute::F32);
-            let case = Case { workload, backend, precision, shape };
+            let precision = Method::eager(Precision::F32);
+            let case = Case { workload, backend, method: precision, shape };
             all.iter().find(|m| m.case == case).map(|m| m.median_ns)
         };
         let (Some(forward), Some(both), Some(optimizer), Some(step)) = (
@@ -345,7 +345,7 @@ fn labels(area: &Area<'_>, mut names: Vec<((i32, i32), &str, RGBColor)>) -> Resu
 
 /// A shape's cases against the ceilings that were measured in the same run, in f32.
 fn roofline(all: &[Measured<'_>], backend: BackendId, shape: Shape) -> Result<Option<Plot>> {
-    let Some(peak) = measured_peak(all, backend, Compute::F32) else { return Ok(None) };
+    let Some(peak) = measured_peak(all, backend, Precision::F32) else { return Ok(None) };
     let copy = all
         .iter()
         .filter(|m| m.case.workload == Workload::CopyPeak && m.case.backend == backend)
@@ -354,15 +354,15 @@ fn roofline(all: &[Measured<'_>], backend: BackendId, shape: Shape) -> Result<Op
     let Some(bandwidth) = copy else { return Ok(None) };
     let points: Vec<(f64, f64, String)> = all
         .iter()
-        .filter(|m| m.case.backend == backend && m.case.precision.compute == Compute::F32)
+        .filter(|m| m.case.backend == backend && m.case.method.precision == Precision::F32)
         .filter(|m| m.case.shape.ranks() == 1 && cost::flops(&m.case) > 0)
         .filter(|m| m.case.shape.model().is_none() || m.case.shape.model() == shape.model())
         .map(|m| {
             let flops = cost::flops(&m.case) as f64;
             (
-                flops / cost::least_bytes(&m.case) as f64,
+                flops / cost::min_bytes(&m.case) as f64,
                 flops / m.median_ns * 1e9,
-                format!("{} {}", m.case.workload, m.case.precision),
+                format!("{} {}", m.case.workload, m.case.method),
             )
         })
         .collect();
@@ -450,18 +450,18 @@ fn over_batch(title: &str, unit: &str, lines: &[Line]) -> Result<Option<Plot>> {
 
 /// The steps that several devices share: what computes, and what is exchange that nothing hides.
 fn shared(all: &[Measured<'_>]) -> Result<Option<Plot>> {
-    let bar = |s: &devices::Scaling<'_>| {
-        let exposed = s.ranks.exposed.map_or(0.0, |[middle, ..]| middle.max(0.0));
+    let bar = |s: &scaling::Scaling<'_>| {
+        let exposed = s.ranks.exposed_communication.map_or(0.0, |[middle, ..]| middle.max(0.0));
         let kept =
             s.weak.or(s.strong).map_or_else(String::new, |(part, _)| format!(", {:.0} %", 100.0 * part));
         Bar {
-            label: format!("{} {} {}", s.m.case.backend, s.m.case.precision, s.m.case.shape),
+            label: format!("{} {} {}", s.m.case.backend, s.m.case.method, s.m.case.shape),
             segments: vec![(1.0 - exposed, colour(s.m.case.backend)), (exposed, EXCHANGE.1)],
             interval: None,
             note: format!("{}{kept}", time(s.m.median_ns)),
         }
     };
-    let rows: Vec<Bar> = devices::scalings(all).iter().map(bar).collect();
+    let rows: Vec<Bar> = scaling::scalings(all).iter().map(bar).collect();
     if rows.is_empty() {
         return Ok(None);
     }
@@ -486,8 +486,8 @@ fn sweeps(all: &[Measured<'_>]) -> Result<Vec<Plot>> {
             let peak = |&(batch, _): &(usize, f64)| {
                 let m = all.iter().find(|m| {
                     m.case.workload == Workload::TrainStep
-                        && (m.case.backend, m.case.precision) == (s.backend, s.precision)
-                        && m.case.shape == Shape::of(s.model, batch)
+                        && (m.case.backend, m.case.method) == (s.backend, s.precision)
+                        && m.case.shape == Shape::of_model(s.model, batch)
                 })?;
                 Some((batch, m.record.peak_bytes? as f64 / 1e6))
             };
@@ -526,7 +526,7 @@ fn timings(all: &[Measured<'_>], of: &dyn Fn(&str) -> Vec<f64>) -> Result<Option
         let scale = |ratio: f64| left + ((end - left) as f64 * (ratio.clamp(0.7, 1.5) - 0.7) / 0.8) as i32;
         for (index, (m, values)) in rows.iter().enumerate() {
             let top = 4 + index as i32 * line;
-            let name = format!("{} {} {}", m.case.backend, m.case.precision, m.case.shape);
+            let name = format!("{} {} {}", m.case.backend, m.case.method, m.case.shape);
             text(area, &name, (4, top), LARGE)?;
             let mut sorted: Vec<f64> = values.clone();
             sorted.sort_by(f64::total_cmp);
@@ -592,7 +592,7 @@ mod tests {
         let cases = |forward| {
             [
                 ("matmul-peak/torch-cpu/f32/n1024", 10e6),
-                ("copy-peak/torch-cpu/f32/m256", 10e6),
+                ("copy-peak/torch-cpu/f32/256mib", 10e6),
                 ("forward/torch-cpu/f32/indicator-b16", forward),
             ]
             .map(|(id, median)| record(id, median))

@@ -1,13 +1,13 @@
 //! The tables, as every export shows them: cells are formatted here and nowhere else.
 
 use super::{
-    Headline, Measured, Sweep, Utilisation, ablation, all_measured, batches, devices, find, headlines,
-    measured, measured_peak, rate, utilisation,
+    Headline, Measured, Sweep, Utilisation, ablation, all_measured, batches, find, headlines, measured,
+    measured_peak, rate, scaling, utilisation,
 };
 use crate::model::parameters::parameter_count;
-use crate::results::{Record, Results, Setting, Status, Throughput, machine};
-use crate::suite::{BackendId, Case, Compute, Device, Precision, Shape, Workload, cost};
-use crate::{disturbance, memory};
+use crate::results::{EnvEffect, Record, Results, Status, Throughput, machine};
+use crate::suite::{BackendId, Case, Device, Method, Precision, Shape, Workload, cost};
+use crate::{interference, memory};
 
 /// The title of the table that has them all.
 pub const EVERY_CASE: &str = "Every case";
@@ -107,8 +107,8 @@ fn speed(results: &Results) -> Table {
 
 /// What a reader of a figure must know.
 fn remarks(record: &Record) -> String {
-    let few = record.few().map(|n| format!("{n} steps, whose range is shown"));
-    let waited = record.waiting_share.filter(|_| record.disturbed());
+    let few = record.too_few_samples().map(|n| format!("{n} steps, whose range is shown"));
+    let waited = record.cpu_wait_share.filter(|_| record.disturbed());
     let waited = waited.map(|s| format!("disturbed: waited for a core for {:.0} % of its time", 100.0 * s));
     few.into_iter().chain(waited).collect::<Vec<_>>().join("; ")
 }
@@ -144,7 +144,7 @@ fn recipes(all: &[Measured<'_>]) -> Table {
             vec![
                 m.case.backend.to_string(),
                 m.case.shape.to_string(),
-                m.case.precision.to_string(),
+                m.case.method.to_string(),
                 time(m.median_ns),
                 format!("{speed:.2}×"),
             ]
@@ -167,9 +167,9 @@ const TIPS: [(BackendId, &str); 4] = [
 ];
 
 fn settings(results: &Results) -> Table {
-    let row = |s: &Setting| {
+    let row = |s: &EnvEffect| {
         vec![
-            s.setting.clone(),
+            s.variables.clone(),
             s.id.clone(),
             time(s.without_ns),
             time(s.with_ns),
@@ -181,7 +181,7 @@ fn settings(results: &Results) -> Table {
         title: "What settings bring".to_owned(),
         note: "Environment variables, interleaved with and without.",
         header: &["setting", "case", "without", "with", "speed", "99 % interval"],
-        rows: results.settings.iter().map(row).collect(),
+        rows: results.env_effects.iter().map(row).collect(),
     }
 }
 
@@ -191,7 +191,7 @@ fn untried(results: &Results) -> Vec<String> {
     let line = |(backend, tip): (BackendId, &str)| {
         let eager = headlines.iter().map(|row| row.case).find(|case| case.backend == backend)?;
         let (record, ..) = measured(find(results, &eager))?;
-        let tried = results.settings.iter().any(|s| s.setting == tip && s.id == record.id);
+        let tried = results.env_effects.iter().any(|s| s.variables == tip && s.id == record.id);
         (!tried)
             .then(|| format!("{tip} on {backend}: ./scripts/compare worktree --env {tip} '{}'", record.id))
     };
@@ -234,11 +234,11 @@ fn percent(part: Utilisation) -> String {
 /// The user's own model in a line, where one was measured.
 pub fn model_line(results: &Results) -> Option<String> {
     let own = results.model.as_ref()?;
-    let (m, shape) = (own.configuration, own.given().shape());
+    let (m, shape) = (own.configuration, own.custom_model().shape());
     let step = Case {
         workload: Workload::TrainStep,
         backend: BackendId::TorchCpu,
-        precision: Precision::eager(Compute::F32),
+        method: Method::eager(Precision::F32),
         shape,
     };
     let tokens = own.batch * m.tokens;
@@ -266,7 +266,7 @@ fn of_tokens(results: &Results, all: &[Measured<'_>]) -> Table {
         .iter()
         .filter_map(|m| {
             let Shape::Model { model, batch, ranks } = m.case.shape else { return None };
-            if !model.of_tokens() || model.is_miniature() {
+            if !model.is_language_model() || model.is_miniature() {
                 return None;
             }
             if !matches!(m.case.workload, Workload::TrainStep | Workload::Forward | Workload::ForwardBackward)
@@ -277,7 +277,7 @@ fn of_tokens(results: &Results, all: &[Measured<'_>]) -> Table {
             let tokens = (batch * model.tokens) as f64 / seconds;
             // Of one device, as its peaks are.
             let rate = cost::flops(&m.case) as f64 / seconds / ranks as f64;
-            let compute = m.case.precision.compute;
+            let compute = m.case.method.precision;
             let gpu = m.case.backend.device() == Device::NvidiaGpu;
             let sheet = results.machine.gpus.first().filter(|_| gpu);
             let sheet = sheet.and_then(|gpu| machine::dense_peak(gpu, compute));
@@ -325,7 +325,7 @@ fn case_row(record: &Record) -> Vec<String> {
         record.samples.filter(|_| median.is_some()).map_or_else(|| "–".to_owned(), |n| n.to_string()),
         faults(record),
         record.parity.map_or_else(|| "–".to_owned(), |share| format!("{share:.2}")),
-        record.waiting_share.map_or_else(
+        record.cpu_wait_share.map_or_else(
             || "–".to_owned(),
             |share| {
                 let mark = if record.disturbed() { ": disturbed" } else { "" };
@@ -338,7 +338,7 @@ fn case_row(record: &Record) -> Vec<String> {
 /// Page faults a step, marked where they take much of it.
 fn faults(record: &Record) -> String {
     match (record.page_faults, record.page_fault_share) {
-        (Some(count), Some(share)) if share > memory::MUCH => {
+        (Some(count), Some(share)) if share > memory::FAULT_SHARE_THRESHOLD => {
             format!("{count:.0}: {:.0} % of the step", 100.0 * share)
         }
         (Some(count), _) => format!("{count:.0}"),
@@ -359,7 +359,7 @@ pub fn all(results: &Results) -> Vec<Table> {
         recipes(&measured),
         settings(results),
         sweep(&measured),
-        devices::table(&measured),
+        scaling::table(&measured),
         of_tokens(results, &measured),
     ]);
     tables.push(Table {
@@ -419,8 +419,8 @@ pub fn quiet(results: &Results) -> (bool, String) {
     let m = &results.machine;
     let measured: Vec<&Record> = results.cases.iter().filter(|r| r.status == Status::Measured).collect();
     let disturbed = measured.iter().filter(|r| r.disturbed()).count();
-    let busy = m.others.is_some_and(|others| others > disturbance::MUCH * m.cores as f64);
-    let others = m.others.map_or_else(
+    let busy = m.background_load.is_some_and(|others| others > interference::WAIT_THRESHOLD * m.cores as f64);
+    let others = m.background_load.map_or_else(
         || "before the run nobody looked".to_owned(),
         |others| format!("others used {others:.1} of {} cores before the run", m.cores),
     );
@@ -471,7 +471,7 @@ mod tests {
 
     #[test]
     fn the_fastest_recipe_is_always_in_the_table() {
-        let mut cases = vec![step("f32", 20e6), step("amp-compile", 2e6)];
+        let mut cases = vec![step("f32", 20e6), step("mixed-compile", 2e6)];
         let rows = |cases: &[Record]| {
             first(&Results::new(machine::Machine::default(), cases.to_vec())).unwrap().rows
         };
@@ -480,15 +480,15 @@ mod tests {
         let all = rows(&cases);
         assert_eq!(all[2][0], "PyTorch CUDA, parameters in bf16 (bf16-compile)");
         assert_eq!(all[2][1..4], ["16,000", "14,545 to 17,778", "20.00×"]);
-        cases.push(step("tf32-opt", 0.5e6));
-        assert_eq!(rows(&cases)[2][0], "PyTorch CUDA, products in TF32 (tf32-opt)");
+        cases.push(step("tf32-tuned", 0.5e6));
+        assert_eq!(rows(&cases)[2][0], "PyTorch CUDA, products in TF32 (tf32-tuned)");
     }
 
     #[test]
     fn a_run_is_quiet_or_disturbed() {
         let mut results =
             Results::new(machine::Machine { cores: 2, ..Default::default() }, vec![step("f32", 2e7)]);
-        results.machine.others = Some(0.0);
+        results.machine.background_load = Some(0.0);
         assert_eq!(
             quiet(&results),
             (
@@ -497,10 +497,10 @@ mod tests {
                     .to_owned()
             )
         );
-        results.machine.others = Some(1.0);
+        results.machine.background_load = Some(1.0);
         assert!(quiet(&results).1.starts_with("Disturbed machine: others used 1.0 of 2 cores"));
-        results.machine.others = None;
-        results.cases[0].waiting_share = Some(0.2);
+        results.machine.background_load = None;
+        results.cases[0].cpu_wait_share = Some(0.2);
         let (calm, said) = quiet(&results);
         assert!(!calm && said.contains("1 of 1 cases waited") && said.contains("nobody looked"), "{said}");
     }
@@ -531,8 +531,8 @@ mod tests {
         assert!(open[1].contains("--env TRANSFORMER_BENCH_HEAP=system"), "{open:?}");
         assert!(open[0].contains("--env OMP_NUM_THREADS=1 'train-step/torch-cpu/f32/"), "{open:?}");
         assert!(missing(&results).contains(&open[0]));
-        results.settings.push(crate::results::Setting {
-            setting: "OMP_NUM_THREADS=1".to_owned(),
+        results.env_effects.push(crate::results::EnvEffect {
+            variables: "OMP_NUM_THREADS=1".to_owned(),
             id: id.to_owned(),
             without_ns: 5e8,
             with_ns: 1e9,
@@ -546,7 +546,7 @@ mod tests {
 
     #[test]
     fn a_step_that_faults_much_is_marked() {
-        let mut kept = record("attention/torch-cpu/f32/b16-h8-n111-d32", 1e7);
+        let mut kept = record("attention/torch-cpu/f32/b16-h8-t111-d32", 1e7);
         assert_eq!(case_row(&kept)[5], "–");
         (kept.page_faults, kept.page_fault_share) = (Some(26.0), Some(0.001));
         assert_eq!(case_row(&kept)[5], "26");

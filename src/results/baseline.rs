@@ -13,19 +13,18 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::machine::Machine;
-use super::run::{self, Part};
-use super::{OwnModel, Record, Results, Setting, Status, Turn, own_model};
+use super::run::{self, ProcessRecord};
+use super::upgrade::{self, VERSION};
+use super::{EnvEffect, InterleavedResult, Record, Results, RunModel, Status, deserialize_run_model};
 use crate::report::export;
 use crate::results;
 use crate::suite::Case;
 
-/// The format that this version writes, and the newest that it reads.
-pub const VERSION: u64 = 2;
 const FORMAT: &str = "transformer-bench baseline";
 
 /// A case with what Criterion kept of it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Kept {
+pub struct SavedCase {
     #[serde(flatten)]
     pub record: Record,
     /// Criterion's `sample.json`, `estimates.json` and `benchmark.json` as they were; null
@@ -35,7 +34,7 @@ pub struct Kept {
     pub benchmark: Value,
 }
 
-impl Kept {
+impl SavedCase {
     /// Seconds a step, in the order in which they were taken.
     pub fn samples(&self) -> Vec<f64> {
         let list = |name: &str| -> Vec<f64> {
@@ -64,14 +63,14 @@ pub struct Baseline {
     pub selections: Vec<Selection>,
     pub machine: Machine,
     /// The user's own model, whole.
-    #[serde(default, deserialize_with = "own_model", skip_serializing_if = "Option::is_none")]
-    pub model: Option<OwnModel>,
-    pub cases: Vec<Kept>,
+    #[serde(default, deserialize_with = "deserialize_run_model", skip_serializing_if = "Option::is_none")]
+    pub model: Option<RunModel>,
+    pub cases: Vec<SavedCase>,
     /// What was measured in turns, and with settings, at the run's commit.
     #[serde(default)]
-    pub turns: Vec<Turn>,
+    pub interleaved: Vec<InterleavedResult>,
     #[serde(default)]
-    pub settings: Vec<Setting>,
+    pub env_effects: Vec<EnvEffect>,
 }
 
 impl Baseline {
@@ -84,7 +83,7 @@ impl Baseline {
     /// A run that was cut off is refused unless `cut` is allowed.
     pub fn of_last_run(folder: &Path, home: &Path, named: &str, cut: bool) -> Result<Self> {
         let (merged, parts) = run::merge(folder)?;
-        let left: Vec<String> = parts.iter().filter_map(run::cut).collect();
+        let left: Vec<String> = parts.iter().filter_map(run::missing_cases).collect();
         ensure!(
             cut || left.is_empty(),
             "the last run was cut off ({}): run ./scripts/bench again, or --force saves what there is",
@@ -92,13 +91,13 @@ impl Baseline {
         );
         let mut cases = Vec::new();
         for record in merged.cases {
-            cases.push(keep(home, record, named)?);
+            cases.push(save_case(home, record, named)?);
         }
         ensure!(
-            cases.iter().any(Kept::is_measured),
+            cases.iter().any(SavedCase::is_measured),
             "the last run measured nothing: run ./scripts/bench first"
         );
-        let of = |p: &Part| -> Vec<Selection> {
+        let of = |p: &ProcessRecord| -> Vec<Selection> {
             let selection = |s: &run::Selection| Selection {
                 framework: p.framework.clone(),
                 set: s.set.clone(),
@@ -113,8 +112,8 @@ impl Baseline {
             machine: merged.machine,
             model: merged.model,
             cases,
-            turns: merged.turns,
-            settings: merged.settings,
+            interleaved: merged.interleaved,
+            env_effects: merged.env_effects,
         })
     }
 
@@ -130,11 +129,11 @@ impl Baseline {
         fn lines<T: Serialize>(of: &[T]) -> Result<String> {
             Ok(of.iter().map(serde_json::to_string).collect::<Result<Vec<_>, _>>()?.join(",\n"))
         }
-        if !self.turns.is_empty() {
-            body.push_str(&format!("\"turns\": [\n{}\n],\n", lines(&self.turns)?));
+        if !self.interleaved.is_empty() {
+            body.push_str(&format!("\"interleaved\": [\n{}\n],\n", lines(&self.interleaved)?));
         }
-        if !self.settings.is_empty() {
-            body.push_str(&format!("\"settings\": [\n{}\n],\n", lines(&self.settings)?));
+        if !self.env_effects.is_empty() {
+            body.push_str(&format!("\"env_effects\": [\n{}\n],\n", lines(&self.env_effects)?));
         }
         body.push_str(&format!("\"cases\": [\n{}\n]\n}}\n", lines(&self.cases)?));
         Ok(format!(
@@ -146,7 +145,7 @@ impl Baseline {
     /// Reads a file's text; `place` names it in errors.
     pub fn parse(text: &str, place: &str) -> Result<Self> {
         ensure!(!text.trim().is_empty(), "{place} is empty: restore it from git, or save it again");
-        let value: Value = serde_json::from_str(text)
+        let mut value: Value = serde_json::from_str(text)
             .with_context(|| format!("{place} is damaged: restore it from git, or save it again"))?;
         ensure!(value["format"] == FORMAT, "{place} is no baseline of this suite");
         let version = value["version"].as_u64().unwrap_or(0);
@@ -160,10 +159,10 @@ impl Baseline {
             value["checksum"] == format!("{:016x}", results::checksum(body.as_bytes())),
             "{place} was changed after it was saved: restore it from git, or save it again"
         );
-        let mut baseline: Self =
-            serde_json::from_value(value).with_context(|| format!("{place} is damaged"))?;
-        results::upgrade(version, baseline.cases.iter_mut().map(|kept| &mut kept.record));
-        export::check_comparisons(&baseline.turns, &baseline.settings).with_context(|| place.to_owned())?;
+        upgrade::upgrade(&mut value, version);
+        let baseline: Self = serde_json::from_value(value).with_context(|| format!("{place} is damaged"))?;
+        export::check_comparisons(&baseline.interleaved, &baseline.env_effects)
+            .with_context(|| place.to_owned())?;
         for kept in &baseline.cases {
             export::check(&kept.record).with_context(|| format!("{place}: {}", kept.record.id))?;
             ensure!(
@@ -180,7 +179,7 @@ impl Baseline {
                 kept.record.id
             );
         }
-        ensure!(baseline.cases.iter().any(Kept::is_measured), "{place} holds no measured case");
+        ensure!(baseline.cases.iter().any(SavedCase::is_measured), "{place} holds no measured case");
         Ok(baseline)
     }
 
@@ -188,13 +187,13 @@ impl Baseline {
         let records = self.cases.iter().map(|kept| kept.record.clone()).collect();
         Results {
             model: self.model.clone(),
-            turns: self.turns.clone(),
-            settings: self.settings.clone(),
+            interleaved: self.interleaved.clone(),
+            env_effects: self.env_effects.clone(),
             ..Results::new(self.machine.clone(), records)
         }
     }
 
-    pub fn case(&self, id: &str) -> Option<&Kept> {
+    pub fn case(&self, id: &str) -> Option<&SavedCase> {
         self.cases.iter().find(|kept| kept.record.id == id && kept.is_measured())
     }
 
@@ -218,15 +217,15 @@ impl Baseline {
             for (file, value) in
                 [("sample", &kept.sample), ("estimates", &kept.estimates), ("benchmark", &kept.benchmark)]
             {
-                results::write_whole(&folder.join(format!("{file}.json")), &serde_json::to_string(value)?)?;
+                results::write_atomic(&folder.join(format!("{file}.json")), &serde_json::to_string(value)?)?;
             }
         }
         Ok(folders.len())
     }
 }
 
-fn keep(home: &Path, record: Record, named: &str) -> Result<Kept> {
-    let mut kept = Kept { record, sample: Value::Null, estimates: Value::Null, benchmark: Value::Null };
+fn save_case(home: &Path, record: Record, named: &str) -> Result<SavedCase> {
+    let mut kept = SavedCase { record, sample: Value::Null, estimates: Value::Null, benchmark: Value::Null };
     if !kept.is_measured() {
         return Ok(kept);
     }
@@ -348,8 +347,8 @@ pub fn write(root: &Path, name: &str, baseline: &Baseline, report: &str, force: 
     // Both files exist in full before either takes its place.
     let new = |name: &str| folder.join(format!("{name}.new"));
     let place = || -> Result<()> {
-        results::write_whole(&new("report.md"), report)?;
-        results::write_whole(&new("baseline.json"), &baseline.render()?)?;
+        results::write_atomic(&new("report.md"), report)?;
+        results::write_atomic(&new("baseline.json"), &baseline.render()?)?;
         for name in ["report.md", "baseline.json"] {
             fs::rename(new(name), folder.join(name))
                 .with_context(|| format!("{} could not be written", folder.join(name).display()))?;
@@ -388,13 +387,13 @@ mod tests {
     fn baseline() -> Baseline {
         let case: Case = "forward/torch-cpu/f32/indicator-b16".parse().unwrap();
         let skipped: Case = "forward/mlx-metal/f32/indicator-b16".parse().unwrap();
-        let kept = |record: Record, sample: Value| Kept {
+        let kept = |record: Record, sample: Value| SavedCase {
             record,
             sample,
             estimates: serde_json::json!({"median": {"point_estimate": 2.0}}),
             benchmark: serde_json::json!({"group_id": "forward"}),
         };
-        let mut measured = Record::without(&case, Status::Measured, "");
+        let mut measured = Record::unmeasured(&case, Status::Measured, "");
         measured.median_ns = Some(2.0);
         measured.ci_ns = Some([1.9, 2.1]);
         Baseline {
@@ -408,9 +407,9 @@ mod tests {
             model: None,
             cases: vec![
                 kept(measured, serde_json::json!({"iters": [2.0, 2.0], "times": [4.0, 5.0]})),
-                kept(Record::without(&skipped, Status::Skipped, "no Mac"), Value::Null),
+                kept(Record::unmeasured(&skipped, Status::Skipped, "no Mac"), Value::Null),
             ],
-            turns: vec![Turn {
+            interleaved: vec![InterleavedResult {
                 base: case.to_string(),
                 head: skipped.to_string(),
                 ratio: 2.0,
@@ -418,7 +417,7 @@ mod tests {
                 rounds: 3,
                 commit: "a".to_owned(),
             }],
-            settings: Vec::new(),
+            env_effects: Vec::new(),
         }
     }
 
@@ -433,7 +432,7 @@ mod tests {
     #[test]
     fn files_that_are_no_longer_what_was_saved_are_refused_with_the_way_out() {
         let good = baseline().render().unwrap();
-        let newer = good.replace("\"version\": 2", "\"version\": 3");
+        let newer = good.replace("\"version\": 3", "\"version\": 4");
         let edited = good.replace("5.0]", "4.1]");
         let unmeasured = {
             let mut b = baseline();

@@ -3,15 +3,17 @@
 
 use serde_json::{Map, Value, json};
 
-use super::baseline::{Baseline, Kept, Selection};
+use super::baseline::{Baseline, SavedCase, Selection};
 use super::machine::Machine;
-use super::{OwnModel, Record, Results, Setting, Status, Throughput, Turn, checksum, printable};
-use crate::compare::past;
+use super::{
+    EnvEffect, InterleavedResult, Record, Results, RunModel, Status, Throughput, checksum, printable,
+};
+use crate::compare::baseline_level;
 use crate::model::{GPT2, Model};
-use crate::report::{export, html, markdown, side_by_side};
+use crate::report::{export, html, machines, markdown};
 
 fn record(id: &str) -> Record {
-    let mut record = Record::without(&id.parse().unwrap(), Status::Measured, "");
+    let mut record = Record::unmeasured(&id.parse().unwrap(), Status::Measured, "");
     record.median_ns = Some(2e6);
     record.ci_ns = Some([1.9e6, 2.1e6]);
     record.samples = Some(10);
@@ -21,7 +23,7 @@ fn record(id: &str) -> Record {
     record.page_faults = Some(3.0);
     record.page_fault_share = Some(0.2);
     record.parity = Some(0.4);
-    record.waiting_share = Some(0.3);
+    record.cpu_wait_share = Some(0.3);
     record
 }
 
@@ -35,8 +37,8 @@ fn machine() -> Machine {
     Machine { cpu: "Xeon".to_owned(), cores: 2, gpus: vec!["NVIDIA H100".to_owned()], ..Machine::default() }
 }
 
-fn model(name: &'static str) -> OwnModel {
-    OwnModel { batch: 2, configuration: Model { name, ..GPT2 } }
+fn model(name: &'static str) -> RunModel {
+    RunModel { batch: 2, configuration: Model { name, ..GPT2 } }
 }
 
 /// Every value in a document, by its path.
@@ -86,7 +88,7 @@ fn mutations(good: &Value) -> Vec<(String, Value)> {
 fn show(what: &str, results: &Results) {
     let texts = [
         markdown::render(results, "x"),
-        side_by_side::render(&[("x".to_owned(), results.clone())]),
+        machines::render(&[("x".to_owned(), results.clone())]),
         html::render(results, &|_| Vec::new(), "x").unwrap(),
     ];
     export::json(results).unwrap();
@@ -103,8 +105,8 @@ fn refused(what: &str, reason: &anyhow::Error) {
     assert!(!line.trim().is_empty() && !line.contains(['\u{1b}', '\n']), "{what}: {line:?}");
 }
 
-fn turn() -> Turn {
-    Turn {
+fn turn() -> InterleavedResult {
+    InterleavedResult {
         base: IDS[0].to_owned(),
         head: IDS[1].to_owned(),
         ratio: 3.0,
@@ -118,9 +120,9 @@ fn turn() -> Turn {
 fn results_changed_in_any_field_are_refused_or_shown_without_harm() {
     let mut good = Results::new(machine(), IDS.map(record).into());
     good.model = Some(model("hostile"));
-    good.turns.push(turn());
-    good.settings.push(Setting {
-        setting: "A=1".to_owned(),
+    good.interleaved.push(turn());
+    good.env_effects.push(EnvEffect {
+        variables: "A=1".to_owned(),
         id: IDS[0].to_owned(),
         without_ns: 1e6,
         with_ns: 2e6,
@@ -148,7 +150,7 @@ fn results_changed_in_any_field_are_refused_or_shown_without_harm() {
 #[test]
 fn baselines_changed_in_any_field_are_refused_or_shown_without_harm() {
     let criterion = json!({"iters": [1.0, 2.0], "times": [2e6, 4e6]});
-    let keep = |id| Kept {
+    let keep = |id| SavedCase {
         record: record(id),
         sample: criterion.clone(),
         estimates: json!({"median": {"point_estimate": 2e6}}),
@@ -164,8 +166,8 @@ fn baselines_changed_in_any_field_are_refused_or_shown_without_harm() {
         machine: machine(),
         model: Some(model("hostile-too")),
         cases: IDS[..2].iter().map(|id| keep(id)).collect(),
-        turns: vec![turn()],
-        settings: Vec::new(),
+        interleaved: vec![turn()],
+        env_effects: Vec::new(),
     };
     let (mut kept, mut not) = (0, 0);
     for (what, value) in mutations(&serde_json::to_value(&good).unwrap()) {
@@ -179,7 +181,8 @@ fn baselines_changed_in_any_field_are_refused_or_shown_without_harm() {
         match Baseline::parse(&text, "baseline.json") {
             Ok(baseline) => {
                 show(&what, &baseline.results());
-                let levels = baseline.cases.iter().filter_map(|case| past::past(&case.samples()));
+                let levels =
+                    baseline.cases.iter().filter_map(|case| baseline_level::summarize(&case.samples()));
                 assert!(levels.into_iter().all(|past| past.level.is_finite()), "{what}");
                 baseline.machine.differences(&machine());
                 kept += 1;

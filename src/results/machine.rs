@@ -7,8 +7,8 @@ use std::process::Command;
 use anyhow::{Result, bail};
 use serde::{Deserialize, Serialize};
 
-use crate::suite::given::Reach;
-use crate::suite::{BackendId, Compute, Device, Framework};
+use crate::suite::custom_model::MachineCapacity;
+use crate::suite::{BackendId, Device, Framework, Precision};
 
 /// The machine, as written into every result.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -21,7 +21,7 @@ pub struct Machine {
     pub arch: String,
     /// The widest vector instructions of an x86-64 CPU: `AVX512`, `AVX2`; empty elsewhere and in older files.
     #[serde(default)]
-    pub vectors: String,
+    pub simd: String,
     /// NVIDIA GPUs with their driver, or Apple's chip; empty where there is none.
     pub gpus: Vec<String>,
     pub driver: String,
@@ -41,7 +41,7 @@ pub struct Machine {
     pub power: Vec<(String, String)>,
     /// Cores' worth of work that others did before the run.
     #[serde(default)]
-    pub others: Option<f64>,
+    pub background_load: Option<f64>,
     /// Environment variables that the frameworks and their libraries read.
     #[serde(default)]
     pub environment: Vec<(String, String)>,
@@ -83,7 +83,7 @@ impl Machine {
             memory_bytes: system.total_memory(),
             os: sysinfo::System::long_os_version().unwrap_or_else(|| std::env::consts::OS.to_owned()),
             arch: std::env::consts::ARCH.to_owned(),
-            vectors: vectors().to_owned(),
+            simd: simd_extension().to_owned(),
             date: output("date", &["-u", "+%F"]).unwrap_or_default(),
             gpus,
             driver,
@@ -92,7 +92,7 @@ impl Machine {
             versions: Vec::new(),
             profile: if cfg!(debug_assertions) { "debug" } else { "release" }.to_owned(),
             power: power(),
-            others: None,
+            background_load: None,
             environment: environment(),
         }
     }
@@ -112,7 +112,7 @@ impl Machine {
         let name = match &self.gpus[..] {
             [gpu] => gpu.trim_start_matches("NVIDIA ").to_owned(),
             [gpu, ..] => format!("{} x{}", gpu.trim_start_matches("NVIDIA "), self.gpus.len()),
-            [] => format!("{} {} {} cores", self.cpu, self.vectors, self.cores),
+            [] => format!("{} {} {} cores", self.cpu, self.simd, self.cores),
         };
         let mut slug = String::new();
         for c in name.to_lowercase().replace("(r)", " ").replace("(tm)", " ").chars() {
@@ -143,8 +143,8 @@ impl Machine {
         differ("memory", gib(self.memory_bytes), gib(other.memory_bytes));
         differ("architecture", self.arch.clone(), other.arch.clone());
         // Older files do not tell.
-        if !self.vectors.is_empty() && !other.vectors.is_empty() {
-            differ("vector instructions", self.vectors.clone(), other.vectors.clone());
+        if !self.simd.is_empty() && !other.simd.is_empty() {
+            differ("vector instructions", self.simd.clone(), other.simd.clone());
         }
         differ("system", self.os.clone(), other.os.clone());
         differ("GPU", self.gpus.join(", "), other.gpus.join(", "));
@@ -168,7 +168,7 @@ impl Machine {
     }
 }
 
-fn vectors() -> &'static str {
+fn simd_extension() -> &'static str {
     #[cfg(target_arch = "x86_64")]
     {
         if std::arch::is_x86_feature_detected!("avx512f") {
@@ -302,8 +302,8 @@ pub fn assert_isolated(framework: Framework) -> Result<()> {
 ///
 /// NVIDIA: dense data-sheet peaks with a tenth on top. CPUs: every core at 6 GHz with
 /// the widest fused multiply-add units sold. Apple's GPU: 4 times an M4 Max.
-pub fn flops_ceiling(backend: BackendId, compute: Compute, machine: &Machine) -> Option<f64> {
-    let half = compute.is_half() || compute.is_mixed();
+pub fn flops_ceiling(backend: BackendId, compute: Precision, machine: &Machine) -> Option<f64> {
+    let half = compute.is_half() || compute.is_mixed_precision();
     match backend.device() {
         Device::NvidiaGpu => {
             let peak = dense_peak(machine.gpus.first()?, compute)?;
@@ -324,16 +324,16 @@ pub fn flops_ceiling(backend: BackendId, compute: Compute, machine: &Machine) ->
 ///
 /// CPUs: a core made 16 GFLOP/s in MLX and 50 in PyTorch (indicator-b16, two cores of a server), and
 /// both should be over in time. Apple's GPU: what an M1 can do, about. NVIDIA: a third of the data sheet.
-pub fn reach(machine: &Machine) -> Reach {
+pub fn capacity(machine: &Machine) -> MachineCapacity {
     let nvidia = machine.gpus.first().filter(|gpu| gpu.contains("NVIDIA"));
     if let Some(gpu) = nvidia {
-        let peak = dense_peak(gpu, Compute::F32).unwrap_or(10e12);
+        let peak = dense_peak(gpu, Precision::F32).unwrap_or(10e12);
         let query = ["--query-gpu=memory.total", "--format=csv,noheader,nounits"];
         let mib = output("nvidia-smi", &query).and_then(|text| text.lines().next()?.trim().parse().ok());
-        return Reach { flops_per_s: peak / 3.0, memory: mib.unwrap_or(8192u64) << 20 };
+        return MachineCapacity { flops_per_s: peak / 3.0, memory: mib.unwrap_or(8192u64) << 20 };
     }
     let flops_per_s = if machine.gpus.is_empty() { 16e9 * machine.cores as f64 } else { 1e12 };
-    Reach { flops_per_s, memory: machine.memory_bytes }
+    MachineCapacity { flops_per_s, memory: machine.memory_bytes }
 }
 
 /// Refuses a time that the hardware can't have reached: the clock or the wait is wrong.
@@ -352,7 +352,7 @@ pub fn check_rate(flops: u64, median_ns: f64, ceiling: Option<f64>) -> Result<()
 }
 
 /// The dense peak of an NVIDIA GPU in FLOP/s, from its data sheet.
-pub fn dense_peak(gpu: &str, compute: Compute) -> Option<f64> {
+pub fn dense_peak(gpu: &str, compute: Precision) -> Option<f64> {
     // (name, f32, tf32, bf16 and f16), in TFLOP/s
     const SHEETS: &[(&str, f64, f64, f64)] = &[
         ("H200", 66.9, 494.7, 989.4),
@@ -366,9 +366,9 @@ pub fn dense_peak(gpu: &str, compute: Compute) -> Option<f64> {
     ];
     let (_, f32, tf32, half) = SHEETS.iter().find(|(name, ..)| gpu.contains(name))?;
     let peak = match compute {
-        Compute::F32 => f32,
-        Compute::Tf32 => tf32,
-        Compute::Bf16 | Compute::F16 | Compute::Amp | Compute::Autocast => half,
+        Precision::F32 => f32,
+        Precision::Tf32 => tf32,
+        Precision::Bf16 | Precision::F16 | Precision::Mixed | Precision::Amp => half,
     };
     Some(peak * 1e12)
 }
@@ -389,7 +389,7 @@ mod tests {
     #[test]
     fn every_difference_that_matters_is_named() {
         let base = Machine {
-            others: None,
+            background_load: None,
             cpu: "Xeon".to_owned(),
             cores: 2,
             memory_bytes: 8 << 30,
@@ -415,7 +415,7 @@ mod tests {
                 .map(|name| (name.to_owned(), "1".to_owned()))
                 .into(),
             environment: vec![("OMP_NUM_THREADS".to_owned(), "1".to_owned())],
-            vectors: "AVX2".to_owned(),
+            simd: "AVX2".to_owned(),
             date: "2026-11-25".to_owned(),
         };
         assert!(base.differences(&base).is_empty());
@@ -430,7 +430,7 @@ mod tests {
         plant("cores", &|m| m.cores = 4);
         plant("memory", &|m| m.memory_bytes *= 2);
         plant("system", &|m| m.os.push('2'));
-        plant("vector instructions", &|m| m.vectors = "AVX512".to_owned());
+        plant("vector instructions", &|m| m.simd = "AVX512".to_owned());
         plant("architecture", &|m| m.arch = "aarch64".to_owned());
         plant("GPU", &|m| m.gpus[0] = "NVIDIA H200".to_owned());
         plant("GPU", &|m| m.gpus.push("NVIDIA H100 80GB HBM3".to_owned()));
@@ -460,7 +460,7 @@ mod tests {
         let mut machine =
             Machine { cpu: "Intel(R) Xeon(R) Processor".to_owned(), cores: 2, ..Machine::default() };
         assert_eq!(machine.slug(), "intel-xeon-processor-2-cores");
-        machine.vectors = "AVX512".to_owned();
+        machine.simd = "AVX512".to_owned();
         assert_eq!(machine.slug(), "intel-xeon-processor-avx512-2-cores");
         machine.gpus.push("NVIDIA H100 80GB HBM3".to_owned());
         assert_eq!(machine.slug(), "h100-80gb-hbm3");
@@ -478,7 +478,7 @@ mod tests {
     #[test]
     fn a_time_beyond_the_hardware_is_an_error() {
         let machine = Machine { cores: 2, ..Machine::default() };
-        let ceiling = flops_ceiling(BackendId::TorchCpu, Compute::F32, &machine);
+        let ceiling = flops_ceiling(BackendId::TorchCpu, Precision::F32, &machine);
         // 2·1024³ FLOPs: 300 GFLOP/s is fast on two cores, 200 TFLOP/s is no CPU.
         assert!(check_rate(2 << 30, 7e6, ceiling).is_ok());
         let error = check_rate(2 << 30, 1e4, ceiling).unwrap_err().to_string();
@@ -488,8 +488,8 @@ mod tests {
 
     #[test]
     fn gpus_are_known_by_their_longest_name() {
-        assert_eq!(dense_peak("NVIDIA H100 80GB HBM3", Compute::Amp), Some(989.4e12));
-        assert_eq!(dense_peak("NVIDIA H100 PCIe", Compute::Bf16), Some(756e12));
-        assert_eq!(dense_peak("Voodoo 2", Compute::F32), None);
+        assert_eq!(dense_peak("NVIDIA H100 80GB HBM3", Precision::Mixed), Some(989.4e12));
+        assert_eq!(dense_peak("NVIDIA H100 PCIe", Precision::Bf16), Some(756e12));
+        assert_eq!(dense_peak("Voodoo 2", Precision::F32), None);
     }
 }

@@ -4,6 +4,7 @@
 pub mod baseline;
 pub mod machine;
 pub mod run;
+pub mod upgrade;
 
 #[cfg(test)]
 mod hostile_tests;
@@ -16,11 +17,12 @@ use anyhow::{Context, Result};
 use serde::de::{DeserializeOwned, Error};
 use serde::{Deserialize, Deserializer, Serialize};
 
-use crate::backend::Elsewhere;
-use crate::disturbance;
+use crate::backend::RankStats;
+use crate::interference;
 use crate::model::{Model, ModelId, config};
-use crate::suite::{Case, Given, HEADLINE_SHAPE, Shape, given};
+use crate::suite::{Case, CustomModel, HEADLINE_SHAPE, Shape, custom_model};
 use machine::Machine;
+pub use upgrade::VERSION;
 
 /// What became of a case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -73,10 +75,10 @@ pub struct Record {
     pub parity: Option<f64>,
     /// The part of its time that the process's threads were ready and had no core.
     #[serde(default)]
-    pub waiting_share: Option<f64>,
+    pub cpu_wait_share: Option<f64>,
     /// Where several devices shared it: what was seen of their processes.
     #[serde(default)]
-    pub ranks: Option<Elsewhere>,
+    pub ranks: Option<RankStats>,
 }
 
 /// Text without what a terminal would follow: a file's fields are anybody's.
@@ -96,12 +98,12 @@ pub fn one_line(reason: &str) -> String {
 
 impl Record {
     /// A case without a figure; its reason becomes [`one_line`].
-    pub fn without(case: &Case, status: Status, reason: impl Into<String>) -> Self {
+    pub fn unmeasured(case: &Case, status: Status, reason: impl Into<String>) -> Self {
         Self {
             id: case.to_string(),
             workload: case.workload.to_string(),
             backend: case.backend.to_string(),
-            precision: case.precision.to_string(),
+            precision: case.method.to_string(),
             shape: case.shape.to_string(),
             status,
             reason: one_line(&reason.into()),
@@ -114,7 +116,7 @@ impl Record {
             page_faults: None,
             page_fault_share: None,
             parity: None,
-            waiting_share: None,
+            cpu_wait_share: None,
             ranks: None,
         }
     }
@@ -124,21 +126,21 @@ impl Record {
     /// Whether something else had the machine while the case was measured, so that nothing
     /// should be concluded from it.
     pub fn disturbed(&self) -> bool {
-        self.waiting_share.is_some_and(|share| share > disturbance::MUCH)
+        self.cpu_wait_share.is_some_and(|share| share > interference::WAIT_THRESHOLD)
     }
 
     /// Whether there were too few steps for Criterion's ten samples; the interval is then the
     /// range of what was measured.
-    pub fn few(&self) -> Option<u64> {
+    pub fn too_few_samples(&self) -> Option<u64> {
         self.samples.filter(|n| self.status == Status::Measured && *n < 10)
     }
 }
 
 /// What environment variables bring to a case, found interleaved by `scripts/compare --env`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Setting {
+pub struct EnvEffect {
     /// `NAME=VALUE`, several joined by spaces.
-    pub setting: String,
+    pub variables: String,
     pub id: String,
     /// Median step times in nanoseconds.
     pub without_ns: f64,
@@ -151,7 +153,7 @@ pub struct Setting {
 
 /// Two backends on the same case, measured in turns.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Turn {
+pub struct InterleavedResult {
     /// Ids of the two cases.
     pub base: String,
     pub head: String,
@@ -163,65 +165,49 @@ pub struct Turn {
 }
 
 /// Settings that were measured, whatever the commit.
-pub fn settings(folder: &Path) -> Result<Vec<Setting>> {
-    kept(&settings_path(folder))
+pub fn env_effects(folder: &Path) -> Result<Vec<EnvEffect>> {
+    read_list(&settings_path(folder))
 }
 
 /// What was measured in turns, whatever the commit.
-pub fn turns(folder: &Path) -> Result<Vec<Turn>> {
-    kept(&turns_path(folder))
+pub fn interleaved_results(folder: &Path) -> Result<Vec<InterleavedResult>> {
+    read_list(&turns_path(folder))
 }
 
 fn turns_path(folder: &Path) -> PathBuf {
-    folder.join("turns.json")
+    folder.join("interleaved.json")
 }
 
-fn kept<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
+fn read_list<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
     if path.exists() { read_json(path, "remove it and compare again") } else { Ok(Vec::new()) }
 }
 
 /// Keeps what was measured in turns, in place of what older rounds found of the same.
-pub fn keep_turns(folder: &Path, new: Vec<Turn>) -> Result<()> {
+pub fn save_interleaved(folder: &Path, new: Vec<InterleavedResult>) -> Result<()> {
     let path = turns_path(folder);
-    let _alone = alone(&path)?;
-    let mut all = turns(folder)?;
+    let _alone = lock_file(&path)?;
+    let mut all = interleaved_results(folder)?;
     all.retain(|old| !new.iter().any(|n| (&n.base, &n.head) == (&old.base, &old.head)));
     all.extend(new);
-    write_whole(&path, &serde_json::to_string_pretty(&all)?)
+    write_atomic(&path, &serde_json::to_string_pretty(&all)?)
 }
 
 fn settings_path(folder: &Path) -> PathBuf {
-    folder.join("settings.json")
+    folder.join("env-effects.json")
 }
 
 /// Keeps what was measured, in place of what older comparisons found of the same.
-pub fn keep_settings(folder: &Path, new: Vec<Setting>) -> Result<()> {
+pub fn save_env_effects(folder: &Path, new: Vec<EnvEffect>) -> Result<()> {
     let path = settings_path(folder);
-    let _alone = alone(&path)?;
-    let mut all = settings(folder)?;
-    all.retain(|old| !new.iter().any(|n| (&n.setting, &n.id) == (&old.setting, &old.id)));
+    let _alone = lock_file(&path)?;
+    let mut all = env_effects(folder)?;
+    all.retain(|old| !new.iter().any(|n| (&n.variables, &n.id) == (&old.variables, &old.id)));
     all.extend(new);
-    write_whole(&path, &serde_json::to_string_pretty(&all)?)
+    write_atomic(&path, &serde_json::to_string_pretty(&all)?)
 }
-
-/// The version of `results.json` that is written, and the newest that is read.
-///
-/// 2: `autocast` is a precision of its own, `amp` one computation in both frameworks; `-captured`
-/// is `-graph` in PyTorch and `-compile` in MLX.
-pub const VERSION: u64 = 2;
 
 fn first_version() -> u64 {
     1
-}
-
-/// Gives records of an older version the ids of today.
-pub fn upgrade<'a>(version: u64, records: impl IntoIterator<Item = &'a mut Record>) {
-    for record in records.into_iter().filter(|_| version < VERSION) {
-        record.id = Case::id_of_version_1(&record.id);
-        if let Some(precision) = record.id.split('/').nth(2) {
-            record.precision = precision.to_owned();
-        }
-    }
 }
 
 /// Everything that a run left.
@@ -231,64 +217,76 @@ pub struct Results {
     pub version: u64,
     pub machine: Machine,
     /// The user's own, where one stood in the place of the suite's.
-    #[serde(default, deserialize_with = "own_model", skip_serializing_if = "Option::is_none")]
-    pub model: Option<OwnModel>,
+    #[serde(default, deserialize_with = "deserialize_run_model", skip_serializing_if = "Option::is_none")]
+    pub model: Option<RunModel>,
     pub cases: Vec<Record>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub settings: Vec<Setting>,
+    pub env_effects: Vec<EnvEffect>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub turns: Vec<Turn>,
+    pub interleaved: Vec<InterleavedResult>,
 }
 
 impl Results {
     pub fn new(machine: Machine, cases: Vec<Record>) -> Self {
-        Self { version: VERSION, machine, model: None, cases, settings: Vec::new(), turns: Vec::new() }
+        Self {
+            version: VERSION,
+            machine,
+            model: None,
+            cases,
+            env_effects: Vec::new(),
+            interleaved: Vec::new(),
+        }
     }
 
     /// The shape that the headline tables stand for.
     pub fn headline(&self) -> Shape {
-        self.model.as_ref().map_or(HEADLINE_SHAPE, |own| own.given().shape())
+        self.model.as_ref().map_or(HEADLINE_SHAPE, |own| own.custom_model().shape())
     }
 }
 
 /// A model that the user gave, whole: its name alone stands in ids.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct OwnModel {
+pub struct RunModel {
     pub batch: usize,
     pub configuration: Model,
 }
 
-impl OwnModel {
-    pub fn of(given: Given) -> Self {
+impl RunModel {
+    pub fn of(given: CustomModel) -> Self {
         Self { batch: given.batch, configuration: *given.model }
     }
 
     /// What has any command measure it, once PATH is its file's.
     pub fn variables(&self) -> String {
         let tokens = self.configuration.tokens;
-        let tokens = if self.configuration.of_tokens() {
-            format!(" {}={tokens}", given::TOKENS)
+        let tokens = if self.configuration.is_language_model() {
+            format!(" {}={tokens}", custom_model::TOKENS_VARIABLE)
         } else {
             String::new()
         };
-        format!("{}=PATH {}={}{tokens}", given::MODEL, given::BATCH, self.batch)
+        format!(
+            "{}=PATH {}={}{tokens}",
+            custom_model::MODEL_VARIABLE,
+            custom_model::BATCH_VARIABLE,
+            self.batch
+        )
     }
 
-    pub fn given(&self) -> Given {
-        Given { model: ModelId::add(self.configuration), batch: self.batch }
+    pub fn custom_model(&self) -> CustomModel {
+        CustomModel { model: ModelId::intern(self.configuration), batch: self.batch }
     }
 }
 
 /// Reads the model of a run, after which ids may name it. Refused where the name stands for another in
 /// this process.
-pub fn own_model<'de, D: Deserializer<'de>>(from: D) -> Result<Option<OwnModel>, D::Error> {
-    let own: Option<OwnModel> = Deserialize::deserialize(from)?;
+pub fn deserialize_run_model<'de, D: Deserializer<'de>>(from: D) -> Result<Option<RunModel>, D::Error> {
+    let own: Option<RunModel> = Deserialize::deserialize(from)?;
     if let Some(own) = &own {
-        let whole = config::completed(own.configuration).ok() == Some(own.configuration);
-        if !whole || !(1..=given::LARGEST_BATCH).contains(&own.batch) {
+        let whole = config::complete(own.configuration).ok() == Some(own.configuration);
+        if !whole || !(1..=custom_model::MAX_BATCH).contains(&own.batch) {
             return Err(D::Error::custom("the model of this run can't be built"));
         }
-        ModelId::give(own.configuration).map_err(D::Error::custom)?;
+        ModelId::register(own.configuration).map_err(D::Error::custom)?;
     }
     Ok(own)
 }
@@ -298,7 +296,7 @@ pub fn own_model<'de, D: Deserializer<'de>>(from: D) -> Result<Option<OwnModel>,
 ///
 /// # Errors
 /// Where the environment names no home.
-pub fn cache() -> Result<PathBuf> {
+pub fn cache_folder() -> Result<PathBuf> {
     let given = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
     let base = match given {
         Some(cache) => cache,
@@ -319,7 +317,7 @@ impl Drop for Scratch {
 }
 
 /// Whether a process of this user is there.
-pub fn running(process: i32) -> bool {
+pub fn is_running(process: i32) -> bool {
     // SAFETY: signal 0 only asks.
     unsafe { libc::kill(process, 0) == 0 }
 }
@@ -342,7 +340,7 @@ pub fn executable() -> Result<String> {
 }
 
 /// Writes a file whole or not at all.
-pub fn write_whole(path: &Path, text: &str) -> Result<()> {
+pub fn write_atomic(path: &Path, text: &str) -> Result<()> {
     let folder = path.parent().context("a file lies in a folder")?;
     let partial = path.with_extension("partial");
     let write = || -> std::io::Result<()> {
@@ -366,7 +364,7 @@ pub fn write_whole(path: &Path, text: &str) -> Result<()> {
 ///
 /// # Errors
 /// Where the lock beside it can't be made.
-pub fn alone(path: &Path) -> Result<fs::File> {
+pub fn lock_file(path: &Path) -> Result<fs::File> {
     let lock = path.with_extension("lock");
     let take = || -> std::io::Result<fs::File> {
         fs::create_dir_all(path.parent().unwrap_or(Path::new(".")))?;
@@ -400,7 +398,7 @@ pub fn criterion_home() -> PathBuf {
 /// Where Criterion keeps a case: group, function and value, with `/` made `_`.
 pub fn criterion_folder(home: &Path, case: &Case) -> PathBuf {
     home.join(case.workload.id())
-        .join(format!("{}_{}", case.backend, case.precision))
+        .join(format!("{}_{}", case.backend, case.method))
         .join(case.shape.to_string())
 }
 
@@ -432,9 +430,9 @@ pub(crate) mod tests {
     fn a_failed_write_leaves_the_old_file() {
         let folder = scratch("write");
         let path = folder.join("a.json");
-        write_whole(&path, "old").unwrap();
+        write_atomic(&path, "old").unwrap();
         fs::create_dir(path.with_extension("partial")).unwrap();
-        assert!(write_whole(&path, "new").unwrap_err().to_string().contains("untouched"));
+        assert!(write_atomic(&path, "new").unwrap_err().to_string().contains("untouched"));
         assert_eq!(fs::read_to_string(&path).unwrap(), "old");
         fs::remove_dir_all(folder).unwrap();
     }

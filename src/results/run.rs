@@ -8,8 +8,8 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use super::machine::Machine;
-use super::{OwnModel, Record, Results, read_json, settings, turns, write_whole};
-use crate::suite::{Case, Framework, Set, cases_of, given};
+use super::{Record, Results, RunModel, env_effects, interleaved_results, read_json, write_atomic};
+use crate::suite::{Case, Framework, Set, cases_for, custom_model};
 
 /// What a run selected.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -21,7 +21,7 @@ pub struct Selection {
 
 /// The part of one process.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Part {
+pub struct ProcessRecord {
     pub framework: String,
     /// A checksum of what measured.
     pub executable: String,
@@ -33,7 +33,7 @@ pub struct Part {
 }
 
 /// How much of a part is missing, where its process did not come to its end.
-pub fn cut(part: &Part) -> Option<String> {
+pub fn missing_cases(part: &ProcessRecord) -> Option<String> {
     let done = part.results.cases.len();
     (done < part.selected).then(|| format!("{}: {done} of {} cases", part.framework, part.selected))
 }
@@ -45,10 +45,10 @@ pub fn part_path(folder: &Path, framework: Framework, tf32: bool) -> PathBuf {
 }
 
 /// The parts that are there, with their files.
-fn parts(folder: &Path) -> Result<Vec<(PathBuf, Part)>> {
+fn parts(folder: &Path) -> Result<Vec<(PathBuf, ProcessRecord)>> {
     let paths = Framework::ALL.iter().flat_map(|&f| [false, true].map(|tf32| part_path(folder, f, tf32)));
-    let read = |path: PathBuf| -> Result<(PathBuf, Part)> {
-        let part: Part = read_json(&path, "run ./scripts/bench again")?;
+    let read = |path: PathBuf| -> Result<(PathBuf, ProcessRecord)> {
+        let part: ProcessRecord = read_json(&path, "run ./scripts/bench again")?;
         for record in &part.results.cases {
             crate::report::export::check(record).with_context(|| {
                 format!("{} is damaged ({}): run ./scripts/bench again", path.display(), record.id)
@@ -60,7 +60,7 @@ fn parts(folder: &Path) -> Result<Vec<(PathBuf, Part)>> {
 }
 
 /// Whether two parts belong to one run: the same code and model on the same machine with the same settings.
-fn together(a: &Results, b: &Results) -> bool {
+fn is_same_run(a: &Results, b: &Results) -> bool {
     let same_model = a.model == b.model;
     let (a, b) = (&a.machine, &b.machine);
     let of = |m: &Machine| {
@@ -74,7 +74,7 @@ fn together(a: &Results, b: &Results) -> bool {
 /// A process's part while it grows.
 pub struct Writer {
     path: PathBuf,
-    part: Part,
+    part: ProcessRecord,
     /// What an earlier run left that this one adds to.
     kept: Vec<Record>,
 }
@@ -96,12 +96,12 @@ impl Writer {
         let executable = super::executable()?;
         let path = part_path(folder, framework, tf32);
         let mut results = Results::new(machine, Vec::new());
-        results.model = given::taken().map(OwnModel::of);
+        results.model = custom_model::custom_model().map(RunModel::of);
         let (mut selections, mut kept) = (Vec::new(), Vec::new());
         let filtered = !selection.filter.is_empty();
         // What can't be read is dropped too: a new run is what mends it.
         for (other, part) in parts(folder).unwrap_or_default() {
-            let fits = together(&part.results, &results);
+            let fits = is_same_run(&part.results, &results);
             let same = fits && part.executable == executable && filtered;
             if other == path && same {
                 selections = part.selections;
@@ -117,7 +117,8 @@ impl Writer {
         }
         let new = selected.iter().filter(|case| !kept.iter().any(|old| old.id == case.to_string()));
         let selected = kept.len() + new.count();
-        let part = Part { framework: framework.to_string(), executable, selections, selected, results };
+        let part =
+            ProcessRecord { framework: framework.to_string(), executable, selections, selected, results };
         Ok(Self { path, part, kept })
     }
 
@@ -125,46 +126,46 @@ impl Writer {
     pub fn save(&mut self, records: &[Record]) -> Result<()> {
         let old = self.kept.iter().filter(|old| !records.iter().any(|new| new.id == old.id));
         self.part.results.cases = old.chain(records).cloned().collect();
-        write_whole(&self.path, &serde_json::to_string_pretty(&self.part)?)
+        write_atomic(&self.path, &serde_json::to_string_pretty(&self.part)?)
     }
 }
 
 /// Reads the parts of the last run and merges them in the order of the table.
-pub fn merge(folder: &Path) -> Result<(Results, Vec<Part>)> {
-    let parts: Vec<Part> = parts(folder)?.into_iter().map(|(_, part)| part).collect();
+pub fn merge(folder: &Path) -> Result<(Results, Vec<ProcessRecord>)> {
+    let parts: Vec<ProcessRecord> = parts(folder)?.into_iter().map(|(_, part)| part).collect();
     let Some(first) = parts.first() else {
         bail!("no run to report in {}: run ./scripts/bench first", folder.display());
     };
     let mut machine = first.results.machine.clone();
     for part in &parts[1..] {
-        if !together(&first.results, &part.results) {
+        if !is_same_run(&first.results, &part.results) {
             bail!("the frameworks' parts come from different runs: run ./scripts/bench again");
         }
         machine.add_versions(part.results.machine.versions.iter().cloned());
     }
     let model = first.results.model.clone();
     let mut records: Vec<Record> = parts.iter().flat_map(|p| p.results.cases.clone()).collect();
-    let given = model.as_ref().map(OwnModel::given);
-    let of = |&set: &Set| cases_of(set, given);
+    let given = model.as_ref().map(RunModel::custom_model);
+    let of = |&set: &Set| cases_for(set, given);
     let order: Vec<String> = Set::ALL.iter().rev().flat_map(of).map(|c: Case| c.to_string()).collect();
     records.sort_by_key(|r| order.iter().position(|id| *id == r.id).unwrap_or(usize::MAX));
     let mut results = Results::new(machine, records);
     results.model = model;
     // Those of other commits say nothing of this one.
-    results.settings = settings(folder)?;
-    results.settings.retain(|s| s.commit == results.machine.commit);
-    results.turns = turns(folder)?;
-    results.turns.retain(|t| t.commit == results.machine.commit);
+    results.env_effects = env_effects(folder)?;
+    results.env_effects.retain(|s| s.commit == results.machine.commit);
+    results.interleaved = interleaved_results(folder)?;
+    results.interleaved.retain(|t| t.commit == results.machine.commit);
     Ok((results, parts))
 }
 
 /// What measures the parts' cases again.
-pub fn command(parts: &[Part]) -> String {
+pub fn command(parts: &[ProcessRecord]) -> String {
     let mut lines: Vec<String> = Vec::new();
     let own = parts.iter().find_map(|part| part.results.model.as_ref());
     let model = own.map_or_else(String::new, |own| {
         let m = own.configuration;
-        let tokens = if m.of_tokens() { format!(" --tokens {}", m.tokens) } else { String::new() };
+        let tokens = if m.is_language_model() { format!(" --tokens {}", m.tokens) } else { String::new() };
         format!(" --model {} --batch {}{tokens}", m.name, own.batch)
     });
     for Selection { set, filter } in parts.iter().flat_map(|p| &p.selections) {
@@ -181,18 +182,18 @@ pub fn command(parts: &[Part]) -> String {
 mod tests {
     use super::*;
     use crate::results::tests::scratch;
-    use crate::results::{Setting, Status, keep_settings, settings_path};
+    use crate::results::{EnvEffect, Status, save_env_effects, settings_path};
 
-    fn part(framework: Framework, id: &str) -> Part {
+    fn part(framework: Framework, id: &str) -> ProcessRecord {
         let case: Case = id.parse().unwrap();
-        Part {
+        ProcessRecord {
             framework: framework.to_string(),
             executable: "1".to_owned(),
             selected: 1,
             selections: vec![Selection { set: Set::Quick.to_string(), filter: String::new() }],
             results: Results::new(
                 Machine::default(),
-                vec![Record::without(&case, Status::Skipped, "not here")],
+                vec![Record::unmeasured(&case, Status::Skipped, "not here")],
             ),
         }
     }
@@ -202,10 +203,10 @@ mod tests {
         let folder = scratch("merge");
         for (framework, id) in [
             (Framework::Torch, "train-step/torch-cpu/f32/indicator-b16"),
-            (Framework::Mlx, "attention/mlx-cpu/f32/b16-h8-n111-d32"),
+            (Framework::Mlx, "attention/mlx-cpu/f32/b16-h8-t111-d32"),
         ] {
             let text = serde_json::to_string(&part(framework, id)).unwrap();
-            write_whole(&part_path(&folder, framework, false), &text).unwrap();
+            write_atomic(&part_path(&folder, framework, false), &text).unwrap();
         }
         let (results, parts) = merge(&folder).unwrap();
         assert_eq!(parts.len(), 2);
@@ -220,9 +221,9 @@ mod tests {
         let folder = scratch("settings");
         let case = "train-step/torch-cpu/f32/indicator-b16";
         let text = serde_json::to_string(&part(Framework::Torch, case)).unwrap();
-        write_whole(&part_path(&folder, Framework::Torch, false), &text).unwrap();
-        let setting = |ratio: f64, commit: &str| Setting {
-            setting: "OMP_NUM_THREADS=1".to_owned(),
+        write_atomic(&part_path(&folder, Framework::Torch, false), &text).unwrap();
+        let setting = |ratio: f64, commit: &str| EnvEffect {
+            variables: "OMP_NUM_THREADS=1".to_owned(),
             id: case.to_owned(),
             without_ns: 1e6,
             with_ns: 1e6 * ratio,
@@ -230,13 +231,13 @@ mod tests {
             ratio_ci: [0.9 * ratio, 1.1 * ratio],
             commit: commit.to_owned(),
         };
-        keep_settings(&folder, vec![setting(1.5, "")]).unwrap();
-        keep_settings(&folder, vec![setting(1.8, "")]).unwrap();
-        let found = merge(&folder).unwrap().0.settings;
+        save_env_effects(&folder, vec![setting(1.5, "")]).unwrap();
+        save_env_effects(&folder, vec![setting(1.8, "")]).unwrap();
+        let found = merge(&folder).unwrap().0.env_effects;
         assert_eq!(found, [setting(1.8, "")]);
-        keep_settings(&folder, vec![setting(1.8, "another")]).unwrap();
-        assert!(merge(&folder).unwrap().0.settings.is_empty());
-        write_whole(&settings_path(&folder), "[").unwrap();
+        save_env_effects(&folder, vec![setting(1.8, "another")]).unwrap();
+        assert!(merge(&folder).unwrap().0.env_effects.is_empty());
+        write_atomic(&settings_path(&folder), "[").unwrap();
         assert!(merge(&folder).unwrap_err().to_string().contains("damaged"));
         fs::remove_dir_all(folder).unwrap();
     }
@@ -245,7 +246,7 @@ mod tests {
     fn an_empty_folder_and_a_damaged_part_say_what_to_do() {
         let folder = scratch("damaged");
         assert!(merge(&folder).unwrap_err().to_string().contains("scripts/bench"));
-        write_whole(&part_path(&folder, Framework::Mlx, false), "{\"machine\":").unwrap();
+        write_atomic(&part_path(&folder, Framework::Mlx, false), "{\"machine\":").unwrap();
         assert!(merge(&folder).unwrap_err().to_string().contains("damaged"));
         fs::remove_dir_all(folder).unwrap();
     }
@@ -261,7 +262,7 @@ mod tests {
         let mut writer =
             Writer::begin(folder, Framework::Torch, false, selection, &selected, machine).unwrap();
         let record =
-            |(id, reason): &(&str, &str)| Record::without(&id.parse().unwrap(), Status::Skipped, *reason);
+            |(id, reason): &(&str, &str)| Record::unmeasured(&id.parse().unwrap(), Status::Skipped, *reason);
         writer.save(&ids.iter().map(record).collect::<Vec<_>>()).unwrap();
         merge(folder).unwrap().0.cases.into_iter().map(|r| (r.id, r.reason)).collect()
     }
@@ -294,11 +295,11 @@ mod tests {
         let mut writer =
             Writer::begin(&folder, Framework::Torch, false, selection, &selected, Machine::default())
                 .unwrap();
-        let record = |id: &Case| Record::without(id, Status::Skipped, "x");
+        let record = |id: &Case| Record::unmeasured(id, Status::Skipped, "x");
         writer.save(&[record(&selected[0])]).unwrap();
-        assert_eq!(cut(&merge(&folder).unwrap().1[0]).as_deref(), Some("torch: 1 of 2 cases"));
+        assert_eq!(missing_cases(&merge(&folder).unwrap().1[0]).as_deref(), Some("torch: 1 of 2 cases"));
         writer.save(&selected.each_ref().map(record)).unwrap();
-        assert_eq!(cut(&merge(&folder).unwrap().1[0]), None);
+        assert_eq!(missing_cases(&merge(&folder).unwrap().1[0]), None);
         fs::remove_dir_all(folder).unwrap();
     }
 }

@@ -6,7 +6,7 @@ use std::str::FromStr;
 use anyhow::{Context, Result};
 use regex::Regex;
 
-use super::{BackendId, Device, Framework, Precision, Recipe, Shape, Workload};
+use super::{BackendId, Device, Framework, Method, Shape, Variant, Workload};
 use crate::model::Dropout;
 
 /// One row of the suite.
@@ -14,7 +14,7 @@ use crate::model::Dropout;
 pub struct Case {
     pub workload: Workload,
     pub backend: BackendId,
-    pub precision: Precision,
+    pub method: Method,
     pub shape: Shape,
 }
 
@@ -26,10 +26,9 @@ impl Case {
 
     /// Whether fused kernels compute attention, whose backward pass rounds in another way.
     pub fn fuses_attention(&self) -> bool {
-        let recipe = self.precision.recipe;
+        let recipe = self.method.variant;
         // PyTorch compiles a network that is written with it.
-        recipe.fused_attention()
-            || (recipe == Recipe::Compile && self.backend.framework() == Framework::Torch)
+        recipe.uses_sdpa() || (recipe == Variant::Compile && self.backend.framework() == Framework::Torch)
     }
 
     /// What a program in another language needs to build the same step; null where the case has no
@@ -47,7 +46,7 @@ impl Case {
                 Device::AppleGpu => "mps",
                 Device::NvidiaGpu => "cuda",
             },
-            "compute": self.precision.compute.id(),
+            "precision": self.method.precision.id(),
             "batch": batch,
             "dropout": self.dropout(),
             "model": *model,
@@ -57,7 +56,7 @@ impl Case {
 
 impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}/{}/{}", self.workload, self.backend, self.precision, self.shape)
+        write!(f, "{}/{}/{}/{}", self.workload, self.backend, self.method, self.shape)
     }
 }
 
@@ -72,7 +71,7 @@ impl FromStr for Case {
         let mut case = Self {
             workload: workload.parse()?,
             backend: backend.parse()?,
-            precision: precision.parse()?,
+            method: precision.parse()?,
             shape: shape.parse()?,
         };
         if let (Some(part), Shape::Model { model, batch, ranks: 1 }) = (case.workload.block(), case.shape)
@@ -94,28 +93,8 @@ impl FromStr for Case {
     }
 }
 
-impl Case {
-    /// The id of today for one that was written by version 1 of a file: `-captured` was a
-    /// CUDA graph in PyTorch and the compiler in MLX, and `amp` in PyTorch was its autocast
-    /// unless the step was captured.
-    pub fn id_of_version_1(id: &str) -> String {
-        let parts: Vec<&str> = id.split('/').collect();
-        let [workload, backend, precision, shape] = parts[..] else { return id.to_owned() };
-        let Ok(framework) = backend.parse::<BackendId>().map(BackendId::framework) else {
-            return id.to_owned();
-        };
-        let precision = match (framework, precision) {
-            (Framework::Torch, "amp") => "autocast".to_owned(),
-            (Framework::Torch, "amp-attention" | "amp-optimizer") => precision.replace("amp", "autocast"),
-            (Framework::Torch, _) => precision.replace("-captured", "-graph"),
-            (Framework::Mlx, _) => precision.replace("-captured", "-compile"),
-        };
-        format!("{workload}/{backend}/{precision}/{shape}")
-    }
-}
-
 /// A filter over ids.
-pub fn pattern(text: &str) -> Result<Regex> {
+pub fn parse_filter(text: &str) -> Result<Regex> {
     Regex::new(text).with_context(|| format!("'{text}' is no regular expression"))
 }
 
@@ -125,7 +104,7 @@ mod tests {
 
     use super::*;
     use crate::model::ModelId;
-    use crate::suite::{Block, Compute, HEADLINE_SHAPE, Set, cases};
+    use crate::suite::{Block, HEADLINE_SHAPE, Precision, Set, cases};
 
     #[test]
     fn ids_are_short_lower_case_and_unique_and_parse_back() {
@@ -147,13 +126,13 @@ mod tests {
 
     #[test]
     fn ids_read_as_documented() {
-        let case: Case = "train-step/torch-cuda/amp-opt/indicator-b16".parse().unwrap();
-        assert_eq!(case.precision, Precision::opt(Compute::Amp));
+        let case: Case = "train-step/torch-cuda/mixed-tuned/indicator-b16".parse().unwrap();
+        assert_eq!(case.method, Method::tuned(Precision::Mixed));
         assert_eq!(case.shape, HEADLINE_SHAPE);
         let model = ModelId::indicator();
         let block = Shape::Block { part: Block::Attention, model, batch: 16 };
-        assert_eq!(block.to_string(), "b16-h8-n111-d32");
-        let gpt2 = Shape::of(ModelId::named("gpt2").unwrap(), 8);
+        assert_eq!(block.to_string(), "b16-h8-t111-d32");
+        let gpt2 = Shape::of_model(ModelId::named("gpt2").unwrap(), 8);
         assert_eq!(gpt2.to_string(), "gpt2-b8-t1024");
     }
 
@@ -164,42 +143,24 @@ mod tests {
             ("train/torch-cpu/f32/indicator-b16", "unknown workload"),
             ("train-step/torch/f32/indicator-b16", "unknown backend"),
             ("train-step/torch-cpu/f64/indicator-b16", "unknown precision"),
-            ("train-step/torch-cpu/f32-fast/indicator-b16", "unknown recipe"),
+            ("train-step/torch-cpu/f32-fast/indicator-b16", "unknown variant"),
             ("train-step/torch-cpu/f32-eager/indicator-b16", "no suffix"),
             ("train-step/torch-cpu/f32/indicator-b0", "at least 1"),
             ("train-step/torch-cpu/f32/bert-b1", "unknown model"),
             ("train-step/torch-cpu/f32/indicator-b1-t7", "unknown shape"),
             ("train-step/torch-cpu/f32/gpt2-b8-t99", "unknown shape"),
             ("train-step/torch-cpu/f32/n64", "has no shape"),
-            ("train-step/torch-cpu/f32/indicator-b16-r1", "2 at least"),
-            ("train-step/torch-cpu/f32/indicator-b16-r3", "can't share a batch of 16"),
-            ("forward/torch-cpu/f32/indicator-b16-r2", "has no shape"),
-            ("all-reduce/torch-cpu/f32/m1", "has no shape"),
-            ("copy-peak/torch-cpu/f32/m1-r2", "has no shape"),
-            ("matmul-peak/torch-cpu/f32/n64-r2", "not divided among ranks"),
-            ("attention/torch-cpu/f32/b1-h8-n111", "unknown shape"),
-            ("attention/torch-cpu/f32/b1-n111-d256-f1024", "has no shape"),
+            ("train-step/torch-cpu/f32/indicator-b16-dp1", "2 at least"),
+            ("train-step/torch-cpu/f32/indicator-b16-dp3", "can't share a batch of 16"),
+            ("forward/torch-cpu/f32/indicator-b16-dp2", "has no shape"),
+            ("all-reduce/torch-cpu/f32/1mib", "has no shape"),
+            ("copy-peak/torch-cpu/f32/1mib-dp2", "has no shape"),
+            ("matmul-peak/torch-cpu/f32/n64-dp2", "not divided among ranks"),
+            ("attention/torch-cpu/f32/b1-h8-t111", "unknown shape"),
+            ("attention/torch-cpu/f32/b1-t111-d256-f1024", "has no shape"),
         ] {
             let error = id.parse::<Case>().unwrap_err();
             assert!(error.contains(word), "{id}: {error}");
-        }
-    }
-
-    #[test]
-    fn ids_of_version_1_are_known() {
-        for (old, new) in [
-            (
-                "train-step/torch-cuda/f32-captured/indicator-b16",
-                "train-step/torch-cuda/f32-graph/indicator-b16",
-            ),
-            ("train-step/mlx-cpu/amp-captured/indicator-b16", "train-step/mlx-cpu/amp-compile/indicator-b16"),
-            ("train-step/torch-cpu/amp/indicator-b16", "train-step/torch-cpu/autocast/indicator-b16"),
-            ("train-step/torch-cpu/amp-opt/indicator-b16", "train-step/torch-cpu/amp-opt/indicator-b16"),
-            ("train-step/mlx-cpu/amp/indicator-b16", "train-step/mlx-cpu/amp/indicator-b16"),
-            ("nonsense", "nonsense"),
-        ] {
-            assert_eq!(Case::id_of_version_1(old), new);
-            assert!(new == "nonsense" || new.parse::<Case>().is_ok(), "{new}");
         }
     }
 
@@ -208,8 +169,8 @@ mod tests {
         let readme = include_str!("../../README.md");
         let mut parts: Vec<String> = Workload::ALL.iter().map(|w| w.to_string()).collect();
         parts.extend(BackendId::ALL.iter().map(|b| b.to_string()));
-        parts.extend(Compute::ALL.iter().map(|c| c.to_string()));
-        parts.extend(Recipe::ALL.iter().filter(|&&r| r != Recipe::Eager).map(|r| format!("-{r}")));
+        parts.extend(Precision::ALL.iter().map(|c| c.to_string()));
+        parts.extend(Variant::ALL.iter().filter(|&&r| r != Variant::Eager).map(|r| format!("-{r}")));
         parts.extend(ModelId::all().map(|m| m.to_string()));
         for part in parts {
             assert!(readme.contains(&format!("`{part}`")), "README.md does not explain {part}");

@@ -54,12 +54,12 @@ fn linear(rows: usize, from: usize, to: usize) -> u64 {
 
 /// The projections and the two products of attention over `batch` sequences.
 fn attention(batch: usize, m: &Model) -> u64 {
-    let (rows, (inner, shared)) = (batch * m.tokens, m.inner());
+    let (rows, (inner, shared)) = (batch * m.tokens, m.qkv_widths());
     2 * linear(rows, m.width, inner) + 2 * linear(rows, m.width, shared) + 2 * linear(rows, inner, m.tokens)
 }
 
 fn feed_forward(rows: usize, m: &Model) -> u64 {
-    (2 + u64::from(m.gated)) * linear(rows, m.width, m.hidden)
+    (2 + u64::from(m.glu)) * linear(rows, m.width, m.ffn_width)
 }
 
 /// (forward, backward) of a model.
@@ -73,7 +73,7 @@ fn model_flops(m: &Model, batch: usize) -> (u64, u64) {
     };
     let output = match m.output {
         Output::Tied | Output::Untied => linear(rows, m.width, m.vocabulary),
-        Output::Masked => linear(rows, m.width, m.width) + linear(rows, m.width, m.vocabulary),
+        Output::MlmHead => linear(rows, m.width, m.width) + linear(rows, m.width, m.vocabulary),
         Output::IndicatorHeads => 2 * (linear(rows, m.width, m.width / 2) + linear(rows, m.width / 2, 1)),
     };
     let inner = blocks + output;
@@ -108,7 +108,7 @@ pub fn bytes(case: &Case) -> u64 {
     match (case.workload, case.shape) {
         // Reads parameter, gradient and two moments; writes parameter and moments.
         (Workload::OptimizerStep, shape) => {
-            7 * (parameter_count(shape) * case.precision.compute.parameter_bytes()) as u64
+            7 * (parameter_count(shape) * case.method.precision.parameter_bytes()) as u64
         }
         (Workload::AllReduce, Shape::Buffer { mib, ranks }) => {
             (((2 * (ranks - 1) * mib) as u64) << 20) / ranks as u64
@@ -120,7 +120,7 @@ pub fn bytes(case: &Case) -> u64 {
 
 /// The fewest bytes that an iteration can move: inputs, parameters and results once each,
 /// gradients written once, and the optimizer's traffic; activations could stay in caches.
-pub fn least_bytes(case: &Case) -> u64 {
+pub fn min_bytes(case: &Case) -> u64 {
     let parameters = parameter_count(case.shape);
     let ends = match case.shape {
         Shape::Model { model: m, batch, .. } => batch * m.tokens * m.vocabulary.max(2),
@@ -134,20 +134,20 @@ pub fn least_bytes(case: &Case) -> u64 {
         workload if workload.trains() => 2,
         _ => 1,
     };
-    ((passes * parameters + ends) * case.precision.compute.parameter_bytes()) as u64
+    ((passes * parameters + ends) * case.method.precision.parameter_bytes()) as u64
 }
 
 /// Numbers that an eager attention layer keeps of a token, its norms among them; turned and
 /// normalised queries and keys are kept once more each.
-fn of_attention(m: &Model) -> usize {
+fn attention_activations(m: &Model) -> usize {
     let placed =
-        usize::from(matches!(m.position, Position::Rotary { .. })) + usize::from(m.query_key_norm.is_some());
-    8 * m.width + 3 * m.heads * m.tokens + placed * (m.inner().0 + m.inner().1)
+        usize::from(matches!(m.position, Position::Rotary { .. })) + usize::from(m.qk_norm.is_some());
+    8 * m.width + 3 * m.heads * m.tokens + placed * (m.qkv_widths().0 + m.qkv_widths().1)
 }
 
 /// The same of a feed-forward part.
-fn of_feed_forward(m: &Model) -> usize {
-    (3 + 2 * usize::from(m.gated)) * m.hidden
+fn feed_forward_activations(m: &Model) -> usize {
+    (3 + 2 * usize::from(m.glu)) * m.ffn_width
 }
 
 /// A rough need of memory in bytes, to refuse what can't fit before it is tried:
@@ -155,19 +155,22 @@ fn of_feed_forward(m: &Model) -> usize {
 /// that an eager implementation keeps.
 pub fn memory_estimate(case: &Case) -> u64 {
     let parameters = parameter_count(case.shape) as u64;
-    let width = case.precision.compute.parameter_bytes() as u64;
+    let width = case.method.precision.parameter_bytes() as u64;
     let trains = case.workload.trains();
     // What a layer keeps of each token, and what the output does.
     let (rows, layers, layer, logits) = match case.shape {
         // Of one rank, which has a device to itself.
-        Shape::Model { model: m, batch, ranks } => {
-            (batch / ranks * m.tokens, m.layers, of_attention(&m) + of_feed_forward(&m), 3 * m.vocabulary)
-        }
+        Shape::Model { model: m, batch, ranks } => (
+            batch / ranks * m.tokens,
+            m.layers,
+            attention_activations(&m) + feed_forward_activations(&m),
+            3 * m.vocabulary,
+        ),
         Shape::Block { part: Block::Attention, model: m, batch } => {
-            (batch * m.tokens, 1, of_attention(&m), 0)
+            (batch * m.tokens, 1, attention_activations(&m), 0)
         }
         Shape::Block { part: Block::FeedForward, model: m, batch } => {
-            (batch * m.tokens, 1, 8 * m.width + of_feed_forward(&m), 0)
+            (batch * m.tokens, 1, 8 * m.width + feed_forward_activations(&m), 0)
         }
         Shape::Square { n, .. } => return (3 * n * n) as u64 * (width + 4),
         Shape::Buffer { mib, .. } => return (3 * mib as u64) << 20,
@@ -189,11 +192,11 @@ mod tests {
     fn flops_match_those_worked_out_by_hand() {
         // 4 projections of 1776 × 256 × 256 and 2 products of 16 · 111 × 256 × 111.
         let attention = 4 * 2 * 1776 * 256 * 256 + 2 * 2 * 1776 * 256 * 111;
-        assert_eq!(flops(&case("attention/torch-cpu/f32/b16-h8-n111-d32")), attention);
-        assert_eq!(flops(&case("attention-grad/mlx-cpu/bf16/b16-h8-n111-d32")), 3 * attention);
+        assert_eq!(flops(&case("attention/torch-cpu/f32/b16-h8-t111-d32")), attention);
+        assert_eq!(flops(&case("attention-grad/mlx-cpu/bf16/b16-h8-t111-d32")), 3 * attention);
 
         let feed_forward = 2 * 2 * 1776 * 256 * 1024;
-        assert_eq!(flops(&case("feed-forward/torch-cpu/f32/b16-n111-d256-f1024")), feed_forward);
+        assert_eq!(flops(&case("feed-forward/torch-cpu/f32/b16-t111-d256-f1024")), feed_forward);
 
         let inputs = 2 * 1776 * 256 + 2 * 16 * 10 * 256;
         let heads = 2 * (2 * 1776 * 256 * 128 + 2 * 1776 * 128);
@@ -208,14 +211,14 @@ mod tests {
         // GPT-2 small: 12 blocks, and the tied projection on 50 304 tokens.
         let block = 4 * 2 * 8192 * 768 * 768 + 2 * 2 * 8192u64 * 768 * 1024 + 2 * 2 * 8192 * 768 * 3072;
         let gpt2 = 12 * block + 2 * 8192 * 768 * 50304;
-        assert_eq!(flops(&case("train-step/torch-cuda/amp/gpt2-b8-t1024")), 3 * gpt2);
+        assert_eq!(flops(&case("train-step/torch-cuda/mixed/gpt2-b8-t1024")), 3 * gpt2);
     }
 
     #[test]
     fn bytes_match_those_worked_out_by_hand() {
-        assert_eq!(bytes(&case("copy-peak/mlx-cpu/f32/m256")), 2 * 256 * 1024 * 1024);
+        assert_eq!(bytes(&case("copy-peak/mlx-cpu/f32/256mib")), 2 * 256 * 1024 * 1024);
         // Each of four sends and receives three quarters twice: to add up, and to hand out.
-        assert_eq!(bytes(&case("all-reduce/torch-cuda/f32/m64-r4")), 2 * 48 * 1024 * 1024);
+        assert_eq!(bytes(&case("all-reduce/torch-cuda/f32/64mib-dp4")), 2 * 48 * 1024 * 1024);
         assert_eq!(bytes(&case("optimizer-step/torch-cpu/f32/indicator-b16")), 7 * 4 * 4_836_866);
         assert_eq!(bytes(&case("optimizer-step/torch-cpu/bf16/indicator-b16")), 7 * 2 * 4_836_866);
     }
@@ -223,8 +226,8 @@ mod tests {
     #[test]
     fn the_unit_follows_the_workload() {
         assert_eq!(work(&case("train-step/torch-cpu/f32/indicator-b64")), Work::Samples(64));
-        assert_eq!(work(&case("copy-peak/torch-cpu/f32/m1")), Work::Bytes(2 << 20));
-        assert!(matches!(work(&case("attention-grad/torch-cpu/f32/b1-h8-n111-d32")), Work::Flops(_)));
+        assert_eq!(work(&case("copy-peak/torch-cpu/f32/1mib")), Work::Bytes(2 << 20));
+        assert!(matches!(work(&case("attention-grad/torch-cpu/f32/b1-h8-t111-d32")), Work::Flops(_)));
     }
 
     #[test]

@@ -9,15 +9,15 @@
 //! | `given.rs` | the user's own model in the place of the suite's |
 //! | `cost.rs` | FLOPs, bytes and memory of a case |
 
-mod axes;
 mod case;
 pub mod cost;
-pub mod given;
+pub mod custom_model;
+mod dimensions;
 mod shape;
 mod table;
 
-pub use axes::{BackendId, Compute, Device, Framework, Precision, Recipe, Set, Workload};
-pub use case::{Case, pattern};
-pub use given::Given;
+pub use case::{Case, parse_filter};
+pub use custom_model::CustomModel;
+pub use dimensions::{BackendId, Device, Framework, Method, Precision, Set, Variant, Workload};
 pub use shape::{Block, Shape};
-pub use table::{HEADLINE_BATCH, HEADLINE_SHAPE, cases, cases_of};
+pub use table::{HEADLINE_BATCH, HEADLINE_SHAPE, cases, cases_for};

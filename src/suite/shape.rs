@@ -14,16 +14,16 @@ pub enum Block {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Shape {
-    /// `indicator-b16`, `gpt2-b8-t1024`, `indicator-tiny-b2`; `indicator-b16-r2` divides that batch
+    /// `indicator-b16`, `gpt2-b8-t1024`, `indicator-tiny-b2`; `indicator-b16-dp2` divides that batch
     /// among two ranks, a device each.
     Model { model: ModelId, batch: usize, ranks: usize },
-    /// `b16-h8-n111-d32` (B, H, N and D per head), with `-causal` for a decoder's;
-    /// `b16-n111-d256-f1024` (B, N, D, F), with `-tanh` for the approximated GELU. A block of a
+    /// `b16-h8-t111-d32` (B, H, T and D per head), with `-causal` for a decoder's;
+    /// `b16-t111-d256-f1024` (B, T, D, F), with `-tanh` for the approximated GELU. A block of a
     /// model that was given has that model's name: its sizes do not say all of it.
     Block { part: Block, model: ModelId, batch: usize },
     /// `n1024`: an n × n product; `n1024-x4` chains four of them.
     Square { n: usize, chain: usize },
-    /// `m256`: a buffer of that many MiB; `m256-r2`: one on each of two ranks.
+    /// `256mib`: a buffer of 256 MiB; `256mib-dp2`: one on each of two ranks.
     Buffer { mib: usize, ranks: usize },
 }
 
@@ -45,7 +45,7 @@ impl Shape {
     }
 
     /// The same divided among so many; on one device it is the same function.
-    pub fn over(mut self, among: usize) -> Self {
+    pub fn with_ranks(mut self, among: usize) -> Self {
         if let Self::Model { ranks, .. } | Self::Buffer { ranks, .. } = &mut self {
             *ranks = among;
         }
@@ -53,7 +53,7 @@ impl Shape {
     }
 
     /// A whole model on one device.
-    pub const fn of(model: ModelId, batch: usize) -> Self {
+    pub const fn of_model(model: ModelId, batch: usize) -> Self {
         Self::Model { model, batch, ranks: 1 }
     }
 
@@ -71,25 +71,25 @@ impl Shape {
 impl fmt::Display for Shape {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.ranks() > 1 {
-            return write!(f, "{}-r{}", self.over(1), self.ranks());
+            return write!(f, "{}-dp{}", self.with_ranks(1), self.ranks());
         }
         match *self {
-            Self::Model { model, batch, .. } if model.of_tokens() => {
+            Self::Model { model, batch, .. } if model.is_language_model() => {
                 write!(f, "{model}-b{batch}-t{}", model.tokens)
             }
             Self::Model { model, batch, .. } => write!(f, "{model}-b{batch}"),
-            Self::Block { model, batch, .. } if !model.is_preset() => Self::of(model, batch).fmt(f),
+            Self::Block { model, batch, .. } if !model.is_preset() => Self::of_model(model, batch).fmt(f),
             Self::Block { part: Block::Attention, model: m, batch } => {
                 let mark = if m.causal { "-causal" } else { "" };
-                write!(f, "b{batch}-h{}-n{}-d{}{mark}", m.heads, m.tokens, m.head_width)
+                write!(f, "b{batch}-h{}-t{}-d{}{mark}", m.heads, m.tokens, m.head_width)
             }
             Self::Block { part: Block::FeedForward, model: m, batch } => {
                 let mark = if m.activation == Activation::GeluTanh { "-tanh" } else { "" };
-                write!(f, "b{batch}-n{}-d{}-f{}{mark}", m.tokens, m.width, m.hidden)
+                write!(f, "b{batch}-t{}-d{}-f{}{mark}", m.tokens, m.width, m.ffn_width)
             }
             Self::Square { n, chain: 1 } => write!(f, "n{n}"),
             Self::Square { n, chain } => write!(f, "n{n}-x{chain}"),
-            Self::Buffer { mib, .. } => write!(f, "m{mib}"),
+            Self::Buffer { mib, .. } => write!(f, "{mib}mib"),
         }
     }
 }
@@ -99,13 +99,18 @@ fn sized(word: &str, letter: char) -> Option<usize> {
     word.strip_prefix(letter)?.parse().ok()
 }
 
+/// Returns the size of a buffer: 16 for `16mib`.
+fn mebibytes(word: &str) -> Option<usize> {
+    word.strip_suffix("mib")?.parse().ok()
+}
+
 /// The model of a name: one of the suite, or one that was given, at so many tokens.
 fn model(name: &str, tokens: Option<usize>) -> Result<ModelId, String> {
-    let small = || ModelId::given(name.strip_suffix("-tiny")?, None).map(ModelId::miniature);
+    let small = || ModelId::custom(name.strip_suffix("-tiny")?, None).map(ModelId::miniature);
     let tokens = tokens.filter(|t| *t > 0);
-    ModelId::named(name).or_else(|| ModelId::given(name, tokens)).or_else(small).ok_or_else(|| {
+    ModelId::named(name).or_else(|| ModelId::custom(name, tokens)).or_else(small).ok_or_else(|| {
         let known: Vec<&str> =
-            ModelId::with_miniatures().map(|m| m.name).chain(ModelId::given_names()).collect();
+            ModelId::with_miniatures().map(|m| m.name).chain(ModelId::custom_names()).collect();
         format!("unknown model '{name}': one of {}, or what TRANSFORMER_BENCH_MODEL names", known.join(", "))
     })
 }
@@ -114,11 +119,11 @@ impl FromStr for Shape {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        if let Some((one, ranks)) = text.rsplit_once("-r")
+        if let Some((one, ranks)) = text.rsplit_once("-dp")
             && let Ok(ranks) = ranks.parse::<usize>()
         {
             let shape: Self = one.parse()?;
-            return match shape.over(ranks) {
+            return match shape.with_ranks(ranks) {
                 _ if ranks < 2 => Err(format!("shape '{text}': ranks are 2 at least; one device is '{one}'")),
                 Self::Model { batch, .. } if batch % ranks != 0 => {
                     Err(format!("shape '{text}': {ranks} ranks can't share a batch of {batch} alike"))
@@ -139,8 +144,8 @@ impl FromStr for Shape {
                 n: at_least_one(sized(n, 'n').unwrap_or(0))?,
                 chain: at_least_one(sized(x, 'x').unwrap_or(0))?,
             }),
-            [m] if sized(m, 'm').is_some() => {
-                Some(Self::Buffer { mib: at_least_one(sized(m, 'm').unwrap_or(0))?, ranks: 1 })
+            [size] if mebibytes(size).is_some() => {
+                Some(Self::Buffer { mib: at_least_one(mebibytes(size).unwrap_or(0))?, ranks: 1 })
             }
             [first, ..] if sized(first, 'b').is_some() => {
                 let batch = at_least_one(sized(first, 'b').unwrap_or(0))?;
@@ -158,14 +163,14 @@ impl FromStr for Shape {
                     Some(batch) => {
                         let tokens = sizes.get(1).and_then(|word| sized(word, 't'));
                         let model = model(&name.join("-"), tokens)?;
-                        Some(Self::of(model, at_least_one(batch)?))
+                        Some(Self::of_model(model, at_least_one(batch)?))
                     }
                     None => None,
                 }
             }
         };
         shape.filter(|shape| shape.to_string() == text).ok_or_else(|| {
-            format!("unknown shape '{text}': for example indicator-b16, gpt2-b8-t1024, b16-h8-n111-d32")
+            format!("unknown shape '{text}': for example indicator-b16, gpt2-b8-t1024, b16-h8-t111-d32")
         })
     }
 }

@@ -2,13 +2,13 @@
 
 use anyhow::{Context, Result};
 use tch::{Device, Tensor};
-use transformer_bench::backend::Prepared;
+use transformer_bench::backend::LoadedCase;
 use transformer_bench::model::fixture::{AdamW, Fixture, Tensor as Named};
 use transformer_bench::suite::{Case, Workload};
 
+use crate::distributed::{Exchange, Sizes};
 use crate::extension::{self, Graph, Moments, Package};
-use crate::leaves::{self, Places};
-use crate::ranks::{Exchange, Sizes};
+use crate::params::{self, Places};
 use crate::{packages, step};
 
 /// Whether a workload is compiled: what a user of torch.compile would give it.
@@ -74,7 +74,7 @@ impl Compiled {
         let own = packages::compiled(&case);
         let library = packages::Package::new(&own, fixture.dropout.weights).library()?;
         let package = Package::load(&library, device)?;
-        let kind = crate::kind(case.precision.compute);
+        let kind = crate::kind(case.method.precision);
         let mut inputs = step::inputs(fixture, device, kind);
         if case.dropout().any() {
             let d = &fixture.dropout;
@@ -83,7 +83,7 @@ impl Compiled {
         }
         let optimizer = own.workload.optimizes().then(|| Numbers::new(&fixture.adamw, device));
         inputs.extend(optimizer.iter().map(|o| o.numbers.shallow_clone()));
-        let (leaves, places) = leaves::pack(fixture.parameters(), device, kind, true);
+        let (leaves, places) = params::pack(fixture.parameters(), device, kind, true);
         let start = inputs.len();
         let shared = if case.shape.ranks() > 1 {
             let exchange = Exchange::new(device, &leaves, Some(Sizes::WHOLE), fixture.silent)?;
@@ -156,7 +156,7 @@ impl Compiled {
     }
 }
 
-impl Prepared for Compiled {
+impl LoadedCase for Compiled {
     fn step(&mut self) -> Result<()> {
         match &self.graph {
             Some(graph) => graph.replay()?,
@@ -169,7 +169,7 @@ impl Prepared for Compiled {
         let names = self.names();
         let mut all = Vec::new();
         for (name, tensor) in names.iter().zip(&self.made) {
-            all.push(leaves::read((*name).to_owned(), &leaves::dims(tensor), tensor)?);
+            all.push(params::read((*name).to_owned(), &params::dims(tensor), tensor)?);
         }
         if self.gradients() > 0 {
             all.extend(self.places.read("grad", &self.made[names.len()..])?);

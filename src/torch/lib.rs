@@ -4,20 +4,22 @@
 //! `ranks` is what several processes exchange; `compiled` runs them as TorchInductor compiles them, in `packages` that `inductor/` makes.
 
 mod compiled;
+mod distributed;
 mod extension;
-mod leaves;
-mod net;
+mod network;
 mod packages;
-mod ranks;
+mod params;
 mod step;
 
 use std::path::Path;
 
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
-use transformer_bench::backend::{self, Backend, Environment, Found, Prepared, Sums, Unsupported, broken};
+use transformer_bench::backend::{
+    self, Backend, Backends, Environment, LoadedCase, Sums, Unsupported, failure_message,
+};
 use transformer_bench::model::fixture::Fixture;
-use transformer_bench::suite::{self, BackendId, Case, Compute, Recipe};
+use transformer_bench::suite::{self, BackendId, Case, Precision, Variant};
 
 /// PyTorch on one device.
 struct Torch {
@@ -26,11 +28,11 @@ struct Torch {
 }
 
 /// Finds the devices that this libtorch and this machine offer.
-pub fn find() -> Found {
-    let mut found = Found::default();
+pub fn find() -> Backends {
+    let mut found = Backends::default();
     let mut offer = |id, device, missing: Option<String>| match missing {
-        None => found.present.push(Box::new(Torch { id, device })),
-        Some(reason) => found.absent(id, reason),
+        None => found.available.push(Box::new(Torch { id, device })),
+        Some(reason) => found.add_unavailable(id, reason),
     };
     offer(BackendId::TorchCpu, Device::Cpu, None);
     offer(BackendId::TorchMps, Device::Mps, mps_missing());
@@ -39,17 +41,17 @@ pub fn find() -> Found {
 }
 
 fn mps_missing() -> Option<String> {
-    if let Some(reason) = backend::impossible(suite::Device::AppleGpu) {
+    if let Some(reason) = backend::unsupported_reason(suite::Device::AppleGpu) {
         return Some(reason.to_owned());
     }
     if !tch::utils::has_mps() {
         return Some("this Mac offers libtorch no MPS device".to_owned());
     }
-    computes(Device::Mps).err().map(|error| broken(&error))
+    computes(Device::Mps).err().map(|error| failure_message(&error))
 }
 
 fn cuda_missing() -> Option<String> {
-    if let Some(reason) = backend::impossible(suite::Device::NvidiaGpu) {
+    if let Some(reason) = backend::unsupported_reason(suite::Device::NvidiaGpu) {
         return Some(reason.to_owned());
     }
     if let Err(reason) = extension::load_cuda() {
@@ -58,16 +60,16 @@ fn cuda_missing() -> Option<String> {
     if !tch::Cuda::is_available() {
         return Some("libtorch sees no NVIDIA GPU with a working driver".to_owned());
     }
-    computes(Device::Cuda(0)).err().map(|error| broken(&error))
+    computes(Device::Cuda(0)).err().map(|error| failure_message(&error))
 }
 
 /// Whether a device gets a small product right.
 fn computes(device: Device) -> Result<()> {
     extension::caught(|| {
-        let side = backend::PROBE as i64;
-        let x = Tensor::from_slice(&backend::probe()).view([side, side]).to_device(device);
+        let side = backend::SANITY_WIDTH as i64;
+        let x = Tensor::from_slice(&backend::sanity_matrix()).view([side, side]).to_device(device);
         let product = x.matmul(&x).to_device(Device::Cpu).view([-1]);
-        backend::check_probe(&Vec::<f32>::try_from(product)?)
+        backend::check_sanity_product(&Vec::<f32>::try_from(product)?)
     })
 }
 
@@ -86,39 +88,39 @@ impl Backend for Torch {
     }
 
     fn supports(&self, case: &Case) -> Result<(), Unsupported> {
-        let compute = case.precision.compute;
+        let compute = case.method.precision;
         let no = |reason: &str| Err(Unsupported(reason.to_owned()));
-        backend::meaningful(case)?;
-        match case.precision.recipe {
-            Recipe::Graph if self.id != BackendId::TorchCuda => {
+        backend::check_supported(case)?;
+        match case.method.variant {
+            Variant::CudaGraph if self.id != BackendId::TorchCuda => {
                 return no("a graph is recorded on CUDA alone");
             }
-            Recipe::Compile if !compiled::offers(case.workload) => {
+            Variant::Compile if !compiled::offers(case.workload) => {
                 return no("steps and blocks with gradients, and forward, are what is compiled");
             }
-            Recipe::Compile => {
+            Variant::Compile => {
                 if let Some(reason) = packages::missing() {
                     return no(&reason);
                 }
             }
             _ => {}
         }
-        if compute == Compute::Autocast && case.precision.recipe.whole_step() {
-            return no("autocast casts at every operation; a step made as a whole casts once, which is amp");
+        if compute == Precision::Amp && case.method.variant.captures_full_step() {
+            return no("torch.autocast casts at every operation; a captured step casts once, as mixed does");
         }
-        if compute == Compute::Tf32 && self.id != BackendId::TorchCuda {
+        if compute == Precision::Tf32 && self.id != BackendId::TorchCuda {
             return no("TF32 is a format of NVIDIA's tensor cores");
         }
         Ok(())
     }
 
-    fn prepare(&self, fixture: &Fixture) -> Result<Box<dyn Prepared>> {
-        extension::allow_tf32(fixture.case.precision.compute == Compute::Tf32)?;
+    fn load(&self, fixture: &Fixture) -> Result<Box<dyn LoadedCase>> {
+        extension::allow_tf32(fixture.case.method.precision == Precision::Tf32)?;
         tch::manual_seed(1 + fixture.rank() as i64);
         extension::caught(|| {
-            Ok(match fixture.case.precision.recipe {
-                Recipe::Compile => {
-                    Box::new(compiled::Compiled::new(self.device, fixture)?) as Box<dyn Prepared>
+            Ok(match fixture.case.method.variant {
+                Variant::Compile => {
+                    Box::new(compiled::Compiled::new(self.device, fixture)?) as Box<dyn LoadedCase>
                 }
                 _ => Box::new(step::Step::new(self.device, fixture)?),
             })
@@ -129,37 +131,37 @@ impl Backend for Torch {
         match self.id {
             BackendId::TorchCuda => (tch::Cuda::device_count().max(0) as usize, "GPUs"),
             BackendId::TorchMps => (1, "GPU, and ranks of MPS need a Mac each"),
-            _ => backend::cores(),
+            _ => backend::cpu_device_count(),
         }
     }
 
-    fn engine(&self) -> &'static str {
-        ranks::engine(self.id)
+    fn comm_backend(&self) -> &'static str {
+        distributed::engine(self.id)
     }
 
-    fn meeting(&self, ranks: usize, folder: &Path) -> Result<Vec<Environment>> {
-        Ok(ranks::meeting(self.id, ranks, folder))
+    fn rendezvous_env(&self, ranks: usize, folder: &Path) -> Result<Vec<Environment>> {
+        Ok(distributed::meeting(self.id, ranks, folder))
     }
 
-    fn sum(&self, values: &[f32]) -> Result<Vec<f32>> {
-        ranks::sum(values)
+    fn all_reduce_sum(&self, values: &[f32]) -> Result<Vec<f32>> {
+        distributed::sum(values)
     }
 
-    fn is_made(&self, recipe: Recipe) -> bool {
-        recipe == Recipe::Compile
+    fn is_precompiled(&self, recipe: Variant) -> bool {
+        recipe == Variant::Compile
     }
 
-    fn unmade(&self, case: &Case) -> bool {
-        self.is_made(case.precision.recipe) && packages::of(case).iter().any(|package| !package.there())
+    fn needs_compile(&self, case: &Case) -> bool {
+        self.is_precompiled(case.method.variant) && packages::of(case).iter().any(|package| !package.there())
     }
 
-    fn make(&self, case: &Case) -> Result<()> {
+    fn compile(&self, case: &Case) -> Result<()> {
         packages::make(&packages::of(case))
     }
 
     /// The CPU's layer norm adds up its gradients in bf16 (measured: over 1,776 rows they are off by 15
     /// to 20 % of their norm); CUDA's in f32. What MPS does is not known, so the most is allowed.
-    fn sums(&self) -> Sums {
+    fn accumulation(&self) -> Sums {
         match self.id {
             BackendId::TorchCpu => Sums::NarrowInNorms,
             BackendId::TorchCuda => Sums::Wide,
@@ -186,11 +188,11 @@ impl Backend for Torch {
 }
 
 /// The type in which a precision stores parameters.
-fn kind(compute: Compute) -> Kind {
+fn kind(compute: Precision) -> Kind {
     match compute {
-        Compute::Bf16 => Kind::BFloat16,
-        Compute::F16 => Kind::Half,
-        Compute::F32 | Compute::Tf32 | Compute::Amp | Compute::Autocast => Kind::Float,
+        Precision::Bf16 => Kind::BFloat16,
+        Precision::F16 => Kind::Half,
+        Precision::F32 | Precision::Tf32 | Precision::Mixed | Precision::Amp => Kind::Float,
     }
 }
 
@@ -205,7 +207,7 @@ mod tests {
             println!("skipped: this system has an MPS device");
             return;
         }
-        let reason = broken(&computes(Device::Mps).unwrap_err());
+        let reason = failure_message(&computes(Device::Mps).unwrap_err());
         assert!(reason.contains("can't compute") && reason.to_lowercase().contains("mps"), "{reason}");
         assert!(!reason.contains('\n'), "{reason}");
     }

@@ -12,10 +12,10 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 use transformer_bench::parity::dropout::Probe;
 use transformer_bench::results::machine::Machine;
-use transformer_bench::results::{Scratch, alone, cache, checksum, one_line, running};
+use transformer_bench::results::{Scratch, cache_folder, checksum, is_running, lock_file, one_line};
 use transformer_bench::suite::{Case, Device, Shape, Workload};
 
-use crate::{extension, leaves};
+use crate::{extension, params};
 
 const NETWORK: &str = include_str!("inductor/network.py");
 const PACKAGE: &str = include_str!("inductor/package.py");
@@ -51,9 +51,11 @@ pub struct Package(Value);
 /// exchanged.
 pub fn compiled(case: &Case) -> Case {
     match case.shape {
-        Shape::Model { model, batch, ranks } if ranks > 1 => {
-            Case { workload: Workload::ForwardBackward, shape: Shape::of(model, batch / ranks), ..*case }
-        }
+        Shape::Model { model, batch, ranks } if ranks > 1 => Case {
+            workload: Workload::ForwardBackward,
+            shape: Shape::of_model(model, batch / ranks),
+            ..*case
+        },
         _ => *case,
     }
 }
@@ -112,11 +114,11 @@ impl Package {
         if case.backend.device() == Device::NvidiaGpu {
             description["dropout"]["weights"] = json!(weights);
         }
-        Self(json!({"case": description, "leaves": leaves::packed_names(case.shape), "on": here()}))
+        Self(json!({"case": description, "leaves": params::packed_names(case.shape), "on": here()}))
     }
 
     fn folder(&self) -> Result<PathBuf> {
-        Ok(cache()?.join(format!("compiled-{:016x}", checksum(self.0.to_string().as_bytes()))))
+        Ok(cache_folder()?.join(format!("compiled-{:016x}", checksum(self.0.to_string().as_bytes()))))
     }
 
     /// Whether it has been made.
@@ -158,8 +160,8 @@ impl Package {
         if let Some(reason) = missing() {
             bail!("{reason}");
         }
-        let (place, home) = (self.folder()?, cache()?);
-        let _alone = alone(&place)?;
+        let (place, home) = (self.folder()?, cache_folder()?);
+        let _alone = lock_file(&place)?;
         // Whoever waits for it holds the file; a later one finds the package.
         let _lock = Scratch(place.with_extension("lock"));
         if self.there() {
@@ -224,7 +226,7 @@ fn drop_left(home: &Path) {
         let name = entry.file_name().to_string_lossy().into_owned();
         let process =
             name.strip_prefix("compiled-").and_then(|rest| rest.split_once(".partial-")?.1.parse().ok());
-        if process.is_some_and(|process| !running(process)) {
+        if process.is_some_and(|process| !is_running(process)) {
             let _ = fs::remove_dir_all(entry.path());
         }
     }
@@ -278,8 +280,8 @@ mod tests {
     fn the_leaves_are_those_that_are_packed() {
         let case: Case = "train-step/torch-cpu/f32-compile/indicator-tiny-b2".parse().unwrap();
         let fixture = transformer_bench::model::fixture::Fixture::new(case);
-        let (tensors, _) = leaves::pack(fixture.parameters(), tch::Device::Cpu, tch::Kind::Float, true);
-        let names = leaves::packed_names(case.shape);
+        let (tensors, _) = params::pack(fixture.parameters(), tch::Device::Cpu, tch::Kind::Float, true);
+        let names = params::packed_names(case.shape);
         assert_eq!(names.len(), tensors.len());
         assert!(names.contains(&"blocks.0.attention.qkv.weight".to_owned()), "{names:?}");
     }

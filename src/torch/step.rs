@@ -2,23 +2,23 @@
 
 use anyhow::{Context, Result};
 use tch::{Device, Kind, Tensor};
-use transformer_bench::backend::Prepared;
+use transformer_bench::backend::LoadedCase;
 use transformer_bench::model::ModelId;
 use transformer_bench::model::fixture::{AdamW, Fixture, Tensor as Named};
-use transformer_bench::model::parameters::Parts;
-use transformer_bench::suite::{Case, Compute, Shape, Workload};
+use transformer_bench::model::parameters::LayerParams;
+use transformer_bench::suite::{Case, Precision, Shape, Workload};
 
+use crate::distributed::{self, Exchange, Sizes};
 use crate::extension::{self, Graph, Moments};
-use crate::leaves::{self, Places};
-use crate::net::{self, Layers};
-use crate::ranks::{self, Exchange, Sizes};
+use crate::network::{self, Layers};
+use crate::params::{self, Places};
 
 /// A case on a device.
 pub struct Step {
     case: Case,
     device: Device,
     layers: Layers,
-    parts: Parts<Tensor>,
+    parts: LayerParams<Tensor>,
     inputs: Vec<Tensor>,
     /// The tensors that the optimizer moves, and that gradients are taken by.
     leaves: Vec<Tensor>,
@@ -45,19 +45,22 @@ pub fn inputs(fixture: &Fixture, device: Device, kind: Kind) -> Vec<Tensor> {
         "usefulness" => Kind::Float,
         _ => kind,
     };
-    fixture.inputs().iter().map(|named| leaves::load(named, device, kind_of(&named.name))).collect()
+    fixture.inputs().iter().map(|named| params::load(named, device, kind_of(&named.name))).collect()
 }
 
 /// How the layers are written.
 fn layers(fixture: &Fixture, device: Device) -> Layers {
-    let Case { precision, shape, .. } = fixture.case;
-    let kind =
-        if precision.compute == Compute::Amp { Kind::BFloat16 } else { crate::kind(precision.compute) };
+    let Case { method: precision, shape, .. } = fixture.case;
+    let kind = if precision.precision == Precision::Mixed {
+        Kind::BFloat16
+    } else {
+        crate::kind(precision.precision)
+    };
     let model = shape.model().map_or(ModelId::indicator(), |(model, _)| model);
     Layers {
         model,
-        turns: net::turns(&model, device, kind),
-        fused: precision.recipe.fused_attention(),
+        turns: network::turns(&model, device, kind),
+        fused: precision.variant.uses_sdpa(),
         dropout: fixture.dropout,
     }
 }
@@ -65,22 +68,22 @@ fn layers(fixture: &Fixture, device: Device) -> Layers {
 impl Step {
     pub fn new(device: Device, fixture: &Fixture) -> Result<Self> {
         let case = fixture.case;
-        let recipe = case.precision.recipe;
-        let kind = crate::kind(case.precision.compute);
+        let recipe = case.method.variant;
+        let kind = crate::kind(case.method.precision);
         let train = case.workload.trains();
-        let recorded = recipe.whole_step() && matches!(device, Device::Cuda(_));
+        let recorded = recipe.captures_full_step() && matches!(device, Device::Cuda(_));
         let inputs = inputs(fixture, device, kind);
         let layers = layers(fixture, device);
 
-        let (leaves, places) = leaves::pack(fixture.parameters(), device, kind, layers.fused);
+        let (leaves, places) = params::pack(fixture.parameters(), device, kind, layers.fused);
         let leaves: Vec<Tensor> = leaves.into_iter().map(|t| t.set_requires_grad(train)).collect();
-        let copied = case.precision.compute == Compute::Amp && recipe.whole_step();
+        let copied = case.method.precision == Precision::Mixed && recipe.captures_full_step();
         let copy = |l: &Tensor| l.detach().to_kind(Kind::BFloat16).set_requires_grad(train);
         let copies: Vec<Tensor> = leaves.iter().filter(|_| copied).map(copy).collect();
         let parts = places.parts(case.shape, if copied { &copies } else { &leaves });
-        let moments = case.workload.optimizes().then(|| Moments::new(&leaves, recipe.fused_optimizer()));
+        let moments = case.workload.optimizes().then(|| Moments::new(&leaves, recipe.uses_fused_adamw()));
         let fixed_gradients = match case.workload {
-            Workload::OptimizerStep => leaves::pack(fixture.gradients(), device, kind, layers.fused).0,
+            Workload::OptimizerStep => params::pack(fixture.gradients(), device, kind, layers.fused).0,
             _ => Vec::new(),
         };
         let mut step = Self {
@@ -102,7 +105,7 @@ impl Step {
         };
         if case.shape.ranks() > 1 {
             let sizes = if recorded { Sizes::recorded(step.computes()) } else { Sizes::DDP };
-            let sizes = (recipe.overlaps() && train).then_some(sizes);
+            let sizes = (recipe.overlaps_communication() && train).then_some(sizes);
             step.exchange = Exchange::new(device, step.computes(), sizes, fixture.silent)?;
         }
         if case.workload == Workload::AllReduce {
@@ -148,11 +151,11 @@ impl Step {
     /// The eager optimizer counts its steps on the host, so a recording would repeat the
     /// first for ever: it runs behind the replay.
     fn records_update(&self) -> bool {
-        self.case.precision.recipe.fused_optimizer()
+        self.case.method.variant.uses_fused_adamw()
     }
 
     fn amp(&self) -> bool {
-        self.case.precision.compute == Compute::Amp
+        self.case.method.precision == Precision::Mixed
     }
 
     /// The inputs in the type that the network computes in; what the loss alone reads stays.
@@ -176,26 +179,26 @@ impl Step {
 
     fn forward_of(&self, inputs: &[Tensor]) -> Vec<Tensor> {
         match (&self.parts, self.case.shape) {
-            (Parts::Model(network), _) => self.layers.model(inputs, network),
-            (Parts::Attention(layer), _) => vec![self.layers.attention(&inputs[0], layer)],
-            (Parts::FeedForward(layer), _) => vec![self.layers.feed_forward(&inputs[0], layer)],
-            (Parts::None, Shape::Square { chain, .. }) => {
+            (LayerParams::Model(network), _) => self.layers.model(inputs, network),
+            (LayerParams::Attention(layer), _) => vec![self.layers.attention(&inputs[0], layer)],
+            (LayerParams::FeedForward(layer), _) => vec![self.layers.feed_forward(&inputs[0], layer)],
+            (LayerParams::None, Shape::Square { chain, .. }) => {
                 let first = inputs[0].matmul(&inputs[1]);
                 vec![(1..chain).fold(first, |product, _| inputs[0].matmul(&product))]
             }
-            (Parts::None, _) => unreachable!("a copy has no forward pass"),
+            (LayerParams::None, _) => unreachable!("a copy has no forward pass"),
         }
     }
 
     /// Forward pass and loss, which is in f32 whatever the model computes in.
     fn loss(&self) -> Result<Tensor> {
         let out = self.forwarding(|| self.forward())?;
-        Ok(net::loss(&self.layers.model, &out, &self.inputs))
+        Ok(network::loss(&self.layers.model, &out, &self.inputs))
     }
 
     /// Runs `body` under autocast where the precision is that.
     fn forwarding<T>(&self, body: impl FnOnce() -> T) -> Result<T> {
-        extension::autocast(self.device, self.case.precision.compute == Compute::Autocast, body)
+        extension::autocast(self.device, self.case.method.precision == Precision::Amp, body)
     }
 
     /// One iteration without its optimizer.
@@ -212,7 +215,7 @@ impl Step {
             Workload::CopyPeak => {
                 let _ = self.inputs[0].neg_out(&self.results[0]);
             }
-            Workload::AllReduce => ranks::all_reduce(&self.results[0], 1)?,
+            Workload::AllReduce => distributed::all_reduce(&self.results[0], 1)?,
             Workload::Forward | Workload::Attention | Workload::FeedForward | Workload::MatmulPeak => {
                 self.results.clear();
                 self.results = tch::no_grad(|| self.forwarding(|| self.forward()))?;
@@ -249,13 +252,13 @@ impl Step {
     fn names(&self) -> &'static [&'static str] {
         match (&self.parts, self.case.workload) {
             (_, Workload::ForwardBackward | Workload::TrainStep) => &["loss"],
-            (Parts::Model(_), _) => self.layers.model.output_names(),
+            (LayerParams::Model(_), _) => self.layers.model.output_names(),
             _ => &["out"],
         }
     }
 }
 
-impl Prepared for Step {
+impl LoadedCase for Step {
     fn step(&mut self) -> Result<()> {
         match &self.graph {
             Some(graph) => {
@@ -270,11 +273,11 @@ impl Prepared for Step {
     }
 
     /// An all-reduce, a ceiling, is timed as nccl-tests times it.
-    fn in_a_row(&mut self, steps: u64) -> Result<bool> {
+    fn run_pipelined(&mut self, steps: u64) -> Result<bool> {
         if self.case.workload != Workload::AllReduce {
             return Ok(false);
         }
-        extension::caught(|| ranks::all_reduce(&self.results[0], steps))?;
+        extension::caught(|| distributed::all_reduce(&self.results[0], steps))?;
         extension::synchronize(self.device)?;
         Ok(true)
     }
@@ -282,13 +285,13 @@ impl Prepared for Step {
     fn outputs(&mut self) -> Result<Vec<Named>> {
         let mut all = Vec::new();
         for (name, tensor) in self.names().iter().zip(&self.results) {
-            all.push(leaves::read((*name).to_owned(), &leaves::dims(tensor), tensor)?);
+            all.push(params::read((*name).to_owned(), &params::dims(tensor), tensor)?);
         }
         match self.case.workload {
             Workload::AttentionGrad | Workload::FeedForwardGrad => {
-                all.push(leaves::read(
+                all.push(params::read(
                     "grad/x".to_owned(),
-                    &leaves::dims(&self.inputs[0]),
+                    &params::dims(&self.inputs[0]),
                     &self.gradients[0],
                 )?);
                 all.extend(self.places.read("grad", &self.gradients[1..])?);

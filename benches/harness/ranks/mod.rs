@@ -3,10 +3,10 @@
 //! `torchrun` or `mlx.launch` has started a rank a host, the first measures and leads the others
 //! (`led.rs`). What a rank answers is in `part.rs`.
 
-mod heard;
-mod led;
-pub mod part;
-mod processes;
+mod failure;
+mod launched;
+mod launcher;
+pub mod rank_worker;
 
 use std::fs;
 use std::path::Path;
@@ -16,16 +16,17 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use transformer_bench::backend::{
-    Backend, Elsewhere, Environment, Found, PATIENCE, Prepared, Rank, Sums, Unsupported, visible_gpu,
+    Backend, Backends, COLLECTIVE_TIMEOUT, Environment, LoadedCase, Rank, RankStats, Sums, Unsupported,
+    visible_gpu,
 };
 use transformer_bench::model::fixture::{Fixture, Tensor};
-use transformer_bench::parity::Differ;
+use transformer_bench::parity::RankMismatch;
 use transformer_bench::results::Scratch;
 use transformer_bench::statistics::{median, sorted};
-use transformer_bench::suite::{BackendId, Case, Recipe, Workload};
+use transformer_bench::suite::{BackendId, Case, Variant, Workload};
 
-pub use led::{dismiss, follow};
-pub use processes::{RANK_OF, stay};
+pub use launched::{dismiss, follow};
+pub use launcher::{RANK_OF, stay};
 
 /// Rounds in turns from which the exchange that nothing hides is read: of nine numbers the second and
 /// the eighth enclose the median in 96 of 100 cases (binomial).
@@ -45,7 +46,7 @@ trait Lead {
 /// How long ranks may take for what should take `expected`. The engine's own patience comes first, since
 /// its reason is the better one.
 fn limit(expected: Duration) -> Duration {
-    3 * expected + PATIENCE + Duration::from_secs(5)
+    3 * expected + COLLECTIVE_TIMEOUT + Duration::from_secs(5)
 }
 
 /// A case that ranks work for.
@@ -94,7 +95,7 @@ impl Shared {
     }
 }
 
-impl Prepared for Shared {
+impl LoadedCase for Shared {
     fn step(&mut self) -> Result<()> {
         self.time(1).map(|_| ())
     }
@@ -103,7 +104,7 @@ impl Prepared for Shared {
         self.steps("steps", steps)
     }
 
-    fn elsewhere(&mut self) -> Option<Elsewhere> {
+    fn rank_stats(&mut self) -> Option<RankStats> {
         let skew = median(&self.skews);
         let memory = self.ranks.ask("memory", Duration::ZERO).ok()?;
         let mut bytes = memory.split(' ').map(|word| word.parse().ok().filter(|bytes| *bytes > 0));
@@ -117,22 +118,22 @@ impl Prepared for Shared {
                 .ok(),
             _ => None,
         };
-        Some(Elsewhere {
-            engine: self.engine.to_owned(),
+        Some(RankStats {
+            comm_backend: self.engine.to_owned(),
             peak_bytes,
             rss_peak_bytes,
-            waiting_share,
+            cpu_wait_share: waiting_share,
             skew,
-            exposed,
+            exposed_communication: exposed,
         })
     }
 
-    fn profile_elsewhere(&mut self, time: Duration, folder: &Path) -> Option<Result<String>> {
+    fn profile_first_rank(&mut self, time: Duration, folder: &Path) -> Option<Result<String>> {
         let mut ask = || {
             fs::create_dir_all(folder).with_context(|| format!("{} could not be made", folder.display()))?;
             let steps = (time.as_secs_f64() / self.steps("steps", 1)?.as_secs_f64()).ceil().max(3.0);
             // The part is loaded again, and launches that are named take their time.
-            let expected = processes::LOADING + 3 * time;
+            let expected = launcher::LOADING + 3 * time;
             let said = self.ranks.ask(&format!("profile {steps} {}", folder.display()), expected)?;
             Ok(serde_json::from_str(&said)?)
         };
@@ -143,7 +144,7 @@ impl Prepared for Shared {
         let file = self.folder.0.join("tensors");
         let answer = self.ranks.ask(&format!("tensors {}", file.display()), self.step)?;
         if let Some(what) = answer.strip_prefix("differ ") {
-            return Err(anyhow::Error::new(Differ(what.to_owned())));
+            return Err(anyhow::Error::new(RankMismatch(what.to_owned())));
         }
         read_tensors(&file)
     }
@@ -197,9 +198,9 @@ struct Sharing {
 
 /// Gives every backend that was found its ranks; `led` is this process's own place among those that a
 /// launcher started.
-pub fn shared(found: Found, led: Option<Rank>) -> Found {
+pub fn shared(found: Backends, led: Option<Rank>) -> Backends {
     let share = |inner| Box::new(Sharing { inner: Rc::from(inner), led }) as Box<dyn Backend>;
-    Found { present: found.present.into_iter().map(share).collect(), absent: found.absent }
+    Backends { available: found.available.into_iter().map(share).collect(), unavailable: found.unavailable }
 }
 
 impl Backend for Sharing {
@@ -208,10 +209,10 @@ impl Backend for Sharing {
         let ranks = case.shape.ranks();
         let no = |reason: String| Err(Unsupported(reason));
         if let Some(led) = self.led {
-            return if ranks == led.of {
+            return if ranks == led.count {
                 Ok(())
             } else {
-                no(format!("started as {} ranks: cases with -r{} are measured", led.of, led.of))
+                no(format!("started as {} ranks: cases with -r{} are measured", led.count, led.count))
             };
         }
         let (devices, kind) = self.inner.devices();
@@ -221,10 +222,10 @@ impl Backend for Sharing {
         Ok(())
     }
 
-    fn prepare(&self, fixture: &Fixture) -> Result<Box<dyn Prepared>> {
+    fn load(&self, fixture: &Fixture) -> Result<Box<dyn LoadedCase>> {
         let case = fixture.case;
         if case.shape.ranks() == 1 {
-            return self.inner.prepare(fixture);
+            return self.inner.load(fixture);
         }
         static COUNT: AtomicUsize = AtomicUsize::new(0);
         let own = format!("{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
@@ -233,13 +234,13 @@ impl Backend for Sharing {
         fs::create_dir_all(&folder).with_context(|| format!("{} could not be made", folder.display()))?;
         let folder = Scratch(folder);
         let mut ranks: Box<dyn Lead> = match self.led {
-            Some(rank) => Box::new(led::Leader::new(Rc::clone(&self.inner), rank)),
-            None => Box::new(processes::Processes::start(self.inner.as_ref(), case, &folder.0)?),
+            Some(rank) => Box::new(launched::Leader::new(Rc::clone(&self.inner), rank)),
+            None => Box::new(launcher::Processes::start(self.inner.as_ref(), case, &folder.0)?),
         };
-        let word = if fixture.is_of_parity() { "part" } else { "case" };
-        ranks.ask(&format!("{word} {case}"), processes::LOADING)?;
+        let word = if fixture.is_for_parity() { "part" } else { "case" };
+        ranks.ask(&format!("{word} {case}"), launcher::LOADING)?;
         let step = Duration::from_secs(1);
-        let engine = self.inner.engine();
+        let engine = self.inner.comm_backend();
         Ok(Box::new(Shared { case, ranks, engine, folder, step, skews: Vec::new(), waiting: 0.0 }))
     }
 
@@ -251,36 +252,36 @@ impl Backend for Sharing {
         self.inner.versions()
     }
 
-    fn is_made(&self, recipe: Recipe) -> bool {
-        self.inner.is_made(recipe)
+    fn is_precompiled(&self, recipe: Variant) -> bool {
+        self.inner.is_precompiled(recipe)
     }
 
-    fn unmade(&self, case: &Case) -> bool {
-        self.inner.unmade(case)
+    fn needs_compile(&self, case: &Case) -> bool {
+        self.inner.needs_compile(case)
     }
 
-    fn make(&self, case: &Case) -> Result<()> {
-        self.inner.make(case)
+    fn compile(&self, case: &Case) -> Result<()> {
+        self.inner.compile(case)
     }
 
     fn devices(&self) -> (usize, &'static str) {
         self.inner.devices()
     }
 
-    fn engine(&self) -> &'static str {
-        self.inner.engine()
+    fn comm_backend(&self) -> &'static str {
+        self.inner.comm_backend()
     }
 
-    fn meeting(&self, ranks: usize, folder: &Path) -> Result<Vec<Environment>> {
-        self.inner.meeting(ranks, folder)
+    fn rendezvous_env(&self, ranks: usize, folder: &Path) -> Result<Vec<Environment>> {
+        self.inner.rendezvous_env(ranks, folder)
     }
 
-    fn sum(&self, values: &[f32]) -> Result<Vec<f32>> {
-        self.inner.sum(values)
+    fn all_reduce_sum(&self, values: &[f32]) -> Result<Vec<f32>> {
+        self.inner.all_reduce_sum(values)
     }
 
-    fn sums(&self) -> Sums {
-        self.inner.sums()
+    fn accumulation(&self) -> Sums {
+        self.inner.accumulation()
     }
 
     fn synchronize(&self) -> Result<()> {

@@ -1,4 +1,4 @@
-//! `scripts/baseline`: keeps runs, and brings them back.
+//! `scripts/baseline`: saves and restores runs.
 
 use std::path::Path;
 
@@ -9,9 +9,9 @@ use transformer_bench::results::baseline::{self, Baseline};
 use transformer_bench::results::machine::Machine;
 use transformer_bench::results::{self, Status, printable};
 
-/// Keeps runs as baselines in criterion-baselines/<machine>/<name>/.
+/// Saves runs as baselines in criterion-baselines/MACHINE/NAME/.
 ///
-/// NAME is a name, or MACHINE/NAME for another machine's.
+/// NAME alone refers to this machine, MACHINE/NAME to any machine.
 #[derive(Args)]
 #[command(after_help = "Examples:
   scripts/bench && scripts/baseline save nightly
@@ -19,80 +19,80 @@ use transformer_bench::results::{self, Status, printable};
   scripts/baseline restore nightly && cargo bench -- --baseline nightly")]
 pub struct Arguments {
     #[command(subcommand)]
-    command: What,
+    action: Action,
 }
 
 #[derive(Subcommand)]
-enum What {
+enum Action {
     /// Saves the last run
     Save {
         name: String,
-        /// Replace one of the same name
+        /// Replaces a baseline of the same name
         #[arg(long)]
         force: bool,
     },
-    /// Lists what is saved
+    /// Lists the saved baselines
     List,
-    /// Shows one: machine, versions, figures
+    /// Prints the machine, versions and results of a baseline
     Show { name: String },
-    /// Puts one where Criterion and critcmp look for it
+    /// Copies a baseline to the folder in which Criterion and critcmp find it
     Restore {
         name: String,
-        /// Replace Criterion's of the same name
+        /// Replaces Criterion's baseline of the same name
         #[arg(long)]
         force: bool,
-        /// Although it is of another machine or other versions
+        /// Restores the baseline of another machine or of other versions
         #[arg(long)]
-        anyway: bool,
+        allow_mismatch: bool,
     },
-    /// Deletes one
+    /// Deletes a baseline
     Remove { name: String },
 }
 
+/// Saves, lists, shows, restores or removes baselines.
 pub fn run(arguments: Arguments) -> Result<()> {
     let root = baseline::root();
     let machine = Machine::read();
     let slug = machine.slug();
-    match arguments.command {
-        What::Save { name, force } => {
-            baseline::check_name(&name)?;
-            let folder = results::folder();
-            let kept = Baseline::of_last_run(&folder, &results::criterion_home(), &name, force)?;
-            let report = markdown::render(&kept.results(), &kept.command);
-            let file = baseline::write(&root, &name, &kept, &report, force)?;
-            let measured = kept.cases.iter().filter(|k| k.record.status == Status::Measured).count();
-            super::show(&format!("saved {measured} cases as {}\n", file.display()))?;
-            if kept.machine.dirty {
-                super::show(
-                    "note: taken with uncommitted changes, so it can only be compared with --anyway\n",
-                )?;
-            }
-        }
-        What::List => list(&root)?,
-        What::Show { name } => show(&baseline::find(&root, &name, &slug)?)?,
-        What::Restore { name, force, anyway } => {
-            let kept = baseline::read(&root, &name, &slug)?;
-            // What this command can see without a framework: the rest is compare's.
-            let seen = Machine { versions: kept.machine.versions.clone(), ..machine };
-            let differences = kept.machine.differences(&seen);
-            if !differences.is_empty() && !anyway {
-                bail!("it is not of this machine (--anyway restores it): {}", differences.join("; "));
+    match arguments.action {
+        Action::Save { name, force } => save(&root, &name, force),
+        Action::List => list(&root),
+        Action::Show { name } => show(&baseline::find(&root, &name, &slug)?),
+        Action::Restore { name, force, allow_mismatch } => {
+            let saved = baseline::read(&root, &name, &slug)?;
+            // This command loads no framework, so it cannot compare versions.
+            let here = Machine { versions: saved.machine.versions.clone(), ..machine };
+            let differences = saved.machine.differences(&here);
+            if !differences.is_empty() && !allow_mismatch {
+                bail!("another machine saved it (--allow-mismatch restores it): {}", differences.join("; "));
             }
             let short = name.rsplit('/').next().unwrap_or(&name);
-            let count = kept.restore(&results::criterion_home(), short, force)?;
-            super::show(&format!("restored {count} cases: cargo bench -- --baseline {short}\n"))?;
+            let count = saved.restore(&results::criterion_home(), short, force)?;
+            super::show(&format!("restored {count} cases: cargo bench -- --baseline {short}\n"))
         }
-        What::Remove { name } => {
+        Action::Remove { name } => {
             let file = baseline::find(&root, &name, &slug)?;
-            let folder = file.parent().context("a file lies in a folder")?;
+            let folder = file.parent().context("a baseline without a folder")?;
             ensure!(
                 name.contains('/') || folder.parent().is_some_and(|machine| machine.ends_with(&slug)),
-                "{name} is of another machine: say {} to remove it",
+                "{name} belongs to another machine: write {} to remove it",
                 folder.strip_prefix(&root).unwrap_or(folder).display()
             );
             baseline::remove(folder)?;
-            super::show(&format!("removed {}\n", folder.display()))?;
+            super::show(&format!("removed {}\n", folder.display()))
         }
+    }
+}
+
+fn save(root: &Path, name: &str, force: bool) -> Result<()> {
+    baseline::check_name(name)?;
+    let saved = Baseline::of_last_run(&results::folder(), &results::criterion_home(), name, force)?;
+    let report = markdown::render(&saved.results(), &saved.command);
+    let file = baseline::write(root, name, &saved, &report, force)?;
+    let measured = saved.cases.iter().filter(|case| case.record.status == Status::Measured).count();
+    super::show(&format!("saved {measured} cases as {}\n", file.display()))?;
+    if saved.machine.dirty {
+        super::show("note: the checkout has uncommitted changes, so comparisons need --allow-mismatch\n")?;
     }
     Ok(())
 }
@@ -101,10 +101,10 @@ fn list(root: &Path) -> Result<()> {
     let mut text = String::new();
     for (machine, name, file) in baseline::list(root) {
         text.push_str(&printable(&match baseline::load(&file) {
-            Ok(kept) => {
-                let m = &kept.machine;
+            Ok(saved) => {
+                let m = &saved.machine;
                 let dirty = if m.dirty { " with changes" } else { "" };
-                format!("{machine}/{name}: {} cases at {}{dirty}", kept.cases.len(), m.commit)
+                format!("{machine}/{name}: {} cases at {}{dirty}", saved.cases.len(), m.commit)
             }
             Err(reason) => format!("{machine}/{name}: {reason:#}"),
         }));
@@ -114,11 +114,11 @@ fn list(root: &Path) -> Result<()> {
 }
 
 fn show(file: &Path) -> Result<()> {
-    let kept = baseline::load(file)?;
-    let mut text = format!("{}\nmeasured by: {}\n\n", file.display(), printable(&kept.command));
-    text.push_str(&serde_json::to_string_pretty(&kept.machine)?);
+    let saved = baseline::load(file)?;
+    let mut text = format!("{}\nmeasured by: {}\n\n", file.display(), printable(&saved.command));
+    text.push_str(&serde_json::to_string_pretty(&saved.machine)?);
     text.push('\n');
-    for case in &kept.cases {
+    for case in &saved.cases {
         let record = &case.record;
         text.push_str(&match record.median_ns {
             Some(median) => format!("{:52} {:>14.3} ms\n", record.id, median * 1e-6),

@@ -15,10 +15,10 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use statrs::distribution::{Beta, ContinuousCDF};
 use transformer_bench::compare::cores::on_a_core;
+use transformer_bench::compare::decision::{Rule, THRESHOLD, Verdict};
+use transformer_bench::compare::revisions::{self, Source};
 use transformer_bench::compare::rounds::{self, Row};
-use transformer_bench::compare::rule::{Rule, THRESHOLD, Verdict};
-use transformer_bench::compare::sides::{self, Source};
-use transformer_bench::compare::stop::{self, go_on};
+use transformer_bench::compare::signals::{self, check_interrupted};
 use transformer_bench::compare::worker::{Side, Threads, Worker};
 use transformer_bench::report::publish;
 use transformer_bench::results;
@@ -165,7 +165,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     );
     ensure!(arguments.cases > 0, "--cases 0: at least 1");
     let source = arguments.executables.clone().map_or(Source::Worktree, Source::Folder);
-    let own = sides::build(&source, &say)?;
+    let own = revisions::build(&source, &say)?;
     ensure!(!own.executables.is_empty(), "{} holds no executable torch or mlx", own.name);
     let mut cases = own.cases(arguments.set, &arguments.filter, Instant::now() + Duration::from_secs(600))?;
     // Ranks would share the one core of a lane.
@@ -203,7 +203,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         };
         match trial(&own, kind, &picked, &mut counts[slot].1) {
             // What was counted until then is shown.
-            Err(_) if stop::interrupted() => break,
+            Err(_) if signals::interrupted() => break,
             done => done?,
         }
         if turn % 3 == 1 && !arguments.curve {
@@ -262,7 +262,7 @@ fn record(own: &Side, cases: &[Case], path: &Path) -> Result<()> {
             text.push_str(&format!("{}\n", line.join(" ")));
         }
     }
-    results::write_whole(path, &text)
+    results::write_atomic(path, &text)
 }
 
 fn trial(own: &Side, kind: Kind, cases: &[Case], count: &mut Count) -> Result<()> {
@@ -315,7 +315,7 @@ fn extra_work(own: &Side, share: f64, cases: &[Case]) -> Result<String> {
     let mut workers: BTreeMap<Framework, Worker> = BTreeMap::new();
     let mut all = Vec::new();
     for case in cases {
-        go_on()?;
+        check_interrupted()?;
         let worker = match workers.entry(case.backend.framework()) {
             Entry::Occupied(started) => started.into_mut(),
             Entry::Vacant(none) => none.insert(Worker::start(own, case.backend.framework(), Threads::One)?),
@@ -340,7 +340,7 @@ fn criterions_own(side: &Side, case: &Case) -> Result<Option<bool>> {
     let _ = std::fs::remove_dir_all(&home);
     let mut said = None;
     for _ in 0..2 {
-        go_on()?;
+        check_interrupted()?;
         let framework = case.backend.framework();
         let done = Command::new(&side.executables[&framework])
             .args([
@@ -422,7 +422,7 @@ fn table(counts: &[(Kind, Count)], criterion: (u64, u64)) -> String {
 fn insert(path: &Path, name: &str, table: &str) -> Result<()> {
     let text =
         std::fs::read_to_string(path).with_context(|| format!("{} could not be read", path.display()))?;
-    results::write_whole(path, &publish::between(&text, name, table)?)
+    results::write_atomic(path, &publish::between(&text, name, table)?)
 }
 
 #[cfg(test)]

@@ -5,15 +5,15 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::{Args, ValueEnum};
-use transformer_bench::compare::past;
+use transformer_bench::compare::baseline_level;
+use transformer_bench::compare::decision::{Estimate, THRESHOLD, Verdict};
+use transformer_bench::compare::revisions::{self, Source, Spec};
 use transformer_bench::compare::rounds::{self, Row};
-use transformer_bench::compare::rule::{Estimate, THRESHOLD, Verdict};
-use transformer_bench::compare::sides::{self, Source, Spec};
-use transformer_bench::compare::worker::{self, Proof, Side, Threads, Worker};
+use transformer_bench::compare::worker::{self, CheckOutcome, Side, Threads, Worker};
 use transformer_bench::results::machine::Machine;
-use transformer_bench::results::{self, OwnModel, baseline};
+use transformer_bench::results::{self, RunModel, baseline};
 use transformer_bench::statistics::midmean;
-use transformer_bench::suite::{BackendId, Case, Framework, Set, given, pattern};
+use transformer_bench::suite::{BackendId, Case, Framework, Set, custom_model, parse_filter};
 
 use super::output::{Line, Report};
 
@@ -113,7 +113,7 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
         arguments.filter.as_deref(),
         arguments.backends.is_some(),
     )?;
-    pattern(&spec.filter)?;
+    parse_filter(&spec.filter)?;
     let environment: Vec<(String, String)> = arguments
         .env
         .iter()
@@ -125,7 +125,7 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
         .collect::<Result<_>>()?;
     if !environment.is_empty() {
         // What was found is kept beside what is there: damage is told before hours of measuring.
-        results::settings(&results::folder())?;
+        results::env_effects(&results::folder())?;
     }
     let as_users = arguments.backends.is_some() || !environment.is_empty();
     let threads = match arguments.threads {
@@ -147,10 +147,10 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
     super::show(&report.text(arguments.json, arguments.markdown))?;
     if !arguments.env.is_empty() && spec.base == spec.head && arguments.backends.is_none() {
         let found = report.settings(&arguments.env.join(" "), &Machine::read().commit);
-        results::keep_settings(&results::folder(), found)?;
+        results::save_env_effects(&results::folder(), found)?;
     }
     let kept = results::folder().join("comparison.json");
-    results::write_whole(&kept, &serde_json::to_string_pretty(&report.json())?)?;
+    results::write_atomic(&kept, &serde_json::to_string_pretty(&report.json())?)?;
     Ok(report.exit_code(arguments.strict))
 }
 
@@ -187,9 +187,9 @@ fn interleaved(
     environment: Vec<(String, String)>,
     threads: Threads,
 ) -> Result<Report> {
-    let mut base = sides::build(&spec.base, &say)?;
-    let mut head = if spec.head == spec.base { base.clone() } else { sides::build(&spec.head, &say)? };
-    let mut notes: Vec<String> = sides::harness_note(&spec.base, &spec.head).into_iter().collect();
+    let mut base = revisions::build(&spec.base, &say)?;
+    let mut head = if spec.head == spec.base { base.clone() } else { revisions::build(&spec.head, &say)? };
+    let mut notes: Vec<String> = revisions::harness_note(&spec.base, &spec.head).into_iter().collect();
     if !environment.is_empty() {
         head.name = format!("{} with {}", head.name, arguments.env.join(" "));
         head.environment = environment;
@@ -246,7 +246,7 @@ fn interleaved(
     if Instant::now() >= until {
         notes.push(format!("stopped at the budget of {} min", arguments.budget));
     }
-    notes.extend(worker::how(threads).map(str::to_owned));
+    notes.extend(worker::pinning_note(threads).map(str::to_owned));
     let names = sides.map(|s| s.name);
     lines.extend(rows.iter().map(|row| Line::of(row, &names)));
     Ok(Report::new(names, lines, notes, arguments.threshold, start.elapsed()))
@@ -265,8 +265,8 @@ fn prove(sides: &[Side; 2], rows: &mut [Row], until: Instant) -> Result<Option<S
                 workers.insert(framework, Worker::start(side, framework, Threads::All)?.until(until));
             }
             let worker = workers.get_mut(&framework).context("just started")?;
-            match worker.prove(&case) {
-                Ok(Proof::Wrong(text)) => row.failed = Some((index, text)),
+            match worker.check(&case) {
+                Ok(CheckOutcome::Wrong(text)) => row.failed = Some((index, text)),
                 Ok(_) => {}
                 // A revision from before proofs were asked for.
                 Err(error) if error.to_string().contains("is no request") => {
@@ -309,19 +309,21 @@ fn against(
     reversed: bool,
 ) -> Result<Report> {
     ensure!(arguments.backends.is_none(), "--backends compares two backends of one side, without a baseline");
-    let mut now = sides::build(if reversed { &spec.base } else { &spec.head }, &say)?;
+    let mut now = revisions::build(if reversed { &spec.base } else { &spec.head }, &say)?;
     now.environment = environment;
     let mut notes = comparable(&past.machine, &machine_of(&now, past)?, arguments.anyway)?;
     notes.push("a baseline is one process of another time: the band holds its wandering, and that between processes now".to_owned());
     let (both, mut lines) = shared(arguments, spec, past, &now, reversed)?;
     let (start, until) = (Instant::now(), until_of(arguments));
-    let levels = past::levels(&now, &both, until, |round| say(&format!("process {round} of each backend")))?;
+    let levels =
+        baseline_level::levels(&now, &both, until, |round| say(&format!("process {round} of each backend")))?;
     for case in both {
         let id = case.to_string();
-        let base = past::past(&past.case(&id).context("taken from the baseline")?.samples());
+        let base = baseline_level::summarize(&past.case(&id).context("taken from the baseline")?.samples());
         lines.push(match (base, &levels[&id]) {
             (Some(base), Ok(head)) if head.len() >= 2 => {
-                let (verdict, estimate) = past::against_past(&base, head, arguments.threshold / 100.0);
+                let (verdict, estimate) =
+                    baseline_level::compare_with_baseline(&base, head, arguments.threshold / 100.0);
                 let times = [base.level.exp(), midmean(head).exp()];
                 if reversed {
                     let (verdict, estimate) = mirrored(verdict, estimate);
@@ -366,21 +368,23 @@ fn shared(
     reversed: bool,
 ) -> Result<(Vec<Case>, Vec<Line>)> {
     let (gone, new) = if reversed { (Verdict::New, Verdict::Gone) } else { (Verdict::Gone, Verdict::New) };
-    if past.model.as_ref().map(OwnModel::given) != given::taken() {
+    if past.model.as_ref().map(RunModel::custom_model) != custom_model::custom_model() {
         match &past.model {
             Some(own) => bail!("the baseline is of {}: say {}", own.configuration.name, own.variables()),
-            None => bail!("the baseline is of the suite's own models: unset {}", given::MODEL),
+            None => {
+                bail!("the baseline is of the suite's own models: unset {}", custom_model::MODEL_VARIABLE)
+            }
         }
     }
     // The baseline says which cases; the set of this run only names new ones.
-    let filter = pattern(&spec.filter)?;
+    let filter = parse_filter(&spec.filter)?;
     let sets = past.selections.iter().filter_map(|s| s.set.parse::<Set>().ok());
     let set = sets.max().unwrap_or(arguments.set);
     let offered = now.cases(set, &spec.filter, until_of(arguments))?;
     let covered = |case: &Case| {
         past.selections.iter().any(|s| {
             s.framework == case.backend.framework().id()
-                && pattern(&s.filter).is_ok_and(|f| f.is_match(&case.to_string()))
+                && parse_filter(&s.filter).is_ok_and(|f| f.is_match(&case.to_string()))
         })
     };
     let (mut both, mut lines) = (Vec::new(), Vec::new());
@@ -425,7 +429,7 @@ fn two_pasts(
 ) -> Result<Report> {
     let mut notes = comparable(&base.machine, &head.machine, arguments.anyway)?;
     notes.push("both are baselines, taken at different times: nothing was measured now".to_owned());
-    let filter = pattern(&spec.filter)?;
+    let filter = parse_filter(&spec.filter)?;
     let mut lines: BTreeMap<String, Line> = BTreeMap::new();
     for kept in base.cases.iter().chain(&head.cases).filter(|k| filter.is_match(&k.record.id)) {
         let id = kept.record.id.clone();
@@ -437,9 +441,10 @@ fn two_pasts(
             continue;
         };
         let case: Case = id.parse().map_err(anyhow::Error::msg)?;
-        let line = match (past::past(&a.samples()), past::past(&b.samples())) {
+        let line = match (baseline_level::summarize(&a.samples()), baseline_level::summarize(&b.samples())) {
             (Some(a), Some(b)) => {
-                let (verdict, estimate) = past::pasts(&a, &b, arguments.threshold / 100.0);
+                let (verdict, estimate) =
+                    baseline_level::compare_baselines(&a, &b, arguments.threshold / 100.0);
                 Line::judged(&case, verdict, estimate, [a.level.exp(), b.level.exp()], 1)
             }
             _ => Line::without(&case, Verdict::Inconclusive),

@@ -1,4 +1,4 @@
-//! `scripts/flamegraph`: draws where slow cases spend their time.
+//! `scripts/flamegraph`: CPU and GPU profiles of slow cases.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -6,129 +6,118 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
-use transformer_bench::compare::sides::{self, Source};
-use transformer_bench::compare::stop::go_on;
+use serde_json::Value;
+use transformer_bench::compare::decision::Verdict;
+use transformer_bench::compare::revisions;
+use transformer_bench::compare::signals::check_interrupted;
 use transformer_bench::compare::worker::Side;
 use transformer_bench::profile::{Profile, Unit};
 use transformer_bench::results::{self, Status};
-use transformer_bench::suite::{Case, Set, cases, pattern};
+use transformer_bench::suite::{Case, Set, cases, parse_filter};
 
-/// Draws flamegraphs of the slow cases, and prints their heaviest frames.
+use super::options::{self, Executables, print_progress};
+
+/// Draws flamegraphs of slow cases and prints their heaviest frames.
 ///
-/// Without a filter: the cases that the last comparison called slower, or else the
-/// slowest of the last run.
+/// Without a filter, it profiles the regressions of the last comparison, or else the slowest cases of the last run.
 #[derive(Args)]
 #[command(after_help = "Examples:
   scripts/flamegraph                              after scripts/bench or scripts/compare
   scripts/flamegraph 'train-step/mlx-cpu/f32/'
-  scripts/flamegraph --diff main 'attention/'     what grew since main")]
+  scripts/flamegraph --diff main 'attention/'     changes since main")]
 pub struct Arguments {
-    /// A regular expression over ids: workload/backend/precision/shape
+    /// Regular expression over ids (workload/backend/precision/shape)
     filter: Option<String>,
-    /// How many cases
+    /// Number of cases
     #[arg(long, value_name = "N", default_value_t = 3)]
-    slowest: usize,
-    /// Seconds that each is profiled
+    top: usize,
+    /// Seconds for which each case is profiled
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     seconds: u64,
-    /// Profile this side too, and draw what grew and shrank since: a revision or dir:PATH
-    #[arg(long, value_name = "BASE")]
+    /// Profiles this side too and draws the differences: a git revision or dir:PATH
+    #[arg(long, value_name = "BASE", value_parser = options::side)]
     diff: Option<String>,
-    /// Take executables built elsewhere: DIR/torch, DIR/mlx
-    #[arg(long, value_name = "DIR")]
-    executables: Option<PathBuf>,
+    #[command(flatten)]
+    executables: Executables,
 }
 
-/// Progress, beside the results.
-fn say(line: &str) {
-    eprintln!("{line}");
-}
-
+/// Profiles the selected cases, prints their heaviest frames and the paths of the pictures.
 pub fn run(arguments: &Arguments) -> Result<()> {
-    ensure!(arguments.slowest > 0 && arguments.seconds > 0, "--slowest and --seconds are at least 1");
-    let picked = pick(arguments)?;
-    let now = match &arguments.executables {
-        Some(folder) => sides::build(&Source::Folder(folder.clone()), &say)?,
-        None => sides::build(&Source::Worktree, &say)?,
-    };
-    let base = arguments.diff.as_deref().map(|text| sides::build(&sides::named(text)?, &say)).transpose()?;
+    ensure!(arguments.top > 0 && arguments.seconds > 0, "--top and --seconds must be at least 1");
+    let selected = select(arguments)?;
+    let head = arguments.executables.build()?;
+    let build_base = |text: &String| revisions::build(&revisions::named(text)?, &print_progress);
+    let base = arguments.diff.as_ref().map(build_base).transpose()?;
     let home = results::criterion_home();
-    let mut pictures = Vec::new();
-    for case in &picked {
-        let folder = profile(&now, case, &home, arguments.seconds)?;
-        for (name, unit) in [("flamegraph", Unit::Samples), ("gpu", Unit::Nanoseconds)] {
+    let mut pictures = String::new();
+    for case in &selected {
+        let folder = profile(&head, case, &home, arguments.seconds)?;
+        for (name, frames, unit) in
+            [("flamegraph", "frames", Unit::Samples), ("gpu", "kernels", Unit::Nanoseconds)]
+        {
             let Some(found) = read(&folder, name)? else { continue };
-            super::show(&format!(
-                "\n{case}: heaviest {}\n",
-                if name == "gpu" { "kernels" } else { "frames" }
-            ))?;
+            super::show(&format!("\n{case}: heaviest {frames}\n"))?;
             for (frame, share) in found.heaviest(10) {
                 super::show(&format!("{:6.1} %  {frame}\n", 100.0 * share))?;
             }
-            pictures.push(folder.join(format!("{name}.svg")));
+            pictures.push_str(&format!("{}\n", folder.join(format!("{name}.svg")).display()));
             if let Some(base) = &base {
                 let place = results::folder().join("profile-base");
-                let before = profile(base, case, &place, arguments.seconds)?;
-                let before =
-                    read(&before, name)?.with_context(|| format!("{} has no such profile", base.name))?;
-                let title = format!("{case} since {}", base.name);
+                let before = read(&profile(base, case, &place, arguments.seconds)?, name)?;
+                let before = before.with_context(|| format!("{} has no such profile", base.name))?;
                 let picture = folder.join(format!("{name}-diff.svg"));
-                results::write_whole(&picture, &found.svg_since(&before, &title, unit)?)?;
-                pictures.push(picture);
+                let title = format!("{case} since {}", base.name);
+                results::write_atomic(&picture, &found.svg_since(&before, &title, unit)?)?;
+                pictures.push_str(&format!("{}\n", picture.display()));
             }
         }
     }
-    let list: String = pictures.iter().map(|picture| format!("{}\n", picture.display())).collect();
-    super::show(&format!("\n{list}"))?;
-    Ok(())
+    super::show(&format!("\n{pictures}"))
 }
 
-/// The cases to draw.
-fn pick(arguments: &Arguments) -> Result<Vec<Case>> {
-    let parse = |id: &str| id.parse::<Case>().ok();
-    if let Some(filter) = &arguments.filter {
-        let pattern = pattern(filter)?;
-        let exact: Vec<Case> = parse(filter).into_iter().collect();
-        let all = if exact.is_empty() { cases(Set::Quick) } else { exact };
-        let mut fits: Vec<Case> = all.into_iter().filter(|c| pattern.is_match(&c.to_string())).collect();
-        // Those of the last run, slowest first, before those that nobody measured.
-        let measured = slowest_of_last_run();
-        if let Ok(measured) = &measured {
-            fits.sort_by_key(|c| measured.iter().position(|m| m == c).unwrap_or(usize::MAX));
-            fits.retain(|c| {
-                measured.contains(c) || !measured.iter().any(|m| pattern.is_match(&m.to_string()))
-            });
-        }
-        fits.truncate(arguments.slowest);
-        ensure!(!fits.is_empty(), "no case matches '{filter}': cargo bench -- --list shows ids");
-        return Ok(fits);
-    }
-    let comparison = results::folder().join("comparison.json");
-    let newer = |a: &Path, b: &Path| {
-        let time = |p: &Path| fs::metadata(p).and_then(|m| m.modified()).ok();
-        time(a) > time(b)
+/// Selects the cases to profile.
+fn select(arguments: &Arguments) -> Result<Vec<Case>> {
+    let mut selected = match &arguments.filter {
+        Some(filter) => matching(filter)?,
+        None => match regressions()? {
+            none if none.is_empty() => slowest_of_last_run()?,
+            slower => slower,
+        },
     };
-    if newer(&comparison, &results::folder().join("run")) {
-        let value: serde_json::Value = serde_json::from_str(&fs::read_to_string(&comparison)?)
-            .with_context(|| format!("{} is damaged: compare again", comparison.display()))?;
-        let slower: Vec<Case> = value["cases"]
-            .as_array()
-            .into_iter()
-            .flatten()
-            .filter(|c| c["verdict"] == "slower")
-            .filter_map(|c| parse(c["id"].as_str()?))
-            .take(arguments.slowest)
-            .collect();
-        if !slower.is_empty() {
-            return Ok(slower);
-        }
-    }
-    let mut all = slowest_of_last_run()?;
-    all.truncate(arguments.slowest);
-    ensure!(!all.is_empty(), "the last run measured nothing: run ./scripts/bench, or say which case");
-    Ok(all)
+    selected.truncate(arguments.top);
+    ensure!(!selected.is_empty(), "the last run measured nothing: run ./scripts/bench, or name a case");
+    Ok(selected)
 }
 
+/// Returns the cases that match a filter. Cases of the last run, slowest first, take precedence over others.
+fn matching(filter: &str) -> Result<Vec<Case>> {
+    let expression = parse_filter(filter)?;
+    let matches = |case: &Case| expression.is_match(&case.to_string());
+    let mut measured = slowest_of_last_run().unwrap_or_default();
+    measured.retain(matches);
+    let exact = filter.parse::<Case>().map(|case| vec![case]);
+    let mut found = exact.unwrap_or_else(|_| cases(Set::Quick));
+    found.retain(|case| matches(case) && (measured.is_empty() || measured.contains(case)));
+    found.sort_by_key(|case| measured.iter().position(|other| other == case));
+    ensure!(!found.is_empty(), "no case matches '{filter}': scripts/list shows the ids");
+    Ok(found)
+}
+
+/// Returns the cases that the last comparison reported as slower, if it is newer than the last run.
+fn regressions() -> Result<Vec<Case>> {
+    let path = results::folder().join("comparison.json");
+    let modified = |path: &Path| fs::metadata(path).and_then(|file| file.modified()).ok();
+    if modified(&path) <= modified(&results::folder().join("run")) {
+        return Ok(Vec::new());
+    }
+    let comparison: Value = serde_json::from_str(&fs::read_to_string(&path)?)
+        .with_context(|| format!("{} is damaged: compare again", path.display()))?;
+    let cases = comparison["cases"].as_array().into_iter().flatten();
+    let slower = cases.filter(|case| case["verdict"] == Verdict::Slower.id());
+    Ok(slower.filter_map(|case| case["id"].as_str()?.parse().ok()).collect())
+}
+
+/// Returns the measured cases of the last run, slowest first.
 fn slowest_of_last_run() -> Result<Vec<Case>> {
     let (merged, _) = results::run::merge(&results::folder())?;
     let mut timed: Vec<(f64, Case)> = merged
@@ -141,9 +130,9 @@ fn slowest_of_last_run() -> Result<Vec<Case>> {
     Ok(timed.into_iter().map(|(_, case)| case).collect())
 }
 
-/// Profiles a case in a process of its own; returns the folder of its files.
+/// Profiles a case in its own process. Returns the folder with the profile.
 fn profile(side: &Side, case: &Case, home: &Path, seconds: u64) -> Result<PathBuf> {
-    go_on()?;
+    check_interrupted()?;
     let executable = side
         .executables
         .get(&case.backend.framework())
@@ -157,13 +146,14 @@ fn profile(side: &Side, case: &Case, home: &Path, seconds: u64) -> Result<PathBu
         .env("TRANSFORMER_BENCH_SET", set.id())
         .status()
         .with_context(|| format!("{} did not start", executable.display()))?;
-    go_on()?;
+    check_interrupted()?;
     if !status.success() || !folder.join("flamegraph.svg").exists() {
-        bail!("{case} could not be profiled: the line above says why");
+        bail!("{case} could not be profiled: see the line above");
     }
     Ok(folder)
 }
 
+/// Reads a profile. Returns `None` if it does not exist.
 fn read(folder: &Path, name: &str) -> Result<Option<Profile>> {
     let path = folder.join(format!("{name}.folded"));
     if !path.exists() {

@@ -1,51 +1,55 @@
-//! The command behind the scripts: a subcommand each.
+//! The command that the scripts call, with one module per subcommand.
 
 mod baseline;
+mod bench;
 mod calibrate;
 mod compare;
 mod flamegraph;
+mod interleave;
 mod list;
+mod options;
 mod output;
+mod process_group;
 mod publish;
 mod report;
-mod turns;
 
 use std::io::Write;
 use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
-use transformer_bench::compare::stop;
+use transformer_bench::compare::signals;
 use transformer_bench::results::machine::{self, Machine};
 use transformer_bench::results::printable;
-use transformer_bench::suite::given;
+use transformer_bench::suite::custom_model;
 
-/// Measured training speed of PyTorch and MLX on the same transformer, on this machine.
+/// Measures how fast PyTorch and MLX train the same transformer on this machine.
 ///
-/// scripts/bench measures; these keep, compare and show what it found. scripts/NAME sets up
-/// and builds first, and then does the same as transformer-bench NAME.
+/// scripts/NAME sets up, builds this command and runs `transformer-bench NAME`.
 #[derive(Parser)]
 #[command(name = "transformer-bench", version)]
-struct Arguments {
+struct Cli {
     #[command(subcommand)]
     command: Command,
 }
 
 #[derive(Subcommand)]
 enum Command {
+    Bench(bench::Arguments),
+    Report(report::Arguments),
     Baseline(baseline::Arguments),
     Compare(compare::Arguments),
     Flamegraph(flamegraph::Arguments),
-    Report(report::Arguments),
-    Turns(turns::Arguments),
     List(list::Arguments),
-    Publish(publish::Arguments),
-    #[command(alias = "selftest")]
+    Interleave(interleave::Arguments),
     Calibrate(calibrate::Arguments),
+    Publish(publish::Arguments),
 }
 
-/// Prints a result. Unlike `println!`, a full disk behind it is an error and no panic, and a
-/// reader who has had enough is none.
+/// Prints a result and flushes it. A closed pipe is not an error: its reader has seen enough.
+///
+/// # Errors
+/// Returns an error if the text cannot be written, for example to a full disk.
 fn show(text: &str) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
@@ -55,37 +59,34 @@ fn show(text: &str) -> anyhow::Result<()> {
 }
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
-    // Ids may name the user's own model.
-    if let Err(reason) = given::from_environment(|| machine::reach(&Machine::read())) {
+    let command = Cli::parse().command;
+    if let Command::Bench(arguments) = &command {
+        arguments.export_model();
+    }
+    // Ids may name the custom model.
+    if let Err(reason) = custom_model::from_environment(|| machine::capacity(&Machine::read())) {
         eprintln!("error: {}", printable(&format!("{reason:#}")));
         return ExitCode::from(2);
     }
-    let (name, result) = match arguments.command {
-        Command::Baseline(arguments) => ("baseline", baseline::run(arguments).map(|()| 0)),
+    // Other subcommands take less than a second, so an interrupt may end them at once.
+    if !matches!(command, Command::Report(_) | Command::Baseline(_) | Command::List(_) | Command::Publish(_))
+    {
+        signals::catch_interrupts();
+    }
+    let (name, result) = match command {
+        Command::Bench(arguments) => ("bench", bench::run(&arguments)),
         Command::Report(arguments) => ("report", report::run(&arguments).map(|()| 0)),
-        Command::Publish(arguments) => ("publish", publish::run(&arguments).map(|()| 0)),
+        Command::Baseline(arguments) => ("baseline", baseline::run(arguments).map(|()| 0)),
+        Command::Compare(arguments) => ("compare", compare::run(&arguments)),
+        Command::Flamegraph(arguments) => ("flamegraph", flamegraph::run(&arguments).map(|()| 0)),
         Command::List(arguments) => ("list", list::run(&arguments).map(|()| 0)),
-        Command::Compare(arguments) => {
-            stop::catch_interrupts();
-            ("compare", compare::run(&arguments))
-        }
-        Command::Turns(arguments) => {
-            stop::catch_interrupts();
-            ("turns", turns::run(&arguments).map(|()| 0))
-        }
-        Command::Flamegraph(arguments) => {
-            stop::catch_interrupts();
-            ("flamegraph", flamegraph::run(&arguments).map(|()| 0))
-        }
-        Command::Calibrate(arguments) => {
-            stop::catch_interrupts();
-            ("calibrate", calibrate::run(&arguments).map(|()| 0))
-        }
+        Command::Interleave(arguments) => ("interleave", interleave::run(&arguments).map(|()| 0)),
+        Command::Calibrate(arguments) => ("calibrate", calibrate::run(&arguments).map(|()| 0)),
+        Command::Publish(arguments) => ("publish", publish::run(&arguments).map(|()| 0)),
     };
     match result {
         Ok(code) => ExitCode::from(code),
-        Err(_) if stop::interrupted() => {
+        Err(_) if signals::interrupted() => {
             eprintln!("{name}: interrupted");
             ExitCode::from(130)
         }

@@ -4,11 +4,11 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
-use transformer_bench::compare::past;
+use transformer_bench::compare::baseline_level;
+use transformer_bench::compare::decision::{Estimate, Rule, SequentialTest, Verdict};
 use transformer_bench::compare::rounds::{self, Row};
-use transformer_bench::compare::rule::{Estimate, Judge, Rule, Verdict};
 use transformer_bench::report::markdown::escaped;
-use transformer_bench::results::Setting;
+use transformer_bench::results::EnvEffect;
 use transformer_bench::suite::Case;
 
 /// What was found of a case.
@@ -72,15 +72,15 @@ impl Line {
         }
         line.observations = serde_json::from_value(case["observations"].clone()).unwrap_or_default();
         if !line.observations.is_empty() {
-            let judge = Judge::again(rule, &line.observations);
+            let judge = SequentialTest::replay(rule, &line.observations);
             line.verdict = judge.verdict().unwrap_or(Verdict::Inconclusive);
             line.estimate = judge.estimate();
         } else if let (Some(ratio), Some(low), Some(high)) =
             (case["ratio"].as_f64(), case["ci"][0].as_f64(), case["ci"][1].as_f64())
         {
-            // Against a baseline: what past::judged says of an interval.
+            // Against a baseline: what baseline_level::judged says of an interval.
             let estimate = Estimate { ratio, ci: [low, high] };
-            line.verdict = past::judged_again(&estimate, rule.threshold);
+            line.verdict = baseline_level::reevaluate(&estimate, rule.threshold);
             line.estimate = Some(estimate);
         }
         Ok(line)
@@ -91,7 +91,7 @@ impl Line {
         let mut line = Self::without(&row.base, verdict);
         if row.base != row.head {
             // Two backends: the id without one.
-            line.id = format!("{}/{}/{}", row.base.workload, row.base.precision, row.base.shape);
+            line.id = format!("{}/{}/{}", row.base.workload, row.base.method, row.base.shape);
         }
         if let Some((side, reason)) = &row.failed {
             line.reason = format!("{}: {reason}", names[*side]);
@@ -212,12 +212,12 @@ impl Report {
     }
 
     /// What a setting of the head brought to each case that both sides could run.
-    pub fn settings(&self, setting: &str, commit: &str) -> Vec<Setting> {
+    pub fn settings(&self, setting: &str, commit: &str) -> Vec<EnvEffect> {
         let of = |line: &Line| {
             let ([base, head], estimate) = (line.times?, line.estimate?);
             let finite = estimate.ci.iter().all(|c| c.is_finite());
-            finite.then(|| Setting {
-                setting: setting.to_owned(),
+            finite.then(|| EnvEffect {
+                variables: setting.to_owned(),
                 id: line.id.clone(),
                 without_ns: base * 1e9,
                 with_ns: head * 1e9,

@@ -1,4 +1,4 @@
-//! `scripts/publish`: the figures that the project's own pages show, made from criterion-baselines/.
+//! `scripts/publish`: the results in the project's documents, generated from criterion-baselines/.
 
 use std::path::Path;
 
@@ -7,16 +7,15 @@ use clap::Args;
 use transformer_bench::report::publish;
 use transformer_bench::results;
 
-/// Writes what README.md, criterion-baselines/README.md and their pictures show of the kept baselines.
+/// Writes the generated blocks and pictures of README.md and criterion-baselines/README.md.
 ///
-/// No figure there is written by hand: the tests compare the pages with what this makes. A baseline counts once
-/// git knows it (git add): what you keep for yourself is not published.
+/// The tests fail if a document differs from its baselines. Only baselines that git tracks (git add) are published.
 #[derive(Args)]
 #[command(after_help = "Examples:
   scripts/baseline save first && git add criterion-baselines && scripts/publish
   scripts/publish --check")]
 pub struct Arguments {
-    /// Write nothing, and fail where a page differs
+    /// Writes nothing, and fails if a document differs
     #[arg(long)]
     check: bool,
 }
@@ -29,13 +28,13 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         }
         differ.push(path.display().to_string());
         if !arguments.check {
-            results::write_whole(&path, &text)?;
+            results::write_atomic(&path, &text)?;
         }
     }
     let list = differ.join(", ");
     match (differ.is_empty(), arguments.check) {
-        (true, _) => super::show("the pages show what the baselines say\n"),
-        (false, true) => bail!("not what the baselines say: {list}; ./scripts/publish writes them"),
+        (true, _) => super::show("the documents agree with the baselines\n"),
+        (false, true) => bail!("these differ from the baselines: {list}; ./scripts/publish writes them"),
         (false, false) => super::show(&format!("written: {list}\n")),
     }
 }

@@ -1,16 +1,20 @@
-//! `scripts/report`: the last run as tables, a page and data; or machines side by side.
+//! `scripts/report`: the report of the last run, or saved machines side by side.
 
 use std::fs;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use clap::Args;
-use transformer_bench::report::{export, html, markdown, side_by_side};
+use transformer_bench::report::{export, html, machines, markdown};
 use transformer_bench::results::baseline::{self, Baseline};
 use transformer_bench::results::machine::Machine;
 use transformer_bench::results::{self, Results, run};
 
-/// Shows the tables of the last run, and writes them as report.html, report.md,
-/// results.json, results.csv and bmf.json; or lays saved baselines side by side.
+use super::options;
+
+/// Prints the tables of the last run, or compares saved baselines.
+///
+/// Also writes report.html, report.md, results.json, results.csv and bmf.json for the last run.
 #[derive(Args)]
 #[command(after_help = "Examples:
   scripts/report                            the last run
@@ -19,9 +23,9 @@ use transformer_bench::results::{self, Results, run};
 pub struct Arguments {
     /// Saved baselines: NAME or MACHINE/NAME (scripts/baseline list)
     machines: Vec<String>,
-    /// Make the report of this results.json instead of the last run's
-    #[arg(long, value_name = "FILE", conflicts_with = "machines")]
-    from: Option<std::path::PathBuf>,
+    /// Reports this results.json instead of the last run
+    #[arg(long, value_name = "FILE", value_parser = options::path, conflicts_with = "machines")]
+    from: Option<PathBuf>,
 }
 
 pub fn run(arguments: &Arguments) -> Result<()> {
@@ -32,7 +36,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         for name in &arguments.machines {
             sides.push((name.clone(), baseline::read(&baseline::root(), name, &slug)?.results()));
         }
-        return super::show(&side_by_side::render(&sides));
+        return super::show(&machines::render(&sides));
     }
     if let Some(path) = &arguments.from {
         let place = path.display().to_string();
@@ -40,23 +44,27 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         let read = export::read(&text, &place)?;
         return write(&folder, &read, &|_| Vec::new(), "./scripts/bench");
     }
-    let (merged, parts) = run::merge(&folder)?;
-    let left: Vec<String> = parts.iter().filter_map(run::cut).collect();
-    if !left.is_empty() {
-        eprintln!("report: the run was cut off ({}): what is missing was not measured", left.join(", "));
-    }
-    // The timings are Criterion's; without them the report lacks one picture.
-    let kept = Baseline::of_last_run(&folder, &results::criterion_home(), "new", true).ok();
-    let timings = |id: &str| kept.as_ref().and_then(|k| k.case(id)).map(|c| c.samples()).unwrap_or_default();
-    write(&folder, &merged, &timings, &run::command(&parts))
+    last_run(&folder)
 }
 
-fn write(
-    folder: &std::path::Path,
-    results: &Results,
-    timings: &dyn Fn(&str) -> Vec<f64>,
-    command: &str,
-) -> Result<()> {
+/// Writes and prints the report of the last run.
+///
+/// # Errors
+/// Returns an error if there is no run, or a file is damaged or cannot be written.
+pub fn last_run(folder: &Path) -> Result<()> {
+    let (merged, parts) = run::merge(folder)?;
+    let missing: Vec<String> = parts.iter().filter_map(run::missing_cases).collect();
+    if !missing.is_empty() {
+        eprintln!("report: the run was interrupted ({}), so some cases are missing", missing.join(", "));
+    }
+    // Criterion saves the samples. Without them the report lacks one picture.
+    let saved = Baseline::of_last_run(folder, &results::criterion_home(), "new", true).ok();
+    let timings =
+        |id: &str| saved.as_ref().and_then(|run| run.case(id)).map(|case| case.samples()).unwrap_or_default();
+    write(folder, &merged, &timings, &run::command(&parts))
+}
+
+fn write(folder: &Path, results: &Results, timings: &dyn Fn(&str) -> Vec<f64>, command: &str) -> Result<()> {
     let text = markdown::render(results, command);
     let files = [
         ("results.json", export::json(results)?),
@@ -66,7 +74,7 @@ fn write(
         ("report.html", html::render(results, timings, command)?),
     ];
     for (name, content) in &files {
-        results::write_whole(&folder.join(name), content)?;
+        results::write_atomic(&folder.join(name), content)?;
     }
     let names = files.map(|(name, _)| name).join(", ");
     super::show(&format!("{text}\nWritten to {}: {names}\n", folder.display()))

@@ -10,15 +10,15 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 
-use super::{all_measured, champions, devices, find, markdown, measured, rate, tables, words};
+use super::{all_measured, best_pairs, find, markdown, measured, rate, scaling, summary, tables};
 use crate::results::Results;
 use crate::results::baseline;
 use crate::suite::{Case, Workload};
 
 /// A step beside the same step written in Python, interleaved: a line of `<machine>/python.csv`, which
-/// `scripts/reference --save` writes.
+/// `scripts/compare-python --save` writes.
 #[derive(Clone, Debug, Deserialize)]
-pub struct Twin {
+pub struct PythonResult {
     pub date: String,
     pub case: String,
     /// How Python writes it: `eager`, `torch.compile, reduce-overhead` …
@@ -30,44 +30,44 @@ pub struct Twin {
 }
 
 /// A machine's folder in criterion-baselines/.
-pub struct Kept {
+pub struct PublishedBaseline {
     /// `h100-80gb-hbm3/training`.
     pub name: String,
     pub results: Results,
     /// What measures it again.
     command: String,
     /// Of this kind of machine.
-    pub twins: Vec<Twin>,
+    pub twins: Vec<PythonResult>,
 }
 
-impl Kept {
+impl PublishedBaseline {
     /// `AMD EPYC, 2 cores, AVX512`, or the GPUs.
     fn title(&self) -> String {
         let m = &self.results.machine;
         match &m.gpus[..] {
-            [] if m.vectors.is_empty() => format!("{}, {} cores", m.cpu, m.cores),
-            [] => format!("{}, {} cores, {}", m.cpu, m.cores, m.vectors),
+            [] if m.simd.is_empty() => format!("{}, {} cores", m.cpu, m.cores),
+            [] => format!("{}, {} cores, {}", m.cpu, m.cores, m.simd),
             [gpu] => gpu.clone(),
             [gpu, ..] => format!("{gpu}, one of {}", m.gpus.len()),
         }
     }
 
     /// Python's figures of a case; of the first way in which Python writes it.
-    pub fn twin(&self, case: &Case) -> Option<&Twin> {
+    pub fn python_result(&self, case: &Case) -> Option<&PythonResult> {
         let id = case.to_string();
         self.twins.iter().find(|twin| twin.case == id)
     }
 }
 
 /// The rows of a machine's python.csv; none where it has no such file.
-fn twins(folder: &Path) -> Result<Vec<Twin>> {
+fn twins(folder: &Path) -> Result<Vec<PythonResult>> {
     let path = folder.join("python.csv");
     if !path.exists() {
         return Ok(Vec::new());
     }
     let mut reader =
         csv::Reader::from_path(&path).with_context(|| format!("{} could not be read", path.display()))?;
-    let rows: Vec<Twin> = reader
+    let rows: Vec<PythonResult> = reader
         .deserialize()
         .collect::<Result<_, _>>()
         .with_context(|| format!("{} is damaged", path.display()))?;
@@ -95,7 +95,7 @@ fn tracked(root: &Path) -> Option<Vec<PathBuf>> {
 ///
 /// # Errors
 /// Where a file is damaged.
-pub fn kept(root: &Path) -> Result<Vec<Kept>> {
+pub fn published_baselines(root: &Path) -> Result<Vec<PublishedBaseline>> {
     let mut all = Vec::new();
     let tracked = tracked(root);
     for (machine, name, file) in baseline::list(root) {
@@ -110,7 +110,7 @@ pub fn kept(root: &Path) -> Result<Vec<Kept>> {
         {
             of_kind.extend(twins(&root.join(one))?);
         }
-        all.push(Kept {
+        all.push(PublishedBaseline {
             name: format!("{machine}/{name}"),
             results: baseline.results(),
             command: baseline.command,
@@ -122,17 +122,18 @@ pub fn kept(root: &Path) -> Result<Vec<Kept>> {
 }
 
 /// The baselines that answer the question: both frameworks on one device.
-fn answering(all: &[Kept]) -> impl Iterator<Item = &Kept> {
-    all.iter().filter(|kept| kept.results.model.is_none() && !champions(&kept.results).is_empty())
+fn answering(all: &[PublishedBaseline]) -> impl Iterator<Item = &PublishedBaseline> {
+    all.iter().filter(|kept| kept.results.model.is_none() && !best_pairs(&kept.results).is_empty())
 }
 
 /// The baselines that tell what further GPUs bring, and what they say: of each machine the last, and of one day
 /// that of several devices alone.
-fn sharing(all: &[Kept]) -> Vec<(&Kept, Vec<String>)> {
-    let mut chosen: Vec<(&Kept, Vec<String>)> = Vec::new();
-    let age = |kept: &Kept| (kept.results.machine.date.clone(), champions(&kept.results).is_empty());
+fn sharing(all: &[PublishedBaseline]) -> Vec<(&PublishedBaseline, Vec<String>)> {
+    let mut chosen: Vec<(&PublishedBaseline, Vec<String>)> = Vec::new();
+    let age =
+        |kept: &PublishedBaseline| (kept.results.machine.date.clone(), best_pairs(&kept.results).is_empty());
     for kept in all {
-        let said = devices::worth(&all_measured(&kept.results));
+        let said = scaling::speedup_summary(&all_measured(&kept.results));
         if said.is_empty() {
             continue;
         }
@@ -146,13 +147,13 @@ fn sharing(all: &[Kept]) -> Vec<(&Kept, Vec<String>)> {
 }
 
 /// README.md's first screen.
-fn answer(all: &[Kept]) -> String {
+fn answer(all: &[PublishedBaseline]) -> String {
     let mut out = String::new();
     for kept in answering(all) {
-        for sentence in words::answer(&kept.results) {
+        for sentence in summary::answer(&kept.results) {
             let _ = writeln!(out, "- **{}** ({}): {sentence}", kept.title(), kept.results.machine.date);
         }
-        for pair in champions(&kept.results) {
+        for pair in best_pairs(&kept.results) {
             let _ = write!(out, "{}", in_python(kept, pair).unwrap_or_default());
         }
     }
@@ -179,10 +180,10 @@ fn answer(all: &[Kept]) -> String {
 }
 
 /// What the answer would be for somebody who writes the same two steps in Python, by the interleaved ratios.
-fn in_python(kept: &Kept, cases: [Case; 2]) -> Option<String> {
+fn in_python(kept: &PublishedBaseline, cases: [Case; 2]) -> Option<String> {
     let speed = |case: &Case| {
         let (_, median, _) = measured(find(&kept.results, case))?;
-        Some(rate(case.shape, median).0 * kept.twin(case)?.ratio)
+        Some(rate(case.shape, median).0 * kept.python_result(case)?.ratio)
     };
     let speeds = [speed(&cases[0])?, speed(&cases[1])?];
     let first = if speeds[0] >= speeds[1] { 0 } else { 1 };
@@ -197,20 +198,20 @@ fn in_python(kept: &Kept, cases: [Case; 2]) -> Option<String> {
 }
 
 /// `NVIDIA H100: PyTorch f32 1.27 …`: how much longer Python takes for the headline's steps.
-fn pays(kept: &Kept) -> Option<String> {
+fn pays(kept: &PublishedBaseline) -> Option<String> {
     let shape = kept.results.headline();
-    let of = |twin: &Twin| {
+    let of = |twin: &PythonResult| {
         let case: Case = twin.case.parse().ok()?;
         (case.shape == shape && case.workload == Workload::TrainStep).then_some(())?;
         let name = case.backend.framework().names().0;
-        Some(format!("{name} {} {:.2}", case.precision, 1.0 / twin.ratio))
+        Some(format!("{name} {} {:.2}", case.method, 1.0 / twin.ratio))
     };
     let all: Vec<String> = kept.twins.iter().filter_map(of).collect();
     (!all.is_empty()).then(|| format!("{}: {}", kept.title(), all.join(", ")))
 }
 
 /// criterion-baselines/README.md's tables: what each machine printed of its headline.
-fn printed(all: &[Kept]) -> Result<String> {
+fn printed(all: &[PublishedBaseline]) -> Result<String> {
     let mut out = String::new();
     for kept in answering(all) {
         let table = tables::first(&kept.results).context("a training step was measured")?;
@@ -233,7 +234,7 @@ fn printed(all: &[Kept]) -> Result<String> {
 }
 
 /// criterion-baselines/README.md's table of what is kept.
-fn listed(all: &[Kept]) -> String {
+fn listed(all: &[PublishedBaseline]) -> String {
     let rows: Vec<Vec<String>> = all
         .iter()
         .map(|kept| {
@@ -246,7 +247,7 @@ fn listed(all: &[Kept]) -> String {
                 date.to_owned(),
                 m.commit.clone(),
                 measured.to_string(),
-                kept.results.turns.len().to_string(),
+                kept.results.interleaved.len().to_string(),
             ]
         })
         .collect();
@@ -299,7 +300,7 @@ pub fn between(page: &str, name: &str, text: &str) -> Result<String> {
 /// Where a baseline is damaged, or a page has lost its marks.
 pub fn files(root: &Path) -> Result<Vec<(PathBuf, String)>> {
     let folder = root.join("criterion-baselines");
-    let all = kept(&folder)?;
+    let all = published_baselines(&folder)?;
     let read = |path: &Path| {
         fs::read_to_string(path).with_context(|| format!("{} could not be read", path.display()))
     };
@@ -309,7 +310,7 @@ pub fn files(root: &Path) -> Result<Vec<(PathBuf, String)>> {
     let mut kept_page = between(&read(&data)?, "baselines", &listed(&all))?;
     kept_page = between(&kept_page, "printed", &printed(&all)?)?;
     kept_page = between(&kept_page, "python", &interleaved(&folder)?)?;
-    let shown: Vec<&Kept> = answering(&all).collect();
+    let shown: Vec<&PublishedBaseline> = answering(&all).collect();
     let trials = pictures::trials(&read(&root.join("src/compare/README.md"))?)?;
     let mut files = vec![
         (front, page),
@@ -345,15 +346,15 @@ mod tests {
         fs::create_dir_all(&folder).unwrap();
         fs::write(folder.join("baseline.json"), "damaged").unwrap();
         // Without git all of them count, and a damaged one is told.
-        assert!(kept(&root).is_err());
+        assert!(published_baselines(&root).is_err());
         let git = |arguments: &[&str]| {
             let done = Command::new("git").arg("-C").arg(&root).args(arguments).output().unwrap();
             assert!(done.status.success(), "{arguments:?}");
         };
         git(&["init", "-q"]);
-        assert!(kept(&root).unwrap().is_empty());
+        assert!(published_baselines(&root).unwrap().is_empty());
         git(&["add", "m"]);
-        assert!(kept(&root).is_err());
+        assert!(published_baselines(&root).is_err());
         fs::remove_dir_all(root).unwrap();
     }
 

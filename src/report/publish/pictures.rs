@@ -3,13 +3,13 @@
 use anyhow::{Context, Result};
 use plotters::prelude::*;
 
-use super::Kept;
-use crate::compare::rule::THRESHOLD;
+use super::PublishedBaseline;
+use crate::compare::decision::THRESHOLD;
 use crate::report::plots::{Bar, INK, LARGE, SMALL, bars_into, drawn_on_paper, legend, speeds, text, wrong};
 use crate::report::tables::digits;
 
 /// The training step of every machine's baseline, both frameworks, and grey below a bar the same step in Python.
-pub fn answer(all: &[&Kept]) -> Result<String> {
+pub fn answer(all: &[&PublishedBaseline]) -> Result<String> {
     const PYTHON: (&str, RGBColor) =
         ("the same step written in Python, by the ratio of interleaved rounds", RGBColor(170, 170, 170));
     let sections: Vec<(String, Vec<Bar>)> = all.iter().map(|kept| section(kept, PYTHON.1)).collect();
@@ -26,10 +26,10 @@ pub fn answer(all: &[&Kept]) -> Result<String> {
     })
 }
 
-fn section(kept: &Kept, grey: RGBColor) -> (String, Vec<Bar>) {
+fn section(kept: &PublishedBaseline, grey: RGBColor) -> (String, Vec<Bar>) {
     let mut rows = Vec::new();
     for (case, bar) in speeds(&kept.results) {
-        let python = kept.twin(&case).map(|twin| bar.segments[0].0 * twin.ratio);
+        let python = kept.python_result(&case).map(|twin| bar.segments[0].0 * twin.ratio);
         rows.push(bar);
         rows.extend(python.map(|speed| Bar {
             label: String::new(),

@@ -50,7 +50,7 @@ class Attention(nn.Module):
         else:
             self.q, self.k, self.v = (nn.Linear(m["width"], rows, bias) for rows in self.rows)
         self.o = nn.Linear(inner, m["width"], m["bias"]["out"])
-        kind = m.get("query-key-norm")
+        kind = m.get("qk-norm")
         self.q_norm, self.k_norm = (norm(kind, self.each) if kind else None for _ in range(2))
 
     def placed(self, x, own_norm, turns):
@@ -95,9 +95,9 @@ class FeedForward(nn.Module):
     def __init__(self, m, drops):
         super().__init__()
         bias = m["bias"]["feed-forward"]
-        up = lambda: nn.Linear(m["width"], m["hidden"], bias)
-        self.gate = up() if m["gated"] else None
-        self.up, self.down = up(), nn.Linear(m["hidden"], m["width"], bias)
+        up = lambda: nn.Linear(m["width"], m["ffn-width"], bias)
+        self.gate = up() if m["glu"] else None
+        self.up, self.down = up(), nn.Linear(m["ffn-width"], m["width"], bias)
         self.activation, self.drops = ACTIVATIONS[m["activation"]], drops
 
     def forward(self, x):
@@ -108,7 +108,7 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     def __init__(self, m, good, drops):
         super().__init__()
-        self.before, self.drops = m["norm-place"] == "before", drops
+        self.before, self.drops = m["norm-order"] == "pre-norm", drops
         self.attention, self.feed_forward = Attention(m, good, drops), FeedForward(m, drops)
         self.norm1, self.norm2 = norm(m["norm"], m["width"]), norm(m["norm"], m["width"])
 
@@ -161,7 +161,7 @@ class Model(nn.Module):
         self.turns = None
         if "rotary" in m["position"]:
             power = torch.arange(0, m["head-width"], 2) / m["head-width"]
-            angle = torch.arange(m["tokens"]).unsqueeze(1) / m["position"]["rotary"]["base"] ** power
+            angle = torch.arange(m["tokens"]).unsqueeze(1) / m["position"]["rotary"]["theta"] ** power
             self.register_buffer("cos", angle.cos())
             self.register_buffer("sin", angle.sin())
             self.turns = True
@@ -171,7 +171,7 @@ class Model(nn.Module):
         if self.end == "indicator-heads":
             self.selection, self.allocation = Head(width, drops), Head(width, drops)
         elif self.end != "tied":
-            self.output = Masked(m) if self.end == "masked" else nn.Linear(width, m["vocabulary"], bias=False)
+            self.output = Masked(m) if self.end == "mlm-head" else nn.Linear(width, m["vocabulary"], bias=False)
 
     def forward(self, *data):
         if hasattr(self, "token"):
@@ -189,7 +189,7 @@ class Model(nn.Module):
             return self.selection(x), self.allocation(x).softmax(-1)
         if self.end == "tied":
             return (F.linear(x, self.token),)
-        return (self.output(x, self.token) if self.end == "masked" else self.output(x),)
+        return (self.output(x, self.token) if self.end == "mlm-head" else self.output(x),)
 
     def loss(self, *data):
         out = self(*data)

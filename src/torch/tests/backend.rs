@@ -7,6 +7,6 @@ use transformer_bench::suite::BackendId;
 #[test]
 fn every_backend_conforms() {
     let found = transformer_bench_torch::find();
-    assert!(found.backend(BackendId::TorchCpu).is_some(), "torch-cpu must run everywhere");
+    assert!(found.get(BackendId::TorchCpu).is_some(), "torch-cpu must run everywhere");
     conformance::assert_all(&found);
 }

@@ -1,0 +1,41 @@
+"""Command-line options of the scripts. A wrong option is reported in one line, with exit code 2.
+
+Shell scripts run `python3 options.py SCRIPT OPTION KNOWN...` to report the unknown OPTION.
+"""
+import argparse
+import difflib
+import sys
+
+
+def unknown_option(script, option, known):
+    """Returns the error message, which suggests the most similar option of `known`."""
+    similar = difflib.get_close_matches(option, known, n=1)
+    suggestion = f", did you mean {similar[0]}?" if similar else ""
+    return f"unknown option '{option}'{suggestion} (see scripts/{script} --help)"
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser for `scripts/SCRIPT`. Options and positional arguments may come in any order."""
+
+    def __init__(self, script, description, epilog=None):
+        super().__init__(prog=f"scripts/{script}", description=description, epilog=epilog, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.script = script
+
+    def parse_args(self, args=None, namespace=None):
+        values, unknown = self.parse_known_intermixed_args(args, namespace)
+        for argument in unknown:
+            if argument.startswith("-"):
+                known = [option for option in self._option_string_actions if option.startswith("--")]
+                self.exit(2, f"{self.script}: {unknown_option(self.script, argument, known)}\n")
+            self.error(f"unexpected argument '{argument}'")
+        return values
+
+    def error(self, message):
+        self.exit(2, f"{self.script}: {message} (see scripts/{self.script} --help)\n")
+
+
+if __name__ == "__main__":
+    script, option, *known = sys.argv[1:]
+    print(f"{script}: {unknown_option(script, option, known)}", file=sys.stderr)
+    sys.exit(2)

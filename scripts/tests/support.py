@@ -1,0 +1,104 @@
+"""What the script tests share: the built programs, and a worker that reports times instead of measuring them."""
+import functools
+import importlib.machinery
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = ROOT / "target/release/transformer-bench"
+sys.dont_write_bytecode = True
+
+
+def needs_quiet_machine(test):
+    """Marks a test that compares times: run.py runs it alone, after all others."""
+    test.needs_quiet_machine = True
+    return test
+
+
+def uses_all_cores(test):
+    """Marks a test that computes rather than waits: run.py runs one of them at a time."""
+    test.uses_all_cores = True
+    return test
+
+
+def load(name):
+    """Imports a script that has no `.py` in its name."""
+    loader = importlib.machinery.SourceFileLoader(name.replace("-", "_"), str(ROOT / "scripts" / name))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+    loader.exec_module(module)
+    return module
+
+
+def run(*command, env=None):
+    """Runs a command in the project's root. Returns its exit code and all that it printed."""
+    done = subprocess.run([str(c) for c in command], cwd=ROOT, text=True, capture_output=True,
+                          env={**os.environ, **(env or {})})
+    return done.returncode, (done.stdout + done.stderr).strip()
+
+
+@functools.lru_cache(None)
+def build():
+    """Builds the command `transformer-bench`, once per process."""
+    subprocess.run(["cargo", "build", "--quiet", "--release", "--locked", "--bins"], cwd=ROOT, check=True)
+
+
+@functools.lru_cache(None)
+def executables():
+    """Builds both bench targets, once per process, and returns their paths by framework."""
+    return load("compare-python").executables()
+
+
+def temporary_folder(test):
+    """Returns a folder that is removed after `test`."""
+    folder = tempfile.TemporaryDirectory()
+    test.addCleanup(folder.cleanup)
+    return Path(folder.name)
+
+
+class CompareCase(unittest.TestCase):
+    """Comparisons of workers that report times instead of measuring them."""
+
+    CASE = "forward/torch-cpu/f32/indicator-tiny-b2"
+
+    @classmethod
+    def setUpClass(cls):
+        # Executables that answer like a worker, with what each test needs.
+        cls.folder = Path(tempfile.mkdtemp())
+        cls.addClassCleanup(shutil.rmtree, cls.folder)
+        subprocess.run(["cargo", "build", "--quiet", "--release", "--locked", "--bins"], cwd=ROOT, check=True)
+        cls.baselines = cls.folder / "criterion-baselines"
+
+    def side(self, name, script="", prove="now 0.5"):
+        """A folder with a worker of 0.2 ms a step; `script` runs before each answer, `prove` is what it says of parity."""
+        folder = self.folder / name
+        folder.mkdir(exist_ok=True)
+        worker = folder / "torch"
+        worker.write_text(f"""#!/usr/bin/env python3
+import os, sys, random
+for line in sys.stdin:
+    word = line.split()[0]
+    step = 200_000
+    {script or 'pass'}
+    if word == "cases":
+        print("{self.CASE}")
+    elif word == "case":
+        print("ready")
+    elif word == "work":
+        print(0)
+    elif word == "prove":
+        print({prove!r})
+    else:
+        print(int(int(word) * step * random.gauss(1, 0.001)))
+    sys.stdout.flush()
+""")
+        worker.chmod(0o755)
+        return f"dir:{folder}"
+
+    def compare(self, *arguments, env=None):
+        return run("target/release/transformer-bench", "compare", *arguments, env={"TRANSFORMER_BENCH_RESULTS": str(self.folder), **(env or {})})

@@ -1,0 +1,101 @@
+"""Benchmarks of a model that a file describes."""
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import unittest
+from pathlib import Path
+
+from support import ROOT, run
+
+
+class CustomModel(unittest.TestCase):
+    """A model from a file in the place of the suite's."""
+
+    SMALL = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 64, "max_position_embeddings": 128}
+
+    def setUp(self):
+        self.folder = Path(tempfile.mkdtemp())
+        self.addCleanup(shutil.rmtree, self.folder)
+
+    def config(self, name="small", **change):
+        path = self.folder / name / "config.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({**self.SMALL, **change}))
+        return path
+
+    def test_a_configuration_is_measured_and_named(self):
+        results = {"TRANSFORMER_BENCH_RESULTS": str(self.folder / "results"), "CRITERION_HOME": str(self.folder / "criterion")}
+        small = self.config(use_mup=True).parent
+        code, text = run("scripts/bench", "--model", small, "--batch", "2", "--tokens", "64",
+                         "^(train-step|attention-grad)/[^/]*-cpu/f32/", env=results)
+        self.assertEqual(code, 0, text)
+        self.assertIn("use_mup (true) is not known here", text)
+        self.assertIn("small: 0.0 M parameters, measured as small-b2-t64, as asked", text)
+        self.assertIn("Training speed, small-b2-t64", text)
+        self.assertIn("tokens/s", text)
+        found = json.loads((self.folder / "results" / "results.json").read_text())
+        self.assertEqual(found["model"]["configuration"]["key-value-heads"], 2)
+        measured = [case["id"] for case in found["cases"] if case["status"] == "measured"]
+        self.assertEqual(sorted(measured), sorted(
+            f"{workload}/{backend}/f32/small-b2-t64"
+            for workload in ("train-step", "attention-grad") for backend in ("torch-cpu", "mlx-cpu")))
+        # A baseline keeps the whole of it, and is compared with itself alone.
+        (self.folder / "criterion-baselines").mkdir()
+        program = [str(ROOT / "target/release/transformer-bench")]
+        for arguments, code, word in (
+                (["baseline", "save", "own", "--force"], 0, "own"),
+                (["compare", "baseline:own", "--anyway", "--budget", "1"], 2,
+                 "the baseline is of small: say TRANSFORMER_BENCH_MODEL=PATH TRANSFORMER_BENCH_BATCH=2")):
+            done = subprocess.run(program + arguments, cwd=self.folder, env={**os.environ, **results}, text=True,
+                                  capture_output=True)
+            self.assertEqual(done.returncode, code, done.stderr)
+            self.assertIn(word, done.stdout + done.stderr)
+        # The report needs no file but the run's; another configuration of the name is refused.
+        code, text = run("scripts/report", env=results)
+        self.assertEqual(code, 0, text)
+        self.assertIn("# transformer-bench: small", text)
+        other = self.config(rope_theta=500.0)
+        code, text = run("scripts/report", env={**results, "TRANSFORMER_BENCH_MODEL": str(other)})
+        self.assertEqual(code, 2, text)
+        self.assertIn("model 'small' is another configuration", text)
+
+    def test_every_script_knows_it(self):
+        env = {"TRANSFORMER_BENCH_MODEL": str(self.config()), "TRANSFORMER_BENCH_BATCH": "3"}
+        code, text = run("scripts/list", "full", "train-step/torch-cpu/f32/", env=env)
+        self.assertEqual(code, 0, text)
+        self.assertIn("train-step/torch-cpu/f32/small-b3-t128", text)
+        self.assertNotIn("indicator", text)
+        code, text = run("scripts/compare", "worktree", "worktree", "^attention/torch-cpu/f32/", "--budget", "1", env=env)
+        self.assertIn(code, (0, 3), text)
+        self.assertIn("attention/torch-cpu/f32/small-b1-t128", text)
+
+    def test_what_cannot_be_measured_is_told_in_one_line(self):
+        broken = self.folder / "broken.json"
+        broken.write_text("{")
+        for path, more, word in (
+                (self.config("scaled", rope_scaling={"rope_type": "yarn", "factor": 4.0}), {}, "rope_scaling"),
+                (self.config("experts", num_local_experts=8), {}, "num_local_experts"),
+                (self.config("odd", num_attention_heads=5), {}, "do not divide"),
+                (self.config("huge", hidden_size=16384, num_hidden_layers=400, intermediate_size=65536), {}, "GB"),
+                (self.config(), {"TRANSFORMER_BENCH_TOKENS": "129"}, "at most 128"),
+                (self.config(), {"TRANSFORMER_BENCH_BATCH": "0"}, "TRANSFORMER_BENCH_BATCH=0"),
+                (broken, {}, "no JSON"),
+                (self.folder / "none", {}, "can't be read"),
+                ("", {"TRANSFORMER_BENCH_TOKENS": "8"}, "go with TRANSFORMER_BENCH_MODEL")):
+            code, text = run("target/release/transformer-bench", "list", "quick",
+                             env={"TRANSFORMER_BENCH_MODEL": str(path), **more})
+            self.assertEqual(code, 2, text)
+            self.assertIn(word, text)
+            self.assertEqual(len(text.splitlines()), 1, text)
+        for arguments, word in ((["--model"], "needs a value"), (["--model", "/no/such"], "no such file"),
+                                (["--batch", "4"], "go with TRANSFORMER_BENCH_MODEL")):
+            code, text = run("scripts/bench", *arguments)
+            self.assertEqual(code, 2, text)
+            self.assertIn(word, text)
+
+
+if __name__ == "__main__":
+    unittest.main()

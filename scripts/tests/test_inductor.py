@@ -1,0 +1,71 @@
+"""Steps that TorchInductor compiles at first use."""
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+from unittest import mock
+
+from support import ROOT, load
+
+
+class Inductor(unittest.TestCase):
+    """Code that is made at first use."""
+
+    def test_a_making_that_fails_is_a_row_and_leaves_nothing(self):
+        executable = load("reference").executables()["torch"]
+        with tempfile.TemporaryDirectory() as folder:
+            done = subprocess.run(
+                [executable, "--bench", "--test", "train-step/torch-cpu/f32(-compile)?/indicator-tiny-b2$"],
+                capture_output=True, text=True, env={
+                    # Python does not start.
+                    **os.environ, "PYTHONHOME": "/no/such/folder", "XDG_CACHE_HOME": folder,
+                    "TRANSFORMER_BENCH_RESULTS": f"{folder}/results", "TRANSFORMER_BENCH_SET": "smoke"})
+            self.assertEqual(done.returncode, 1, done.stderr)
+            [line] = [line for line in done.stderr.splitlines() if "no code could be made" in line and "[" not in line]
+            self.assertIn("f32-compile", line)
+            self.assertIn("Inductor", line)
+            self.assertIn("torch: 1 cases ran, 1 failed", done.stdout)
+            self.assertEqual(list((Path(folder) / "transformer-bench").glob("*")), [])
+
+    def test_the_network_of_every_choice_can_be_traced(self):
+        """Which needs no minute of compiling: what fails later is Inductor's."""
+        common = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 128,
+                  "vocab_size": 96, "max_position_embeddings": 32}
+        models = [{"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-6,
+                   "rope_theta": 1e4, "hidden_act": "silu", "tie_word_embeddings": False, **common},
+                  {"model_type": "bert", "layer_norm_eps": 1e-12, "hidden_act": "gelu", "hidden_dropout_prob": 0.1,
+                   "attention_probs_dropout_prob": 0.1, "type_vocab_size": 2, **common}]
+        reference = load("reference")
+        executable = reference.executables()["torch"]
+        code = ("import json, sys; import network, package; case = json.loads(sys.argv[1]); "
+                "names = [name for name, _ in network.build(case, True).named_parameters()]; "
+                "print(len(package.trace(case, names)[0].graph.nodes))")
+        for model in models:
+            name = model["model_type"]
+            with self.subTest(name), tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / f"{name}.json"
+                path.write_text(json.dumps(model))
+                given = {"TRANSFORMER_BENCH_MODEL": str(path), "TRANSFORMER_BENCH_BATCH": "2", "TRANSFORMER_BENCH_TOKENS": "32"}
+                with mock.patch.dict(os.environ, given):
+                    [described] = reference.asked(executable, f"describe train-step/torch-cpu/amp-compile/{name}-b2-t32")
+                folders = [ROOT / "src" / "torch" / "inductor", ROOT / ".deps" / "torch-python"]
+                done = subprocess.run([sys.executable, "-c", code, described], capture_output=True, text=True, env={
+                    **os.environ, "PYTHONPATH": ":".join(map(str, folders)), "PYTHONDONTWRITEBYTECODE": "1"})
+                self.assertEqual(done.returncode, 0, done.stderr[-500:])
+                self.assertGreater(int(done.stdout), 100)
+
+    def test_a_worker_describes_a_case(self):
+        reference = load("reference")
+        executable = reference.executables()["torch"]
+        [described] = reference.asked(executable, "describe train-step/torch-cpu/amp-compile/indicator-b16")
+        described = json.loads(described)
+        self.assertEqual((described["compute"], described["batch"], described["model"]["layers"]), ("amp", 16, 6))
+        with self.assertRaises(reference.Stop):
+            reference.asked(executable, "describe copy-peak/torch-cpu/f32/m1")
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,171 @@
+//! `scripts/bench`: measures this machine and prints the report.
+
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::Args;
+use transformer_bench::compare::signals::check_interrupted;
+use transformer_bench::compare::worker::Side;
+use transformer_bench::results;
+use transformer_bench::suite::{Set, custom_model};
+
+use super::options::{self, Executables};
+use super::process_group::ProcessGroup;
+use super::{interleave, list, report};
+
+/// How long interleaved rounds may take after the run.
+const INTERLEAVE_LIMIT: Duration = Duration::from_secs(60);
+
+/// Measures this machine with both frameworks and prints the report.
+///
+/// Each framework runs in its own process. Each case is checked against a reference before it is timed.
+/// Interleaved rounds of the fastest training steps follow.
+///
+/// Exit codes: 0 all measured, 1 a case failed, 2 wrong input, 130 interrupted.
+#[derive(Args)]
+#[command(after_help = "Examples:
+  scripts/bench
+  scripts/bench 'train-step/.*/f32/'
+  scripts/bench --full 'attention/torch-cpu/'
+  scripts/bench --model src/model/indicator.toml --batch 4 'train-step/.*/f32/'")]
+pub struct Arguments {
+    /// Measures the cases of the headline tables, in under 5 minutes (default)
+    #[arg(long, overrides_with = "full")]
+    quick: bool,
+    /// Measures every case of the suite
+    #[arg(long)]
+    full: bool,
+    /// Measures your model instead of the built-in ones: a Hugging Face config.json, its folder, or a TOML file
+    /// (src/model/README.md)
+    #[arg(long, value_name = "PATH", value_parser = existing_path)]
+    model: Option<PathBuf>,
+    /// Batch size of your model; default: the largest with a training step under an estimated two seconds
+    #[arg(long, value_name = "B")]
+    batch: Option<String>,
+    /// Tokens per sample of your model; default: its context, 1024 at most
+    #[arg(long, value_name = "T")]
+    tokens: Option<String>,
+    /// Regular expression over ids (workload/backend/precision/shape); a filtered run adds to the last run of the
+    /// same build
+    filter: Option<String>,
+    #[command(flatten)]
+    executables: Executables,
+}
+
+fn existing_path(text: &str) -> Result<PathBuf, String> {
+    let path = options::path(text)?;
+    if text.is_empty() || !path.exists() {
+        return Err("no such file or folder".to_owned());
+    }
+    std::path::absolute(path).map_err(|error| error.to_string())
+}
+
+impl Arguments {
+    /// Exports the model options as the environment variables that every process of the suite reads.
+    ///
+    /// Must be called before this process starts a thread.
+    pub fn export_model(&self) {
+        let model = self.model.as_deref().map(Path::as_os_str);
+        let sizes = [&self.batch, &self.tokens].map(|size| size.as_deref().map(OsStr::new));
+        let names =
+            [custom_model::MODEL_VARIABLE, custom_model::BATCH_VARIABLE, custom_model::TOKENS_VARIABLE];
+        for (name, value) in names.into_iter().zip([model, sizes[0], sizes[1]]) {
+            if let Some(value) = value {
+                // SAFETY: the caller guarantees that no other thread runs yet.
+                unsafe { std::env::set_var(name, value) };
+            }
+        }
+    }
+}
+
+/// Runs the benchmarks, the interleaved rounds and the report. Returns the exit code.
+///
+/// # Errors
+/// Returns an error if nothing could be measured, or if the user interrupts.
+pub fn run(arguments: &Arguments) -> Result<u8> {
+    let set = if arguments.full { Set::Full } else { Set::Quick };
+    let filter = arguments.filter.as_deref();
+    // A wrong filter must change nothing.
+    list::select(set, filter.unwrap_or_default(), None)?;
+    let folder = results::folder();
+    let _lock = lock(&folder)?;
+    let group = ProcessGroup::start()?;
+    let side = build(&arguments.executables, &group)?;
+    let last_run = folder.join("run");
+    // A filtered run adds to the last run.
+    if filter.is_none() && last_run.exists() {
+        fs::remove_dir_all(&last_run)
+            .with_context(|| format!("{} could not be removed", last_run.display()))?;
+    }
+    let mut code = u8::from(!measure(&side, set, filter, &group)?);
+    if !last_run.exists() {
+        return Ok(code);
+    }
+    // A failure of either step does not affect the run.
+    let mut finish = |name: &str, result: Result<()>| -> Result<()> {
+        check_interrupted()?;
+        if let Err(reason) = result {
+            eprintln!("bench: {name}: {}", results::printable(&format!("{reason:#}")));
+            code = 2;
+        }
+        Ok(())
+    };
+    finish("interleaved rounds", interleave::measure(&side, INTERLEAVE_LIMIT))?;
+    finish("report", super::show("\n").and_then(|()| report::last_run(&folder)))?;
+    Ok(code)
+}
+
+/// Locks the results for this process. The system releases the lock when the process ends.
+fn lock(folder: &Path) -> Result<File> {
+    let path = folder.join("bench.lock");
+    let open = || -> std::io::Result<File> {
+        fs::create_dir_all(folder)?;
+        File::options().read(true).write(true).create(true).truncate(false).open(&path)
+    };
+    let mut file = open().with_context(|| format!("{} could not be opened", path.display()))?;
+    if file.try_lock().is_err() {
+        let mut process = String::new();
+        file.read_to_string(&mut process)?;
+        bail!("another run (process {}) writes to {}: wait for its end", process.trim(), folder.display());
+    }
+    file.set_len(0)?;
+    writeln!(file, "{}", std::process::id())?;
+    Ok(file)
+}
+
+/// Builds the executables. Cargo's progress is visible, since the first build takes minutes.
+fn build(executables: &Executables, group: &ProcessGroup) -> Result<Side> {
+    if executables.folder.is_none() {
+        let status =
+            group.run(Command::new("cargo").args(["build", "--release", "--locked", "--benches"]))?;
+        ensure!(status.success(), "the benchmarks could not be built: see the errors above");
+    }
+    executables.build()
+}
+
+/// Runs the executable of each framework. Returns true if no case failed.
+fn measure(side: &Side, set: Set, filter: Option<&str>, group: &ProcessGroup) -> Result<bool> {
+    let mut passed = true;
+    for (framework, executable) in &side.executables {
+        let mut command = Command::new(executable);
+        command.arg("--bench").args(filter).env("TRANSFORMER_BENCH_SET", set.id());
+        // A copied executable cannot derive these folders from its own path.
+        command
+            .env("TRANSFORMER_BENCH_RESULTS", results::folder())
+            .env("CRITERION_HOME", results::criterion_home());
+        let ended = group.run(&mut command);
+        check_interrupted()?;
+        match ended {
+            Ok(status) if status.success() => continue,
+            Ok(status) => eprintln!("bench: {framework} ended with {status}"),
+            Err(reason) => eprintln!("bench: {framework}: {reason:#}"),
+        }
+        passed = false;
+    }
+    Ok(passed)
+}

@@ -1,0 +1,83 @@
+//! Options that several subcommands share.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use clap::Args;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use transformer_bench::compare::revisions::{self, Source};
+use transformer_bench::compare::worker::Side;
+use transformer_bench::suite::Set;
+
+/// Names the folder in which the user called a script. The scripts run this command in the project's root.
+const CALLER_FOLDER: &str = "TRANSFORMER_BENCH_CALLER_FOLDER";
+/// A year.
+const MAX_MINUTES: f64 = 525_600.0;
+
+/// Parses a path, which is relative to the user's folder.
+pub fn path(text: &str) -> Result<PathBuf, String> {
+    match std::env::var_os(CALLER_FOLDER) {
+        Some(folder) => Ok(Path::new(&folder).join(text)),
+        None => Ok(text.into()),
+    }
+}
+
+/// Parses a side of a comparison: the path of `dir:PATH` is relative to the user's folder.
+pub fn side(text: &str) -> Result<String, String> {
+    match text.strip_prefix("dir:") {
+        Some(folder) => Ok(format!("dir:{}", path(folder)?.display())),
+        None => Ok(text.to_owned()),
+    }
+}
+
+/// Parses a positive number of minutes.
+pub fn minutes(text: &str) -> Result<Duration, String> {
+    let minutes = text.parse().ok().filter(|minutes| *minutes > 0.0 && *minutes <= MAX_MINUTES);
+    let minutes: f64 = minutes.ok_or(format!("expected minutes above 0 and up to {MAX_MINUTES}"))?;
+    Ok(Duration::from_secs_f64(60.0 * minutes))
+}
+
+/// Parses the name of a set. The help text lists all names.
+pub fn set() -> impl TypedValueParser<Value = Set> {
+    PossibleValuesParser::new(Set::ALL.iter().map(|set| set.id())).try_map(|name| name.parse::<Set>())
+}
+
+/// The executables that a subcommand measures.
+#[derive(Args)]
+pub struct Executables {
+    /// Measures the executables DIR/torch and DIR/mlx instead of those of the working tree
+    #[arg(long = "executables", value_name = "DIR", value_parser = path)]
+    pub folder: Option<PathBuf>,
+}
+
+impl Executables {
+    /// Returns the executables, built if they are those of the working tree.
+    ///
+    /// # Errors
+    /// Returns an error if the build fails or the folder has no executables.
+    pub fn build(&self) -> Result<Side> {
+        let source = self.folder.clone().map_or(Source::Worktree, Source::Folder);
+        let side = revisions::build(&source, &print_progress)?;
+        ensure!(!side.executables.is_empty(), "{} has no executable torch or mlx", side.name);
+        Ok(side)
+    }
+}
+
+/// Prints progress to standard error, apart from the results.
+pub fn print_progress(line: &str) {
+    eprintln!("{line}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn minutes_are_positive_and_at_most_a_year() {
+        assert_eq!(minutes("0.5"), Ok(Duration::from_secs(30)));
+        for wrong in ["0", "-1", "1e18", "nan", "soon"] {
+            assert!(minutes(wrong).is_err(), "{wrong}");
+        }
+    }
+}
