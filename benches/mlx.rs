@@ -1,4 +1,4 @@
-//! Every MLX case of the suite.
+//! Benchmarks of all MLX cases.
 
 mod harness;
 

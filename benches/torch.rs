@@ -1,4 +1,4 @@
-//! Every PyTorch case of the suite.
+//! Benchmarks of all PyTorch cases.
 
 mod harness;
 

@@ -1,4 +1,4 @@
-//! Criterion's files of a case that Criterion could not sample: it takes ten samples at least.
+//! Writes Criterion's files for a case that is too slow for Criterion, which takes at least ten samples.
 
 use std::path::Path;
 use std::time::Duration;
@@ -9,10 +9,17 @@ use transformer_bench::results::write_atomic;
 use transformer_bench::statistics::{mean, median, std_dev};
 use transformer_bench::suite::Case;
 
-/// Writes what Criterion 0.8 leaves in `new`. The interval is the range of what was measured.
+use super::measurement::throughput;
+
+/// Writes the files that Criterion 0.8 writes to `folder/new`. The range of the steps serves as the confidence
+/// interval of mean and median.
+///
+/// # Errors
+/// Returns an error if a file can't be written.
 pub fn write(folder: &Path, case: &Case, steps: &[Duration]) -> Result<()> {
     let times: Vec<f64> = steps.iter().map(|step| step.as_nanos() as f64).collect();
-    let (low, high) = times.iter().fold((f64::MAX, 0.0_f64), |(l, h), t| (l.min(*t), h.max(*t)));
+    let low = times.iter().copied().fold(f64::INFINITY, f64::min);
+    let high = times.iter().copied().fold(0.0, f64::max);
     let estimate = |point: f64, low: f64, high: f64| {
         json!({
             "confidence_interval": {"confidence_level": 0.95, "lower_bound": low, "upper_bound": high},
@@ -20,21 +27,20 @@ pub fn write(folder: &Path, case: &Case, steps: &[Duration]) -> Result<()> {
             "standard_error": 0.0,
         })
     };
-    let deviation = std_dev(&times);
+    let (std_dev, median_abs_dev) = (std_dev(&times), median_abs_dev(&times));
     let estimates = json!({
         "mean": estimate(mean(&times), low, high),
         "median": estimate(median(&times), low, high),
-        "median_abs_dev": estimate(deviation, deviation, deviation),
+        "median_abs_dev": estimate(median_abs_dev, median_abs_dev, median_abs_dev),
         "slope": Value::Null,
-        "std_dev": estimate(deviation, deviation, deviation),
+        "std_dev": estimate(std_dev, std_dev, std_dev),
     });
     let sample = json!({"sampling_mode": "Flat", "iters": vec![1.0; times.len()], "times": times});
-    let function = format!("{}/{}", case.backend, case.method);
     let benchmark = json!({
         "group_id": case.workload.id(),
-        "function_id": function,
+        "function_id": format!("{}/{}", case.backend, case.method),
         "value_str": case.shape.to_string(),
-        "throughput": Value::Null,
+        "throughput": throughput(case),
         "full_id": case.to_string(),
         "directory_name": format!("{}/{}_{}/{}", case.workload, case.backend, case.method, case.shape),
         "title": case.to_string(),
@@ -43,4 +49,11 @@ pub fn write(folder: &Path, case: &Case, steps: &[Duration]) -> Result<()> {
         write_atomic(&folder.join("new").join(format!("{name}.json")), &value.to_string())?;
     }
     Ok(())
+}
+
+/// Returns the median absolute deviation times 1.4826, as Criterion does. The factor makes it estimate the standard
+/// deviation of normally distributed values.
+fn median_abs_dev(values: &[f64]) -> f64 {
+    let center = median(values);
+    1.4826 * median(&values.iter().map(|value| (value - center).abs()).collect::<Vec<_>>())
 }

@@ -1,46 +1,43 @@
-//! What both bench targets share: which cases run, in what order, and what is kept.
+//! Driver that both bench targets share: selects cases, checks their parity, samples them with Criterion and writes
+//! records.
 //!
-//! First parity of every selected case, at its own shape. Then for each case: the fixture; one
-//! step alone, from which the plan is made; Criterion's samples; the record. Records
-//! are written after every case, so a run that is killed keeps what it has.
+//! The parity of all selected cases is checked before the first is timed. Records are written after every case, so
+//! that a run that is killed leaves the cases it has measured.
 
 mod criterion_files;
+mod environment;
+mod measurement;
 mod options;
 mod parity;
 mod profiler;
+mod protocol;
 mod ranks;
+mod records;
+mod sampling;
 mod sampling_timer;
 mod symbols;
 mod timing;
 mod worker;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use criterion::{BenchmarkId, Criterion, SamplingMode, Throughput};
-use transformer_bench::backend::{self, Backend, Backends, LoadedCase, Rank};
-use transformer_bench::interference::{self, CpuUsage};
+use transformer_bench::backend::{self, Backends, Rank};
 use transformer_bench::memory;
-use transformer_bench::model::fixture::Fixture;
-use transformer_bench::profile::gpu;
 use transformer_bench::results::machine::{self, Machine};
 use transformer_bench::results::run::{Selection, Writer};
-use transformer_bench::results::{self, Record, Status, criterion_folder};
-use transformer_bench::statistics;
-use transformer_bench::suite::cost::{self, Work};
-use transformer_bench::suite::{Case, Device, Framework, cases, custom_model};
+use transformer_bench::results::{self, Record, Status};
+use transformer_bench::suite::{Case, Framework, cases, custom_model};
 
+use environment::Environment;
 use options::Options;
-use parity::Proven;
-use profiler::Sampler;
-use timing::Plan;
+use parity::ParityResults;
+use records::{failure_record, fill_record};
+use sampling::CaseRunner;
 
-/// How long the machine is looked at before a run.
-const LOOK: Duration = Duration::from_millis(500);
-
-/// Runs a framework's cases.
+/// Runs the cases of a framework, or a worker process if the arguments ask for one.
 pub fn main(framework: Framework, find: fn() -> Backends) -> ExitCode {
     match run(framework, find) {
         Ok(true) => ExitCode::SUCCESS,
@@ -52,56 +49,53 @@ pub fn main(framework: Framework, find: fn() -> Backends) -> ExitCode {
     }
 }
 
-/// True unless a case failed.
+/// Returns true unless a case failed.
 fn run(framework: Framework, find: fn() -> Backends) -> Result<bool> {
     memory::retain_freed_memory()?;
     machine::prefer_fast_cores();
-    ranks::stay();
+    ranks::pin_to_assigned_cores();
     let notes = custom_model::from_environment(|| machine::capacity(&Machine::read()))?;
-    if let Some(first) = worker::requested(std::env::args().skip(1)) {
-        worker::start(framework, find, first)?;
-    }
+    worker::serve_if_requested(framework, find)?;
     notes.iter().for_each(|note| eprintln!("{framework}: {note}"));
     let set = std::env::var("TRANSFORMER_BENCH_SET").ok();
     let options = Options::read(std::env::args().skip(1), set)?;
-    let home = criterion_home();
-    let selected: Vec<Case> = cases(options.set)
-        .into_iter()
-        .filter(|c| c.backend.framework() == framework && options.selects(c))
-        .collect();
+    let criterion_home = set_criterion_home();
+    let mut selected = cases(options.set);
+    selected.retain(|case| case.backend.framework() == framework && options.selects(case));
     if options.list {
         selected.iter().for_each(|case| println!("{case}: benchmark"));
         return Ok(true);
     }
     if options.profile.is_some() {
-        profiler::prepare()?;
+        profiler::prepare_process()?;
     }
-    let led = Rank::from_environment(framework)?;
-    ranks::see_own_gpu(led);
-    let found = find();
+    // The rank of this process, if torchrun or mlx.launch started it.
+    let rank = Rank::from_environment(framework)?;
+    ranks::restrict_visible_gpu(rank);
+    let backends = find();
     machine::assert_isolated(framework)?;
-    if let Some(rank) = led.filter(|rank| rank.index > 0) {
-        return ranks::follow(found, rank).map(|()| true);
+    if let Some(rank) = rank.filter(|rank| rank.index > 0) {
+        return ranks::run_follower(backends, rank).map(|()| true);
     }
-    let found = ranks::shared(found, led);
-    // What a launcher started is no rank in another process: there such cases are skipped like all others.
-    let apart = |case: &Case| {
-        led.is_none()
+    let backends = ranks::with_ranks(backends, rank);
+    // A launched rank skips these cases, because another process would not be a rank.
+    let needs_process = |case: &Case| {
+        rank.is_none()
             && backend::needs_tf32_process(case)
             && !case.backend.is_cpu()
-            && found.get(case.backend).is_some()
+            && backends.get(case.backend).is_some()
     };
-    let (apart, selected): (Vec<Case>, Vec<Case>) = selected.into_iter().partition(apart);
-    let (selected, child) =
-        if backend::is_tf32_process() { (apart, false) } else { (selected, !apart.is_empty()) };
-    let mut suite = Suite::new(options, home, found);
-    let passed = suite.measure_all(framework, &selected, led)?;
-    ranks::dismiss(&suite.here.found, led);
-    Ok(if child { tf32_process()? && passed } else { passed })
+    let (tf32, others): (Vec<Case>, Vec<Case>) = selected.into_iter().partition(needs_process);
+    let is_tf32_process = backend::is_tf32_process();
+    let start_tf32_process = !is_tf32_process && !tf32.is_empty();
+    let mut suite = Suite::new(&options, criterion_home, backends);
+    let passed = suite.run(framework, if is_tf32_process { &tf32 } else { &others }, rank)?;
+    ranks::shutdown_followers(&suite.environment.backends, rank);
+    Ok(if start_tf32_process { run_tf32_process()? && passed } else { passed })
 }
 
-/// Runs what needs TF32 switched on from the start; true unless a case failed.
-fn tf32_process() -> Result<bool> {
+/// Runs the cases that need TF32 from the start of their process. Returns true unless a case failed.
+fn run_tf32_process() -> Result<bool> {
     let status = std::process::Command::new(std::env::current_exe()?)
         .args(std::env::args_os().skip(1))
         .env(backend::TF32_PROCESS, "1")
@@ -114,128 +108,87 @@ fn tf32_process() -> Result<bool> {
     }
 }
 
-/// The machine with the versions of what was found.
-fn machine_of(found: &Backends) -> Machine {
-    let mut machine = Machine::read();
-    machine.add_versions(found.available.iter().flat_map(|backend| backend.versions()));
-    machine.add_versions(memory::describe_allocator());
-    machine
-}
-
-/// About how long the cases from this one on will take, at the pace so far: `, 2 min left`.
-fn left(started: Instant, present: &[Case], case: &Case) -> String {
-    match present.iter().position(|c| c == case) {
-        Some(done) if done > 0 => {
-            let each = started.elapsed().as_secs_f64() / done as f64;
-            let left = each * (present.len() - done) as f64;
-            if left < 90.0 { format!(", {left:.0} s left") } else { format!(", {:.0} min left", left / 60.0) }
-        }
-        _ => String::new(),
-    }
-}
-
-/// Criterion's folder; set so that both know it.
-fn criterion_home() -> PathBuf {
+/// Returns Criterion's output folder, after making Criterion use the same.
+fn set_criterion_home() -> PathBuf {
     let home = results::criterion_home();
     // SAFETY: no other thread runs yet.
     unsafe { std::env::set_var("CRITERION_HOME", &home) };
     home
 }
 
-/// What can run, and on what.
-struct Here {
-    found: Backends,
-    machine: Machine,
-}
-
-impl Here {
-    /// The backend of a case that can run here, else why not. Cases that can't fit are refused
-    /// before anything is allocated.
-    fn runs(&self, case: &Case) -> Result<&dyn Backend, String> {
-        let Some(backend) = self.found.get(case.backend) else {
-            let absent = self.found.unavailable.iter().find(|a| a.id == case.backend);
-            return Err(absent.map_or_else(|| "not found".to_owned(), |a| a.reason.clone()));
-        };
-        backend.supports(case).map_err(|unsupported| unsupported.to_string())?;
-        // Ranks of a CPU share its memory; a GPU is one rank's.
-        let sharing = if case.backend.is_cpu() { case.shape.ranks() } else { 1 };
-        let need = (sharing as u64 * cost::memory_estimate(case)) as f64 / 1e9;
-        let have = backend.memory_total().unwrap_or(self.machine.memory_bytes) as f64 / 1e9;
-        if need > 0.85 * have {
-            return Err(format!("needs about {need:.0} GB of memory and {have:.0} GB is there"));
+/// Returns the estimated time for `case` and the cases after it, as `, 2 min left`. The text is empty for the first.
+fn eta(started: Instant, available: &[Case], case: &Case) -> String {
+    match available.iter().position(|c| c == case) {
+        Some(done) if done > 0 => {
+            let per_case = started.elapsed().as_secs_f64() / done as f64;
+            let left = per_case * (available.len() - done) as f64;
+            if left < 90.0 { format!(", {left:.0} s left") } else { format!(", {:.0} min left", left / 60.0) }
         }
-        Ok(backend)
+        _ => String::new(),
     }
 }
 
-struct Suite {
-    criterion: Criterion,
-    sampler: Sampler,
-    home: PathBuf,
-    options: Options,
-    here: Here,
-    proven: Proven,
+struct Suite<'a> {
+    options: &'a Options,
+    criterion_home: PathBuf,
+    environment: Environment,
+    runner: CaseRunner<'a>,
+    parity: ParityResults,
 }
 
-impl Suite {
-    fn new(options: Options, home: PathBuf, found: Backends) -> Self {
-        let sampler = Sampler::default();
-        let mut machine = machine_of(&found);
+impl<'a> Suite<'a> {
+    fn new(options: &'a Options, criterion_home: PathBuf, backends: Backends) -> Self {
+        let mut environment = Environment::new(backends);
         if !options.test && !options.load_baseline {
-            let others = interference::background_load(LOOK);
-            machine.background_load = Some(others);
-            if others > interference::WAIT_THRESHOLD * machine.cores as f64 {
-                eprintln!(
-                    "note: others use {others:.1} of this machine's {} cores: what they disturb is marked",
-                    machine.cores
-                );
-            }
+            environment.measure_background_load();
         }
-        let criterion = Criterion::default().with_profiler(sampler.clone());
-        Self {
-            criterion: criterion.configure_from_args().without_plots(),
-            sampler,
-            home,
-            options,
-            here: Here { machine, found },
-            proven: Proven::new(),
-        }
+        let runner = CaseRunner::new(options, criterion_home.clone());
+        Self { options, criterion_home, environment, runner, parity: ParityResults::new() }
     }
 
-    /// True unless a case failed.
-    fn measure_all(&mut self, framework: Framework, selected: &[Case], led: Option<Rank>) -> Result<bool> {
-        let here = |c: &&Case| self.here.found.get(c.backend).is_some();
-        let present: Vec<Case> = selected.iter().filter(here).copied().collect();
-        self.options.check_baseline(&self.home, &present)?;
-        // What is only looked at needs no proof.
-        if self.options.profile.is_none() && !self.options.load_baseline {
-            let runs = |case: &&Case| self.here.runs(case).is_ok();
-            let runs: Vec<Case> = selected.iter().filter(runs).copied().collect();
-            let unmade = self.made(&runs);
-            let runs: Vec<Case> = runs.into_iter().filter(|case| !unmade.contains_key(case)).collect();
-            self.proven = match led {
-                // A process of its own would be no rank.
-                Some(_) => parity::prove_here(&self.here.found, &runs),
-                None => parity::prove(framework, &runs)?,
+    /// Compiles, checks and measures the cases. Returns true unless a case failed.
+    fn run(&mut self, framework: Framework, selected: &[Case], rank: Option<Rank>) -> Result<bool> {
+        let Environment { backends, machine } = &self.environment;
+        let mut available = selected.to_vec();
+        available.retain(|case| backends.get(case.backend).is_some());
+        self.options.check_baseline(&self.criterion_home, &available)?;
+        let options = self.options;
+        let writes_records = !options.test && options.profile.is_none() && !options.load_baseline;
+        // Cases that are only profiled or reported again need no check.
+        if options.profile.is_none() && !options.load_baseline {
+            let mut runnable = selected.to_vec();
+            runnable.retain(|case| self.environment.backend_for(case).is_ok());
+            let failed = self.compile_cases(&runnable);
+            runnable.retain(|case| !failed.contains_key(case));
+            self.parity = match rank {
+                // A subprocess would not be a rank.
+                Some(_) => parity::check_in_process(backends, &runnable),
+                None => parity::check_in_subprocess(framework, &runnable)?,
             };
-            self.proven.extend(unmade);
+            self.parity.extend(failed);
         }
-        let mut part = if self.writes() { Some(self.part(framework, selected)?) } else { None };
+        let mut writer = if writes_records {
+            let selection = Selection { set: options.set.to_string(), filter: options.filter.to_string() };
+            let (folder, tf32) = (results::folder(), backend::is_tf32_process());
+            Some(Writer::begin(&folder, framework, tf32, selection, selected, machine.clone())?)
+        } else {
+            None
+        };
         let mut records = Vec::new();
         let started = Instant::now();
         for (index, case) in selected.iter().enumerate() {
-            let place = format!("[{}/{}{}]", index + 1, selected.len(), left(started, &present, case));
-            records.extend(self.measure(case, &place));
-            if let Some(part) = &mut part {
-                part.save(&records)?;
+            let label = format!("[{}/{}{}]", index + 1, selected.len(), eta(started, &available, case));
+            records.extend(self.measure(case, &label));
+            if let Some(writer) = &mut writer {
+                writer.save(&records)?;
             }
         }
-        symbols::drop_generated();
-        self.criterion.final_summary();
+        symbols::remove_jit_map();
+        self.runner.final_summary();
         if self.options.test {
             let count = |status| records.iter().filter(|r| r.status == status).count();
             println!(
-                "{framework}: {} cases ran, {} failed, {} skipped",
+                "{framework}: {} passed, {} failed, {} skipped",
                 count(Status::Measured),
                 count(Status::Error) + count(Status::ParityFailed) + count(Status::TooSlow),
                 count(Status::Skipped)
@@ -244,293 +197,65 @@ impl Suite {
         Ok(!records.iter().any(|r| matches!(r.status, Status::Error | Status::ParityFailed)))
     }
 
-    /// Makes the code of the cases that have none yet; returns those for which that failed, with the reason.
-    fn made(&self, cases: &[Case]) -> Proven {
-        let backend = |case: &Case| self.here.found.get(case.backend);
-        let unmade = |case: &&Case| backend(case).is_some_and(|b| b.needs_compile(case));
-        let unmade: Vec<&Case> = cases.iter().filter(unmade).collect();
-        let mut failed = Proven::new();
-        for (index, case) in unmade.iter().enumerate() {
-            eprintln!("compiling {case}, about a minute or two; {} of {}", index + 1, unmade.len());
-            let made = backend(case).map_or(Ok(()), |b| b.compile(case));
-            if let Err(error) = made {
-                let text = format!("no code could be made: {error:#}");
-                eprintln!("{case}: {text}");
-                failed.insert(**case, Err((Status::Error, text)));
+    /// Compiles the cases that need it. Returns those that failed, with the reason.
+    fn compile_cases(&self, cases: &[Case]) -> ParityResults {
+        let backend = |case: &Case| self.environment.backends.get(case.backend);
+        let needs_compile = |case: &&Case| backend(case).is_some_and(|b| b.needs_compile(case));
+        let cases: Vec<&Case> = cases.iter().filter(needs_compile).collect();
+        let mut failed = ParityResults::new();
+        for (index, case) in cases.iter().enumerate() {
+            eprintln!("compiling {case} ({} of {}, about 1–2 min)", index + 1, cases.len());
+            if let Err(error) = backend(case).map_or(Ok(()), |b| b.compile(case)) {
+                let reason = format!("compilation failed: {error:#}");
+                eprintln!("{case}: {reason}");
+                failed.insert(**case, Err((Status::Error, reason)));
             }
         }
         failed
     }
 
-    /// Whether the run leaves records.
-    fn writes(&self) -> bool {
-        !self.options.test && self.options.profile.is_none() && !self.options.load_baseline
-    }
-
-    /// Where the records go.
-    fn part(&self, framework: Framework, selected: &[Case]) -> Result<Writer> {
-        let selection = Selection { set: self.options.set.to_string(), filter: self.options.filter_text() };
-        let tf32 = backend::is_tf32_process();
-        Writer::begin(&results::folder(), framework, tf32, selection, selected, self.here.machine.clone())
-    }
-
-    /// None where the case was only profiled.
-    fn measure(&mut self, case: &Case, place: &str) -> Option<Record> {
-        let backend = match self.here.runs(case) {
+    /// Measures a case. Returns `None` if it was only profiled or reported again.
+    fn measure(&mut self, case: &Case, label: &str) -> Option<Record> {
+        let unmeasured = |status, reason| {
+            let record = Record::unmeasured(case, status, reason);
+            report_status(&record, label, self.options.test);
+            Some(record)
+        };
+        let backend = match self.environment.backend_for(case) {
             Ok(backend) => backend,
-            Err(reason) => return Some(self.told(place, Record::unmeasured(case, Status::Skipped, reason))),
+            Err(reason) => return unmeasured(Status::Skipped, reason),
         };
-        let share = match self.proven.get(case) {
-            Some(Err((status, reason))) => {
-                return Some(self.told(place, Record::unmeasured(case, *status, reason.clone())));
-            }
-            proven => proven.and_then(|p| p.as_ref().ok()).copied(),
+        let parity = match self.parity.get(case) {
+            Some(Err((status, reason))) => return unmeasured(*status, reason.clone()),
+            Some(Ok(share)) => Some(*share),
+            None => None,
         };
-        let record = sample(&mut self.criterion, &self.sampler, &self.options, backend, case, place)
-            .unwrap_or_else(|error| Some(failure(case, &error)))?;
-        let record = Record { parity: share, ..record };
-        let record = if record.status == Status::Measured && !self.options.test {
-            figures(&self.home, case, record, &self.here.machine)
-                .unwrap_or_else(|error| Record::unmeasured(case, Status::Error, format!("{error:#}")))
-        } else {
-            record
-        };
-        if matches!(record.status, Status::Error) && !self.options.test {
-            // Samples of a case that failed must not be compared with.
-            let _ = std::fs::remove_dir_all(criterion_folder(&self.home, case).join("new"));
+        let measured = self.runner.run(backend, case, label);
+        let mut record = measured.unwrap_or_else(|error| Some(failure_record(case, &error)))?;
+        record.parity = parity;
+        if record.status == Status::Measured && !self.options.test {
+            record = fill_record(&self.criterion_home, case, record, &self.environment.machine)
+                .unwrap_or_else(|error| Record::unmeasured(case, Status::Error, format!("{error:#}")));
         }
-        Some(self.told(place, record))
-    }
-
-    /// Prints what became of a case where Criterion does not.
-    fn told(&self, place: &str, record: Record) -> Record {
-        match record.status {
-            Status::Measured => {}
-            Status::Skipped if self.options.test => println!("{}: skipped, {}", record.id, record.reason),
-            status => {
-                let word = serde_json::to_value(status).ok();
-                let word = word.as_ref().and_then(|w| w.as_str()).unwrap_or("error");
-                eprintln!("{place} {}: {word}, {}", record.id, record.reason);
-            }
+        if record.status == Status::Error && !self.options.test {
+            // No comparison may use the samples of a failed case.
+            let _ =
+                std::fs::remove_dir_all(results::criterion_folder(&self.criterion_home, case).join("new"));
         }
-        record
+        report_status(&record, label, self.options.test);
+        Some(record)
     }
 }
 
-/// Runs a case under Criterion. None where only a profile or a loaded baseline was asked for.
-fn sample(
-    criterion: &mut Criterion,
-    sampler: &Sampler,
-    options: &Options,
-    backend: &dyn Backend,
-    case: &Case,
-    place: &str,
-) -> Result<Option<Record>> {
-    if options.load_baseline {
-        criterion.benchmark_group(case.workload.id()).bench_function(benchmark_id(case), |_| {});
-        return Ok(None);
+/// Prints the status of a case that Criterion does not report.
+fn report_status(record: &Record, label: &str, test: bool) {
+    let (id, reason) = (&record.id, &record.reason);
+    match record.status {
+        Status::Measured => {}
+        Status::Skipped if test => println!("{id} skipped: {reason}"),
+        Status::Skipped => eprintln!("{label} {id} skipped: {reason}"),
+        Status::TooSlow => eprintln!("{label} {id} not measured: {reason}"),
+        Status::ParityFailed => eprintln!("{label} {id} failed its parity check: {reason}"),
+        Status::Error => eprintln!("{label} {id} failed: {reason}"),
     }
-    backend.reset_peak_memory()?;
-    memory::reset_resident_peak();
-    let fixture = Fixture::new(*case);
-    // A recorded graph's kernels are named while it is recorded.
-    let watched = options.profile.is_some() && case.backend.device() == Device::NvidiaGpu;
-    let watch = if watched { Some(gpu::watch()) } else { None };
-    let mut prepared = backend.load(&fixture)?;
-    let watch = watch.transpose().map(drop);
-    let folder = criterion_folder(&results::criterion_home(), case).join("profile");
-    if let Some(time) = options.profile
-        && let Some(said) = prepared.profile_first_rank(time, &folder)
-    {
-        println!("{}", said?);
-        return Ok(None);
-    }
-    let (step, plan) = plan(prepared.as_mut(), options, case)?;
-    let Some(plan) = plan else {
-        return few(prepared.as_mut(), options, backend, case, place, step).map(Some);
-    };
-    if !options.test {
-        let seconds = plan.duration(step).as_secs_f64().ceil();
-        eprintln!("{place} {case}: {} timings, about {seconds:.0} s", plan.samples);
-    }
-    let seen = time_samples(criterion, sampler, options, prepared.as_mut(), case, &plan)?;
-    if options.profile.is_some() {
-        if let Some(error) = sampler.failure() {
-            return Err(error);
-        }
-        if watched {
-            watch.context("the GPU's side of the profile")?;
-            let each = prepared.time(3)?.as_secs_f64() / 3.0;
-            println!("{}", profiler::gpu(prepared.as_mut(), case, profiler::recorded(each), &folder)?);
-        }
-        if case.backend.device() == Device::AppleGpu {
-            profiler::metal(prepared.as_mut(), backend, &folder);
-        }
-        return Ok(None);
-    }
-    let mut record = Record::unmeasured(case, Status::Measured, "");
-    record.peak_bytes = backend.peak_memory();
-    record.rss_peak_bytes = seen.peak_rss;
-    record.page_faults = Some(statistics::median(&seen.faults));
-    record.cpu_wait_share = seen.watch.cpu_wait_share();
-    if !options.test {
-        ask_ranks(prepared.as_mut(), &mut record);
-    }
-    if seen.watch.throttled() {
-        eprintln!("{place} {case}: the CPU got too hot and was slowed down meanwhile");
-    }
-    Ok(Some(record))
-}
-
-/// Puts what was seen of the processes that did the work in the place of what was seen of this one.
-fn ask_ranks(prepared: &mut dyn LoadedCase, record: &mut Record) {
-    if let Some(ranks) = prepared.rank_stats() {
-        (record.peak_bytes, record.rss_peak_bytes) = (ranks.peak_bytes, ranks.rss_peak_bytes);
-        // A rank's engine has threads that wait for its cores too: that is no disturbance.
-        (record.page_faults, record.cpu_wait_share) = (None, None);
-        record.ranks = Some(ranks);
-    }
-}
-
-/// A case whose steps are too slow for Criterion's ten samples: as many as fit.
-fn few(
-    prepared: &mut dyn LoadedCase,
-    options: &Options,
-    backend: &dyn Backend,
-    case: &Case,
-    place: &str,
-    step: Duration,
-) -> Result<Record> {
-    let before = (CpuUsage::now(), memory::page_faults());
-    let Some(steps) = timing::few(prepared, step, options.set, case.workload)? else {
-        let reason = format!("too slow: {:.1} s a step", step.as_secs_f64());
-        let mut record = Record::unmeasured(case, Status::TooSlow, reason);
-        record.median_ns = Some(step.as_nanos() as f64);
-        record.samples = Some(1);
-        return Ok(record);
-    };
-    eprintln!("{place} {case}: {} steps of {:.1} s", steps.len(), step.as_secs_f64());
-    let mut record = Record::unmeasured(case, Status::Measured, "");
-    record.peak_bytes = backend.peak_memory();
-    record.rss_peak_bytes = memory::resident_peak_bytes();
-    record.page_faults = Some((memory::page_faults() - before.1) as f64 / steps.len() as f64);
-    record.cpu_wait_share = CpuUsage::now().since(before.0).cpu_wait_share();
-    if !options.test {
-        ask_ranks(prepared, &mut record);
-        criterion_files::write(&criterion_folder(&results::criterion_home(), case), case, &steps)?;
-    }
-    Ok(record)
-}
-
-/// Runs one step, or two, and makes the plan from the faster; None where it is too slow.
-fn plan(prepared: &mut dyn LoadedCase, options: &Options, case: &Case) -> Result<(Duration, Option<Plan>)> {
-    let mut step = prepared.time(1)?;
-    // The first step also loads kernels, compiles and fills caches: a second one tells
-    // more, unless the first was hopeless.
-    if step < Plan::limit(options.set, case.workload) / 4 {
-        step = prepared.time(1)?.min(step);
-    }
-    Ok((step, Plan::new(step, options.set, case.workload)))
-}
-
-/// What is seen of the process while it is timed.
-#[derive(Default)]
-struct Seen {
-    peak_rss: Option<u64>,
-    /// Page faults a step, of each sample.
-    faults: Vec<f64>,
-    watch: CpuUsage,
-}
-
-/// Takes Criterion's samples.
-fn time_samples(
-    criterion: &mut Criterion,
-    sampler: &Sampler,
-    options: &Options,
-    prepared: &mut dyn LoadedCase,
-    case: &Case,
-    plan: &Plan,
-) -> Result<Seen> {
-    let mut group = criterion.benchmark_group(case.workload.id());
-    group.sampling_mode(SamplingMode::Flat);
-    if !options.own_samples {
-        group.sample_size(plan.samples);
-    }
-    if !options.own_times {
-        group.measurement_time(plan.measurement).warm_up_time(plan.warm_up);
-    }
-    group.throughput(match cost::work(case) {
-        Work::Bytes(bytes) => Throughput::Bytes(bytes),
-        Work::Samples(count) | Work::Flops(count) => Throughput::Elements(count),
-    });
-    let mut failed = None;
-    let mut seen = Seen::default();
-    group.bench_function(benchmark_id(case), |bencher| {
-        bencher.iter_custom(|iterations| {
-            if failed.is_some() {
-                return Duration::from_secs(1);
-            }
-            let (before, watch) = (memory::page_faults(), CpuUsage::now());
-            let elapsed = if options.profile.is_some() {
-                sampler.run(prepared, iterations)
-            } else {
-                prepared.time(iterations)
-            };
-            seen.peak_rss = memory::resident_peak_bytes();
-            seen.watch.add(CpuUsage::now().since(watch));
-            seen.faults.push((memory::page_faults() - before) as f64 / iterations as f64);
-            // Criterion can't be stopped; the figures are thrown away below.
-            elapsed.unwrap_or_else(|error| {
-                failed = Some(error);
-                Duration::from_secs(1)
-            })
-        });
-    });
-    group.finish();
-    match failed {
-        Some(error) => Err(error),
-        None => Ok(seen),
-    }
-}
-
-/// A case that can't fit says so, and is no failure of the suite.
-fn failure(case: &Case, error: &anyhow::Error) -> Record {
-    let text = format!("{error:#}");
-    let lower = text.to_lowercase();
-    if ["out of memory", "can't allocate memory", "unable to allocate"].iter().any(|w| lower.contains(w)) {
-        return Record::unmeasured(case, Status::Skipped, format!("out of memory: {text}"));
-    }
-    Record::unmeasured(case, Status::Error, text)
-}
-
-fn benchmark_id(case: &Case) -> BenchmarkId {
-    BenchmarkId::new(format!("{}/{}", case.backend, case.method), case.shape)
-}
-
-/// Fills a record from the files that Criterion has written.
-fn figures(home: &Path, case: &Case, mut record: Record, machine: &Machine) -> Result<Record> {
-    let folder = criterion_folder(home, case).join("new");
-    let read = |name: &str| -> Result<serde_json::Value> {
-        let path = folder.join(name);
-        let text = std::fs::read_to_string(&path)
-            .with_context(|| format!("Criterion left no {}: is the disk full?", path.display()))?;
-        serde_json::from_str(&text).with_context(|| format!("{} is damaged", path.display()))
-    };
-    let estimates = read("estimates.json")?;
-    let median = &estimates["median"];
-    let number = |value: &serde_json::Value| value.as_f64().context("Criterion's estimates have no median");
-    let point = number(&median["point_estimate"])?;
-    let ceiling = machine::flops_ceiling(case.backend, case.method.precision, machine);
-    machine::check_rate(cost::flops(case) / case.shape.ranks() as u64, point, ceiling)?;
-    let interval = &median["confidence_interval"];
-    let work = cost::work(case);
-    record.median_ns = Some(point);
-    record.ci_ns = Some([number(&interval["lower_bound"])?, number(&interval["upper_bound"])?]);
-    record.page_fault_share = record.page_faults.map(|faults| faults * memory::fault_ns() / point);
-    record.samples = read("sample.json")?["times"].as_array().map(|times| times.len() as u64);
-    record.throughput = Some(results::Throughput {
-        value: work.amount() as f64 / (point * 1e-9),
-        unit: work.unit().to_owned(),
-    });
-    Ok(record)
 }

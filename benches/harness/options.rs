@@ -1,5 +1,4 @@
-//! What of the command line and the environment the harness itself must know. The rest
-//! is Criterion's, which reads the same arguments.
+//! The command-line options that the harness itself needs. Criterion reads all options from the same arguments.
 
 use std::path::Path;
 use std::time::Duration;
@@ -10,58 +9,38 @@ use transformer_bench::results::baseline::check_name;
 use transformer_bench::results::criterion_folder;
 use transformer_bench::suite::{self, Case, Set, cases};
 
-/// Criterion's options that are followed by a value.
-const WITH_VALUE: &[&str] = &[
-    "-c",
-    "--color",
-    "-s",
-    "--save-baseline",
-    "-b",
-    "--baseline",
-    "--baseline-lenient",
-    "--format",
-    "--profile-time",
-    "--load-baseline",
-    "--sample-size",
-    "--warm-up-time",
-    "--measurement-time",
-    "--nresamples",
-    "--noise-threshold",
-    "--confidence-level",
-    "--significance-level",
-    "--plotting-backend",
-    "--output-format",
-];
-
-#[derive(Debug)]
-pub enum Filter {
-    All,
-    Pattern(Regex),
-    Exact(String),
-}
+/// Criterion's options that take a value.
+const WITH_VALUE: &str = "-c --color -s --save-baseline -b --baseline --baseline-lenient --load-baseline --format \
+    --profile-time --sample-size --warm-up-time --measurement-time --nresamples --noise-threshold --confidence-level \
+    --significance-level --plotting-backend --output-format";
 
 #[derive(Debug)]
 pub struct Options {
     pub set: Set,
-    pub filter: Filter,
-    /// `--test`, or run by `cargo test`: every case once, nothing written.
+    pub filter: Regex,
+    /// True for `--test` and `cargo test`: every case runs once and nothing is written.
     pub test: bool,
     pub list: bool,
-    /// Profiles are taken, over so long.
+    /// Time for which each case is profiled instead of measured.
     pub profile: Option<Duration>,
-    /// The user's own sampling settings win over the plan.
+    /// True if the user set the number of samples, which then replaces the plan's.
     pub own_samples: bool,
+    /// True if the user set the times, which then replace the plan's.
     pub own_times: bool,
-    /// A baseline that must be there.
+    /// A baseline that must exist.
     pub baseline: Option<String>,
     pub load_baseline: bool,
 }
 
 impl Options {
+    /// Reads the arguments. `set` is the value of `TRANSFORMER_BENCH_SET`.
+    ///
+    /// # Errors
+    /// Returns an error if a value is invalid or if no case matches the filter.
     pub fn read(mut arguments: impl Iterator<Item = String>, set: Option<String>) -> Result<Self> {
         let mut options = Self {
             set: Set::Quick,
-            filter: Filter::All,
+            filter: suite::parse_filter("")?,
             test: false,
             list: false,
             profile: None,
@@ -70,106 +49,90 @@ impl Options {
             baseline: None,
             load_baseline: false,
         };
-        let (mut pattern, mut exact, mut bench, mut test) = (None, false, false, false);
+        let (mut pattern, mut exact, mut bench) = (None, false, false);
         while let Some(argument) = arguments.next() {
             let (name, joined) = match argument.split_once('=') {
                 Some((name, value)) if name.starts_with("--") => (name.to_owned(), Some(value.to_owned())),
                 _ => (argument.clone(), None),
             };
-            let value =
-                if WITH_VALUE.contains(&name.as_str()) { joined.or_else(|| arguments.next()) } else { None };
+            let takes_value = WITH_VALUE.split(' ').any(|option| option == name);
+            let value = if takes_value { joined.or_else(|| arguments.next()) } else { None };
             match name.as_str() {
                 "--bench" => bench = true,
-                "--test" => test = true,
+                "--test" => options.test = true,
                 "--list" => options.list = true,
                 "--exact" => exact = true,
-                "--profile-time" => {
-                    let seconds = value.as_deref().and_then(|v| v.parse().ok());
-                    let time = seconds.and_then(|s| Duration::try_from_secs_f64(s).ok());
-                    let told = value.unwrap_or_default();
-                    options.profile = Some(time.with_context(|| format!("--profile-time {told}: seconds"))?);
-                }
+                "--profile-time" => options.profile = Some(parse_seconds(&value.unwrap_or_default())?),
                 "--sample-size" => {
-                    let enough =
-                        value.as_deref().and_then(|v| v.parse::<usize>().ok()).is_some_and(|n| n >= 10);
-                    ensure!(
-                        enough,
-                        "--sample-size {}: Criterion takes 10 at least",
-                        value.unwrap_or_default()
-                    );
+                    check_sample_size(&value.unwrap_or_default())?;
                     options.own_samples = true;
                 }
                 "-s" | "--save-baseline" => check_name(&value.unwrap_or_default())?,
                 "--warm-up-time" | "--measurement-time" => options.own_times = true,
                 "-b" | "--baseline" => options.baseline = value,
-                "--load-baseline" => {
-                    options.load_baseline = true;
-                    options.baseline = value;
-                }
+                "--load-baseline" => (options.load_baseline, options.baseline) = (true, value),
                 text if !text.starts_with('-') => pattern = Some(argument),
                 _ => {}
             }
         }
-        options.test = !bench || test;
-        if options.test {
-            options.set = Set::Smoke;
-        }
-        if let Some(set) = set {
-            options.set = set.parse().map_err(anyhow::Error::msg).context("TRANSFORMER_BENCH_SET")?;
-        }
+        options.test |= !bench;
+        options.set = match set {
+            Some(set) => set.parse().map_err(anyhow::Error::msg).context("TRANSFORMER_BENCH_SET")?,
+            None if options.test => Set::Smoke,
+            None => Set::Quick,
+        };
         if let Some(pattern) = pattern {
-            options.filter =
-                if exact { Filter::Exact(pattern) } else { Filter::Pattern(suite::parse_filter(&pattern)?) };
+            // Hyphens, which are in every id, need no escape outside of brackets.
+            let escaped = || regex::escape(&pattern).replace("\\-", "-");
+            let pattern = if exact { format!("^{}$", escaped()) } else { pattern };
+            options.filter = suite::parse_filter(&pattern)?;
         }
         options.check_filter()?;
         Ok(options)
     }
 
     pub fn selects(&self, case: &Case) -> bool {
-        let id = case.to_string();
-        match &self.filter {
-            Filter::All => true,
-            Filter::Pattern(pattern) => pattern.is_match(&id),
-            Filter::Exact(exact) => *exact == id,
-        }
+        self.filter.is_match(&case.to_string())
     }
 
-    pub fn filter_text(&self) -> String {
-        match &self.filter {
-            Filter::All => String::new(),
-            Filter::Pattern(pattern) => pattern.as_str().to_owned(),
-            Filter::Exact(exact) => exact.clone(),
-        }
-    }
-
-    /// A filter that no case of either framework matches is a mistake.
+    /// Returns an error if the filter matches no case of any framework.
     fn check_filter(&self) -> Result<()> {
         if cases(self.set).iter().any(|c| self.selects(c)) {
             return Ok(());
         }
-        let elsewhere = cases(Set::Full).iter().filter(|c| self.selects(c)).count();
-        let hint = if elsewhere > 0 && self.set != Set::Full {
+        let in_full_set = cases(Set::Full).iter().filter(|c| self.selects(c)).count();
+        let hint = if in_full_set > 0 && self.set != Set::Full {
             format!(
-                "{elsewhere} cases of the full set do: ./scripts/bench --full, or TRANSFORMER_BENCH_SET=full"
+                "the full set has {in_full_set}: use ./scripts/bench --full, or TRANSFORMER_BENCH_SET=full"
             )
         } else {
-            "ids read workload/backend/precision/shape, and 'cargo bench -- --list' shows them".to_owned()
+            "ids are workload/backend/precision/shape, and 'cargo bench -- --list' prints them".to_owned()
         };
-        bail!("no case of the {} set matches '{}'; {hint}", self.set, self.filter_text())
+        bail!("no case of the {} set matches '{}'; {hint}", self.set, self.filter)
     }
 
-    /// Criterion panics half-way through where a baseline is missing.
+    /// Returns an error if the baseline lacks a case, because Criterion would panic in the middle of the run.
     pub fn check_baseline(&self, criterion_home: &Path, selected: &[Case]) -> Result<()> {
         let Some(name) = &self.baseline else { return Ok(()) };
         for case in selected {
             let folder = criterion_folder(criterion_home, case).join(name);
-            if !folder.join("estimates.json").exists() {
-                bail!(
-                    "no baseline '{name}' of {case} in {}: save one with --save-baseline {name}",
-                    criterion_home.display()
-                );
-            }
+            ensure!(
+                folder.join("estimates.json").exists(),
+                "no baseline '{name}' of {case} in {}: save one with --save-baseline {name}",
+                criterion_home.display()
+            );
         }
         Ok(())
     }
+}
+
+fn parse_seconds(text: &str) -> Result<Duration> {
+    let seconds = text.parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    seconds.with_context(|| format!("--profile-time '{text}' is not a number of seconds"))
+}
+
+fn check_sample_size(text: &str) -> Result<()> {
+    let valid = text.parse::<usize>().is_ok_and(|size| size >= 10);
+    ensure!(valid, "--sample-size '{text}' is not a number from 10, the minimum of Criterion");
+    Ok(())
 }

@@ -1,5 +1,5 @@
-//! Proves the cases of a run before the first is timed, in a process of its own: what a proof
-//! allocates, compiles and caches is gone before anything is measured.
+//! Checks the parity of all cases before the first is timed. The check runs in a process of its own, so that its
+//! allocations, compiled kernels and caches do not influence the timing.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::{IsTerminal, Write};
@@ -12,44 +12,50 @@ use transformer_bench::parity::ParityChecker;
 use transformer_bench::results::Status;
 use transformer_bench::suite::{Case, Framework};
 
-/// What became of each case: how much of the allowed error it took, or why it can't be timed.
-pub type Proven = HashMap<Case, Result<f64, (Status, String)>>;
+/// The largest error of each case as a share of its tolerance, or the reason why the case must not be timed.
+pub type ParityResults = HashMap<Case, Result<f64, (Status, String)>>;
 
-/// Proves the cases in this process, which leads ranks that a launcher started.
-pub fn prove_here(found: &Backends, cases: &[Case]) -> Proven {
-    let mut prover = ParityChecker::default();
-    let prove = |case: &Case| {
-        let backend = found.get(case.backend).expect("a case that runs");
-        let outcome = match prover.check_case(backend, *case) {
+/// Checks the cases in this process, for a rank that a launcher started.
+pub fn check_in_process(backends: &Backends, cases: &[Case]) -> ParityResults {
+    let mut checker = ParityChecker::default();
+    let check = |case: &Case| {
+        let backend = backends.get(case.backend).expect("the case can run");
+        let outcome = match checker.check_case(backend, *case) {
             Ok(Ok(share)) => Ok(share),
             Ok(Err(mismatch)) => Err((Status::ParityFailed, mismatch.to_string())),
-            Err(error) => Err((Status::Error, format!("parity could not be checked: {error:#}"))),
+            Err(error) => Err(not_checked(&error)),
         };
         (*case, outcome)
     };
-    cases.iter().map(prove).collect()
+    cases.iter().map(check).collect()
 }
 
-/// Proves the cases, the shapes one after the other: the oracle remembers the last.
+fn not_checked(error: &anyhow::Error) -> (Status, String) {
+    (Status::Error, format!("parity could not be checked: {error:#}"))
+}
+
+/// Checks the cases in worker processes. Checks that the same executable passed earlier are
+/// cached.
 ///
 /// # Errors
-/// Where no process can be started.
-pub fn prove(framework: Framework, cases: &[Case]) -> Result<Proven> {
+/// Returns an error if no worker can be started.
+pub fn check_in_subprocess(framework: Framework, cases: &[Case]) -> Result<ParityResults> {
     let side = Side {
         name: "this executable".to_owned(),
         executables: BTreeMap::from([(framework, std::env::current_exe()?)]),
         ..Side::default()
     };
-    let mut order: Vec<Case> = cases.to_vec();
-    order.sort_by_key(|case| (case.shape.to_string(), case.workload.trains(), case.method));
-    let mut proven = Proven::new();
-    let (mut now, mut before) = (0, 0);
+    // The checker caches the reference of one shape, so cases of the same shape follow each other.
+    let mut cases = cases.to_vec();
+    cases.sort_by_key(|case| (case.shape.to_string(), case.workload.trains(), case.method));
+    let mut results = ParityResults::new();
+    let (mut passed, mut cached) = (0, 0);
     let mut worker: Option<Worker> = None;
-    let progress = std::io::stderr().is_terminal();
-    for (index, case) in order.iter().enumerate() {
-        let place = format!("parity [{}/{}] {case}", index + 1, order.len());
-        if progress {
-            eprint!("\r\x1b[2K{place}");
+    let is_terminal = std::io::stderr().is_terminal();
+    for (index, case) in cases.iter().enumerate() {
+        let label = format!("checking parity [{}/{}] {case}", index + 1, cases.len());
+        if is_terminal {
+            eprint!("\r\x1b[2K{label}");
             let _ = std::io::stderr().flush();
         }
         let start = Instant::now();
@@ -59,35 +65,34 @@ pub fn prove(framework: Framework, cases: &[Case]) -> Result<Proven> {
         };
         let outcome = match process.check(case) {
             Ok(CheckOutcome::Now(share)) => {
-                now += 1;
+                passed += 1;
                 Ok(share)
             }
             Ok(CheckOutcome::Before(share)) => {
-                before += 1;
+                cached += 1;
                 Ok(share)
             }
             Ok(CheckOutcome::Wrong(text)) => Err((Status::ParityFailed, text)),
             Err(error) => {
-                if !process.alive() {
+                if !process.is_alive() {
                     worker = None;
                 }
-                Err((Status::Error, format!("parity could not be checked: {error:#}")))
+                Err(not_checked(&error))
             }
         };
-        if !progress {
-            let said = outcome.as_ref().err().map_or_else(String::new, |(_, reason)| format!(": {reason}"));
-            eprintln!("{place} ({:.1} s){said}", start.elapsed().as_secs_f64());
+        if !is_terminal {
+            let failure =
+                outcome.as_ref().err().map_or_else(String::new, |(_, reason)| format!(": {reason}"));
+            eprintln!("{label} ({:.1} s){failure}", start.elapsed().as_secs_f64());
         }
-        proven.insert(*case, outcome);
+        results.insert(*case, outcome);
     }
-    if progress {
+    if is_terminal {
         eprint!("\r\x1b[2K");
     }
-    if !order.is_empty() {
-        let not = order.len() - now - before;
-        eprintln!(
-            "{framework}: parity at the shapes that are timed: {now} cases proven now, {before} before, {not} not"
-        );
+    if !cases.is_empty() {
+        let failed = cases.len() - passed - cached;
+        eprintln!("{framework}: parity checks: {passed} passed, {cached} cached, {failed} failed");
     }
-    Ok(proven)
+    Ok(results)
 }

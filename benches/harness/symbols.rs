@@ -1,33 +1,32 @@
-//! From an address in this process to the names of the functions there.
+//! Resolves addresses in this process to the names of functions.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use object::{Object, ObjectSection, ObjectSegment, ObjectSymbol};
-use transformer_bench::profile::{readable, unresolved};
+use transformer_bench::profile::{readable_name, unresolved_frame};
 
-/// What lies in no library: kernels that were written at run time.
-const GENERATED: &str = "generated code";
+/// Code outside of all libraries, such as kernels that were generated at run time.
+const JIT_CODE: &str = "generated code";
 
-/// Makes oneDNN list the kernels that it generates. Before the framework's first step.
-pub fn ask_for_generated() {
-    // Bit 2 of `enum dnnl_jit_profile`, oneDNN's developer guide, "Profiling": perf's map.
+/// Makes oneDNN write a map of the kernels that it generates. Must run before the framework's first step.
+pub fn enable_jit_map() {
+    // Bit 2 of `enum dnnl_jit_profile` is perf's map: oneDNN's developer guide, "Profiling".
     // SAFETY: no other thread runs yet.
     unsafe { std::env::set_var("ONEDNN_JIT_PROFILE", "2") };
 }
 
-fn map_of_generated() -> PathBuf {
+fn jit_map_path() -> PathBuf {
     PathBuf::from(format!("/tmp/perf-{}.map", std::process::id()))
 }
 
-/// Removes what [`ask_for_generated`] asked for. At the process's end: the list grows as
-/// kernels are generated.
-pub fn drop_generated() {
-    let _ = std::fs::remove_file(map_of_generated());
+/// Removes the map of [`enable_jit_map`] at the end of the process.
+pub fn remove_jit_map() {
+    let _ = std::fs::remove_file(jit_map_path());
 }
 
-/// Names by the addresses where they begin, with their sizes.
+/// Sizes and names of functions, by their start address.
 #[derive(Debug, Default, PartialEq)]
 pub struct Ranges(BTreeMap<usize, (usize, String)>);
 
@@ -37,8 +36,8 @@ impl Ranges {
         (address - start < *size).then_some(name)
     }
 
-    /// perf's map of generated code: a line each of start and size in hexadecimal, and name.
-    pub fn of_perf_map(text: &str) -> Self {
+    /// Parses perf's map of generated code. Each line has a start, a size (both hexadecimal) and a name.
+    pub fn from_perf_map(text: &str) -> Self {
         let hex = |text: &str| usize::from_str_radix(text.trim_start_matches("0x"), 16).ok();
         let line = |line: &str| {
             let mut parts = line.splitn(3, ' ');
@@ -47,13 +46,13 @@ impl Ranges {
         Self(text.lines().filter_map(line).collect())
     }
 
-    /// Functions that a library lists, also in `.gnu_debugdata`, which distributions leave in
-    /// place of a full table: an ELF file under xz. Addresses count from the first segment.
-    fn of_library(path: &Path) -> Option<Self> {
+    /// Reads the symbols of a library, with addresses relative to its first segment. Distributions replace the full
+    /// table by `.gnu_debugdata`, an ELF file compressed with xz.
+    fn from_library(path: &Path) -> Option<Self> {
         let whole = std::fs::read(path).ok()?;
         let library = object::File::parse(&*whole).ok()?;
         let first = library.segments().map(|s| s.address()).min()?;
-        // Mach-O's symbols have no sizes: each ends where the next begins.
+        // Symbols of Mach-O have no sizes: each ends at the start of the next.
         let sized = library.format() != object::BinaryFormat::MachO;
         let range = |s: object::Symbol| {
             let name = s.name().ok().filter(|_| s.is_definition() && (!sized || s.size() > 0))?.to_owned();
@@ -76,67 +75,67 @@ impl Ranges {
     }
 }
 
-/// Looks names up, and remembers them.
+/// Resolves addresses and caches the names.
 pub struct Symbols {
-    known: HashMap<usize, Vec<String>>,
-    generated: Ranges,
+    cache: HashMap<usize, Vec<String>>,
+    jit: Ranges,
     libraries: HashMap<PathBuf, Ranges>,
 }
 
 impl Symbols {
-    /// With what [`ask_for_generated`] asked for.
+    /// Reads the map of [`enable_jit_map`], if there is one.
     pub fn read() -> Self {
-        let text = std::fs::read_to_string(map_of_generated()).unwrap_or_default();
-        Self { known: HashMap::new(), generated: Ranges::of_perf_map(&text), libraries: HashMap::new() }
+        let text = std::fs::read_to_string(jit_map_path()).unwrap_or_default();
+        Self { cache: HashMap::new(), jit: Ranges::from_perf_map(&text), libraries: HashMap::new() }
     }
 
-    /// The functions at an address, the outermost of inlined ones first; its library in
-    /// brackets where none has a name.
+    /// Returns the functions at an address, the outermost of inlined functions first. Without a name, it is the
+    /// library in brackets.
     pub fn at(&mut self, address: usize) -> &[String] {
-        if !self.known.contains_key(&address) {
-            let names = self.look_up(address);
-            self.known.insert(address, names);
+        if !self.cache.contains_key(&address) {
+            let names = self.resolve(address);
+            self.cache.insert(address, names);
         }
-        &self.known[&address]
+        &self.cache[&address]
     }
 
-    fn look_up(&mut self, address: usize) -> Vec<String> {
+    fn resolve(&mut self, address: usize) -> Vec<String> {
         let mut names = Vec::new();
-        // It takes what it is given for the place behind a call, and looks one byte before.
+        // The function expects a return address and looks one byte before it.
         backtrace::resolve((address + 1) as *mut libc::c_void, |found| {
             if let Some(name) = found.name() {
-                names.push(readable(&String::from_utf8_lossy(name.as_bytes())));
+                names.push(readable_name(&String::from_utf8_lossy(name.as_bytes())));
             }
         });
         if !names.is_empty() {
             names.reverse();
             return names;
         }
-        // Libraries that were loaded since the first look are not known there: MLX compiles
-        // and loads kernels as it goes. Nor are those that macOS keeps in no file.
-        let Some((path, base, name)) = library_of(address) else {
-            let name = self.generated.at(address);
-            return vec![name.map_or_else(|| unresolved(GENERATED), str::to_owned)];
+        // `backtrace` misses libraries that were loaded after its first call, as MLX does with compiled kernels, and
+        // the libraries that macOS stores in no file.
+        let Some((path, base, name)) = find_library(address) else {
+            let name = self.jit.at(address);
+            return vec![name.map_or_else(|| unresolved_frame(JIT_CODE), str::to_owned)];
         };
-        let listed = self
+        let ranges = self
             .libraries
             .entry(path.clone())
-            .or_insert_with(|| Ranges::of_library(&path).unwrap_or_default());
+            .or_insert_with(|| Ranges::from_library(&path).unwrap_or_default());
         let file = path.file_name().unwrap_or_default().to_string_lossy();
-        let name = listed.at(address - base).map(str::to_owned).or(name);
-        vec![name.map_or_else(|| unresolved(&file), |name| readable(&name))]
+        let name = ranges.at(address - base).map(str::to_owned).or(name);
+        vec![name.map_or_else(|| unresolved_frame(&file), |name| readable_name(&name))]
     }
 }
 
-/// Whether a frame is code that was generated and that nobody named.
-pub fn is_generated(frame: &str) -> bool {
-    frame == unresolved(GENERATED)
+/// Returns true for a frame in generated code without a name.
+pub fn is_unnamed_jit_code(frame: &str) -> bool {
+    frame == unresolved_frame(JIT_CODE)
 }
 
-/// The library at an address, where it was loaded, and on macOS the symbol before the
-/// address; elsewhere only an exported one would be told, however far away.
-fn library_of(address: usize) -> Option<(PathBuf, usize, Option<String>)> {
-    // SAFETY: dladdr fills plain data, and reads nothing behind the address.
+/// Returns the library at an address and its base address. On macOS, it also returns the symbol before the address.
+/// On other systems, `dladdr` knows only exported symbols, which may be far away.
+fn find_library(address: usize) -> Option<(PathBuf, usize, Option<String>)> {
+    // SAFETY: dladdr fills plain data and does not read from the address.
     unsafe {
         let mut info: libc::Dl_info = std::mem::zeroed();
         if libc::dladdr(address as *const libc::c_void, &raw mut info) == 0 || info.dli_fname.is_null() {

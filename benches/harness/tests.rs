@@ -1,13 +1,34 @@
-//! The harness's own tests, a target of their own: bench targets have no test runner.
-#![allow(dead_code)] // The run itself, which uses the rest, is the bench targets'.
+//! Tests of the harness. They are a target of their own, because bench targets have no test runner.
+#![allow(dead_code)] // Only the bench targets use the rest of the modules.
 
+mod criterion_files;
 #[path = "ranks/failure.rs"]
 mod failure;
+mod measurement;
 mod options;
 mod profiler;
 mod sampling_timer;
 mod symbols;
 mod timing;
+
+use anyhow::Result;
+use transformer_bench::backend::LoadedCase;
+use transformer_bench::model::fixture::Tensor;
+
+/// A case whose step calls a function.
+struct Step(fn());
+
+impl LoadedCase for Step {
+    fn step(&mut self) -> Result<()> {
+        std::hint::black_box(&self);
+        (self.0)();
+        Ok(())
+    }
+
+    fn outputs(&mut self) -> Result<Vec<Tensor>> {
+        Ok(Vec::new())
+    }
+}
 
 mod options_tests {
     use std::path::Path;
@@ -22,25 +43,30 @@ mod options_tests {
     }
 
     #[test]
-    fn a_filter_is_found_among_criterions_options() {
+    fn the_filter_is_found_between_options_of_criterion() {
         let options =
             read("--bench --save-baseline main --noplot attention/.*/f32/ --sample-size=20").unwrap();
-        assert_eq!(options.filter_text(), "attention/.*/f32/");
+        assert_eq!(options.filter.as_str(), "attention/.*/f32/");
         assert!(options.own_samples && !options.own_times && !options.test);
         let case = "attention/torch-cpu/f32/b16-h8-t111-d32".parse().unwrap();
         assert!(options.selects(&case));
         assert!(!options.selects(&Case { workload: transformer_bench::suite::Workload::Forward, ..case }));
+        let exact = read("--bench --exact train-step/torch-cpu/f32/indicator-b16").unwrap();
+        let selects = |id: &str| exact.selects(&id.parse().unwrap());
+        assert!(selects("train-step/torch-cpu/f32/indicator-b16"));
+        assert!(!selects("train-step/torch-cpu/f32/indicator-b16-dp2"));
+        assert_eq!(exact.filter.as_str(), "^train-step/torch-cpu/f32/indicator-b16$");
     }
 
     #[test]
-    fn without_bench_every_case_runs_once_at_its_smallest_shape() {
+    fn the_default_set_without_bench_is_smoke() {
         assert_eq!(read("").unwrap().set, Set::Smoke);
         assert!(read("--bench --test").unwrap().test);
         assert_eq!(read("--bench").unwrap().set, Set::Quick);
     }
 
     #[test]
-    fn a_filter_that_matches_nothing_is_refused_with_a_hint() {
+    fn a_filter_without_a_match_is_an_error_with_a_hint() {
         let none = read("--bench train-stepp").unwrap_err().to_string();
         assert!(none.contains("no case") && none.contains("--list"), "{none}");
         let larger = read("--bench indicator-b64").unwrap_err().to_string();
@@ -51,7 +77,7 @@ mod options_tests {
     }
 
     #[test]
-    fn a_profile_takes_seconds() {
+    fn the_profile_time_is_in_seconds() {
         let time = std::time::Duration::from_millis(2500);
         assert_eq!(read("--bench --profile-time 2.5").unwrap().profile, Some(time));
         for text in ["--profile-time", "--profile-time long", "--profile-time=-1"] {
@@ -61,7 +87,7 @@ mod options_tests {
     }
 
     #[test]
-    fn a_missing_baseline_is_named() {
+    fn the_error_names_a_missing_baseline() {
         let options = read("--bench --baseline never").unwrap();
         let case = "forward/mlx-cpu/f32/indicator-b16".parse().unwrap();
         let error = options.check_baseline(Path::new("/nowhere"), &[case]).unwrap_err().to_string();
@@ -72,45 +98,30 @@ mod options_tests {
 mod timing_tests {
     use std::time::Duration;
 
-    use anyhow::Result;
     use transformer_bench::backend::LoadedCase;
     use transformer_bench::suite::{Set, Workload};
 
+    use super::Step;
     use super::timing::*;
-    use transformer_bench::model::fixture::Tensor;
 
-    struct Empty;
-
-    impl LoadedCase for Empty {
-        fn step(&mut self) -> Result<()> {
-            std::hint::black_box(&self);
-            Ok(())
-        }
-
-        fn outputs(&mut self) -> Result<Vec<Tensor>> {
-            Ok(Vec::new())
-        }
+    #[test]
+    fn the_timing_loop_costs_less_than_200_ns_per_step() {
+        let mut empty: Box<dyn LoadedCase> = Box::new(Step(|| {}));
+        let times: Vec<f64> = (0..21).map(|_| empty.time(100_000).unwrap().as_nanos() as f64 / 1e5).collect();
+        let median = transformer_bench::statistics::median(&times);
+        println!("an empty step costs {median:.2} ns");
+        assert!(median < 200.0, "{median} ns");
     }
 
     #[test]
-    fn the_loop_costs_under_200_ns_an_iteration() {
-        let mut empty: Box<dyn LoadedCase> = Box::new(Empty);
-        let mut each: Vec<f64> =
-            (0..21).map(|_| empty.time(100_000).unwrap().as_nanos() as f64 / 1e5).collect();
-        each.sort_by(f64::total_cmp);
-        println!("an empty step costs {:.2} ns", each[10]);
-        assert!(each[10] < 200.0, "{} ns", each[10]);
-    }
-
-    #[test]
-    fn plans_follow_the_first_step() {
+    fn the_plan_depends_on_the_step_time() {
         let plan = |seconds, set| Plan::new(Duration::from_secs_f64(seconds), set, Workload::Forward);
         assert_eq!(plan(22.9, Set::Quick), None);
         assert_eq!(plan(1.5, Set::Quick).unwrap().samples, 10);
         let fast = plan(1e-6, Set::Quick).unwrap();
         assert_eq!(fast.samples, 100);
         assert!(fast.measurement.as_secs_f64() < 3.0);
-        // Ten steps, one a sample: not twenty.
+        // Each of the ten samples has one step, not two.
         let slow = plan(1.0, Set::Quick).unwrap();
         assert!(slow.measurement.as_secs_f64() / 10.0 < 1.0);
     }
@@ -120,8 +131,8 @@ mod symbols_tests {
     use super::symbols::*;
 
     #[test]
-    fn an_address_has_the_name_of_the_range_that_holds_it() {
-        let map = Ranges::of_perf_map("7f00 20 jit_gemm kernel\nnoise\n8000 10 jit_relu\n");
+    fn an_address_resolves_to_the_range_that_contains_it() {
+        let map = Ranges::from_perf_map("7f00 20 jit_gemm kernel\nnoise\n8000 10 jit_relu\n");
         assert_eq!(map.at(0x7f00), Some("jit_gemm kernel"));
         assert_eq!(map.at(0x7f1f), Some("jit_gemm kernel"));
         assert_eq!(map.at(0x7f20), None);
@@ -140,105 +151,171 @@ mod symbols_tests {
 mod profiler_tests {
     use std::hint::black_box;
 
-    use anyhow::Result;
     use criterion::profiler::Profiler;
     use pprof::protos::Message;
-    use transformer_bench::backend::LoadedCase;
-    use transformer_bench::model::fixture::Tensor;
     use transformer_bench::profile::Profile;
+    use transformer_bench::results::Scratch;
 
+    use super::Step;
     use super::profiler::Sampler;
 
-    /// A step that spends nine tenths of its time in one function.
-    struct Planted;
-
     #[inline(never)]
-    fn planted_slow_function() {
+    fn slow_function() {
         (0..900_000u64).for_each(|i| {
             black_box(i);
         });
     }
 
     #[inline(never)]
-    fn the_rest() {
+    fn fast_function() {
         (0..100_000u64).for_each(|i| {
             black_box(i);
         });
     }
 
-    impl LoadedCase for Planted {
-        fn step(&mut self) -> Result<()> {
-            planted_slow_function();
-            the_rest();
-            Ok(())
-        }
-
-        fn outputs(&mut self) -> Result<Vec<Tensor>> {
-            Ok(Vec::new())
-        }
-    }
-
     #[test]
-    fn a_planted_slow_function_is_the_heaviest_frame() {
-        let folder = std::env::temp_dir().join(format!("transformer-bench-planted-{}", std::process::id()));
-        std::fs::create_dir_all(&folder).unwrap();
+    fn a_function_with_90_percent_of_the_time_is_the_heaviest_frame() {
+        let path = std::env::temp_dir().join(format!("transformer-bench-profile-{}", std::process::id()));
+        let Scratch(folder) = &Scratch(path);
+        std::fs::create_dir_all(folder).unwrap();
         let sampler = Sampler::default();
-        let mut hook = sampler.clone();
-        hook.start_profiling("planted", &folder);
+        let mut profiler = sampler.clone();
+        profiler.start_profiling("slow", folder);
+        let mut step = Step(|| {
+            slow_function();
+            fast_function();
+        });
         let mut seconds = 0.0;
         while seconds < 4.0 {
-            seconds += sampler.run(&mut Planted, 1000).unwrap().as_secs_f64();
+            seconds += sampler.run(&mut step, 1000).unwrap().as_secs_f64();
         }
-        hook.stop_profiling("planted", &folder);
-        assert!(sampler.failure().is_none());
+        profiler.stop_profiling("slow", folder);
+        assert!(sampler.take_error().is_none());
 
         let read = |name: &str| std::fs::read(folder.join(name)).unwrap();
         let folded = String::from_utf8(read("flamegraph.folded")).unwrap();
         let profile = Profile::parse(&folded).unwrap();
-        let slow = |stack: &str| stack.starts_with("step;") && stack.contains("planted_slow_function");
-        let under: u64 = folded
+        let slow = |stack: &str| stack.starts_with("step;") && stack.contains("slow_function");
+        let weight: u64 = folded
             .lines()
             .filter(|line| slow(line))
             .map(|line| line.rsplit_once(' ').unwrap().1.parse::<u64>().unwrap())
             .sum();
-        let share = under as f64 / profile.total() as f64;
+        let share = weight as f64 / profile.total() as f64;
         assert!((0.8..0.97).contains(&share), "{share} of {} samples: {folded}", profile.total());
-        assert!(profile.resolved() > 0.95, "{folded}");
-        assert!(String::from_utf8(read("flamegraph.svg")).unwrap().contains("planted_slow_function"));
+        assert!(profile.named_share() > 0.95, "{folded}");
+        assert!(String::from_utf8(read("flamegraph.svg")).unwrap().contains("slow_function"));
         let pb = pprof::protos::Profile::decode(&*read("profile.pb")).unwrap();
-        assert!(pb.sample.len() > 1 && pb.string_table.iter().any(|s| s.contains("planted_slow_function")));
-        std::fs::remove_dir_all(&folder).unwrap();
+        assert!(pb.sample.len() > 1 && pb.string_table.iter().any(|s| s.contains("slow_function")));
+    }
+}
+
+mod criterion_tests {
+    use std::time::Duration;
+
+    use criterion::measurement::Measurement;
+    use serde_json::{Value, json};
+    use transformer_bench::results::Scratch;
+    use transformer_bench::suite::Case;
+
+    use super::criterion_files;
+    use super::measurement::{StepTime, throughput};
+
+    #[test]
+    fn throughputs_have_the_unit_of_the_case() {
+        let step_time = StepTime::default();
+        for (id, ns, expected) in [
+            // 2 · 1024³ FLOPs in 1 ms, 100 ns and 10 s.
+            ("matmul-peak/torch-cpu/f32/n1024", 1e6, "2.1475 TFLOP/s"),
+            ("matmul-peak/torch-cpu/f32/n1024", 1e2, "21.475 PFLOP/s"),
+            ("matmul-peak/torch-cpu/f32/n1024", 1e10, "214.75 MFLOP/s"),
+            ("copy-peak/torch-cpu/f32/1mib", 1e5, "20.972 GB/s"),
+            ("optimizer-step/torch-cpu/f32/indicator-b16", 1e6, "135.43 GB/s"),
+            ("train-step/torch-cpu/f32/indicator-b16", 2e8, "80.000 samples/s"),
+            ("forward/mlx-cpu/f32/indicator-b64", 1e6, " 64000 samples/s"),
+            ("train-step/torch-cpu/f32/gpt2-b8-t1024", 1e9, "8192.0 tokens/s"),
+        ] {
+            let case: Case = id.parse().unwrap();
+            step_time.set_case(&case);
+            assert_eq!(step_time.formatter().format_throughput(&throughput(&case), ns), expected, "{id}");
+        }
+        // One prefix for all values: that of the typical one.
+        let case: Case = "copy-peak/torch-cpu/f32/1mib".parse().unwrap();
+        step_time.set_case(&case);
+        let mut values = [1e5, 1e7];
+        let unit = step_time.formatter().scale_throughputs(1e5, &throughput(&case), &mut values);
+        assert_eq!((unit, values), ("GB/s", [20.97152, 0.2097152]));
+    }
+
+    #[test]
+    fn times_are_those_of_criterions_wall_time() {
+        let step_time = StepTime::default();
+        assert_eq!(step_time.to_f64(&Duration::from_micros(3)), 3000.0);
+        assert_eq!(step_time.formatter().format_value(1.25e7), "12.500 ms");
+        assert_eq!(step_time.formatter().scale_for_machines(&mut [1.0]), "ns");
+    }
+
+    #[test]
+    fn files_of_slow_cases_have_criterions_estimates() {
+        let path = std::env::temp_dir().join(format!("transformer-bench-files-{}", std::process::id()));
+        let Scratch(folder) = &Scratch(path);
+        let case = "train-step/torch-cpu/f32/indicator-b16".parse().unwrap();
+        let steps = [1, 2, 3, 5, 9].map(Duration::from_nanos);
+        criterion_files::write(folder, &case, &steps).unwrap();
+        let read = |name: &str| -> Value {
+            serde_json::from_slice(&std::fs::read(folder.join("new").join(name)).unwrap()).unwrap()
+        };
+        let estimates = read("estimates.json");
+        let point = |name: &str| estimates[name]["point_estimate"].as_f64().unwrap();
+        assert_eq!((point("mean"), point("median")), (4.0, 3.0));
+        assert_eq!(estimates["median"]["confidence_interval"]["lower_bound"], 1.0);
+        assert_eq!(estimates["median"]["confidence_interval"]["upper_bound"], 9.0);
+        assert_eq!(point("std_dev"), 10f64.sqrt());
+        // The deviations are 2, 1, 0, 2 and 6; Criterion scales their median (criterion 0.8,
+        // src/stats/univariate/sample.rs).
+        assert_eq!(point("median_abs_dev"), 2.0 * 1.4826);
+        assert_eq!(read("sample.json")["times"], json!([1.0, 2.0, 3.0, 5.0, 9.0]));
+        let benchmark = read("benchmark.json");
+        assert_eq!(benchmark["throughput"], json!({"Elements": 16}));
+        assert_eq!(benchmark["directory_name"], "train-step/torch-cpu_f32/indicator-b16");
     }
 }
 
 mod failure_tests {
     use std::time::Duration;
 
-    use super::failure::Heard;
+    use super::failure::FailureReport;
 
-    /// Of two ranks: their answers, whether they were about to wait, who has ended and who failed.
-    fn cause(answers: [bool; 2], here: [bool; 2], ended: &[&str], failed: &[&str], request: &str) -> String {
+    /// Returns the blame of a request to two ranks: which have answered, which wait, which ended and which failed.
+    fn blame(
+        answered: [bool; 2],
+        waiting: [bool; 2],
+        ended: &[&str],
+        failed: &[&str],
+        request: &str,
+    ) -> String {
         let owned = |list: &[&str]| list.iter().map(|text| (*text).to_owned()).collect();
-        let answers = answers.map(|there| there.then(|| "an answer".to_owned())).to_vec();
-        let heard = Heard { answers, here: here.to_vec(), ended: owned(ended), failed: owned(failed) };
-        heard.cause(request, Duration::from_secs(20)).unwrap_or_default()
+        let answers = answered.map(|answered| answered.then(|| "an answer".to_owned())).to_vec();
+        let report =
+            FailureReport { answers, waiting: waiting.to_vec(), ended: owned(ended), failed: owned(failed) };
+        report.blame(request, Duration::from_secs(20)).unwrap_or_default()
     }
 
     #[test]
-    fn the_rank_that_is_the_cause_is_named() {
+    fn the_rank_that_caused_a_failure_is_blamed() {
         let (timed_out, no_room) = (&["rank 0: Timed out"][..], &["rank 0: out of memory"][..]);
-        assert_eq!(cause([true; 2], [true; 2], &[], &[], "steps 1"), "");
+        assert_eq!(blame([true; 2], [true; 2], &[], &[], "steps 1"), "");
         assert_eq!(
-            cause([true, false], [true; 2], &["rank 1: ended"], timed_out, "steps 1"),
+            blame([true, false], [true; 2], &["rank 1: ended"], timed_out, "steps 1"),
             "rank 1: ended"
         );
-        // One that hangs keeps the other from beginning, whose engine gives up.
-        let said = cause([true, false], [true, false], &[], timed_out, "steps 1");
-        assert_eq!(said, "rank 1 did not answer 'steps 1' within 20 s");
-        // One that fails leaves the other waiting for it, there and where nobody says so.
-        assert_eq!(cause([true, false], [false, true], &[], no_room, "steps 1"), no_room[0]);
-        assert_eq!(cause([true, false], [false; 2], &[], no_room, "case ID"), no_room[0]);
-        assert_eq!(cause([true; 2], [true; 2], &[], no_room, "steps 1"), no_room[0]);
-        assert!(cause([false; 2], [true; 2], &[], &[], "steps 1").starts_with("ranks 0, 1 did not"));
+        // Rank 1 hangs before the barrier, so rank 0 times out.
+        let reason = blame([true, false], [true, false], &[], timed_out, "steps 1");
+        assert_eq!(reason, "rank 1 did not answer 'steps 1' within 20 s");
+        // Rank 0 fails and rank 1 waits for it, with and without announcing that.
+        assert_eq!(blame([true, false], [false, true], &[], no_room, "steps 1"), no_room[0]);
+        assert_eq!(blame([true, false], [false; 2], &[], no_room, "case ID"), no_room[0]);
+        assert_eq!(blame([true; 2], [true; 2], &[], no_room, "steps 1"), no_room[0]);
+        assert!(blame([false; 2], [true; 2], &[], &[], "steps 1").starts_with("ranks 0, 1 did not"));
     }
 }

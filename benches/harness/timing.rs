@@ -1,4 +1,4 @@
-//! The plan that is made from a case's first step.
+//! Plans how often a case is timed, from its first steps.
 
 use std::time::Duration;
 
@@ -6,7 +6,7 @@ use anyhow::Result;
 use transformer_bench::backend::LoadedCase;
 use transformer_bench::suite::{Set, Workload};
 
-/// How a case is sampled. Sampling is flat: every sample holds equally many steps.
+/// The sampling of a case. All samples have the same number of steps (flat sampling).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Plan {
     pub samples: usize,
@@ -14,35 +14,38 @@ pub struct Plan {
     pub warm_up: Duration,
 }
 
-/// Criterion takes no fewer.
-const FEWEST: usize = 10;
-const MOST: usize = 100;
+/// Minimum of Criterion.
+const MIN_SAMPLES: usize = 10;
+const MAX_SAMPLES: usize = 100;
 
-/// The fewest steps that make a median with an interval, where Criterion's ten samples do not fit.
-const VERY_FEW: usize = 3;
-/// A step that takes longer is measured once and called too slow.
-const LONGEST: Duration = Duration::from_secs(60);
+/// Minimum for a median with an interval if ten samples take too long.
+const MIN_SLOW_SAMPLES: usize = 3;
+/// A case with a longer step is not measured.
+const MAX_STEP: Duration = Duration::from_secs(60);
 
-/// Times as many steps as fit into a case's limit, at least three; None where one takes over a
-/// minute.
-pub fn few(
-    prepared: &mut dyn LoadedCase,
+/// Times the number of steps that the time limit of the case allows, from 3 to 9. Returns `None` if one step takes
+/// more than a minute.
+pub fn time_slow_steps(
+    loaded: &mut dyn LoadedCase,
     step: Duration,
     set: Set,
     workload: Workload,
 ) -> Result<Option<Vec<Duration>>> {
-    if step > LONGEST {
+    if step > MAX_STEP {
         return Ok(None);
     }
-    let fit = (Plan::limit(set, workload).as_secs_f64() / step.as_secs_f64()) as usize;
-    (0..fit.clamp(VERY_FEW, FEWEST - 1)).map(|_| prepared.time(1)).collect::<Result<_>>().map(Some)
+    let count = (Plan::limit(set, workload).as_secs_f64() / step.as_secs_f64()) as usize;
+    (0..count.clamp(MIN_SLOW_SAMPLES, MIN_SAMPLES - 1))
+        .map(|_| loaded.time(1))
+        .collect::<Result<_>>()
+        .map(Some)
 }
 
-/// Seconds that a case should take, and at most may.
-fn budget(set: Set, workload: Workload) -> (f64, f64) {
+/// Returns the target and the limit for the duration of a case, in seconds.
+fn time_budget(set: Set, workload: Workload) -> (f64, f64) {
     match (set, workload) {
         (Set::Smoke | Set::Compare, _) => (0.1, 60.0),
-        // The headline rows get the most samples.
+        // The headline table shows training steps, so they get the most samples.
         (Set::Quick, Workload::TrainStep) => (7.0, 40.0),
         (Set::Quick, _) => (1.8, 35.0),
         (Set::Full, Workload::TrainStep) => (20.0, 120.0),
@@ -51,30 +54,49 @@ fn budget(set: Set, workload: Workload) -> (f64, f64) {
 }
 
 impl Plan {
-    /// The longest that a case may take.
-    pub fn limit(set: Set, workload: Workload) -> Duration {
-        Duration::from_secs_f64(budget(set, workload).1)
+    /// Returns the longest time that a case may take.
+    fn limit(set: Set, workload: Workload) -> Duration {
+        Duration::from_secs_f64(time_budget(set, workload).1)
     }
 
-    /// From the time of a step; None where ten samples and a warm-up do not fit: see [`few`].
+    /// Runs one or two steps. Returns the time of the faster one and the plan for it.
+    ///
+    /// # Errors
+    /// Returns an error if a step fails.
+    pub fn from_first_steps(
+        loaded: &mut dyn LoadedCase,
+        set: Set,
+        workload: Workload,
+    ) -> Result<(Duration, Option<Self>)> {
+        let mut step = loaded.time(1)?;
+        // The first step also loads kernels, compiles and fills caches. A second one says more, unless the first took
+        // much of the time limit.
+        if step < Self::limit(set, workload) / 4 {
+            step = loaded.time(1)?.min(step);
+        }
+        Ok((step, Self::new(step, set, workload)))
+    }
+
+    /// Plans a case by the time of its step. Returns `None` if ten samples and a warm-up exceed the time limit; see
+    /// [`time_slow_steps`].
     pub fn new(step: Duration, set: Set, workload: Workload) -> Option<Self> {
-        let (target, limit) = budget(set, workload);
+        let (target, limit) = time_budget(set, workload);
         let step = step.as_secs_f64();
-        if (FEWEST + 1) as f64 * step > limit {
+        if (MIN_SAMPLES + 1) as f64 * step > limit {
             return None;
         }
-        let samples = ((target / step) as usize).clamp(FEWEST, MOST);
-        let each = (target / (samples as f64 * step)).floor().max(1.0);
+        let samples = ((target / step) as usize).clamp(MIN_SAMPLES, MAX_SAMPLES);
+        let steps_per_sample = (target / (samples as f64 * step)).floor().max(1.0);
         Some(Self {
             samples,
-            // Criterion rounds the steps a sample up; half a step less makes it `each`.
-            measurement: Duration::from_secs_f64((each - 0.5) * samples as f64 * step),
-            // At least a step; Criterion doubles until the time is over.
+            // Criterion rounds the steps per sample up, so the time allows half a step less.
+            measurement: Duration::from_secs_f64((steps_per_sample - 0.5) * samples as f64 * step),
+            // Criterion warms up with 1, 2, 4, … steps until this time is over.
             warm_up: Duration::from_secs_f64((0.1 * target).min(0.3)),
         })
     }
 
-    /// About how long the case will take.
+    /// Returns the approximate duration of the case.
     pub fn duration(&self, step: Duration) -> Duration {
         self.measurement.max(self.samples as u32 * step) + self.warm_up.max(step)
     }

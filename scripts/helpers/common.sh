@@ -1,6 +1,6 @@
-# What the scripts share. Sourced from the project's root.
+# Functions of the shell scripts, which source this file in the project's root.
 
-# Stops with one line where a tool is missing.
+# Exits with one line if a tool is missing.
 need() {
   command -v "$1" >/dev/null || {
     echo "$(basename "$0"): '$1' is not installed: $2" >&2
@@ -13,7 +13,7 @@ need_tools() {
   need cargo "install Rust from https://rustup.rs"
 }
 
-# Where cargo builds: the environment and every configuration file have a say.
+# Prints cargo's target folder, which the environment and configuration files can change.
 target_folder() {
   cargo metadata --no-deps --format-version 1 |
     python3 -c 'import json, sys; print(json.load(sys.stdin)["target_directory"])'

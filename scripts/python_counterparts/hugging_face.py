@@ -58,18 +58,21 @@ def run(compare_outputs, time_steps):
     """Runs the function that the command line selects: --parity CONFIG FILE..., or DESCRIPTION VARIANT CONFIG."""
     if sys.argv[1] == "--parity":
         compare_outputs(sys.argv[2], sys.argv[3:])
-    else:
-        time_steps(json.loads(sys.argv[1]), *sys.argv[2:])
+        return
+    case = json.loads(sys.argv[1])
+    if case["workload"] != "train-step" or case["precision"] not in ("f32", "bf16"):
+        sys.exit(f"no Python counterpart of {case['workload']} in {case['precision']}")
+    time_steps(case, *sys.argv[2:])
 
 
 def hf_name(family, name):
     """Returns Hugging Face's name of a parameter, and its index in a stacked parameter or None."""
     layer = re.search(r"blocks\.(\d+)\.", name)
-    found = FAMILIES[family].get(re.sub(r"blocks\.\d+\.", "blocks.L.", name))
-    if found is None:
+    entry = FAMILIES[family].get(re.sub(r"blocks\.\d+\.", "blocks.L.", name))
+    if entry is None:
         sys.exit(f"{family} has no parameter {name}")
-    found, index = (found, None) if isinstance(found, str) else found
-    return (found.replace(".L.", f".{layer[1]}.") if layer else found), index
+    stacked_name, index = (entry, None) if isinstance(entry, str) else entry
+    return (stacked_name.replace(".L.", f".{layer[1]}.") if layer else stacked_name), index
 
 
 def stack(family, parameters):

@@ -1,7 +1,8 @@
-"""The suite's training step in Python MLX. Usage: mlx_twin.py DESCRIPTION VARIANT
+"""The suite's steps in Python MLX. Usage: mlx_counterpart.py DESCRIPTION VARIANT
 
-DESCRIPTION is what a worker answers to `describe ID`, of the indicator or of GPT-2. Variants: eager (as a newcomer writes it), compile (mx.compile over the whole step, with
-fused attention where the weights need no dropout).
+DESCRIPTION is the answer of the suite's worker to `describe ID`, for the models indicator and gpt2. Variants:
+eager (as in a tutorial), compile (mx.compile over the whole step, with fused attention if its weights need no
+dropout).
 """
 import json
 import os
@@ -20,10 +21,10 @@ from protocol import serve
 
 
 class Attention(nn.Module):
-    def __init__(self, s, good, causal):
+    def __init__(self, s, fused, causal):
         super().__init__()
         d = s["width"]
-        self.good, self.causal, self.heads, self.p = good, causal, s["heads"], s["dropout"]
+        self.fused, self.causal, self.heads, self.p = fused, causal, s["heads"], s["dropout"]
         self.q, self.k, self.v, self.o = (nn.Linear(d, d) for _ in range(4))
         self.drop = nn.Dropout(self.p)
 
@@ -32,23 +33,23 @@ class Attention(nn.Module):
         split = lambda y: y.reshape(b, n, self.heads, -1).transpose(0, 2, 1, 3)
         q, k, v = split(self.q(x)), split(self.k(x)), split(self.v(x))
         scale = (d // self.heads) ** -0.5
-        if self.good and (self.p == 0 or not self.training):
+        if self.fused and (self.p == 0 or not self.training):
             mask = "causal" if self.causal else None
-            mixed = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+            heads = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
         else:
             scores = (q * scale) @ k.transpose(0, 1, 3, 2)
             if self.causal:
                 scores = scores + nn.MultiHeadAttention.create_additive_causal_mask(n, x.dtype)
-            mixed = self.drop(mx.softmax(scores, axis=-1, precise=True)) @ v
-        return self.o(mixed.transpose(0, 2, 1, 3).reshape(b, n, d))
+            heads = self.drop(mx.softmax(scores, axis=-1, precise=True)) @ v
+        return self.o(heads.transpose(0, 2, 1, 3).reshape(b, n, d))
 
 
 class Block(nn.Module):
-    def __init__(self, s, good, pre_norm):
+    def __init__(self, s, fused, pre_norm):
         super().__init__()
         d = s["width"]
         self.pre_norm = pre_norm
-        self.attention = Attention(s, good, pre_norm)
+        self.attention = Attention(s, fused, pre_norm)
         self.up, self.down = nn.Linear(d, s["ffn-width"]), nn.Linear(s["ffn-width"], d)
         self.gelu = nn.gelu_approx if pre_norm else nn.gelu
         self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
@@ -66,12 +67,12 @@ class Block(nn.Module):
 
 
 class Indicator(nn.Module):
-    def __init__(self, s, good):
+    def __init__(self, s, fused):
         super().__init__()
         d = s["width"]
         self.value, self.market = nn.Linear(1, d), nn.Linear(10, d)
         self.position = mx.random.uniform(-0.5, 0.5, (s["tokens"], d))
-        self.blocks = [Block(s, good, False) for _ in range(s["layers"])]
+        self.blocks = [Block(s, fused, False) for _ in range(s["layers"])]
         self.norm = nn.LayerNorm(d)
         head = lambda: nn.Sequential(nn.Linear(d, d // 2), nn.ReLU(), nn.Dropout(s["dropout"]), nn.Linear(d // 2, 1))
         self.selection, self.allocation = head(), head()
@@ -93,34 +94,39 @@ class Indicator(nn.Module):
 
 
 class Gpt2(nn.Module):
-    def __init__(self, s, good):
+    def __init__(self, s, fused):
         super().__init__()
         self.token = nn.Embedding(s["vocabulary"], s["width"])
         self.position = mx.random.uniform(0, 0.02, (s["tokens"], s["width"]))
-        self.blocks = [Block(s, good, True) for _ in range(s["layers"])]
+        self.blocks = [Block(s, fused, True) for _ in range(s["layers"])]
         self.norm = nn.LayerNorm(s["width"])
 
-    def loss(self, tokens, following):
+    def __call__(self, tokens, following):
         x = self.token(tokens) + self.position
         for block in self.blocks:
             x = block(x)
-        logits = self.token.as_linear(self.norm(x))
+        return self.token.as_linear(self.norm(x))
+
+    def loss(self, tokens, following):
+        logits = self(tokens, following)
         return nn.losses.cross_entropy(logits.astype(mx.float32), following, reduction="mean")
 
 
 def main(case, variant):
-    workload, precision, batch = case["workload"], case["compute"], case["batch"]
-    good, s = variant == "compile", {**case["model"], "dropout": case["model"]["dropout"]["residual"]}
+    workload, precision, batch = case["workload"], case["precision"], case["batch"]
+    compiled, s = variant == "compile", {**case["model"], "dropout": case["model"]["dropout"]["residual"]}
     model = s["name"]
+    if workload not in ("forward", "forward-backward", "train-step") or precision not in ("f32", "bf16", "f16", "mixed"):
+        sys.exit(f"no Python counterpart of {workload} in {precision}")
     if model not in ("indicator", "gpt2"):
-        sys.exit(f"no twin of {model}: mlx-lm may have it (--model)")
+        sys.exit(f"no Python counterpart of the model {model}: try --model, which uses mlx-lm")
     mx.set_default_device(mx.cpu if case["device"] == "cpu" else mx.gpu)
-    net = (Indicator if model == "indicator" else Gpt2)(s, good)
-    kind = {"bf16": mx.bfloat16, "f16": mx.float16}.get(precision, mx.float32)
-    net.set_dtype(kind)
+    net = (Indicator if model == "indicator" else Gpt2)(s, compiled)
+    dtype = {"bf16": mx.bfloat16, "f16": mx.float16}.get(precision, mx.float32)
+    net.set_dtype(dtype)
     if model == "indicator":
         useful = (mx.random.uniform(shape=(batch, s["tokens"])) < 0.3).astype(mx.float32)
-        data = (mx.random.normal((batch, s["tokens"])).astype(kind), mx.random.normal((batch, 10)).astype(kind), useful)
+        data = (mx.random.normal((batch, s["tokens"])).astype(dtype), mx.random.normal((batch, 10)).astype(dtype), useful)
     else:
         data = tuple(mx.random.randint(0, s["vocabulary"], (batch, s["tokens"])) for _ in range(2))
     optimizer = optimizers.AdamW(2e-4, weight_decay=1e-5, bias_correction=True)
@@ -128,9 +134,9 @@ def main(case, variant):
     state = [net.state, optimizer.state, mx.random.state]
 
     def loss(parameters, *data):
-        if precision == "amp":
+        if precision == "mixed":
             half = lambda a: a.astype(mx.bfloat16) if a.dtype == mx.float32 else a
-            # The last input of the indicator model is the target, which stays f32.
+            # The third input of the indicator model is the target, which stays f32.
             data = [half(a) for a in data[:2]] + list(data[2:])
             parameters = tree_map(half, parameters)
         net.update(parameters)
@@ -144,7 +150,7 @@ def main(case, variant):
             optimizer.update(net, gradients)
         return value, gradients
 
-    if good and workload != "forward":
+    if compiled and workload != "forward":
         train = partial(mx.compile, inputs=state, outputs=state)(train)
 
     def step():

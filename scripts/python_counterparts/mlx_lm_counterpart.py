@@ -1,8 +1,8 @@
-"""A model of mlx-lm. Usage:
+"""The Python counterpart of a custom model with mlx-lm.
 
-mlx_lm_twin.py --parity CONFIG OUTPUTS...   compares loss, logits and gradients with what a
-                                            worker of ours wrote
-mlx_lm_twin.py DESCRIPTION VARIANT CONFIG  times its training step
+mlx_lm_counterpart.py --parity CONFIG FILE...  compares loss, logits and gradients with FILE..., which the
+                                               suite's worker wrote
+mlx_lm_counterpart.py DESCRIPTION VARIANT CONFIG  times the training step
 
 Variants: eager, compile (mx.compile over the whole step).
 """
@@ -26,13 +26,13 @@ from protocol import serve
 
 
 def build(path, tokens):
-    fields = hugging_face.configuration(path)
+    fields = hugging_face.read_config(path)
     family = fields["model_type"]
     try:
-        # mlx-lm keeps mistral among its llamas.
+        # mlx-lm implements mistral in its llama module.
         module = import_module(f"mlx_lm.models.{'llama' if family == 'mistral' else family}")
     except ModuleNotFoundError:
-        sys.exit(f"mlx-lm has no {family}")
+        sys.exit(f"mlx-lm has no model type {family}")
     if family == "gpt2":
         fields = {"n_ctx": tokens, "layer_norm_epsilon": 1e-5, **fields, "n_positions": tokens}
     defaults = {"rope_theta": 10000.0, "max_position_embeddings": tokens,
@@ -45,39 +45,38 @@ def loss_of(net, tokens, following):
     return nn.losses.cross_entropy(logits.astype(mx.float32), following, reduction="mean")
 
 
-def parity(path, files):
+def compare_outputs(path, files):
     mx.set_default_device(mx.cpu)
-    ours = {name: data for file in files for name, data in hugging_face.read(file).items()}
-    tokens, following = (mx.array(ours[f"input/{name}"].astype("int32")) for name in ("tokens", "next"))
+    suite = hugging_face.read_outputs(files)
+    tokens, following = (mx.array(suite[f"input/{name}"].astype("int32")) for name in ("tokens", "next"))
     family, net = build(path, tokens.shape[1])
-    own = lambda name: re.sub("^transformer", "model", name)
-    stacked = hugging_face.stacked(family, hugging_face.of_kind(ours, "parameter"))
-    given = {own(name): mx.array(data.copy()) for name, data in stacked.items()}
+    mlx_lm_name = lambda name: re.sub("^transformer", "model", name)
+    stacked = hugging_face.stack(family, hugging_face.of_kind(suite, "parameter"))
     known = dict(tree_flatten(net.parameters()))
-    given = {name: data for name, data in given.items() if name in known}
-    net.update(tree_unflatten(list(given.items())))
+    parameters = [(mlx_lm_name(name), mx.array(data.copy())) for name, data in stacked.items()]
+    net.update(tree_unflatten([(name, data) for name, data in parameters if name in known]))
     logits = net(tokens)
     loss, gradients = nn.value_and_grad(net, lambda net: loss_of(net, tokens, following))(net)
     mx.eval(logits, loss, gradients)
     gradients = {name: np.array(g) for name, g in tree_flatten(gradients)}
-    theirs = {name: gradients[own(name)] for name in stacked if own(name) in gradients}
-    hugging_face.report(family, ours, loss.item(), np.array(logits), theirs)
+    by_hf_name = {name: gradients[mlx_lm_name(name)] for name in stacked if mlx_lm_name(name) in gradients}
+    hugging_face.report(family, suite, loss.item(), np.array(logits), by_hf_name)
 
 
-def main(case, variant, path):
-    precision, batch, tokens = case["compute"], case["batch"], case["model"]["tokens"]
+def time_steps(case, variant, path):
+    batch, tokens = case["batch"], case["model"]["tokens"]
     mx.set_default_device(mx.cpu if case["device"] == "cpu" else mx.gpu)
     _, net = build(path, tokens)
-    net.set_dtype({"bf16": mx.bfloat16}.get(precision, mx.float32))
+    net.set_dtype(mx.bfloat16 if case["precision"] == "bf16" else mx.float32)
     net.train()
-    vocabulary = hugging_face.configuration(path)["vocab_size"]
+    vocabulary = hugging_face.read_config(path)["vocab_size"]
     data = [mx.random.randint(0, vocabulary, (batch, tokens)) for _ in range(2)]
     optimizer = optimizers.AdamW(2e-4, weight_decay=1e-5, bias_correction=True)
     state = [net.state, optimizer.state, mx.random.state]
-    of = nn.value_and_grad(net, lambda net: loss_of(net, *data))
+    loss_and_gradients = nn.value_and_grad(net, lambda net: loss_of(net, *data))
 
     def train():
-        loss, gradients = of(net)
+        loss, gradients = loss_and_gradients(net)
         optimizer.update(net, gradients)
         return loss
 
@@ -91,4 +90,4 @@ def main(case, variant, path):
 
 
 if __name__ == "__main__":
-    hugging_face.run(parity, main)
+    hugging_face.run(compare_outputs, time_steps)

@@ -1,10 +1,10 @@
-"""The suite's steps in Python PyTorch. Usage: torch_twin.py DESCRIPTION VARIANT
+"""The suite's steps in Python PyTorch. Usage: torch_counterpart.py DESCRIPTION VARIANT
 
-DESCRIPTION is what a worker answers to `describe ID`; the network is the one that the recipe -compile
-compiles. Variants: eager (as a newcomer writes it), good (fused attention, one q-k-v projection, fused
-AdamW), compile (good under torch.compile), graphs (mode="reduce-overhead"). Under amp the model runs on
-bf16 copies of its f32 parameters; autocast is torch.autocast. `--flops DESCRIPTION` prints what torch's
-own counter counts instead.
+DESCRIPTION is the answer of the suite's worker to `describe ID`. The network is the one that the suite's
+variant -compile compiles. Variants: eager (as in a tutorial), tuned (scaled_dot_product_attention, one q-k-v
+projection, fused AdamW), compile (tuned under torch.compile), reduce-overhead (torch.compile with that mode).
+Precision `mixed` runs on bf16 copies of f32 parameters, `amp` is torch.autocast. `--flops DESCRIPTION` prints
+the FLOPs that torch's own counter finds.
 """
 import json
 import sys
@@ -18,22 +18,23 @@ from protocol import serve
 
 
 def main(case, variant):
-    good, compute, device = variant != "eager", case["compute"], torch.device(case["device"])
-    net, data = network.build(case, good), network.data(case)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-4, weight_decay=1e-5, fused=True if good else None)
-    whole = network.Loss(net)
+    tuned, precision, device = variant != "eager", case["precision"], torch.device(case["device"])
+    net, data = network.build(case, tuned), network.data(case)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-4, weight_decay=1e-5, fused=True if tuned else None)
+    net_and_loss = network.Loss(net)
 
     def run(module, data):
-        if compute == "amp":
-            copies = network.narrow(dict(module.named_parameters()))
-            return torch.func.functional_call(module, copies, tuple(network.narrowed(data, compute)))
-        with torch.autocast(device.type, torch.bfloat16, enabled=compute == "autocast"):
+        if precision == "mixed":
+            copies = network.to_bf16(dict(module.named_parameters()))
+            return torch.func.functional_call(module, copies, tuple(network.compute_inputs(data, precision)))
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "amp"):
             return module(*data)
 
-    loss = lambda: run(whole, data)
+    loss = lambda: run(net_and_loss, data)
     forward = lambda: run(net, data[:2])
-    if variant in ("compile", "graphs"):
-        mode = "reduce-overhead" if variant == "graphs" else None
+    compiled = variant in ("compile", "reduce-overhead")
+    if compiled:
+        mode = "reduce-overhead" if variant == "reduce-overhead" else None
         loss, forward = torch.compile(loss, mode=mode), torch.compile(forward, mode=mode)
 
     def step():
@@ -48,7 +49,7 @@ def main(case, variant):
         if device.type != "cpu":
             getattr(torch, device.type).synchronize()
 
-    if variant in ("compile", "graphs"):
+    if compiled:
         for _ in range(4):
             step()
     serve(step)
@@ -70,7 +71,7 @@ if __name__ == "__main__":
     if sys.argv[1] == "--flops":
         flops(json.loads(sys.argv[2]))
     else:
-        described = json.loads(sys.argv[1])
-        if described["workload"] not in ("forward", "forward-backward", "train-step"):
-            sys.exit(f"no twin of {described['workload']}")
-        main(described, sys.argv[2])
+        case = json.loads(sys.argv[1])
+        if case["workload"] not in ("forward", "forward-backward", "train-step"):
+            sys.exit(f"no Python counterpart of {case['workload']}")
+        main(case, sys.argv[2])

@@ -1,10 +1,10 @@
-"""A model of Hugging Face's transformers. Usage:
+"""The Python counterpart of a custom model with Hugging Face's transformers.
 
-transformers_twin.py --parity CONFIG OUTPUTS...   compares loss, logits and gradients with what
-                                                  a worker of ours wrote
-transformers_twin.py DESCRIPTION VARIANT CONFIG  times its training step
+transformers_counterpart.py --parity CONFIG FILE...  compares loss, logits and gradients with FILE..., which
+                                                     the suite's worker wrote
+transformers_counterpart.py DESCRIPTION VARIANT CONFIG  times the training step
 
-Variants: eager, sdpa (attention by scaled_dot_product_attention, fused AdamW).
+Variants: eager, tuned (scaled_dot_product_attention, fused AdamW).
 """
 import re
 
@@ -20,19 +20,19 @@ DROPOUTS = ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hid
 
 
 def build(path, tokens, attention, dropout):
-    fields = hugging_face.configuration(path)
+    fields = hugging_face.read_config(path)
     family = fields.pop("model_type")
     config = AutoConfig.for_model(family, **fields)
     for name in DROPOUTS:
         if not dropout and hasattr(config, name):
             setattr(config, name, 0.0)
-    # Learned positions are as many as tokens, here as in ours.
+    # The suite has one learned position per token.
     for name in ("n_positions", "max_position_embeddings"):
         if family in ("gpt2", "bert") and hasattr(config, name):
             setattr(config, name, tokens)
     config.use_cache = False
-    maker = AutoModelForMaskedLM if family == "bert" else AutoModelForCausalLM
-    return family, maker.from_config(config, attn_implementation=attention).float().train()
+    auto_model = AutoModelForMaskedLM if family == "bert" else AutoModelForCausalLM
+    return family, auto_model.from_config(config, attn_implementation=attention).float().train()
 
 
 def loss_of(net, tokens, following):
@@ -40,33 +40,32 @@ def loss_of(net, tokens, following):
     return logits, F.cross_entropy(logits.flatten(0, 1).float(), following.flatten())
 
 
-def parity(path, files):
-    ours = {name: data for file in files for name, data in hugging_face.read(file).items()}
-    tokens, following = (torch.from_numpy(ours[f"input/{name}"].astype("int64")) for name in ("tokens", "next"))
+def compare_outputs(path, files):
+    suite = hugging_face.read_outputs(files)
+    tokens, following = (torch.from_numpy(suite[f"input/{name}"].astype("int64")) for name in ("tokens", "next"))
     family, net = build(path, tokens.shape[1], "eager", False)
     net.eval()
     named = dict(net.named_parameters())
-    turned = lambda name, a: a.T if re.search(r"\.c_(attn|proj|fc)\.weight$", name) else a
+    # GPT-2's Conv1D has weights [in, out].
+    out_in = lambda name, a: a.T if re.search(r"\.c_(attn|proj|fc)\.weight$", name) else a
     with torch.no_grad():
-        for name, data in hugging_face.stacked(family, hugging_face.of_kind(ours, "parameter")).items():
-            target = turned(name, named[name])
-            # The row of a second sentence's type never moves.
+        for name, data in hugging_face.stack(family, hugging_face.of_kind(suite, "parameter")).items():
+            target = out_in(name, named[name])
+            # BERT's row for the type of a second sentence has no counterpart in the suite.
             target[:len(data)].copy_(torch.from_numpy(data.copy()))
     logits, loss = loss_of(net, tokens, following)
     loss.backward()
-    gradients = {name: turned(name, p.grad).numpy() for name, p in named.items() if p.grad is not None}
-    hugging_face.report(family, ours, loss.item(), logits.detach().numpy(), gradients)
+    gradients = {name: out_in(name, p.grad).numpy() for name, p in named.items() if p.grad is not None}
+    hugging_face.report(family, suite, loss.item(), logits.detach().numpy(), gradients)
 
 
-def main(case, variant, path):
-    precision, batch, tokens = case["compute"], case["batch"], case["model"]["tokens"]
+def time_steps(case, variant, path):
+    batch, tokens, tuned = case["batch"], case["model"]["tokens"], variant == "tuned"
     device = torch.device(case["device"])
-    good = variant == "sdpa"
-    _, net = build(path, tokens, "sdpa" if good else "eager", True)
-    kind = {"bf16": torch.bfloat16}.get(precision, torch.float32)
-    net = net.to(device, kind)
+    _, net = build(path, tokens, "sdpa" if tuned else "eager", True)
+    net = net.to(device, torch.bfloat16 if case["precision"] == "bf16" else torch.float32)
     data = [torch.randint(net.config.vocab_size, (batch, tokens), device=device) for _ in range(2)]
-    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-4, weight_decay=1e-5, fused=True if good else None)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-4, weight_decay=1e-5, fused=True if tuned else None)
 
     def step():
         optimizer.zero_grad(set_to_none=True)
@@ -79,4 +78,4 @@ def main(case, variant, path):
 
 
 if __name__ == "__main__":
-    hugging_face.run(parity, main)
+    hugging_face.run(compare_outputs, time_steps)

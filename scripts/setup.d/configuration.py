@@ -1,9 +1,9 @@
-"""What cargo is told: .cargo/config.toml."""
+"""The cargo configuration: .cargo/config.toml."""
 import json
 import sys
 
 from shared import ROOT
-from target import MAC_OLDEST
+from target import OLDEST_MACOS
 
 CARGO_CONFIG = ROOT / ".cargo" / "config.toml"
 MARK = "# Written by scripts/setup; edits are lost.\n"
@@ -13,15 +13,18 @@ def toml(value):
     return json.dumps(str(value))
 
 
-def text(row, libtorch, mlx, library_paths, headers=None, cuda=False, python=None, reason=None):
-    """The configuration of a target whose libraries lie in `library_paths`; `python` is where the torch
-    lies that compiles steps, or `reason` why there is none."""
+def text(target, libtorch, mlx, library_paths, headers=None, cuda=False, python=None, reason=None):
+    """Returns the configuration of a target.
+
+    `library_paths` are the folders of its libraries. `python` is the folder of the Python torch that compiles
+    steps. Without one, `reason` says why.
+    """
     linker = [f"-Wl,-rpath,{path}" for path in library_paths]
-    if row.linux:
-        # RPATH, unlike RUNPATH, also serves the libraries of libraries.
+    if target.linux:
+        # RPATH, unlike RUNPATH, also applies to the libraries of libraries.
         linker.insert(0, "-Wl,--disable-new-dtags")
     if cuda:
-        # What the CUDA libraries need in turn is found when they are loaded.
+        # The dependencies of the CUDA libraries are found when they are loaded.
         linker.append("-Wl,--allow-shlib-undefined")
     flags = ", ".join(toml(f"-Clink-arg={flag}") for flag in linker)
     lines = [f"[env]\nLIBTORCH = {toml(libtorch)}\n"]
@@ -32,12 +35,12 @@ def text(row, libtorch, mlx, library_paths, headers=None, cuda=False, python=Non
         lines.append(f"TRANSFORMER_BENCH_PYTHONPATH = {toml(python)}\n")
     elif reason:
         lines.append(f"TRANSFORMER_BENCH_NO_INDUCTOR = {toml(reason)}\n")
-    if not row.linux:
-        # As the wheels: else C++ is compiled for the newest system and Rust for an old one.
-        lines.append(f"MACOSX_DEPLOYMENT_TARGET = {toml(MAC_OLDEST)}\n")
-    lines.append(f"\n[target.{row.triple}]\nrustflags = [{flags}]\n")
+    if not target.linux:
+        # The version of the wheels. Without it, C++ targets the newest system and Rust an old one.
+        lines.append(f"MACOSX_DEPLOYMENT_TARGET = {toml(OLDEST_MACOS)}\n")
+    lines.append(f"\n[target.{target.triple}]\nrustflags = [{flags}]\n")
     lines.append(
-        f"\n[target.{row.triple}.mlx]\n"
+        f"\n[target.{target.triple}.mlx]\n"
         f"rustc-link-search = [{toml(mlx / 'mlx' / 'lib')}]\n"
         'rustc-link-lib = ["mlxc", "mlx"]\n'
         f"rustc-env = {{ OUT_DIR = {toml(mlx)} }}\n"

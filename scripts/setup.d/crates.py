@@ -1,16 +1,16 @@
-"""The locked crates whose frameworks are set up."""
+"""The crates in Cargo.lock that need a framework."""
 import json
 from pathlib import Path
 
-from shared import ROOT, Stop, run
+from shared import ROOT, SetupError, run
 
 
-def crate_folders(row):
-    """The source folders of the locked torch-sys and mlx-sys."""
+def crate_folders(target):
+    """Returns the source folders of the locked torch-sys and mlx-sys."""
     if not (ROOT / "Cargo.lock").exists():
-        raise Stop("Cargo.lock is missing: restore it with 'git checkout Cargo.lock'")
+        raise SetupError("Cargo.lock is missing: restore it with 'git checkout Cargo.lock'")
     text = run(
-        ["cargo", "metadata", "--locked", "--format-version", "1", "--filter-platform", row.triple],
+        ["cargo", "metadata", "--locked", "--format-version", "1", "--filter-platform", target.triple],
         what="cargo metadata (fetching the crates)",
         cwd=ROOT,
     )

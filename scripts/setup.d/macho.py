@@ -1,9 +1,11 @@
 """Reads the symbol table of an arm64 Mach-O file (Apple's <mach-o/loader.h>, <mach-o/nlist.h>).
-PyPI's lief 0.17 dies of libtorch_cpu's 323 MB."""
+
+PyPI's lief 0.17 crashes on libtorch_cpu, which has 323 MB.
+"""
 import mmap
 import struct
 
-from shared import Stop
+from shared import SetupError
 
 MAGIC = 0xFEEDFACF
 SYMTAB = 0x2
@@ -11,12 +13,12 @@ EXTERNAL, TYPE, STAB = 0x01, 0x0E, 0xE0
 
 
 def symbols(path):
-    """(defined, undefined): the names of the external symbols."""
+    """Returns the names of the external symbols as two sets: (defined, undefined)."""
     found = (set(), set())
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         magic, _, _, _, commands = struct.unpack_from("<5I", data, 0)
         if magic != MAGIC:
-            raise Stop(f"{path} is no 64-bit Mach-O file")
+            raise SetupError(f"{path} is not a 64-bit Mach-O file")
         place = 32
         for _ in range(commands):
             command, size = struct.unpack_from("<2I", data, place)

@@ -1,5 +1,7 @@
-"""MLX: PyPI's wheel, mlx-c compiled against it, and the Rust bindings, in the place of what
-mlx-sys's own build makes from source with Xcode, cmake and bindgen."""
+"""MLX: PyPI's wheel, mlx-c compiled against it, and the Rust bindings.
+
+They replace the build from source in mlx-sys, which needs Xcode, cmake and bindgen.
+"""
 import concurrent.futures
 import os
 import platform
@@ -10,7 +12,7 @@ import sys
 
 from libraries import needed, symbols
 from pypi import unpack, wheel
-from shared import NATIVE, Stop, component, file_hash, run, say
+from shared import NATIVE, SetupError, component, file_hash, run, say
 from target import mlx_platform
 from torch import version_in
 
@@ -25,7 +27,7 @@ def version(mlx_sys):
 
 
 def format_flags(libtorch):
-    """Where std::format comes from: the compiler, or fmt out of libtorch's headers."""
+    """Returns compiler flags for std::format: none if the compiler has it, else fmt from libtorch's headers."""
     has_format = subprocess.run(
         ["c++", "-x", "c++", "-std=c++20", "-fsyntax-only", "-"],
         input="#include <format>\n", text=True, capture_output=True,
@@ -34,44 +36,46 @@ def format_flags(libtorch):
         return []
     if (libtorch / "include/fmt/format.h").exists():
         return [f"-I{libtorch / 'include'}"]
-    raise Stop("this C++ compiler has no <format> and LIBTORCH carries no fmt headers: install gcc 13 or newer")
+    raise SetupError("this C++ compiler has no <format> and LIBTORCH has no fmt headers: install gcc 13 or newer")
 
 
-def unpacked(row, version, chosen):
-    """The wheel for the platform `chosen` (None: as pip chooses) as it is: signed libraries stay
-    byte for byte, and Metal's kernels beside libmlx, where it looks for them."""
+def unpacked_wheel(target, version, tag):
+    """Returns the folder of the unpacked wheel for the platform `tag`, or for pip's choice if it is None.
+
+    Nothing is changed: libraries are signed, and libmlx looks for Metal's kernels in its own folder.
+    """
 
     def build(work):
-        path = wheel(f"{row.mlx}=={version}", chosen)
+        path = wheel(f"{target.mlx}=={version}", tag)
         say("unpacking MLX")
         unpack(path, work)
 
-    key = [version, row.triple] + ([chosen] if chosen else [])
+    key = [version, target.triple] + ([tag] if tag else [])
     return component("mlx-wheel", key, build)
 
 
-def put_blas(lib, bundled):
-    """Puts OpenBLAS in the place of the reference BLAS and LAPACK that come with MLX.
+def replace_blas(lib, bundled):
+    """Replaces the reference BLAS and LAPACK that are bundled with MLX by OpenBLAS. Returns the name of the BLAS.
 
-    The PyPI build prefixes its symbols, so a library of jumps with the bundled
-    files' names leads each symbol that libmlx calls to it. Returns what serves.
+    PyPI's OpenBLAS prefixes its symbols. A library of jumps, which has the name of the bundled library, forwards
+    each symbol that libmlx calls.
     """
     try:
         archive = wheel(OPENBLAS)
-    except Stop as reason:
-        say(f"no OpenBLAS ({reason}); MLX keeps its reference BLAS, which is many times slower")
+    except SetupError as reason:
+        say(f"no OpenBLAS ({reason}); MLX uses its reference BLAS, which is many times slower")
         return "reference"
     unpack(archive, bundled)
     openblas = next((bundled / "scipy_openblas32" / "lib").glob("libscipy_openblas*.so"))
-    target = bundled / openblas.name
-    openblas.rename(target)
-    has = symbols(target, "--defined-only")
+    openblas_library = bundled / openblas.name
+    openblas.rename(openblas_library)
+    defined = symbols(openblas_library, "--defined-only")
     replaced = [name for name in needed(lib) if re.match(r"lib(blas|lapack)", name)]
     offered = set().union(*(symbols(bundled / name, "--defined-only") for name in replaced))
     calls = sorted(offered & symbols(lib, "--undefined-only"))
-    missing = [name for name in calls if "scipy_" + name not in has]
+    missing = [name for name in calls if "scipy_" + name not in defined]
     if not calls or missing:
-        say(f"this OpenBLAS lacks {', '.join(missing) or 'the symbols'}; MLX keeps its reference BLAS")
+        say(f"this OpenBLAS lacks {', '.join(missing) or 'the symbols'}; MLX uses its reference BLAS")
         return "reference"
     jump = "b" if platform.machine() in ("aarch64", "arm64") else "jmp"
     suffix = "" if jump == "b" else "@PLT"
@@ -82,10 +86,9 @@ def put_blas(lib, bundled):
         + '.section .note.GNU-stack,"",%progbits\n'
     )
     for name in replaced:
-        kept = bundled / (name + ".reference")
-        (bundled / name).rename(kept)
+        (bundled / name).rename(bundled / (name + ".reference"))
         run(["cc", "-shared", "-o", bundled / name, source, f"-Wl,-soname,{name}", f"-L{bundled}",
-             f"-l:{target.name}", "-Wl,-rpath,$ORIGIN"])
+             f"-l:{openblas_library.name}", "-Wl,-rpath,$ORIGIN"])
     probe = (
         "import ctypes,sys;l=ctypes.CDLL(sys.argv[1]);n=256;A=(ctypes.c_float*(n*n))(*[1.0]*(n*n));"
         "C=(ctypes.c_float*(n*n))();f=ctypes.c_float(1);z=ctypes.c_float(0);"
@@ -95,62 +98,65 @@ def put_blas(lib, bundled):
     if subprocess.run([sys.executable, "-c", probe, bundled / product]).returncode:
         for name in replaced:
             (bundled / (name + ".reference")).replace(bundled / name)
-        say("OpenBLAS fails a matrix product on this CPU; MLX keeps its reference BLAS")
+        say("OpenBLAS computes a wrong matrix product on this CPU; MLX uses its reference BLAS")
         return "reference"
     return archive.name.split("-")[0] + " " + archive.name.split("-")[1]
 
 
-def linux_only(row):
-    """Files that only Linux needs compiled: what macOS's own library has."""
-    return [NATIVE / "compat.hpp", NATIVE / "mach.c"] if row.linux else []
+def linux_sources(target):
+    """Returns the files for functions that macOS has and Linux lacks."""
+    return [NATIVE / "compat.hpp", NATIVE / "mach.c"] if target.linux else []
 
 
-def compile_flags(row, source, mlx, libtorch):
-    """How a file of mlx-c is compiled."""
-    extra = ["-include", NATIVE / "compat.hpp", *format_flags(libtorch)] if row.linux else []
+def compile_flags(target, source, mlx, libtorch):
+    """Returns the compiler flags of a file of mlx-c."""
+    extra = ["-include", NATIVE / "compat.hpp", *format_flags(libtorch)] if target.linux else []
     return ["-std=c++20", "-O2", "-fPIC", f"-I{source}", f"-I{mlx / 'include'}", *extra]
 
 
-def link_flags(row, lib):
-    """How libmlxc is linked against the libmlx beside it."""
-    if row.linux:
-        own = ["-shared", f"-Wl,-soname,{row.name('mlxc')}", "-Wl,--allow-shlib-undefined"]
+def link_flags(target, lib):
+    """Returns the flags that link libmlxc with the libmlx in the same folder."""
+    if target.linux:
+        shared = ["-shared", f"-Wl,-soname,{target.file_name('mlxc')}", "-Wl,--allow-shlib-undefined"]
     else:
-        own = ["-dynamiclib", "-install_name", f"@rpath/{row.name('mlxc')}"]
-    return [*own, f"-L{lib}", "-lmlx", f"-Wl,-rpath,{row.origin}"]
+        shared = ["-dynamiclib", "-install_name", f"@rpath/{target.file_name('mlxc')}"]
+    return [*shared, f"-L{lib}", "-lmlx", f"-Wl,-rpath,{target.origin}"]
 
 
-def compile_mlx_c(row, mlx_sys, work, libtorch, compiler="c++"):
-    """libmlxc beside libmlx."""
+def compile_mlx_c(target, mlx_sys, work, libtorch, compiler="c++"):
+    """Compiles libmlxc in the folder of libmlx."""
     source = mlx_sys / "src" / "mlx-c"
     mlx = work / "mlx"
-    flags = compile_flags(row, source, mlx, libtorch)
+    flags = compile_flags(target, source, mlx, libtorch)
     files = sorted((source / "mlx" / "c").glob("*.cpp"))
     objects = work / "objects"
     objects.mkdir()
     say(f"compiling mlx-c ({len(files)} files)")
 
     def compile_one(file):
-        target = objects / (file.stem + ".o")
-        run([compiler, *flags, "-c", file, "-o", target], what=f"compiling {file.name}")
-        return target
+        output = objects / (file.stem + ".o")
+        run([compiler, *flags, "-c", file, "-o", output], what=f"compiling {file.name}")
+        return output
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        done = list(pool.map(compile_one, files))
-    for file in linux_only(row):
+        compiled = list(pool.map(compile_one, files))
+    for file in linux_sources(target):
         if file.suffix == ".c":
-            done.append(objects / (file.stem + ".o"))
-            run(["cc", "-O2", "-fPIC", "-c", file, "-o", done[-1]])
-    run([compiler, "-o", mlx / "lib" / row.name("mlxc"), *done, *link_flags(row, mlx / "lib")], what="linking mlx-c")
+            compiled.append(objects / (file.stem + ".o"))
+            run(["cc", "-O2", "-fPIC", "-c", file, "-o", compiled[-1]])
+    run([compiler, "-o", mlx / "lib" / target.file_name("mlxc"), *compiled, *link_flags(target, mlx / "lib")],
+        what="linking mlx-c")
     shutil.rmtree(objects)
 
 
-def prepare(row, mlx_sys, version, libtorch, cuda):
-    """The folder that holds mlx/lib (libmlx, libmlxc), bindings.rs, and in `blas` what
-    multiplies matrices on the CPU."""
-    blas_key = [OPENBLAS] if row.linux else [mlx_platform(row)]
-    key = [version, mlx_sys.name, row.triple, *blas_key, str(cuda) if cuda else "cpu", "mlx 2",
-           [file_hash(path) for path in [*linux_only(row), BINDINGS]]]
+def prepare(target, mlx_sys, version, libtorch, cuda):
+    """Returns the folder with mlx/lib (libmlx, libmlxc), bindings.rs, and the name of the CPU's BLAS in `blas`.
+
+    `cuda` is the folder of the CUDA packages, or None.
+    """
+    blas_key = [OPENBLAS] if target.linux else [mlx_platform(target)]
+    key = [version, mlx_sys.name, target.triple, *blas_key, str(cuda) if cuda else "cpu", "mlx 2",
+           [file_hash(path) for path in [*linux_sources(target), BINDINGS]]]
 
     def build(work):
         if cuda:
@@ -160,32 +166,35 @@ def prepare(row, mlx_sys, version, libtorch, cuda):
             if (cuda / "nvidia").is_dir():
                 (work / "nvidia").symlink_to(cuda / "nvidia")
         else:
-            shutil.copytree(unpacked(row, version, mlx_platform(row)), work, dirs_exist_ok=True, symlinks=True)
+            shutil.copytree(unpacked_wheel(target, version, mlx_platform(target)), work, dirs_exist_ok=True, symlinks=True)
         bundled = next(iter(work.glob("mlx_*.libs")), None)
-        blas = put_blas(work / "mlx" / "lib" / row.name("mlx"), bundled) if row.linux and bundled else "as bundled"
-        (work / "blas").write_text(("Accelerate" if not row.linux else blas) + "\n")
-        compile_mlx_c(row, mlx_sys, work, libtorch)
+        blas = replace_blas(work / "mlx" / "lib" / target.file_name("mlx"), bundled) if target.linux and bundled else "as bundled"
+        (work / "blas").write_text(("Accelerate" if not target.linux else blas) + "\n")
+        compile_mlx_c(target, mlx_sys, work, libtorch)
         shutil.copyfile(BINDINGS, work / "bindings.rs")
 
     return component("mlx", key, build)
 
 
-def bindings_head(mlx_sys, version):
+def bindings_header(mlx_sys, version):
     return (f"// Bindings to mlx-c for {mlx_sys.name} (MLX {version}), the same on every platform.\n"
             "// Made by scripts/setup --bindings; edits are lost.\n")
 
 
 def check_bindings(mlx_sys, version):
-    """Raises Stop where the kept bindings are of another mlx-sys."""
-    if not BINDINGS.exists() or not BINDINGS.read_text().startswith(bindings_head(mlx_sys, version)):
-        raise Stop(f"{BINDINGS.name} is not of {mlx_sys.name}: run 'scripts/setup --bindings', then scripts/setup again")
+    """Raises SetupError if bindings.rs belongs to another version of mlx-sys."""
+    if not BINDINGS.exists() or not BINDINGS.read_text().startswith(bindings_header(mlx_sys, version)):
+        raise SetupError(f"{BINDINGS.name} does not belong to {mlx_sys.name}: "
+                         "run 'scripts/setup --bindings', then scripts/setup again")
 
 
-def make_bindings(row, mlx_sys, version):
-    """Makes bindings.rs anew, after mlx-sys has moved. Needs Linux and, for bindgen, some
-    minutes; limited to mlx-c's own names, it comes out the same for every system."""
-    if not row.linux:
-        raise Stop("--bindings needs Linux: what it makes serves macOS as it is")
+def generate_bindings(target, mlx_sys, version):
+    """Generates bindings.rs for another version of mlx-sys. Building bindgen takes some minutes.
+
+    The bindings only have names of mlx-c, so they are the same on every system.
+    """
+    if not target.linux:
+        raise SetupError("--bindings needs Linux: the bindings are the same on macOS")
 
     def build(work):
         say("building bindgen")
@@ -193,8 +202,8 @@ def make_bindings(row, mlx_sys, version):
             what="building bindgen", env={"CARGO_TARGET_DIR": str(work / "target")})
         shutil.rmtree(work / "target")
 
-    tool = component("bindgen", [BINDGEN, row.triple], build) / "bin" / "bindgen"
-    clang = component("libclang", [LIBCLANG, row.triple], lambda work: unpack(wheel(LIBCLANG), work))
+    tool = component("bindgen", [BINDGEN, target.triple], build) / "bin" / "bindgen"
+    clang = component("libclang", [LIBCLANG, target.triple], lambda work: unpack(wheel(LIBCLANG), work))
     source = mlx_sys / "src" / "mlx-c"
     say("generating the bindings")
     include = "".join(f'#include "mlx/c/{header.name}"\n' for header in sorted((source / "mlx" / "c").glob("*.h")))
@@ -213,4 +222,4 @@ def make_bindings(row, mlx_sys, version):
         )
     finally:
         umbrella.unlink()
-    BINDINGS.write_text(bindings_head(mlx_sys, version) + text)
+    BINDINGS.write_text(bindings_header(mlx_sys, version) + text)

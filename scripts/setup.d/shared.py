@@ -1,4 +1,4 @@
-"""What every part of set-up uses: the cache, commands, and the one line that ends it."""
+"""The cache, running commands, and errors of set-up."""
 import hashlib
 import json
 import os
@@ -14,27 +14,28 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 NATIVE = ROOT / "src" / "mlx" / "native"
 
 
-class Stop(Exception):
-    """A condition that only the user can change; its text is the one line shown."""
+class SetupError(Exception):
+    """A condition that only the user can change. The text is one line that says how."""
 
 
 def cache_home():
-    """The user's cache folder. The XDG base directory specification: an empty or relative
-    XDG_CACHE_HOME counts as unset."""
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    return Path(given) if os.path.isabs(given) else Path.home() / ".cache"
+    """Returns the user's cache folder. An empty or relative XDG_CACHE_HOME counts as unset, as in the
+    XDG base directory specification."""
+    folder = os.environ.get("XDG_CACHE_HOME", "")
+    return Path(folder) if os.path.isabs(folder) else Path.home() / ".cache"
 
 
 CACHE = cache_home() / "transformer-bench"
-started = time.monotonic()
+START = time.monotonic()
 
 
 def say(text):
-    print(f"setup [{time.monotonic() - started:5.0f} s] {text}", flush=True)
+    """Prints a line of progress."""
+    print(f"setup [{time.monotonic() - START:5.0f} s] {text}", flush=True)
 
 
 def run(command, env=None, cwd=None, what=None, show=False):
-    """Runs a command; its output is shown only when it fails, or with `show`."""
+    """Runs a command and returns its output. Prints the output only if the command fails, or with `show`."""
     command = [str(part) for part in command]
     done = subprocess.run(
         command,
@@ -48,14 +49,14 @@ def run(command, env=None, cwd=None, what=None, show=False):
     if done.returncode:
         if not show:
             sys.stderr.write("\n".join(done.stdout.splitlines()[-30:]) + "\n")
-        raise Stop(f"{what or shlex.join(command)} failed (exit {done.returncode}); see the lines above")
+        raise SetupError(f"{what or shlex.join(command)} failed (exit {done.returncode}); see the lines above")
     return done.stdout or ""
 
 
 def need(program, advice):
     path = shutil.which(program)
     if not path:
-        raise Stop(f"'{program}' is not installed: {advice}")
+        raise SetupError(f"'{program}' is not installed: {advice}")
     return path
 
 
@@ -63,8 +64,8 @@ def check_disk(gigabytes):
     CACHE.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(CACHE).free / 1e9
     if free < gigabytes:
-        raise Stop(
-            f"{CACHE} has {free:.1f} GB free and set-up needs {gigabytes} GB: free some, or set XDG_CACHE_HOME"
+        raise SetupError(
+            f"{CACHE} has {free:.1f} GB free and set-up needs {gigabytes} GB: free some space, or set XDG_CACHE_HOME"
         )
 
 
@@ -73,7 +74,10 @@ def file_hash(path):
 
 
 def component(name, key, build):
-    """Returns the cached folder of a component, building it whole or not at all."""
+    """Returns the cached folder of a component. Builds it if it is missing, completely or not at all.
+
+    `key` identifies the version of the component. `build` writes it into the folder that it gets.
+    """
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     final = CACHE / f"{name}-{digest}"
     if final.is_dir():
@@ -94,14 +98,15 @@ def component(name, key, build):
     return final
 
 
-def drop_old_remains():
-    """What a killed set-up left behind is never taken for whole; it goes when it is old."""
-    for left in CACHE.glob("*.partial-*"):
-        if time.time() - left.stat().st_mtime > 3 * 3600:
-            shutil.rmtree(left, ignore_errors=True)
+def remove_stale_builds():
+    """Removes what a killed set-up has left in the cache, once it is three hours old."""
+    for folder in CACHE.glob("*.partial-*"):
+        if time.time() - folder.stat().st_mtime > 3 * 3600:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_whole(path, text):
+def write_atomic(path, text):
+    """Writes a file so that readers see the old or the new content."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)

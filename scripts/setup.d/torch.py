@@ -1,4 +1,4 @@
-"""PyTorch: libtorch out of PyPI's wheel, or one of the user's own; and what CUDA needs."""
+"""PyTorch: libtorch from PyPI's wheel or from the user, and the CUDA packages."""
 import platform
 import re
 import shutil
@@ -7,14 +7,14 @@ from pathlib import Path
 
 from libraries import needed
 from pypi import PYTHON, pip, unpack, wheel
-from shared import Stop, component, run, say
+from shared import SetupError, component, run, say
 from target import MAC_TORCH
 
 
 def version_in(file, pattern):
     match = re.search(pattern, file.read_text())
     if not match:
-        raise Stop(f"no framework version found in {file}: this crate version is not known to scripts/setup")
+        raise SetupError(f"no framework version found in {file}: scripts/setup does not support this version of the crate")
     return match.group(1)
 
 
@@ -22,41 +22,48 @@ def version(torch_sys):
     return version_in(torch_sys / "build.rs", r'TORCH_VERSION: &str = "([\d.]+)"')
 
 
-def of_the_user(given, wanted):
-    """A libtorch of the user's own, checked; None where there is none."""
-    if not given:
+def custom_libtorch(path, expected):
+    """Checks the user's libtorch and returns its folder, or None if `path` is empty.
+
+    Raises SetupError if it is incomplete or has another version.
+    """
+    if not path:
         return None
-    folder = Path(given).expanduser().resolve()
+    folder = Path(path).expanduser().resolve()
     if not any((folder / "lib").glob("libtorch_cpu.*")) or not (folder / "include/torch").is_dir():
-        raise Stop(f"LIBTORCH={given} holds no lib/libtorch_cpu and include/torch: correct it, or run 'LIBTORCH= scripts/setup'")
+        raise SetupError(f"LIBTORCH={path} has no lib/libtorch_cpu and include/torch: "
+                         "correct it, or run 'LIBTORCH= scripts/setup'")
     for name, pattern in (("build-version", r"([\d.]+)"), ("version.py", r"__version__ = '([\d.]+)")):
         if (folder / name).exists():
             found = version_in(folder / name, pattern)
-            if found != wanted:
-                raise Stop(f"LIBTORCH={given} is version {found}, and the locked tch needs {wanted}: install that one, or run 'LIBTORCH= scripts/setup'")
+            if found != expected:
+                raise SetupError(f"LIBTORCH={path} is version {found}, and the locked tch needs {expected}: "
+                                 "install that version, or run 'LIBTORCH= scripts/setup'")
     return folder
 
 
-# Not of the CPU's part: CUDA, and what Python imports.
-LEFT_OUT = re.compile(r"lib(torch_cuda|c10_cuda|torch_nvshmem|caffe2_nvrtc|torch_python|shm)")
+# Libraries outside the CPU part: CUDA, and those of Python.
+NOT_CPU = re.compile(r"lib(torch_cuda|c10_cuda|torch_nvshmem|caffe2_nvrtc|torch_python|shm)")
 
 
-def cut(row, version):
-    """libtorch out of PyPI's wheel. On x86-64 Linux that wheel is a CUDA build, of which
-    the CPU part runs alone with two small CUDA libraries beside it."""
+def cpu_libtorch(target, version):
+    """Returns the folder of libtorch from PyPI's wheel.
+
+    On x86-64 Linux that wheel is a CUDA build. Its CPU part runs with two small CUDA libraries next to it.
+    """
 
     def wanted(name):
         if name.startswith("torch/lib/"):
-            return not LEFT_OUT.match(Path(name).name)
+            return not NOT_CPU.match(Path(name).name)
         return name.startswith(("torch/include/", "torch.libs/"))
 
     def build(work):
-        path = wheel(f"torch=={version}", None if row.linux else MAC_TORCH)
+        path = wheel(f"torch=={version}", None if target.linux else MAC_TORCH)
         say("unpacking libtorch")
         unpack(path, work, wanted)
         lib = work / "torch" / "lib"
         (work / "torch" / "build-version").write_text(version + "\n")
-        if not row.linux:
+        if not target.linux:
             return
         for library in needed(lib / "libtorch_cpu.so"):
             match = re.match(r"lib(cudart|cupti)\.so\.(\d+)$", library)
@@ -67,12 +74,12 @@ def cut(row, version):
                 with zipfile.ZipFile(wheel(f"{name}>={major},<{major + 1}")) as archive:
                     inside = next(n for n in archive.namelist() if n.endswith("/" + library))
                     (lib / library).write_bytes(archive.read(inside))
-        # The wheel's libtorch.so also asks for the CUDA part; it holds no code.
+        # The wheel's libtorch.so has no code, but loads the CUDA part.
         (lib / "libtorch.so").unlink()
         run(["cc", "-shared", "-o", lib / "libtorch.so", "-Wl,-soname,libtorch.so", "-Wl,--no-as-needed",
              f"-L{lib}", "-ltorch_cpu", "-lc10", "-Wl,-rpath,$ORIGIN", "-Wl,--allow-shlib-undefined"])
 
-    return component("libtorch", [version, row.triple, "cut 1"], build) / "torch"
+    return component("libtorch", [version, target.triple, "cut 1"], build) / "torch"
 
 
 def has_nvidia():
@@ -80,9 +87,12 @@ def has_nvidia():
         Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None)
 
 
-def cuda_headers(row, libtorch):
-    """CUDA's own headers, which those of CUDA graphs include, and CUPTI's; None off x86-64 Linux."""
-    if row.triple != "x86_64-unknown-linux-gnu":
+def cuda_headers(target, libtorch):
+    """Returns the folder of the headers of CUDA and CUPTI, or None if there are none for this libtorch.
+
+    PyTorch's headers of CUDA graphs include them.
+    """
+    if target.triple != "x86_64-unknown-linux-gnu":
         return None
     major = next((m[1] for m in map(re.compile(r"libcudart\.so\.(\d+)$").match,
                                     needed(libtorch / "lib" / "libtorch_cpu.so")) if m), None)
@@ -97,8 +107,8 @@ def cuda_headers(row, libtorch):
     return next(folder.glob("nvidia/*/include"))
 
 
-def cuda_site(row, torch, mlx):
-    """The full CUDA builds with NVIDIA's libraries, as PyPI lays them out."""
+def cuda_packages(target, torch, mlx):
+    """Returns the folder of the CUDA builds of PyTorch and MLX with NVIDIA's libraries, as pip installs them."""
     major = 13
     mlx_package = f"mlx-cuda-{major}=={mlx}"
 
@@ -111,4 +121,4 @@ def cuda_site(row, torch, mlx):
         )
         (work / "torch" / "build-version").write_text(torch + "\n")
 
-    return component("cuda", [torch, mlx, row.triple, "cuda 2"], build)
+    return component("cuda", [torch, mlx, target.triple, "cuda 2"], build)

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Plants wrong kernels in the networks, one after the other, and sees whether `cargo bench` refuses to time them.
+"""Injects faults into the networks, one after the other, and checks that `cargo bench` refuses to time them.
 
-Usage: scripts/tests/plant.py [torch | mlx]
+Usage: scripts/tests/inject_faults.py [torch | mlx]
 
-Each is a line changed in src/torch/net.rs or src/mlx/net.rs, built, and put back. It takes about half a
-minute a kernel; the working tree must hold no changes there.
+A fault is a changed line of src/torch/network.rs or src/mlx/network.rs, which is built and then restored. Each
+takes about half a minute. These files must have no uncommitted changes.
 """
 import subprocess
 import sys
@@ -13,36 +13,36 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 TRAIN = "train-step/{}/f32/indicator-b16"
-FFN = "feed-forward-grad/{}/f32/b16-n111-d256-f1024"
-ATTENTION = "attention-grad/{}/f32/b16-h8-n111-d32"
+FFN = "feed-forward-grad/{}/f32/b16-t111-d256-f1024"
+ATTENTION = "attention-grad/{}/f32/b16-h8-t111-d32"
 
-# Name, the id of a case that must be refused, a text of the source, and what it becomes.
+# Name, the id of a case that must be refused, a part of the source, and its replacement.
 TORCH_DROP = "x.dropout(p, true)"
-TORCH_LAST = "self.linear(&drop(active, self.dropout.hidden), &f.down)"
-KERNELS = {
+TORCH_LAST = "self.linear(&drop(hidden, self.dropout.hidden), &f.down)"
+FAULTS = {
     "torch": [
         ("dropout 0.2 for 0.1", TRAIN, TORCH_DROP, "x.dropout(2.0 * p, true)"),
         ("dropout 0.01 for 0.1", FFN, TORCH_DROP, "x.dropout(0.1 * p, true)"),
         ("dropout without 1/(1 - p)", TRAIN, TORCH_DROP, "x.dropout(p, true) * (1.0 - p)"),
         ("dropout that drops nothing", ATTENTION, TORCH_DROP, "x"),
-        ("no dropout in fused attention", "train-step/{}/f32-opt/indicator-b16",
-         "                self.dropout.weights,\n                m.causal", "                0.0,\n                m.causal"),
+        ("no dropout in fused attention", "train-step/{}/f32-tuned/indicator-b16",
+         "let (p, grouped) = (self.dropout.weights,", "let (p, grouped) = (0.0,"),
         ("keys past the hundredth ignored", "forward/{}/f32/indicator-b16",
          "            let mut scores =",
          "            let (k, v) = (k.narrow(2, 0, n.min(100)), v.narrow(2, 0, n.min(100)));\n            let mut scores ="),
-        ("feed-forward 5 % too large in bf16", "train-step/{}/amp/indicator-b16", TORCH_LAST,
+        ("feed-forward 5 % too large in bf16", "train-step/{}/mixed/indicator-b16", TORCH_LAST,
          f"{{ let y = {TORCH_LAST}; if y.kind() == Kind::BFloat16 {{ y * 1.05 }} else {{ y }} }}"),
-        ("the same in the optimised recipe", "train-step/{}/amp-opt/indicator-b16", TORCH_LAST,
+        ("feed-forward 5 % too large in the tuned variant", "train-step/{}/mixed-tuned/indicator-b16", TORCH_LAST,
          f"{{ let y = {TORCH_LAST}; if y.kind() == Kind::BFloat16 {{ y * 1.05 }} else {{ y }} }}"),
-        ("attention scale 10 % off in bf16", "train-step/{}/amp/indicator-b16", "/ (each as f64).sqrt();",
+        ("attention scale 10 % off in bf16", "train-step/{}/mixed/indicator-b16", "/ (each as f64).sqrt();",
          "/ (each as f64).sqrt() * if x.kind() == Kind::BFloat16 { 1.1 } else { 1.0 };"),
-        ("tanh's GELU for erf's", FFN, 'hidden.gelu("none")', 'hidden.gelu("tanh")'),
+        ("the tanh approximation of GELU", FFN, 'x.gelu("none")', 'x.gelu("tanh")'),
     ],
     "mlx": [
         ("dropout 0.2 for 0.1", TRAIN, "let keep = 1.0 - p;", "let keep = 1.0 - 2.0 * p;"),
         ("dropout without 1/(1 - p)", FFN, "times(&x.multiply(mask)?, 1.0 / keep)", "x.multiply(mask)"),
         ("dropout that drops nothing", ATTENTION, "if p == 0.0 {", "if p < 2.0 {"),
-        ("the same key at every place", "train-step/{}/f32-opt/indicator-b16", "self.random.next_key()?",
+        ("the same random key at every site", "train-step/{}/f32-tuned/indicator-b16", "self.random.next_key()?",
          "mlx_rs::random::key(7)?"),
         ("keys past the hundredth ignored", "forward/{}/f32/indicator-b16", "let weights = softmax(&scores)?;",
          "let past = ops::arange::<f32, f32>(None, n as f32, None)?.ge(Array::from_f32(100.0))?;\n"
@@ -53,32 +53,37 @@ KERNELS = {
 }
 
 
+def source(framework):
+    return ROOT / "src" / framework / "network.rs"
+
+
 def run(*words):
     return subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def main():
-    frameworks = sys.argv[1:] or list(KERNELS)
+    frameworks = sys.argv[1:] or list(FAULTS)
+    unknown = set(frameworks) - set(FAULTS)
+    if unknown:
+        sys.exit(f"inject_faults: unknown framework '{unknown.pop()}': {' or '.join(FAULTS)}")
     missed = 0
     for framework in frameworks:
-        path = ROOT / "src" / framework / "net.rs"
+        path = source(framework)
         if run("git", "diff", "--quiet", "--", path).returncode:
-            sys.exit(f"plant: {path} has changes: commit them first")
-        good = path.read_text()
+            sys.exit(f"inject_faults: {path} has changes: commit them first")
+        original = path.read_text()
         try:
-            for name, case, old, new in KERNELS[framework]:
-                if good.count(old) != 1:
-                    sys.exit(f"plant: {path} has '{old}' {good.count(old)} times")
-                path.write_text(good.replace(old, new))
+            for name, case, old, new in FAULTS[framework]:
+                path.write_text(original.replace(old, new))
                 case = case.format(f"{framework}-cpu")
                 done = run("cargo", "bench", "--quiet", "--bench", framework, "--", f"^{case}$")
-                said = [line for line in done.stdout.splitlines() if "parity" in line and " failed: " in line]
-                caught = done.returncode != 0 and said
-                missed += not caught
-                print(f"{'caught' if caught else 'MISSED'}  {framework}: {name}\n        "
-                      f"{said[-1] if said else done.stdout[-300:]}", flush=True)
+                failures = [line for line in done.stdout.splitlines() if "parity" in line and " failed: " in line]
+                found = done.returncode != 0 and failures
+                missed += not found
+                print(f"{'found ' if found else 'MISSED'}  {framework}: {name}\n        "
+                      f"{failures[-1] if failures else done.stdout[-300:]}", flush=True)
         finally:
-            path.write_text(good)
+            path.write_text(original)
     sys.exit(1 if missed else 0)
 
 

@@ -1,6 +1,10 @@
 #!/usr/bin/env python3
-"""Kills the suite's commands at random moments, again and again: nothing may be lost and nothing
-may be left running. Usage: scripts/tests/kills.py [COUNT [SEED]]. Takes some seconds a kill."""
+"""Interrupts the suite's commands at random moments, and checks that no data is lost and no process is left.
+
+Usage: scripts/tests/interrupt_commands.py [COUNT [SEED]]
+
+Each interrupt takes a few seconds. The default is 100 of them with seed 1.
+"""
 import json
 import os
 import random
@@ -12,71 +16,69 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from support import PROGRAM, ROOT, build, executables
+
 SIGNALS = [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 
 
-class Ground:
-    """A folder with a baseline in it, and everything that the commands write."""
+class Workspace:
+    """A folder with a saved baseline, and with everything that the commands write."""
 
-    def __init__(self, executables):
+    def __init__(self):
         self.folder = Path(tempfile.mkdtemp())
         self.results, self.cache = self.folder / "results", self.folder / "cache"
         (self.folder / "criterion-baselines").mkdir()
         self.side = self.folder / "side"
         self.side.mkdir()
-        for name, executable in executables.items():
+        for name, executable in executables().items():
             shutil.copy(executable, self.side / name)
-        self.env = {**os.environ, "TRANSFORMER_BENCH_RESULTS": str(self.results), "CRITERION_HOME": str(self.folder / "criterion"),
-                    "TRANSFORMER_BENCH_SET": "smoke"}
-        self.program = str(ROOT / "target/release/transformer-bench")
+        self.env = {**os.environ, "TRANSFORMER_BENCH_RESULTS": str(self.results),
+                    "CRITERION_HOME": str(self.folder / "criterion"), "TRANSFORMER_BENCH_SET": "smoke"}
         assert self.start([self.side / "torch", "--bench", "^copy-peak/torch-cpu"]).wait() == 0
-        self.baseline("save", "kept")
-        self.kept = self.file("kept").read_bytes()
+        self.baseline("save", "saved")
 
     def start(self, command, cwd=None):
         return subprocess.Popen([str(part) for part in command], cwd=cwd or self.folder, env=self.env,
                                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def baseline(self, *arguments):
-        done = subprocess.run([self.program, "baseline", *arguments], cwd=self.folder, env=self.env, text=True, capture_output=True)
+        done = subprocess.run([PROGRAM, "baseline", *arguments], cwd=self.folder, env=self.env, text=True, capture_output=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
-
-    def file(self, name):
-        return next((self.folder / "criterion-baselines").glob(f"*/{name}/baseline.json"))
 
     def commands(self):
         side = f"dir:{self.side}"
         return {
             "bench": ([self.side / "torch", "--bench", "/torch-cpu/f32/"], None),
             "bench one": ([self.side / "mlx", "--bench", "^copy-peak/mlx-cpu"], None),
-            "compare": ([self.program, "compare", side, side, "^(copy|matmul)-peak/.*-cpu/f32/", "--set", "smoke"], None),
-            "save": ([self.program, "baseline", "save", "kept", "--force"], None),
-            "report": ([self.program, "report"], None),
+            "bench both": ([PROGRAM, "bench", "--executables", self.side, "^copy-peak/.*-cpu/"], None),
+            "compare": ([PROGRAM, "compare", side, side, "^(copy|matmul)-peak/.*-cpu/f32/", "--set", "smoke"], None),
+            "save": ([PROGRAM, "baseline", "save", "saved", "--force"], None),
+            "report": ([PROGRAM, "report"], None),
             "setup": ([ROOT / "scripts/setup", "--force"], ROOT),
         }
 
     def check(self):
-        """What must hold after every kill."""
+        """Checks that every file is complete and that no process is left."""
         text = self.baseline("list")
         for line in text.splitlines():
             assert " cases at " in line, line
         for part in (self.results / "run").glob("*.json"):
             json.loads(part.read_text())
-        for name in ("results.json", "comparison.json", "settings.json"):
+        for name in ("results.json", "comparison.json", "env-effects.json", "interleaved.json"):
             if (self.results / name).exists():
                 json.loads((self.results / name).read_text())
-        # A process has a moment to end.
+        # Processes have 5 s to end.
         for _ in range(50):
-            left = self.running()
-            if not left:
+            running = self.running()
+            if not running:
                 return
             time.sleep(0.1)
-        raise AssertionError(f"still running: {left}")
+        raise AssertionError(f"still running: {running}")
 
     def running(self):
-        found = []
+        """Returns the command lines of running processes that use the folder."""
+        commands = []
         for process in Path("/proc").glob("[0-9]*"):
             try:
                 command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
@@ -84,33 +86,29 @@ class Ground:
             except OSError:
                 continue
             if str(self.folder) in command and not zombie:
-                found.append(command)
-        return found
+                commands.append(command)
+        return commands
 
 
 def main(count, seed):
-    sys.path.insert(0, str(ROOT / "scripts"))
-    listed = subprocess.run(["cargo", "bench", "--no-run", "--locked", "--bench", "torch", "--bench", "mlx", "--message-format=json"],
-                            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True).stdout
-    messages = [json.loads(line) for line in listed.splitlines()]
-    ground = Ground({m["target"]["name"]: m["executable"] for m in messages
-                     if m.get("executable") and m["target"]["kind"] == ["bench"]})
-    dice, tally = random.Random(seed), {}
+    build()
+    workspace = Workspace()
+    dice, counts = random.Random(seed), {}
     try:
         for _ in range(count):
-            name = dice.choice(list(ground.commands()))
-            command, cwd = ground.commands()[name]
-            process = ground.start(command, cwd)
+            name = dice.choice(list(workspace.commands()))
+            command, cwd = workspace.commands()[name]
+            process = workspace.start(command, cwd)
             time.sleep(dice.uniform(0, 1.5))
             process.send_signal(dice.choice(SIGNALS))
             process.wait(timeout=30)
-            ground.check()
-            tally[name] = tally.get(name, 0) + 1
+            workspace.check()
+            counts[name] = counts.get(name, 0) + 1
         subprocess.run([ROOT / "scripts/setup", "--quiet"], check=True)
     finally:
-        shutil.rmtree(ground.folder)
-    print(f"{count} kills (seed {seed}), nothing lost and nothing left running: "
-          + ", ".join(f"{name} {n}" for name, n in sorted(tally.items())))
+        shutil.rmtree(workspace.folder)
+    print(f"{count} interrupts (seed {seed}), no data lost and no process left: "
+          + ", ".join(f"{name} {n}" for name, n in sorted(counts.items())))
 
 
 if __name__ == "__main__":

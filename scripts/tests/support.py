@@ -1,4 +1,4 @@
-"""What the script tests share: the built programs, and a worker that reports times instead of measuring them."""
+"""Helpers of the script tests: the built programs, and a worker that reports times instead of measuring them."""
 import functools
 import importlib.machinery
 import importlib.util
@@ -7,12 +7,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "target/release/transformer-bench"
 sys.dont_write_bytecode = True
+# The request for a parity check. Workers of older revisions know it by this name.
+CHECK_PARITY = "prove"
 
 
 def needs_quiet_machine(test):
@@ -54,6 +57,16 @@ def executables():
     return load("compare-python").executables()
 
 
+def process_ends(process):
+    """Waits until a process has ended or is a zombie. Returns False after five seconds."""
+    for _ in range(50):
+        state = subprocess.run(["ps", "-o", "stat=", "-p", str(process)], capture_output=True, text=True).stdout.strip()
+        if not state or state.startswith("Z"):
+            return True
+        time.sleep(0.1)
+    return False
+
+
 def temporary_folder(test):
     """Returns a folder that is removed after `test`."""
     folder = tempfile.TemporaryDirectory()
@@ -68,14 +81,15 @@ class CompareCase(unittest.TestCase):
 
     @classmethod
     def setUpClass(cls):
-        # Executables that answer like a worker, with what each test needs.
+        build()
         cls.folder = Path(tempfile.mkdtemp())
         cls.addClassCleanup(shutil.rmtree, cls.folder)
-        subprocess.run(["cargo", "build", "--quiet", "--release", "--locked", "--bins"], cwd=ROOT, check=True)
-        cls.baselines = cls.folder / "criterion-baselines"
 
-    def side(self, name, script="", prove="now 0.5"):
-        """A folder with a worker of 0.2 ms a step; `script` runs before each answer, `prove` is what it says of parity."""
+    def side(self, name, script="", parity="now 0.5"):
+        """Returns a side of a comparison, whose worker reports 0.2 ms per step.
+
+        `script` runs before each answer. `parity` is the answer to a request for a parity check.
+        """
         folder = self.folder / name
         folder.mkdir(exist_ok=True)
         worker = folder / "torch"
@@ -89,10 +103,12 @@ for line in sys.stdin:
         print("{self.CASE}")
     elif word == "case":
         print("ready")
+    elif word == "version":
+        print(3)
     elif word == "work":
         print(0)
-    elif word == "prove":
-        print({prove!r})
+    elif word == "{CHECK_PARITY}":
+        print({parity!r})
     else:
         print(int(int(word) * step * random.gauss(1, 0.001)))
     sys.stdout.flush()
@@ -101,4 +117,5 @@ for line in sys.stdin:
         return f"dir:{folder}"
 
     def compare(self, *arguments, env=None):
-        return run("target/release/transformer-bench", "compare", *arguments, env={"TRANSFORMER_BENCH_RESULTS": str(self.folder), **(env or {})})
+        """Runs `transformer-bench compare` with its own folder for results."""
+        return run(PROGRAM, "compare", *arguments, env={"TRANSFORMER_BENCH_RESULTS": str(self.folder), **(env or {})})

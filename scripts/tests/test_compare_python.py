@@ -3,6 +3,7 @@ import contextlib
 import io
 import shutil
 import tempfile
+import time
 import unittest
 from pathlib import Path
 
@@ -11,40 +12,53 @@ from support import load, run
 
 class ComparePython(unittest.TestCase):
     def test_saved_rows_replace_those_of_the_same_case(self):
-        reference = load("reference")
-        row = {"case": "train-step/torch-cpu/f32/indicator-b16", "variant": "eager", "ours_ms": 600.4, "python_ms": 640.0,
-               "ratio": 0.938, "middle half": (0.9, 0.95)}
+        script = load("compare-python")
+        row = {"case": "train-step/torch-cpu/f32/indicator-b16", "variant": "eager", "suite_ms": 600.4, "python_ms": 640.0,
+               "ratio": 0.938, "low": 0.9, "high": 0.95}
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "machine" / "python.csv"
             with contextlib.redirect_stdout(io.StringIO()):
-                reference.save(path, [row, {**row, "case": row["case"].replace("torch", "mlx"), "variant": "compile"}])
-                reference.save(path, [{**row, "ratio": 0.5}])
+                script.save(path, [row, {**row, "case": row["case"].replace("torch", "mlx"), "variant": "compile"}])
+                script.save(path, [{**row, "ratio": 0.5}])
             rows = path.read_text().splitlines()
-        self.assertEqual(rows[0], "date,case,python,ours_ms,python_ms,ratio,low,high")
+        self.assertEqual(rows[0], "date,case,python,suite_ms,python_ms,ratio,low,high")
         self.assertEqual(len(rows), 3)
         self.assertIn("/mlx-cpu/f32/indicator-b16,mx.compile,600.4,640,0.938,0.900,0.950", rows[1])
         self.assertIn("/torch-cpu/f32/indicator-b16,eager,600.4,640,0.500", rows[2])
 
-    def test_parity_needs_a_model_of_hugging_face(self):
-        code, text = run("scripts/reference", "--parity")
-        self.assertEqual(code, 1)
-        self.assertIn("--model", text)
-        code, text = run("scripts/reference", "--parity", "--model", "src/model/indicator.toml")
-        self.assertEqual(code, 1)
-        self.assertIn("config.json", text)
+    def test_wrong_input_is_refused_before_anything_is_built(self):
+        case = "train-step/mlx-cpu/f32/indicator-b1"
+        start = time.monotonic()
+        for arguments, word in (
+                (["train-step"], "workload/backend/precision/shape"),
+                (["--rounds", "0"], "--rounds"),
+                (["--rounds"], "--rounds"),
+                (["--variants", "tuned", case], "not a variant"),
+                (["--batch", "4"], "--model"),
+                (["--parity"], "--model"),
+                (["--parity", "--model", "src/model/indicator.toml"], "config.json"),
+                (["--model", "/no/such/config.json"], "no such file"),
+                (["--flops", "--save", "file.csv"], "not allowed"),
+                (["--executables", "src"], "torch and mlx"),
+                (["--python", "/no/such/python", case], "no such interpreter")):
+            with self.subTest(" ".join(arguments)):
+                code, text = run("scripts/compare-python", *arguments)
+                self.assertEqual(code, 2, text)
+                self.assertIn(word, text)
+                self.assertEqual(len(text.splitlines()), 1, text)
+        self.assertLess(time.monotonic() - start, 20)
 
-    def test_no_python_framework(self):
-        for python in (shutil.which("false"), "/no/such/python"):
-            code, text = run("scripts/reference", "--python", python, "--rounds", "1",
-                             "train-step/torch-cpu/f32/indicator-b1")
-            self.assertEqual(code, 1)
-            self.assertIn("needs torch or mlx", text)
-            self.assertNotIn("Traceback", text)
+    def test_a_case_that_does_not_exist_is_refused(self):
+        code, text = run("scripts/compare-python", "train-step/torch-cpu/f32/no-such-model")
+        self.assertEqual(code, 2, text)
+        self.assertEqual(len(text.splitlines()), 1, text)
 
-    def test_a_wrong_id(self):
-        code, text = run("scripts/reference", "train-step")
+    def test_python_without_frameworks_is_an_error(self):
+        code, text = run("scripts/compare-python", "--python", shutil.which("false"), "--rounds", "1",
+                         "train-step/torch-cpu/f32/indicator-b1")
         self.assertEqual(code, 1)
-        self.assertIn("workload/backend/precision/shape", text)
+        self.assertIn("needs torch or mlx", text)
+        self.assertNotIn("Traceback", text)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,19 @@
-"""Benchmarks of a model that a file describes."""
+"""Benchmarks of a custom model, which a file describes."""
 import json
 import os
-import shutil
 import subprocess
-import tempfile
 import unittest
-from pathlib import Path
 
-from support import ROOT, run
+from support import PROGRAM, build, run, temporary_folder, uses_all_cores
 
 
 class CustomModel(unittest.TestCase):
-    """A model from a file in the place of the suite's."""
-
     SMALL = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
              "num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 64, "max_position_embeddings": 128}
 
     def setUp(self):
-        self.folder = Path(tempfile.mkdtemp())
-        self.addCleanup(shutil.rmtree, self.folder)
+        build()
+        self.folder = temporary_folder(self)
 
     def config(self, name="small", **change):
         path = self.folder / name / "config.json"
@@ -26,7 +21,8 @@ class CustomModel(unittest.TestCase):
         path.write_text(json.dumps({**self.SMALL, **change}))
         return path
 
-    def test_a_configuration_is_measured_and_named(self):
+    @uses_all_cores
+    def test_a_configuration_is_measured_saved_and_reported(self):
         results = {"TRANSFORMER_BENCH_RESULTS": str(self.folder / "results"), "CRITERION_HOME": str(self.folder / "criterion")}
         small = self.config(use_mup=True).parent
         code, text = run("scripts/bench", "--model", small, "--batch", "2", "--tokens", "64",
@@ -36,24 +32,23 @@ class CustomModel(unittest.TestCase):
         self.assertIn("small: 0.0 M parameters, measured as small-b2-t64, as asked", text)
         self.assertIn("Training speed, small-b2-t64", text)
         self.assertIn("tokens/s", text)
-        found = json.loads((self.folder / "results" / "results.json").read_text())
-        self.assertEqual(found["model"]["configuration"]["key-value-heads"], 2)
-        measured = [case["id"] for case in found["cases"] if case["status"] == "measured"]
+        results_json = json.loads((self.folder / "results" / "results.json").read_text())
+        self.assertEqual(results_json["model"]["configuration"]["key-value-heads"], 2)
+        measured = [case["id"] for case in results_json["cases"] if case["status"] == "measured"]
         self.assertEqual(sorted(measured), sorted(
             f"{workload}/{backend}/f32/small-b2-t64"
             for workload in ("train-step", "attention-grad") for backend in ("torch-cpu", "mlx-cpu")))
-        # A baseline keeps the whole of it, and is compared with itself alone.
+        # A baseline contains the configuration, and is only compared with the same one.
         (self.folder / "criterion-baselines").mkdir()
-        program = [str(ROOT / "target/release/transformer-bench")]
         for arguments, code, word in (
                 (["baseline", "save", "own", "--force"], 0, "own"),
-                (["compare", "baseline:own", "--anyway", "--budget", "1"], 2,
-                 "the baseline is of small: say TRANSFORMER_BENCH_MODEL=PATH TRANSFORMER_BENCH_BATCH=2")):
-            done = subprocess.run(program + arguments, cwd=self.folder, env={**os.environ, **results}, text=True,
+                (["compare", "baseline:own", "--allow-mismatch", "--minutes", "1"], 2,
+                 "the baseline measured small: set TRANSFORMER_BENCH_MODEL=PATH TRANSFORMER_BENCH_BATCH=2")):
+            done = subprocess.run([PROGRAM, *arguments], cwd=self.folder, env={**os.environ, **results}, text=True,
                                   capture_output=True)
             self.assertEqual(done.returncode, code, done.stderr)
             self.assertIn(word, done.stdout + done.stderr)
-        # The report needs no file but the run's; another configuration of the name is refused.
+        # The report only needs the results. Another configuration with this name is refused.
         code, text = run("scripts/report", env=results)
         self.assertEqual(code, 0, text)
         self.assertIn("# transformer-bench: small", text)
@@ -62,17 +57,19 @@ class CustomModel(unittest.TestCase):
         self.assertEqual(code, 2, text)
         self.assertIn("model 'small' is another configuration", text)
 
-    def test_every_script_knows_it(self):
-        env = {"TRANSFORMER_BENCH_MODEL": str(self.config()), "TRANSFORMER_BENCH_BATCH": "3"}
+    @uses_all_cores
+    def test_every_script_uses_the_custom_model(self):
+        env = {"TRANSFORMER_BENCH_MODEL": str(self.config()), "TRANSFORMER_BENCH_BATCH": "3",
+               "TRANSFORMER_BENCH_RESULTS": str(self.folder / "results")}
         code, text = run("scripts/list", "full", "train-step/torch-cpu/f32/", env=env)
         self.assertEqual(code, 0, text)
         self.assertIn("train-step/torch-cpu/f32/small-b3-t128", text)
         self.assertNotIn("indicator", text)
-        code, text = run("scripts/compare", "worktree", "worktree", "^attention/torch-cpu/f32/", "--budget", "1", env=env)
+        code, text = run("scripts/compare", "worktree", "worktree", "^attention/torch-cpu/f32/", "--minutes", "0.3", env=env)
         self.assertIn(code, (0, 3), text)
         self.assertIn("attention/torch-cpu/f32/small-b1-t128", text)
 
-    def test_what_cannot_be_measured_is_told_in_one_line(self):
+    def test_a_wrong_model_is_reported_in_one_line(self):
         broken = self.folder / "broken.json"
         broken.write_text("{")
         for path, more, word in (
@@ -85,12 +82,12 @@ class CustomModel(unittest.TestCase):
                 (broken, {}, "no JSON"),
                 (self.folder / "none", {}, "can't be read"),
                 ("", {"TRANSFORMER_BENCH_TOKENS": "8"}, "go with TRANSFORMER_BENCH_MODEL")):
-            code, text = run("target/release/transformer-bench", "list", "quick",
+            code, text = run(PROGRAM, "list", "quick",
                              env={"TRANSFORMER_BENCH_MODEL": str(path), **more})
             self.assertEqual(code, 2, text)
             self.assertIn(word, text)
             self.assertEqual(len(text.splitlines()), 1, text)
-        for arguments, word in ((["--model"], "needs a value"), (["--model", "/no/such"], "no such file"),
+        for arguments, word in ((["--model"], "a value is required"), (["--model", "/no/such"], "no such file"),
                                 (["--batch", "4"], "go with TRANSFORMER_BENCH_MODEL")):
             code, text = run("scripts/bench", *arguments)
             self.assertEqual(code, 2, text)

@@ -1,17 +1,19 @@
-"""Comparisons of revisions and of the working tree, which build what they compare."""
+"""Comparisons of git revisions and of the working tree, which build their executables."""
 import json
 import os
 import shutil
 import subprocess
+import unittest
 from pathlib import Path
 
-from support import CompareCase, ROOT, build
+from support import PROGRAM, ROOT, CompareCase, uses_all_cores
 
 
 class Revisions(CompareCase):
-    def test_two_comparisons_of_the_working_tree_at_once(self):
-        command = ["target/release/transformer-bench", "compare", "worktree", "worktree", "^copy-peak/torch-cpu/f32/",
-                   "--set", "smoke", "--json"]
+    @uses_all_cores
+    def test_two_comparisons_of_the_working_tree_run_at_once(self):
+        command = [PROGRAM, "compare", "worktree", "worktree", "^copy-peak/torch-cpu/f32/",
+                   "--set", "smoke", "--minutes", "0.5", "--json"]
         both = [subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                  env={**os.environ, "TRANSFORMER_BENCH_RESULTS": str(self.folder)}) for _ in range(2)]
         for process in both:
@@ -21,7 +23,7 @@ class Revisions(CompareCase):
         self.assertEqual(list((self.folder / "compare").glob("worktree-*")), [])
 
     def commit(self, clone, change):
-        """A commit on top of HEAD in a clone, with what `change` makes of the PyTorch step."""
+        """Commits a changed PyTorch step on top of HEAD in a clone. `change` converts its source."""
         if not clone.exists():
             subprocess.run(["git", "clone", "--quiet", "--shared", str(ROOT), str(clone)], check=True)
         step = clone / "src" / "torch" / "step.rs"
@@ -32,37 +34,39 @@ class Revisions(CompareCase):
                         "commit", "--quiet", "-am", "a change"], check=True)
         return clone
 
-    def revisions(self, clone, *arguments):
-        """Compares in a clone; nothing may be left in it, and nothing touched in this checkout."""
-        def own():
+    def compare_revisions(self, clone, *arguments):
+        """Compares in a clone. Checks that this leaves no files there and changes no build of this checkout."""
+        def fingerprints():
             return sorted((p, p.stat().st_mtime_ns) for p in (ROOT / "target/release/.fingerprint").glob("transformer-bench*"))
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "transformer-bench" / "compare"
-        before = own()
-        done = subprocess.run([str(ROOT / "target/release/transformer-bench"), "compare", *arguments], cwd=clone, text=True, capture_output=True,
+        before = fingerprints()
+        done = subprocess.run([PROGRAM, "compare", *arguments], cwd=clone, text=True, capture_output=True,
                               env={**os.environ, "TRANSFORMER_BENCH_RESULTS": str(self.folder / "results")})
-        self.assertEqual(before, own())
+        self.assertEqual(before, fingerprints())
         self.assertEqual(list(cache.glob("tree-*")), [])
         for command, lines in ((["status", "--porcelain"], 0), (["worktree", "list"], 1)):
-            found = subprocess.run(["git", "-C", str(clone), *command], capture_output=True, text=True, check=True).stdout
-            self.assertEqual(found.count("\n"), lines, found)
+            output = subprocess.run(["git", "-C", str(clone), *command], capture_output=True, text=True, check=True).stdout
+            self.assertEqual(output.count("\n"), lines, output)
         for revision in subprocess.run(["git", "-C", str(clone), "log", "-2", "--format=%H"],
                                        capture_output=True, text=True, check=True).stdout.split():
-            for kept in cache.glob(f"{revision[:12]}-*"):
-                shutil.rmtree(kept)
+            for executables in cache.glob(f"{revision[:12]}-*"):
+                shutil.rmtree(executables)
         return done.returncode, done.stdout, done.stderr
 
-    def test_a_revision_that_cannot_be_built(self):
+    @uses_all_cores
+    def test_a_revision_that_does_not_build_is_an_error(self):
         clone = self.commit(self.folder / "broken", lambda _: "no Rust\n")
-        code, out, error = self.revisions(clone, "HEAD", self.side("head"))
+        code, out, error = self.compare_revisions(clone, "HEAD", self.side("head"))
         self.assertEqual(code, 2, out)
         self.assertIn("does not build", error)
 
-    def test_two_revisions_that_differ(self):
+    @uses_all_cores
+    def test_a_slower_revision_is_reported(self):
         def slower(text):
             start = "fn step(&mut self) -> Result<()> {"
             return text.replace(start, start + " for i in 0..400_000u64 { std::hint::black_box(i); }")
         clone = self.commit(self.folder / "slower", slower)
-        code, out, error = self.revisions(clone, "HEAD~1", "HEAD", "^attention/torch-cpu/f32/",
+        code, out, error = self.compare_revisions(clone, "HEAD~1", "HEAD", "^attention/torch-cpu/f32/",
                                           "--set", "smoke", "--json")
         self.assertEqual(code, 1, error)
         self.assertEqual({c["verdict"] for c in json.loads(out)["cases"]}, {"slower"}, out)

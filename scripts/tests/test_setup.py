@@ -1,20 +1,17 @@
-"""Set-up, with the platform pretended: what it downloads, writes and refuses."""
-import importlib.machinery
-import importlib.util
+"""Set-up on simulated platforms: its downloads, files and errors."""
 import json
 import os
-import shutil
 import struct
 import subprocess
 import sys
-import tempfile
 import unittest
 import zipfile
 from pathlib import Path
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "scripts" / "setup.d")]
+from support import ROOT, load, temporary_folder
+
+sys.path.insert(0, str(ROOT / "scripts" / "setup.d"))
 import configuration  # noqa: E402
 import crates  # noqa: E402
 import inductor  # noqa: E402
@@ -26,22 +23,13 @@ import target  # noqa: E402
 import torch  # noqa: E402
 
 
-def script(name):
-    """A script as a module."""
-    loader = importlib.machinery.SourceFileLoader(name.replace("-", "_"), str(ROOT / "scripts" / name))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
-    loader.exec_module(module)
-    return module
-
-
 class SetupCase(unittest.TestCase):
-    """A cache of its own, and answers of the system that are given."""
+    """A test with its own cache, which can simulate another platform."""
 
     def setUp(self):
-        self.folder = Path(tempfile.mkdtemp())
-        self.addCleanup(shutil.rmtree, self.folder)
+        self.folder = temporary_folder(self)
         self.patch(mock.patch.object(shared, "CACHE", self.folder / "cache"))
-        self.setup = script("setup")
+        self.setup = load("setup")
         self.setup.STAMP = self.folder / "stamp.json"
 
     def patch(self, patcher):
@@ -49,7 +37,7 @@ class SetupCase(unittest.TestCase):
         return patcher.start()
 
     def pretend(self, system, machine, version="", arm64=""):
-        """A platform, with what sw_vers and sysctl say there."""
+        """Simulates a platform, with the output of sw_vers and sysctl."""
         self.patch(mock.patch("platform.system", return_value=system))
         self.patch(mock.patch("platform.machine", return_value=machine))
         answers = {"sw_vers": version, "sysctl": arm64}
@@ -62,8 +50,9 @@ class SetupCase(unittest.TestCase):
 
         self.patch(mock.patch("subprocess.run", run))
 
-    def stops(self, word, call, *arguments):
-        with self.assertRaises(shared.Stop) as caught:
+    def assert_error(self, word, call, *arguments):
+        """Checks that a call raises SetupError with one line, which contains `word`."""
+        with self.assertRaises(shared.SetupError) as caught:
             call(*arguments)
         text = str(caught.exception)
         self.assertIn(word, text)
@@ -71,8 +60,8 @@ class SetupCase(unittest.TestCase):
 
 
 class Inductor(SetupCase):
-    def test_a_python_that_torch_does_not_serve_leaves_the_recipe_out(self):
-        self.patch(mock.patch.object(inductor, "SERVED", False))
+    def test_an_unsupported_python_has_no_variant_compile(self):
+        self.patch(mock.patch.object(inductor, "SUPPORTED", False))
         folder, reason = inductor.prepare(target.LINUX["x86_64"], "1.2", self.folder, True, None)
         self.assertIsNone(folder)
         self.assertIn("3.10 to 3.14", reason)
@@ -80,19 +69,21 @@ class Inductor(SetupCase):
         self.assertIn("TRANSFORMER_BENCH_NO_INDUCTOR", text)
         self.assertNotIn("TRANSFORMER_BENCH_PYTHON =", text)
 
-    def test_a_failing_download_leaves_the_recipe_out(self):
-        with mock.patch.object(inductor, "wheel", side_effect=shared.Stop("no network")):
+    def test_without_the_download_there_is_no_variant_compile(self):
+        self.patch(mock.patch.object(inductor, "SUPPORTED", True))
+        with mock.patch.object(inductor, "wheel", side_effect=shared.SetupError("no network")):
             folder, reason = inductor.prepare(target.LINUX["x86_64"], "1.2", self.folder, True, None)
         self.assertEqual((folder, reason), (None, "no network"))
         self.assertEqual(list((self.folder / "cache").glob("torch-python*")), [])
 
-    def test_a_libtorch_without_python(self):
+    def test_a_libtorch_without_python_has_no_variant_compile(self):
+        self.patch(mock.patch.object(inductor, "SUPPORTED", True))
         folder, reason = inductor.prepare(target.LINUX["x86_64"], "1.2", self.folder, False, None)
         self.assertIsNone(folder)
         self.assertIn("LIBTORCH", reason)
 
-    @unittest.skipUnless(sys.platform == "linux", "ELF is Linux's")
-    def test_stubs_stand_in_for_what_is_missing(self):
+    @unittest.skipUnless(sys.platform == "linux", "only Linux has ELF files")
+    def test_stubs_replace_missing_libraries(self):
         lib, work = self.folder / "lib", self.folder / "work"
         lib.mkdir()
         work.mkdir()
@@ -104,73 +95,73 @@ class Inductor(SetupCase):
         make("libuser.so", "void absent(void); void call(void) { absent(); } int there(void) { return 7; }",
              "-ltorch_cuda")
         (lib / "libtorch_cuda.so").unlink()
-        inductor.make_stubs(lib, work)
+        inductor.build_stubs(lib, work)
         self.assertEqual(list(work.iterdir()), [])
-        ask = lambda what: subprocess.run(
-            [sys.executable, "-c", f"import ctypes; print(ctypes.CDLL('{lib}/libuser.so').{what}())"],
+        call = lambda function: subprocess.run(
+            [sys.executable, "-c", f"import ctypes; print(ctypes.CDLL('{lib}/libuser.so').{function}())"],
             capture_output=True, text=True)
-        self.assertEqual(ask("there").stdout, "7\n")
-        called = ask("call")
-        self.assertNotEqual(called.returncode, 0)
-        self.assertIn("absent is of CUDA's part", called.stderr)
+        self.assertEqual(call("there").stdout, "7\n")
+        done = call("call")
+        self.assertNotEqual(done.returncode, 0)
+        self.assertIn("absent is part of CUDA", done.stderr)
 
 
 class Platforms(SetupCase):
-    def test_linux(self):
+    def test_linux_needs_no_platform_tag(self):
         for machine, triple in (("x86_64", "x86_64-unknown-linux-gnu"), ("aarch64", "aarch64-unknown-linux-gnu")):
             with self.subTest(machine):
                 self.pretend("Linux", machine)
-                row = target.target()
-                self.assertEqual((row.triple, row.mlx, row.name("mlxc")), (triple, "mlx-cpu", "libmlxc.so"))
+                row = target.current_target()
+                self.assertEqual((row.triple, row.mlx, row.file_name("mlxc")), (triple, "mlx-cpu", "libmlxc.so"))
                 self.assertIsNone(target.mlx_platform(row))
-                self.assertNotIn("--platform", pypi.arguments("mlx-cpu==1", None, "x"))
+                self.assertNotIn("--platform", pypi.download_arguments("mlx-cpu==1", None, "x"))
 
-    def test_macs(self):
+    def test_macs_get_the_wheel_for_their_system(self):
         for version, tag in (("14.5", "macosx_14_0_arm64"), ("15.6", "macosx_15_0_arm64"), ("26.1", "macosx_15_0_arm64"),
                              ("26.2", "macosx_26_0_arm64"), ("27.0.1", "macosx_26_0_arm64")):
             with self.subTest(version):
                 self.pretend("Darwin", "arm64", version)
-                row = target.target()
-                self.assertEqual((row.triple, row.mlx, row.name("mlxc")),
+                row = target.current_target()
+                self.assertEqual((row.triple, row.mlx, row.file_name("mlxc")),
                                  ("aarch64-apple-darwin", "mlx-metal", "libmlxc.dylib"))
                 self.assertEqual(target.mlx_platform(row), tag)
-                # pip's own choice takes the wheel of 26.2 on 26.0 and 26.1.
-                self.assertEqual(pypi.arguments(f"{row.mlx}==0.32.2", tag, "x"), [
+                # pip itself chooses the wheel for 26.2 on 26.0 and 26.1.
+                self.assertEqual(pypi.download_arguments(f"{row.mlx}==0.32.2", tag, "x"), [
                     "download", "--no-deps", "--only-binary=:all:", "--python-version", pypi.PYTHON,
                     "--implementation", "cp", "--platform", tag, "--dest", "x", "mlx-metal==0.32.2"])
 
-    def test_a_mac_that_is_too_old(self):
+    def test_an_old_mac_is_an_error(self):
         self.pretend("Darwin", "arm64", "13.7")
-        self.stops("macOS 14 or newer", target.mlx_platform, target.target())
+        self.assert_error("macOS 14 or newer", target.mlx_platform, target.current_target())
 
-    def test_a_python_under_rosetta(self):
+    def test_a_python_under_rosetta_is_an_error(self):
         self.pretend("Darwin", "x86_64", "15.6", arm64="1")
-        self.stops("Rosetta", target.target)
+        self.assert_error("Rosetta", target.current_target)
 
-    def test_no_such_platform(self):
+    def test_other_platforms_are_an_error(self):
         self.pretend("Darwin", "x86_64", "13.7", arm64="")
-        self.stops("not supported", target.target)
+        self.assert_error("not supported", target.current_target)
         self.pretend("Linux", "riscv64")
-        self.stops("not supported", target.target)
+        self.assert_error("not supported", target.current_target)
 
-    def test_the_command_line_tools_are_asked_for_and_nothing_else(self):
+    def test_missing_command_line_tools_are_the_only_error(self):
         self.pretend("Darwin", "arm64", "15.6")
-        asked = []
+        commands = []
 
         def run(command, *arguments, **options):
-            asked.append(command[0])
+            commands.append(command[0])
             return subprocess.CompletedProcess(command, 1 if command[0] == "c++" else 0, "", "")
 
         with mock.patch("subprocess.run", run), mock.patch("shutil.which", return_value="/somewhere"):
-            self.stops("xcode-select --install", self.setup.check_tools, target.MAC)
-        self.assertEqual(asked, ["c++"])
+            self.assert_error("xcode-select --install", self.setup.check_tools, target.MAC)
+        self.assertEqual(commands, ["c++"])
 
 
 class Configuration(SetupCase):
     def text(self, row):
         return configuration.text(row, Path("/t"), Path("/m"), [Path("/t/lib"), Path("/m/mlx/lib")])
 
-    def test_a_mac(self):
+    def test_the_configuration_of_a_mac(self):
         self.assertEqual(self.text(target.MAC), configuration.MARK + """[env]
 LIBTORCH = "/t"
 MACOSX_DEPLOYMENT_TARGET = "14.0"
@@ -184,29 +175,29 @@ rustc-link-lib = ["mlxc", "mlx"]
 rustc-env = { OUT_DIR = "/m" }
 """)
 
-    def test_linux(self):
+    def test_the_configuration_of_linux(self):
         text = self.text(target.LINUX["x86_64"])
         self.assertIn("--disable-new-dtags", text)
         self.assertNotIn("MACOSX", text)
 
-    def test_mlx_c_on_a_mac_is_compiled_and_linked_without_what_linux_needs(self):
+    def test_mlx_c_on_a_mac_has_no_flags_of_linux(self):
         flags = " ".join(map(str, mlx.compile_flags(target.MAC, Path("/c"), Path("/m"), None)))
         self.assertNotIn("compat.hpp", flags)
         self.assertEqual(mlx.link_flags(target.MAC, "/m/lib"),
                          ["-dynamiclib", "-install_name", "@rpath/libmlxc.dylib", "-L/m/lib", "-lmlx", "-Wl,-rpath,@loader_path"])
-        self.assertEqual(mlx.linux_only(target.MAC), [])
+        self.assertEqual(mlx.linux_sources(target.MAC), [])
 
-    def test_a_configuration_of_ones_own_is_kept(self):
+    def test_the_users_cargo_configuration_is_not_overwritten(self):
         own = self.folder / "config.toml"
         own.write_text("[build]\njobs = 1\n")
         self.patch(mock.patch.object(configuration, "CARGO_CONFIG", own))
-        self.stops("your own", self.setup.set_up, {"cuda": False})
+        self.assert_error("your own", self.setup.set_up, {"cuda": False})
         self.assertEqual(own.read_text(), "[build]\njobs = 1\n")
 
 
 class Wheels(SetupCase):
     def metal_wheel(self):
-        """A wheel laid out as mlx-metal's is."""
+        """Writes a wheel with the files of mlx-metal."""
         path = self.folder / "mlx_metal-0.32.2-py3-none-macosx_15_0_arm64.whl"
         with zipfile.ZipFile(path, "w") as archive:
             for name in ("libmlx.dylib", "mlx.metallib", "libjaccl.dylib"):
@@ -214,23 +205,23 @@ class Wheels(SetupCase):
             archive.writestr("mlx/include/mlx/mlx.h", "")
         return path
 
-    def test_the_macs_wheel_stays_as_it_is(self):
+    def test_the_wheel_of_a_mac_is_unpacked_unchanged(self):
         self.pretend("Darwin", "arm64", "15.6")
-        path, asked = self.metal_wheel(), []
+        path, requests = self.metal_wheel(), []
 
         def wheel(requirement, platform=None):
-            asked.append((requirement, platform))
+            requests.append((requirement, platform))
             return path
 
         with mock.patch.object(mlx, "wheel", wheel):
-            folder = mlx.unpacked(target.MAC, "0.32.2", target.mlx_platform(target.MAC))
-        self.assertEqual(asked, [("mlx-metal==0.32.2", "macosx_15_0_arm64")])
-        # Metal's kernels are looked for beside libmlx.
+            folder = mlx.unpacked_wheel(target.MAC, "0.32.2", target.mlx_platform(target.MAC))
+        self.assertEqual(requests, [("mlx-metal==0.32.2", "macosx_15_0_arm64")])
+        # libmlx looks for Metal's kernels in its own folder.
         self.assertEqual(sorted(p.name for p in (folder / "mlx" / "lib").iterdir()),
                          ["libjaccl.dylib", "libmlx.dylib", "mlx.metallib"])
         self.assertEqual((folder / "mlx/lib/libmlx.dylib").read_text(), "signed libmlx.dylib")
 
-    def test_the_mac_downloads_two_wheels_and_builds_no_bindgen(self):
+    def test_a_mac_compiles_mlx_c_and_not_bindgen(self):
         self.pretend("Darwin", "arm64", "26.2")
         mlx_sys = self.folder / "mlx-sys-0.7.0"
         (mlx_sys / "src/mlx-c/mlx/c").mkdir(parents=True)
@@ -249,27 +240,27 @@ class Wheels(SetupCase):
         self.assertEqual((folder / "bindings.rs").read_bytes(), mlx.BINDINGS.read_bytes())
         self.assertEqual((folder / "blas").read_text(), "Accelerate\n")
 
-    def test_a_wheel_that_pypi_lacks(self):
-        with mock.patch.object(pypi, "run", side_effect=shared.Stop("exit 1")):
-            self.stops("network", pypi.wheel, "mlx-metal==0.32.2", "macosx_15_0_arm64")
-        self.assertEqual(list(shared.CACHE.iterdir()), [], "a failed download left something")
+    def test_a_failed_download_leaves_no_files(self):
+        with mock.patch.object(pypi, "run", side_effect=shared.SetupError("exit 1")):
+            self.assert_error("network", pypi.wheel, "mlx-metal==0.32.2", "macosx_15_0_arm64")
+        self.assertEqual(list(shared.CACHE.iterdir()), [], "a failed download left files")
 
-    def test_a_damaged_download_is_named(self):
+    def test_a_damaged_download_is_an_error(self):
         bad = self.folder / "torch.whl"
         bad.write_text("half")
-        self.stops("damaged", pypi.unpack, bad, self.folder)
+        self.assert_error("damaged", pypi.unpack, bad, self.folder)
         (self.folder / "cache").mkdir()
         with mock.patch.object(pypi, "component", return_value=self.folder / "cache"):
-            self.stops("holds no wheel", pypi.wheel, "torch==1")
+            self.assert_error("has no wheel", pypi.wheel, "torch==1")
 
-    def test_a_killed_build_is_not_taken_for_whole(self):
+    def test_a_killed_build_is_not_used(self):
         def killed(work):
             (work / "half").write_text("")
             raise KeyboardInterrupt
 
         with self.assertRaises(KeyboardInterrupt):
             shared.component("thing", ["1"], killed)
-        # What SIGKILL leaves behind has another name than what is looked up.
+        # A folder that SIGKILL has left has another name than the complete one.
         (shared.CACHE / "thing.partial-x").mkdir()
         built = shared.component("thing", ["1"], lambda work: (work / "whole").write_text(""))
         self.assertTrue((built / "whole").exists())
@@ -279,7 +270,7 @@ class Wheels(SetupCase):
 
 class CheckMac(SetupCase):
     def library(self, name, defined, undefined):
-        """A Mach-O file that is a symbol table and nothing else."""
+        """Writes a Mach-O file that only has a symbol table."""
         strings, entries = b"\0", b""
         for kind, names in ((0x0F, defined), (0x01, undefined)):
             for symbol in names:
@@ -297,45 +288,45 @@ class CheckMac(SetupCase):
         path = self.library("x.dylib", ["_mlx_a", "_b"], ["_mlx_c"])
         self.assertEqual(macho.symbols(path), ({"_mlx_a", "_b"}, {"_mlx_c"}))
         path.write_bytes(b"\x7fELF" + bytes(64))
-        self.stops("no 64-bit Mach-O", macho.symbols, path)
+        self.assert_error("not a 64-bit Mach-O", macho.symbols, path)
 
-    def test_a_symbol_that_a_wheel_lacks_is_named(self):
-        check = script("check-mac")
+    def test_a_symbol_that_a_wheel_lacks_is_an_error(self):
+        check = load("check-mac")
         self.patch(mock.patch.object(check, "OUT", self.folder))
         for name in ("torch_cpu", "torch", "c10"):
             self.library(f"torch/lib/lib{name}.dylib", [f"__ZN2at{name}"], [])
         self.library("mlx/lib/libmlxc.dylib", ["_mlx_add"], [])
         self.library("wheel/mlx/lib/libmlx.dylib", ["__ZN3mlx4core3addE"], [])
-        self.patch(mock.patch.object(mlx, "unpacked", lambda *_: self.folder / "wheel"))
+        self.patch(mock.patch.object(mlx, "unpacked_wheel", lambda *_: self.folder / "wheel"))
         good = self.library("good", [], ["_mlx_add", "__ZN3mlx4core3addE", "__ZN2atc10", "_malloc"])
-        check.look_for_symbols("1", {"good": good})
+        check.check_symbols("1", {"good": good})
         for wanted in ("_mlx_gone", "__ZN3mlx4core4goneE", "__ZN2at4goneE", "__ZNK3c104goneE"):
             bad = self.library("bad", [], ["_mlx_add", wanted])
-            self.stops(wanted, check.look_for_symbols, "1", {"bad": bad})
+            self.assert_error(wanted, check.check_symbols, "1", {"bad": bad})
         none = self.library("none", [], ["_malloc"])
-        self.stops("asks for nothing", check.look_for_symbols, "1", {"none": none})
+        self.assert_error("needs no symbol", check.check_symbols, "1", {"none": none})
 
-    def test_without_the_standard_library_it_is_skipped_and_says_so(self):
-        check = script("check-mac")
+    def test_the_reason_is_printed_without_the_standard_library(self):
+        check = load("check-mac")
         empty = subprocess.CompletedProcess([], 0, str(self.folder), "")
         with mock.patch("subprocess.run", return_value=empty):
-            self.assertIn("rustup target add aarch64-apple-darwin", check.missing_std())
+            self.assertIn("rustup target add aarch64-apple-darwin", check.missing_standard_library())
 
 
 class Bindings(SetupCase):
-    def test_they_are_of_the_locked_mlx_sys(self):
-        row = target.target()
+    def test_the_bindings_belong_to_the_locked_mlx_sys(self):
+        row = target.current_target()
         mlx_sys = crates.crate_folders(row)["mlx-sys"]
         mlx.check_bindings(mlx_sys, mlx.version(mlx_sys))
 
-    def test_those_of_another_version_are_refused(self):
-        row = target.target()
+    def test_bindings_of_another_version_are_refused(self):
+        row = target.current_target()
         mlx_sys = crates.crate_folders(row)["mlx-sys"]
-        self.stops("scripts/setup --bindings", mlx.check_bindings, mlx_sys.with_name("mlx-sys-9.9.9"), "0.32.2")
-        self.stops("scripts/setup --bindings", mlx.check_bindings, mlx_sys, "9.9.9")
+        self.assert_error("scripts/setup --bindings", mlx.check_bindings, mlx_sys.with_name("mlx-sys-9.9.9"), "0.32.2")
+        self.assert_error("scripts/setup --bindings", mlx.check_bindings, mlx_sys, "9.9.9")
 
-    def test_they_hold_mlx_alone(self):
-        """What another system lacks has no place in them."""
+    def test_the_bindings_only_have_names_of_mlx(self):
+        """Names of one system would fail on another."""
         text = mlx.BINDINGS.read_text()
         functions = [line.split("pub fn ")[1].split("(")[0] for line in text.splitlines() if "pub fn " in line]
         self.assertGreater(len(functions), 600)
@@ -346,36 +337,37 @@ class Bindings(SetupCase):
 
 
 class Input(SetupCase):
-    def test_nothing_to_do_takes_no_time(self):
-        done = subprocess.run(["scripts/setup", "--quiet"], cwd=ROOT, text=True, capture_output=True)
+    def test_a_second_set_up_prints_nothing(self):
+        for _ in range(2):
+            done = subprocess.run(["scripts/setup", "--quiet"], cwd=ROOT, text=True, capture_output=True)
         self.assertEqual((done.returncode, done.stdout + done.stderr), (0, ""))
 
-    def test_no_compiler(self):
+    def test_a_missing_compiler_is_an_error(self):
         with mock.patch("shutil.which", return_value=None):
-            self.stops("c++", shared.need, "c++", "install one")
+            self.assert_error("c++", shared.need, "c++", "install one")
 
-    def test_too_little_disk(self):
-        self.stops("GB free", shared.check_disk, 10**9)
+    def test_a_full_disk_is_an_error(self):
+        self.assert_error("GB free", shared.check_disk, 10**9)
 
-    def test_the_cache_is_the_users(self):
+    def test_the_cache_follows_the_xdg_variable(self):
         home = Path.home() / ".cache"
-        for given, expected in (("", home), ("relative", home), ("/x", Path("/x"))):
-            with mock.patch.dict(os.environ, {"XDG_CACHE_HOME": given}):
+        for folder, expected in (("", home), ("relative", home), ("/x", Path("/x"))):
+            with mock.patch.dict(os.environ, {"XDG_CACHE_HOME": folder}):
                 self.assertEqual(shared.cache_home(), expected)
 
-    def test_a_wrong_libtorch_of_ones_own(self):
-        own = str(self.folder)
-        self.stops("libtorch_cpu", torch.of_the_user, own, "2.13.0")
+    def test_a_wrong_custom_libtorch_is_an_error(self):
+        path = str(self.folder)
+        self.assert_error("libtorch_cpu", torch.custom_libtorch, path, "2.13.0")
         (self.folder / "lib").mkdir()
         (self.folder / "lib/libtorch_cpu.so").touch()
         (self.folder / "include/torch").mkdir(parents=True)
         (self.folder / "build-version").write_text("2.4.0+cu121\n")
-        self.stops("2.4.0", torch.of_the_user, own, "2.13.0")
+        self.assert_error("2.4.0", torch.custom_libtorch, path, "2.13.0")
         (self.folder / "build-version").write_text("2.13.0+cpu\n")
-        self.assertEqual(torch.of_the_user(own, "2.13.0"), self.folder.resolve())
-        self.assertIsNone(torch.of_the_user(None, "2.13.0"))
+        self.assertEqual(torch.custom_libtorch(path, "2.13.0"), self.folder.resolve())
+        self.assertIsNone(torch.custom_libtorch(None, "2.13.0"))
 
-    def test_a_libtorch_of_ones_own_is_remembered(self):
+    def test_a_custom_libtorch_stays_in_use(self):
         self.setup.STAMP.write_text('{"inputs": {"libtorch": "/opt/libtorch"}, "paths": []}')
         with mock.patch.dict(os.environ):
             os.environ.pop("LIBTORCH", None)
@@ -383,16 +375,16 @@ class Input(SetupCase):
             os.environ["LIBTORCH"] = ""
             self.assertIsNone(self.setup.inputs(False)["libtorch"])
 
-    def test_a_damaged_stamp_counts_as_none(self):
+    def test_a_damaged_record_of_set_up_is_ignored(self):
         for stamp in ("", "{", "[]", "5", '{"inputs": 5}', '{"inputs": {}, "paths": 1}', '{"inputs": {"libtorch": 3}, "paths": [1]}'):
             self.setup.STAMP.write_text(stamp)
             with mock.patch.dict(os.environ):
                 os.environ.pop("LIBTORCH", None)
-                now = self.setup.inputs(False)
-            self.assertIsNone(now["libtorch"], stamp)
-            self.assertFalse(self.setup.ready(now), stamp)
-        self.setup.STAMP.write_text(json.dumps({"inputs": now, "paths": ["/"], "config": 1}))
-        self.assertFalse(self.setup.ready(now))
+                current = self.setup.inputs(False)
+            self.assertIsNone(current["libtorch"], stamp)
+            self.assertFalse(self.setup.is_ready(current), stamp)
+        self.setup.STAMP.write_text(json.dumps({"inputs": current, "paths": ["/"], "config": 1}))
+        self.assertFalse(self.setup.is_ready(current))
 
 
 if __name__ == "__main__":

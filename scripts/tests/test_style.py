@@ -25,7 +25,7 @@ WORDS = {
     r"(?:in|by) turns": "interleaved, alternating",
     r"in the place of|in its place|in their place": "instead of",
     r"h(?:eld|old|olds) [^.]{0,40}\bagainst": "compared with",
-    r"(?:is|are|was|were) no(?! longer\b| more\b| less\b| fewer\b| better\b| worse\b) \w+": "is not a …",
+    r"(?<!there )(?:is|are|was|were) no(?! longer\b| more\b| less\b| fewer\b| better\b| worse\b) \w+": "is not a …",
     r"so many": "N, the number of",
     r"as many as (?:it|they) (?:has|have)": "all",
     r"what (?:is|was|are|were) (?:lost|kept|made|given|there|measured|seen|said|found)": "name the thing",

@@ -1,9 +1,9 @@
-//! Cores to which both sides of a comparison are pinned, with the thread that asks them: one
-//! of the three always runs, so the core never sleeps. A core that has slept takes a step's
-//! time to be itself again, and whoever shares the hardware has had its caches meanwhile;
-//! asked from another core, the same steps take a fifth longer and scatter half as much again.
+//! Pinning: both sides of a comparison and the thread that requests blocks share one core.
+//!
+//! One of the three always runs, so the core never sleeps. A core that has slept is slower for about a step, and
+//! its caches may be cold. Requested from another core, steps took 20 % longer and varied by 50 % more.
 
-/// The cores that this process may use; empty where threads can't be kept on a core.
+/// Returns the cores that this process may use. Returns none if the system cannot pin threads.
 pub fn allowed() -> Vec<usize> {
     #[cfg(target_os = "linux")]
     {
@@ -22,8 +22,7 @@ pub fn allowed() -> Vec<usize> {
     Vec::new()
 }
 
-/// Keeps this thread, and every thread and process that it starts, on cores. Where the system refuses, the
-/// work is done all the same.
+/// Pins this thread, and the threads and processes that it starts, to cores. A refusal of the system is ignored.
 pub fn pin_threads(cores: &[usize]) {
     #[cfg(target_os = "linux")]
     // SAFETY: a set of cores below its size, and plain data.
@@ -38,11 +37,11 @@ pub fn pin_threads(cores: &[usize]) {
     let _ = cores;
 }
 
-/// Cores for [`on_cores`], one of each physical core, the last first: the first ones get more of the
-/// system's own work. Empty where threads can't be kept on a core.
+/// Returns one logical core of each physical core, in descending order: the system itself mostly uses the first
+/// ones. Returns none if the system cannot pin threads.
 pub fn physical_cores() -> Vec<usize> {
-    // At most: they share the memory's bandwidth.
-    const MOST: usize = 8;
+    // All cores share the memory bandwidth.
+    const MAX_CORES: usize = 8;
     let mut seen = std::collections::BTreeSet::new();
     allowed()
         .into_iter()
@@ -51,14 +50,13 @@ pub fn physical_cores() -> Vec<usize> {
             let siblings = format!("/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list");
             std::fs::read_to_string(siblings).map_or(true, |text| seen.insert(text))
         })
-        // A container may have more cores in sight than time on them.
-        .take(std::thread::available_parallelism().map_or(1, usize::from).min(MOST))
+        // A container may see more cores than it may use.
+        .take(std::thread::available_parallelism().map_or(1, usize::from).min(MAX_CORES))
         .collect()
 }
 
-/// Keeps this thread on a core, as [`keep_to`] does, where none of what it starts
-/// interrupts another by waking up (`SCHED_BATCH`): a framework's threads then run one after
-/// the other, which halves the time that comparing MLX takes.
+/// Pins this thread to a core under `SCHED_BATCH`, so that threads do not preempt each other when they wake up.
+/// This halves the time that a comparison of MLX takes.
 fn pin_to_core(core: usize) {
     pin_threads(&[core]);
     #[cfg(target_os = "linux")]
@@ -69,8 +67,8 @@ fn pin_to_core(core: usize) {
     }
 }
 
-/// Does work pinned to each core at once, or once anywhere without any; returns what each returned.
-pub fn on_cores<T: Send>(cores: &[usize], work: impl Fn(usize) -> T + Sync) -> Vec<T> {
+/// Runs `work` pinned to each core concurrently, or once unpinned without cores. Returns the results.
+pub fn run_on_cores<T: Send>(cores: &[usize], work: impl Fn(usize) -> T + Sync) -> Vec<T> {
     let work = &work;
     std::thread::scope(|scope| {
         let pinned = |index: usize| {
@@ -88,10 +86,10 @@ pub fn on_cores<T: Send>(cores: &[usize], work: impl Fn(usize) -> T + Sync) -> V
     })
 }
 
-/// Does work pinned to a core, as comparisons measure.
-pub fn on_a_core<T: Send>(work: impl Fn() -> T + Sync) -> T {
+/// Runs `work` pinned to one core, as comparisons do.
+pub fn run_pinned<T: Send>(work: impl Fn() -> T + Sync) -> T {
     let cores = physical_cores();
-    on_cores(&cores[..cores.len().min(1)], |_| work()).pop().expect("it is done once")
+    run_on_cores(&cores[..cores.len().min(1)], |_| work()).pop().expect("one result")
 }
 
 #[cfg(test)]
@@ -99,9 +97,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn work_stays_on_its_core() {
+    fn work_runs_on_its_core() {
         let cores = physical_cores();
-        let seen = on_cores(&cores, |index| (index, std::thread::available_parallelism().unwrap().get()));
+        let seen = run_on_cores(&cores, |index| (index, std::thread::available_parallelism().unwrap().get()));
         assert_eq!(seen.iter().map(|s| s.0).collect::<Vec<_>>(), (0..cores.len().max(1)).collect::<Vec<_>>());
         if !cores.is_empty() {
             assert!(seen.iter().all(|s| s.1 == 1), "{seen:?}");

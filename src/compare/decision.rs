@@ -1,29 +1,30 @@
-//! Whether one side is slower than the other: statistics and verdicts, without a clock.
+//! The decision rule: statistics and verdicts, without a clock.
 //!
-//! Both sides run in rounds. A round is a fresh process for each side, and in it short
-//! blocks of steps in pairs, one of each side in random order, so that drift and bursts
-//! hit both. A round counts as one observation: the difference of the sides' levels, each
-//! the mean log time of the faster three quarters of its blocks, since disturbance only
-//! ever adds time. Processes of the same program differ, by where memory lies and
-//! what the machine does meanwhile, so intervals come from the spread between rounds
-//! (Student's t of a trimmed mean), never from the number of steps (Kalibera and Jones, "Rigorous
-//! benchmarking in reasonable time", ISMM 2013).
+//! Both sides run in rounds. A round is a fresh process of each side. In it, short blocks of steps run in pairs, one
+//! of each side in random order, so that drift and bursts affect both sides.
 //!
-//! A case passes two gates before it is called slower or faster: it is *flagged* on the
-//! rounds so far, and then *confirmed* on fresh rounds alone, at a level divided by the
-//! number of cases and of looks (Bonferroni). What made it look slow by chance does not recur.
+//! A round is one observation: the difference of the two levels. A level is the mean log time of the faster three
+//! quarters of the blocks, because interference only adds time. Processes of one program differ by their memory
+//! layout and the state of the machine. So intervals come from the spread between rounds (Student's t of a trimmed
+//! mean) and not from the number of steps (Kalibera and Jones, "Rigorous benchmarking in reasonable time", ISMM 2013).
+//!
+//! A case passes two gates before it is reported as slower or faster. First it is *flagged* on the rounds so far. Then
+//! it is *confirmed* on fresh rounds alone, at a level divided by the number of cases and looks (Bonferroni). A
+//! difference by chance does not recur.
 
 use serde::{Deserialize, Serialize};
 
 use crate::statistics::{mean, sorted, std_dev, student_t_two_sided};
 
-/// What is said of a case.
+/// Result of a comparison of one case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Verdict {
     Slower,
     Failed,
-    Gone,
+    /// Only the base has the case. Older comparisons call this `gone`.
+    #[serde(alias = "gone")]
+    Removed,
     Inconclusive,
     New,
     Faster,
@@ -31,11 +32,11 @@ pub enum Verdict {
 }
 
 impl Verdict {
-    /// From what needs attention most.
+    /// All verdicts, the most urgent first.
     pub const BY_SEVERITY: [Verdict; 7] = [
         Self::Slower,
         Self::Failed,
-        Self::Gone,
+        Self::Removed,
         Self::Inconclusive,
         Self::Faster,
         Self::New,
@@ -46,7 +47,7 @@ impl Verdict {
         match self {
             Self::Slower => "slower",
             Self::Failed => "failed",
-            Self::Gone => "gone",
+            Self::Removed => "removed",
             Self::Inconclusive => "inconclusive",
             Self::New => "new",
             Self::Faster => "faster",
@@ -55,15 +56,15 @@ impl Verdict {
     }
 }
 
-/// How a comparison decides.
+/// Parameters of the decision rule.
 #[derive(Clone, Copy, Debug)]
 pub struct Rule {
-    /// `equivalent` means a ratio certainly within 1 ± this.
+    /// `equivalent` means that the interval of the ratio is within 1 ± this threshold.
     pub threshold: f64,
-    /// How many cases are judged together.
+    /// Number of cases in the comparison.
     pub cases: usize,
-    /// Rounds after which a case stays inconclusive; twice as many for one that is flagged.
-    pub most: usize,
+    /// Rounds after which a case is inconclusive. A flagged case gets twice this number.
+    pub max_rounds: usize,
 }
 
 /// The default of [`Rule::threshold`].
@@ -71,64 +72,64 @@ pub const THRESHOLD: f64 = 0.02;
 
 /// Rounds before the first look, and between looks.
 pub const FIRST_LOOK: usize = 6;
-const BETWEEN: usize = 3;
+const ROUNDS_BETWEEN_LOOKS: usize = 3;
 
 /// Two-sided level at which a case is flagged.
-const FLAG: f64 = 0.01;
-/// Chance of one wrong call among all cases at the second gate alone, over all of its looks.
-const FAMILY: f64 = 0.05;
-/// Fresh rounds at which a flag is looked at again.
-const CONFIRM: [usize; 7] = [6, 12, 24, 36, 54, 72, 96];
-/// The part of [`FAMILY`] that a look of [`CONFIRM`] spends, in proportion to its rounds: of
-/// what is found at all, most is found late.
-fn spent(rounds: usize) -> f64 {
-    rounds as f64 / CONFIRM.iter().sum::<usize>() as f64
+const FLAG_ALPHA: f64 = 0.01;
+/// Probability of a false positive among all cases at the second gate, over all of its looks.
+const FAMILYWISE_ALPHA: f64 = 0.05;
+/// Numbers of fresh rounds at which a flagged case is tested again.
+const CONFIRM_LOOKS: [usize; 7] = [6, 12, 24, 36, 54, 72, 96];
+/// Returns the share of [`FAMILYWISE_ALPHA`] that a look of [`CONFIRM_LOOKS`] spends. It is proportional to the
+/// rounds, because most differences are found late.
+fn alpha_share(rounds: usize) -> f64 {
+    rounds as f64 / CONFIRM_LOOKS.iter().sum::<usize>() as f64
 }
 
-/// Level of the interval that is shown.
+/// Confidence level of the reported interval.
 pub const CONFIDENCE: f64 = 0.99;
-/// Level of the interval that must lie within the threshold for `equivalent`: looked at many
-/// times, and the claim that hides a regression if it is wrong.
-const SAME: f64 = 0.998;
+/// Confidence level of the interval that must be within the threshold for `equivalent`. It is tested many times, and
+/// a wrong claim hides a regression.
+const EQUIVALENCE_CONFIDENCE: f64 = 0.998;
 
-/// The level of a side: the mean of the lower three quarters. A burst only ever adds time,
-/// and the quarter above holds the bursts.
+/// Returns the level of a side, the mean of the lower three quarters. The upper quarter contains the bursts.
 fn level(logs: impl Iterator<Item = f64>) -> f64 {
     let sorted = sorted(logs);
     mean(&sorted[..sorted.len() - sorted.len() / 4])
 }
 
-/// Groups of pairs that are left out in turn to see how exact a round is.
+/// Number of groups of the jackknife.
 const GROUPS: usize = 8;
 
-/// A round's observation, and how exact it can be at best.
+/// Observation of a round, and its standard error within the round.
 #[derive(Clone, Copy, Debug)]
 struct Round {
+    /// Level of base, in log time.
+    base: f64,
+    /// Level of head minus level of base.
     centre: f64,
     error: f64,
 }
 
 impl Round {
-    /// From log times in pairs, base first. The error is the jackknife's, which leaves out
-    /// neighbours together.
-    fn of(pairs: &[(f64, f64)]) -> Self {
+    /// Computes a round from pairs of log times, base first. The jackknife leaves out groups of neighbours.
+    fn from_pairs(pairs: &[(f64, f64)]) -> Self {
         let without = |skip: std::ops::Range<usize>| {
-            let kept = || pairs.iter().enumerate().filter(|(i, _)| !skip.contains(i)).map(|(_, p)| p);
-            level(kept().map(|p| p.1)) - level(kept().map(|p| p.0))
+            let rest = || pairs.iter().enumerate().filter(|(i, _)| !skip.contains(i)).map(|(_, p)| p);
+            level(rest().map(|p| p.1)) - level(rest().map(|p| p.0))
         };
         let (count, groups) = (pairs.len(), GROUPS.min(pairs.len()));
-        let centre = without(0..0);
+        let (base, centre) = (level(pairs.iter().map(|p| p.0)), without(0..0));
         if groups < 2 {
-            return Self { centre, error: 0.0 };
+            return Self { base, centre, error: 0.0 };
         }
         let each: Vec<f64> =
             (0..groups).map(|i| without(i * count / groups..(i + 1) * count / groups)).collect();
-        Self { centre, error: std_dev(&each) * (groups as f64 - 1.0) / (groups as f64).sqrt() }
+        Self { base, centre, error: std_dev(&each) * (groups as f64 - 1.0) / (groups as f64).sqrt() }
     }
 }
 
-/// How many rounds at either end count no more than the next: now and then a process
-/// is a third slower for as long as it lives.
+/// Returns the number of rounds to trim at each end. Some processes are a third slower for their whole life.
 fn trim(count: usize) -> usize {
     count / 8
 }
@@ -137,17 +138,18 @@ fn sorted_centres(rounds: &[Round]) -> Vec<f64> {
     sorted(rounds.iter().map(|r| r.centre))
 }
 
-/// The trimmed mean of the rounds.
+/// Returns the trimmed mean of the rounds.
 fn centre(rounds: &[Round]) -> f64 {
     let cut = trim(rounds.len());
     mean(&sorted_centres(rounds)[cut..rounds.len() - cut])
 }
 
-/// Half the width of the two-sided interval of the trimmed mean, by Student's t with the
-/// spread of the winsorized rounds (Yuen, "The two-sample trimmed t for unequal population
-/// variances", Biometrika 1974; here for one sample). Few rounds can agree by chance, so
-/// their spread counts as no less than their own errors.
-fn half_width(rounds: &[Round], outside: f64) -> f64 {
+/// Returns half the width of the two-sided interval of the trimmed mean at level `alpha`.
+///
+/// It is Student's t with the spread of the winsorized rounds (Yuen, "The two-sample trimmed t for unequal
+/// population variances", Biometrika 1974; here for one sample). A few rounds can agree by chance, so their spread
+/// counts as no less than their standard errors.
+fn half_width(rounds: &[Round], alpha: f64) -> f64 {
     if rounds.len() < 2 {
         return f64::INFINITY;
     }
@@ -155,13 +157,13 @@ fn half_width(rounds: &[Round], outside: f64) -> f64 {
     let mut centres = sorted_centres(rounds);
     let (low, high) = (centres[cut], centres[n - 1 - cut]);
     centres.iter_mut().for_each(|c| *c = c.clamp(low, high));
-    let (n, kept) = (n as f64, (n - 2 * cut) as f64);
-    let error = std_dev(&centres) * ((n - 1.0) / (kept * (kept - 1.0))).sqrt();
+    let (n, remaining) = (n as f64, (n - 2 * cut) as f64);
+    let error = std_dev(&centres) * ((n - 1.0) / (remaining * (remaining - 1.0))).sqrt();
     let own = rounds.iter().map(|r| r.error).sum::<f64>() / n / n.sqrt();
-    error.max(own) * student_t_two_sided(kept - 1.0, outside)
+    error.max(own) * student_t_two_sided(remaining - 1.0, alpha)
 }
 
-/// What was found of a case: the ratio head/base of step times with its 99 % interval.
+/// Ratio head / base of step times, with its 99 % confidence interval.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Estimate {
     pub ratio: f64,
@@ -169,15 +171,15 @@ pub struct Estimate {
 }
 
 impl Estimate {
-    /// What an interval says where it decides nothing: by how much the head can be slower, and
-    /// faster, at most; None of no interval.
+    /// Returns the bounds of an inconclusive interval: the largest slowdown and the largest speedup of head as
+    /// shares. Returns `None` without an interval.
     pub fn bounds(&self) -> Option<[f64; 2]> {
         let [low, high] = self.ci;
         (low.is_finite() && high.is_finite() && low > 0.0).then_some([high - 1.0, 1.0 - low])
     }
 
-    /// The bounds in words.
-    pub fn bound(&self) -> Option<String> {
+    /// Describes the bounds in words.
+    pub fn describe_bounds(&self) -> Option<String> {
         let [slower, faster] = self.bounds()?.map(|share| format!("{:.1} %", 100.0 * share.abs()));
         let [low, high] = self.ci;
         Some(match (low > 1.0, high < 1.0) {
@@ -188,18 +190,19 @@ impl Estimate {
     }
 }
 
+/// Returns the estimate for a log ratio and half the width of its interval.
 pub fn estimate(centre: f64, half: f64) -> Estimate {
     Estimate { ratio: centre.exp(), ci: [(centre - half).exp(), (centre + half).exp()] }
 }
 
-/// Collects the rounds of one case and decides as early as it can.
+/// Collects the rounds of one case and decides as early as possible.
 #[derive(Clone, Debug)]
 pub struct SequentialTest {
     rule: Rule,
-    /// Rounds after which a flag stays inconclusive.
-    most_flagged: usize,
+    /// Rounds after which a flagged case is inconclusive.
+    max_flagged_rounds: usize,
     rounds: Vec<Round>,
-    /// Where a flag arose: the rounds from here on must confirm it.
+    /// The flag of the case. Rounds after it must confirm it.
     flagged: Option<Flag>,
     verdict: Option<Verdict>,
 }
@@ -212,10 +215,16 @@ struct Flag {
 
 impl SequentialTest {
     pub fn new(rule: Rule) -> Self {
-        Self { rule, most_flagged: 2 * rule.most, rounds: Vec::new(), flagged: None, verdict: None }
+        Self {
+            rule,
+            max_flagged_rounds: 2 * rule.max_rounds,
+            rounds: Vec::new(),
+            flagged: None,
+            verdict: None,
+        }
     }
 
-    /// Adds a round: the step times of both sides, base first, in any unit.
+    /// Adds a round: step times of both sides in any unit, base first.
     pub fn add(&mut self, pairs: &[(f64, f64)]) {
         let logs: Vec<(f64, f64)> = pairs
             .iter()
@@ -225,30 +234,44 @@ impl SequentialTest {
         if logs.is_empty() || self.verdict.is_some() {
             return;
         }
-        self.rounds.push(Round::of(&logs));
+        self.rounds.push(Round::from_pairs(&logs));
         self.look();
     }
 
-    /// Fewer rounds at most than the rule says, flagged or not.
+    /// Limits the number of rounds, for flagged cases too.
     pub fn limit_rounds(&mut self, rounds: usize) {
-        self.rule.most = self.rule.most.min(rounds);
-        self.most_flagged = self.rule.most;
+        self.rule.max_rounds = self.rule.max_rounds.min(rounds);
+        self.max_flagged_rounds = self.rule.max_rounds;
     }
 
-    /// Judges rounds that are over by another rule, as if they came one after the other.
+    /// Returns the step times of base and head, in the unit of the pairs, or `None` without rounds.
+    ///
+    /// They are the geometric means of the levels over the rounds that the ratio's trimmed mean retains, so that
+    /// head / base is exactly the estimated ratio.
+    pub fn step_times(&self) -> Option<[f64; 2]> {
+        let mut rounds: Vec<&Round> = self.counted_rounds().iter().collect();
+        rounds.sort_by(|a, b| a.centre.total_cmp(&b.centre));
+        let cut = trim(rounds.len());
+        let retained = &rounds[cut..rounds.len() - cut];
+        let base = mean(&retained.iter().map(|r| r.base).collect::<Vec<_>>());
+        let centre = mean(&retained.iter().map(|r| r.centre).collect::<Vec<_>>());
+        (!retained.is_empty()).then(|| [base.exp(), (base + centre).exp()])
+    }
+
+    /// Applies another rule to earlier rounds, in their order.
     pub fn replay(rule: Rule, rounds: &[[f64; 2]]) -> Self {
-        let mut judge = Self::new(rule);
+        let mut test = Self::new(rule);
         for &[centre, error] in rounds.iter().filter(|r| r.iter().all(|v| v.is_finite())) {
-            if judge.verdict.is_none() {
-                judge.rounds.push(Round { centre, error });
-                judge.look();
+            if test.verdict.is_none() {
+                test.rounds.push(Round { base: f64::NAN, centre, error });
+                test.look();
             }
         }
-        judge.close();
-        judge
+        test.close();
+        test
     }
 
-    /// Each round's log ratio and its error, for [`Judge::again`].
+    /// Returns the log ratio and standard error of each round, for [`SequentialTest::replay`].
     pub fn observations(&self) -> Vec<[f64; 2]> {
         self.rounds.iter().map(|round| [round.centre, round.error]).collect()
     }
@@ -257,23 +280,26 @@ impl SequentialTest {
         self.rounds.len()
     }
 
-    /// The verdict, as soon as it stands.
+    /// Returns the verdict, or `None` while the case is open.
     pub fn verdict(&self) -> Option<Verdict> {
         self.verdict
     }
 
-    /// What the rounds so far say; None without any. A confirmed call is estimated on the
-    /// rounds that confirmed it, since those before were chosen for looking extreme.
+    /// Returns the estimate from the rounds so far, or `None` without rounds. A confirmed difference is estimated
+    /// from the confirming rounds, because the earlier ones were selected for a large difference.
     pub fn estimate(&self) -> Option<Estimate> {
-        let called = matches!(self.verdict, Some(Verdict::Slower | Verdict::Faster));
-        let from = self.flagged.filter(|_| called).map_or(0, |s| s.from);
-        let rounds = &self.rounds[from..];
+        let rounds = self.counted_rounds();
         (!rounds.is_empty()).then(|| estimate(centre(rounds), half_width(rounds, 1.0 - CONFIDENCE)))
     }
 
-    /// Differences below this are not called: two thirds of the threshold. Two builds of one
-    /// source differ by up to about half of the default one, by where code and data lie.
-    fn floor(&self) -> f64 {
+    fn counted_rounds(&self) -> &[Round] {
+        let confirmed = matches!(self.verdict, Some(Verdict::Slower | Verdict::Faster));
+        &self.rounds[self.flagged.filter(|_| confirmed).map_or(0, |flag| flag.from)..]
+    }
+
+    /// Returns the smallest log ratio that is reported, two thirds of the threshold. Two builds of one source differ
+    /// by up to half of the default threshold through the layout of code and data.
+    fn min_difference(&self) -> f64 {
         (1.0 + self.rule.threshold * 2.0 / 3.0).ln()
     }
 
@@ -281,26 +307,26 @@ impl SequentialTest {
         let count = self.rounds.len();
         if let Some(flag) = self.flagged {
             let fresh = &self.rounds[flag.from..];
-            if CONFIRM.contains(&fresh.len()) {
+            if CONFIRM_LOOKS.contains(&fresh.len()) {
                 // One-sided, since the sign is known.
-                let level = 2.0 * FAMILY * spent(fresh.len()) / self.rule.cases.max(1) as f64;
+                let level = 2.0 * FAMILYWISE_ALPHA * alpha_share(fresh.len()) / self.rule.cases.max(1) as f64;
                 let excess = centre(fresh) * flag.sign;
-                if excess - half_width(fresh, level) > 0.0 && excess > self.floor() {
+                if excess - half_width(fresh, level) > 0.0 && excess > self.min_difference() {
                     self.verdict = Some(if flag.sign > 0.0 { Verdict::Slower } else { Verdict::Faster });
                     return;
                 }
-                // It did not recur: back to all rounds.
-                if fresh.len() >= CONFIRM[CONFIRM.len() - 1] || excess < 0.0 {
+                // The difference did not recur: all rounds count again.
+                if fresh.len() >= CONFIRM_LOOKS[CONFIRM_LOOKS.len() - 1] || excess < 0.0 {
                     self.flagged = None;
                 }
             }
         }
-        if self.flagged.is_none() && count >= FIRST_LOOK && count.is_multiple_of(BETWEEN) {
+        if self.flagged.is_none() && count >= FIRST_LOOK && count.is_multiple_of(ROUNDS_BETWEEN_LOOKS) {
             let found = centre(&self.rounds);
-            if found.abs() > self.floor() && half_width(&self.rounds, FLAG) < found.abs() {
+            if found.abs() > self.min_difference() && half_width(&self.rounds, FLAG_ALPHA) < found.abs() {
                 self.flagged = Some(Flag { from: count, sign: found.signum() });
             } else {
-                let half = half_width(&self.rounds, 1.0 - SAME);
+                let half = half_width(&self.rounds, 1.0 - EQUIVALENCE_CONFIDENCE);
                 let limit = (1.0 + self.rule.threshold).ln();
                 if found + half < limit && found - half > -limit {
                     self.verdict = Some(Verdict::Equivalent);
@@ -308,13 +334,13 @@ impl SequentialTest {
                 }
             }
         }
-        // A flag is followed up: without the rounds for it, it would stay inconclusive.
-        if count >= if self.flagged.is_some() { self.most_flagged } else { self.rule.most } {
+        // A flagged case needs more rounds to be confirmed.
+        if count >= if self.flagged.is_some() { self.max_flagged_rounds } else { self.rule.max_rounds } {
             self.verdict = Some(Verdict::Inconclusive);
         }
     }
 
-    /// The verdict where no more rounds will come.
+    /// Closes the case and returns its verdict: `Inconclusive` if it was open.
     pub fn close(&mut self) -> Verdict {
         *self.verdict.get_or_insert(Verdict::Inconclusive)
     }

@@ -1,4 +1,4 @@
-//! Replays of recorded and of made-up noise through the rule.
+//! Replays recorded and synthetic noise through the decision rule.
 
 use super::*;
 use rand_chacha::ChaCha8Rng;
@@ -6,9 +6,9 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 
 type Pairs = Vec<(f64, f64)>;
 
-/// What the rule's constants were chosen by.
+/// Noise by which the constants of the rule were chosen.
 const RECORDED: &str = include_str!("noise/chosen-by.txt");
-/// What no constant was chosen by: recorded later, and never looked at but by these tests.
+/// Noise recorded later, which no constant was chosen by.
 const HELD_OUT: &str = include_str!("noise/held-out.txt");
 
 /// Real noise of the same program on both sides: cases, rounds, pairs of times.
@@ -49,17 +49,17 @@ impl Dice {
     }
 }
 
-const RULE: Rule = Rule { threshold: THRESHOLD, cases: 30, most: 60 };
+const RULE: Rule = Rule { threshold: THRESHOLD, cases: 30, max_rounds: 60 };
 const FINE: Rule = Rule { threshold: 0.01, ..RULE };
 
-/// Replays rounds through a judge, with a slowdown of the head added.
-fn judge(rule: Rule, mut round: impl FnMut() -> Pairs, slowdown: f64) -> SequentialTest {
-    let mut judge = SequentialTest::new(rule);
-    while judge.verdict().is_none() {
+/// Runs the test on rounds, with a slowdown added to head.
+fn run_test(rule: Rule, mut round: impl FnMut() -> Pairs, slowdown: f64) -> SequentialTest {
+    let mut test = SequentialTest::new(rule);
+    while test.verdict().is_none() {
         let pairs: Pairs = round().iter().map(|(a, b)| (*a, b * (1.0 + slowdown))).collect();
-        judge.add(&pairs);
+        test.add(&pairs);
     }
-    judge
+    test
 }
 
 fn swapped(pairs: &Pairs) -> Pairs {
@@ -69,7 +69,7 @@ fn swapped(pairs: &Pairs) -> Pairs {
 /// Replays recorded rounds in random order, either side as the base.
 fn replay(cases: &[Vec<Pairs>], dice: &mut Dice, rule: Rule, slowdown: f64) -> SequentialTest {
     let rounds = &cases[dice.below(cases.len())];
-    judge(
+    run_test(
         rule,
         || {
             let round = &rounds[dice.below(rounds.len())];
@@ -129,7 +129,7 @@ fn a_slowdown_under_recorded_noise_is_found() {
         );
         assert!(found >= least, "{slowdown}: found in {found}");
         if slowdown.abs() > rule.threshold {
-            assert_eq!(share(&verdicts, Verdict::Equivalent), 0.0, "{slowdown} was called equivalent");
+            assert_eq!(share(&verdicts, Verdict::Equivalent), 0.0, "{slowdown} was reported as equivalent");
         }
     }
     let found = share(&replays(HELD_OUT, 2, 1000, RULE, 0.05), Verdict::Slower);
@@ -146,7 +146,7 @@ fn synthetic(model: impl Fn(&mut Dice, usize) -> (f64, f64), slowdown: f64) -> V
             let logs = (0..40).map(|pair| model(&mut dice, pair));
             logs.map(|(a, b)| (a.exp(), b.exp())).collect()
         };
-        all.push(judge(RULE, &mut round, slowdown).verdict().unwrap());
+        all.push(run_test(RULE, &mut round, slowdown).verdict().unwrap());
     }
     all
 }
@@ -193,7 +193,7 @@ fn processes_that_differ_for_good_are_not_called() {
     // Every process lands in a layout of its own, up to 3 % from the next.
     let mut dice = Dice::new(5);
     for _ in 0..300 {
-        let judge = judge(
+        let test = run_test(
             RULE,
             || {
                 let layout = 0.03 * (dice.uniform() - dice.uniform());
@@ -201,7 +201,7 @@ fn processes_that_differ_for_good_are_not_called() {
             },
             0.0,
         );
-        assert!(!matches!(judge.verdict(), Some(Verdict::Slower | Verdict::Faster)));
+        assert!(!matches!(test.verdict(), Some(Verdict::Slower | Verdict::Faster)));
     }
 }
 
@@ -215,7 +215,7 @@ fn exchanging_the_sides_exchanges_the_verdict() {
     for (i, rounds) in cases.iter().enumerate() {
         let run = |swap: bool| {
             let mut at = 0;
-            judge(
+            run_test(
                 RULE,
                 || {
                     at += 1;
@@ -237,12 +237,12 @@ fn exchanging_the_sides_exchanges_the_verdict() {
 #[test]
 fn a_round_compares_the_faster_three_quarters() {
     let pairs = [(1.0, 3.0), (2.0, 9.0), (9.0, 2.0), (3.0, 1.0)];
-    assert_eq!(Round::of(&pairs).centre, 0.0);
-    assert_eq!(Round::of(&pairs[..1]).centre, 2.0);
+    assert_eq!(Round::from_pairs(&pairs).centre, 0.0);
+    assert_eq!(Round::from_pairs(&pairs[..1]).centre, 2.0);
     // The jackknife's error is about the spread of repeated rounds.
     let mut dice = Dice::new(9);
     let rounds: Vec<Round> = (0..1000)
-        .map(|_| Round::of(&(0..64).map(|_| (dice.normal(), dice.normal())).collect::<Vec<_>>()))
+        .map(|_| Round::from_pairs(&(0..64).map(|_| (dice.normal(), dice.normal())).collect::<Vec<_>>()))
         .collect();
     let centres: Vec<f64> = rounds.iter().map(|r| r.centre).collect();
     let errors: Vec<f64> = rounds.iter().map(|r| r.error).collect();
@@ -255,7 +255,7 @@ fn intervals_hold_the_truth_as_often_as_they_say() {
     let mut dice = Dice::new(8);
     let mut held = 0;
     for _ in 0..2000 {
-        let rounds: Vec<Round> = (0..9).map(|_| Round { centre: 0.7 + dice.normal(), error: 0.0 }).collect();
+        let rounds: Vec<Round> = (0..9).map(|_| Round { base: 0.0, centre: 0.7 + dice.normal(), error: 0.0 }).collect();
         held += usize::from((centre(&rounds) - 0.7).abs() < half_width(&rounds, 0.01));
     }
     assert!((1965..=1995).contains(&held), "{held} of 2,000 at 99 %");
@@ -264,45 +264,62 @@ fn intervals_hold_the_truth_as_often_as_they_say() {
 #[test]
 fn the_second_gate_errs_no_more_than_it_may_over_all_its_looks() {
     let mut dice = Dice::new(10);
-    let rule = Rule { threshold: 1e-9, cases: 1, most: 60 };
+    let rule = Rule { threshold: 1e-9, cases: 1, max_rounds: 60 };
     let (trials, mut wrong) = (4000, 0);
     for _ in 0..trials {
-        let mut judge = SequentialTest::new(rule);
-        judge.flagged = Some(Flag { from: 0, sign: 1.0 });
-        while judge.flagged.is_some() && judge.verdict.is_none() {
-            judge.rounds.push(Round { centre: dice.normal(), error: 0.0 });
-            judge.look();
+        let mut test = SequentialTest::new(rule);
+        test.flagged = Some(Flag { from: 0, sign: 1.0 });
+        while test.flagged.is_some() && test.verdict.is_none() {
+            test.rounds.push(Round { base: 0.0, centre: dice.normal(), error: 0.0 });
+            test.look();
         }
-        wrong += usize::from(judge.verdict == Some(Verdict::Slower));
+        wrong += usize::from(test.verdict == Some(Verdict::Slower));
     }
     let share = wrong as f64 / f64::from(trials);
     println!("a flag without cause is confirmed in {:.1} %", 100.0 * share);
     // 5 % and three standard errors of the simulation.
-    assert!(share < FAMILY + 3.0 * (FAMILY / f64::from(trials)).sqrt(), "{share}");
+    assert!(share < FAMILYWISE_ALPHA + 3.0 * (FAMILYWISE_ALPHA / f64::from(trials)).sqrt(), "{share}");
     assert!(share > 0.0);
 }
 
 #[test]
-fn slow_cases_end_in_time_even_where_flagged() {
-    // Among so many cases nothing is ever confirmed.
+fn slow_cases_end_in_time_even_if_flagged() {
+    // With this number of cases nothing is confirmed.
     let rule = Rule { cases: usize::MAX, ..RULE };
-    for (most, rounds) in [(None, 2 * RULE.most), (Some(20), 20)] {
-        let mut judge = SequentialTest::new(rule);
-        most.into_iter().for_each(|m| judge.limit_rounds(m));
-        while judge.verdict().is_none() {
-            let head = if judge.rounds().is_multiple_of(2) { 1.015 } else { 1.025 };
-            judge.add(&[(1.0, head), (1.0, head)]);
+    for (most, rounds) in [(None, 2 * RULE.max_rounds), (Some(20), 20)] {
+        let mut test = SequentialTest::new(rule);
+        most.into_iter().for_each(|m| test.limit_rounds(m));
+        while test.verdict().is_none() {
+            let head = if test.rounds().is_multiple_of(2) { 1.015 } else { 1.025 };
+            test.add(&[(1.0, head), (1.0, head)]);
         }
-        assert_eq!((judge.verdict(), judge.rounds()), (Some(Verdict::Inconclusive), rounds));
+        assert_eq!((test.verdict(), test.rounds()), (Some(Verdict::Inconclusive), rounds));
     }
 }
 
 #[test]
+fn step_times_divide_to_the_ratio() {
+    let mut test = SequentialTest::new(RULE);
+    let mut dice = Dice::new(5);
+    for _ in 0..20 {
+        test.add(&(0..10).map(|_| (dice.normal().exp(), (0.5 + dice.normal()).exp())).collect::<Vec<_>>());
+    }
+    let [base, head] = test.step_times().unwrap();
+    let ratio = test.estimate().unwrap().ratio;
+    assert!((head / base / ratio - 1.0).abs() < 1e-12, "{head} / {base} is not {ratio}");
+    // With one round the times are its own levels.
+    let mut test = SequentialTest::new(RULE);
+    test.add(&[(2.0, 6.0)]);
+    let [base, head] = test.step_times().unwrap();
+    assert!((base - 2.0).abs() < 1e-12 && (head - 6.0).abs() < 1e-12);
+}
+
+#[test]
 fn nothing_that_is_not_a_time_counts() {
-    let mut judge = SequentialTest::new(RULE);
-    judge.add(&[]);
-    judge.add(&[(0.0, 1.0), (1.0, 0.0), (f64::NAN, 1.0)]);
-    assert_eq!(judge.rounds(), 0);
-    assert!(judge.estimate().is_none());
-    assert_eq!(judge.close(), Verdict::Inconclusive);
+    let mut test = SequentialTest::new(RULE);
+    test.add(&[]);
+    test.add(&[(0.0, 1.0), (1.0, 0.0), (f64::NAN, 1.0)]);
+    assert_eq!(test.rounds(), 0);
+    assert!(test.estimate().is_none());
+    assert_eq!(test.close(), Verdict::Inconclusive);
 }

@@ -1,15 +1,15 @@
-//! Is one side slower than the other? Base and head are executables, cases are ids: nothing here
-//! knows a framework. `README.md` beside this file is the method.
+//! Comparisons of two sides, base and head. A side is a set of executables; nothing here depends on a framework.
+//! `README.md` in this folder describes the method.
 //!
-//! | file | what |
+//! | file | content |
 //! | --- | --- |
-//! | `rule.rs` | rounds in, verdict out: without a clock |
-//! | `rounds.rs` | interleaves base and head, round by round |
-//! | `cores.rs` | the cores that they are pinned to |
-//! | `worker.rs` | a side, and the protocol with its processes |
-//! | `sides.rs` | what a user may compare, and how it comes to have executables |
-//! | `past.rs` | a baseline's part |
-//! | `stop.rs` | Ctrl-C |
+//! | `decision.rs` | the decision rule: from rounds to a verdict, without a clock |
+//! | `rounds.rs` | interleaved rounds of base and head |
+//! | `cores.rs` | pinning to cores |
+//! | `worker.rs` | a side, and the client of its worker processes |
+//! | `revisions.rs` | what a user may compare, and how it is built |
+//! | `baseline_level.rs` | comparisons with a saved baseline |
+//! | `signals.rs` | interrupts |
 
 pub mod baseline_level;
 pub mod cores;

@@ -1,4 +1,4 @@
-//! What a user may compare, and how it comes to have executables.
+//! Sides that a user may compare, and how their executables are built.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -12,33 +12,36 @@ use crate::results::{self, Scratch, is_running};
 use crate::suite::{Framework, Set, cases, parse_filter};
 use anyhow::{Context, Result, bail, ensure};
 
-/// Where a side comes from.
+/// Origin of a side.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Source {
     Worktree,
-    /// A commit's full hash, and what the user called it.
+    /// The full hash of a commit, and the name that the user gave.
     Revision {
         commit: String,
         name: String,
     },
-    /// A saved baseline's name.
-    Past(String),
+    /// The name of a saved baseline.
+    Baseline(String),
     /// Executables built elsewhere: `torch`, `mlx`.
     Folder(PathBuf),
 }
 
-/// Both sides and the filter.
+/// Both sides of a comparison, and its filter.
 #[derive(Debug)]
 pub struct Spec {
     pub base: Source,
     pub head: Source,
     pub filter: String,
-    /// What else the user may have meant by the filter.
+    /// A note for a filter that may be a misspelt revision.
     pub filter_hint: Option<String>,
 }
 
 impl Spec {
-    /// Reads BASE [HEAD] [FILTER]: the second word is HEAD where it names a side.
+    /// Parses BASE [HEAD] [FILTER]. The second word is HEAD if it names a side.
+    ///
+    /// # Errors
+    /// Returns an error if BASE is missing or a word does not name a side.
     pub fn read(
         base: Option<&str>,
         second: Option<&str>,
@@ -57,7 +60,7 @@ impl Spec {
             };
             return Ok(Self { base: side.clone(), head: side, filter: filter.to_owned(), filter_hint: None });
         }
-        let base = base.context("compare what? For example: scripts/compare main (see --help)")?;
+        let base = base.context("BASE is missing, for example: scripts/compare main (see --help)")?;
         let base = named(base)?;
         let (head, filter, filter_hint) = match (second, third) {
             (None, _) => (Source::Worktree, "", None),
@@ -65,7 +68,7 @@ impl Spec {
             (Some(text), None) => match source(text)? {
                 Some(head) => (head, "", None),
                 None if fits_some(text) => (Source::Worktree, text, None),
-                None => (Source::Worktree, text, Some(format!(", and no revision is called '{text}'"))),
+                None => (Source::Worktree, text, Some(format!(", and '{text}' is not a revision either"))),
             },
         };
         Ok(Self { base, head, filter: filter.to_owned(), filter_hint })
@@ -76,16 +79,20 @@ fn fits_some(filter: &str) -> bool {
     parse_filter(filter).is_ok_and(|f| cases(Set::Full).iter().any(|c| f.is_match(&c.to_string())))
 }
 
-fn root() -> PathBuf {
+/// Returns the project's root: the current folder, or else the checkout that this program was built in.
+pub fn root() -> PathBuf {
     let here = PathBuf::from(".");
-    if here.join("src/compare/sides.rs").exists() || here.join("src/sides.rs").exists() {
+    if here.join("src/compare/revisions.rs").exists() {
         here
     } else {
         PathBuf::from(env!("CARGO_MANIFEST_DIR"))
     }
 }
 
-/// What git answers, or its own word against it.
+/// Returns git's output.
+///
+/// # Errors
+/// Returns the first line of git's error message.
 fn git_or_why(arguments: &[&str]) -> Result<String, String> {
     let done = Command::new("git").arg("-C").arg(root()).args(arguments).output();
     let done = done.map_err(|error| format!("git does not start: {error}"))?;
@@ -100,33 +107,33 @@ fn git(arguments: &[&str]) -> Option<String> {
     git_or_why(arguments).ok()
 }
 
-/// The side that a word names; None where it names none.
+/// Returns the side that a word names, or `None` if it does not name one.
 fn source(text: &str) -> Result<Option<Source>> {
     if text == "worktree" {
         return Ok(Some(Source::Worktree));
     }
     if let Some(name) = text.strip_prefix("baseline:") {
-        return Ok(Some(Source::Past(name.to_owned())));
+        return Ok(Some(Source::Baseline(name.to_owned())));
     }
     if let Some(path) = text.strip_prefix("dir:") {
         let path = PathBuf::from(path);
-        ensure!(!executables(&path).is_empty(), "{} holds no executable torch or mlx", path.display());
+        ensure!(!executables(&path).is_empty(), "{} has no executable named torch or mlx", path.display());
         return Ok(Some(Source::Folder(path)));
     }
-    ensure!(!text.starts_with('-') && !text.is_empty(), "'{text}' is no revision");
+    ensure!(!text.starts_with('-') && !text.is_empty(), "'{text}' is not a revision");
     let commit = git(&["rev-parse", "--verify", "--quiet", &format!("{text}^{{commit}}")]);
     Ok(commit.map(|commit| Source::Revision { commit, name: text.to_owned() }))
 }
 
-/// The side that a word names.
+/// Returns the side that a word names.
 ///
 /// # Errors
-/// Where it names none, with what would.
+/// Returns an error that lists the possible sides if the word does not name one.
 pub fn named(text: &str) -> Result<Source> {
     source(text)?.with_context(|| {
         let how = "a git revision, baseline:NAME, dir:PATH or worktree";
         match git_or_why(&["rev-parse", "--git-dir"]) {
-            Ok(_) => format!("'{text}' is no revision of this repository; a side is {how}"),
+            Ok(_) => format!("'{text}' is not a revision of this repository; a side is {how}"),
             Err(why) => {
                 format!("'{text}': without git a side is baseline:NAME, dir:PATH or worktree ({why})")
             }
@@ -134,16 +141,16 @@ pub fn named(text: &str) -> Result<Source> {
     })
 }
 
-/// The executables that a folder holds.
+/// Returns the executables in a folder.
 pub fn executables(folder: &Path) -> BTreeMap<Framework, PathBuf> {
     Framework::ALL.iter().map(|&f| (f, folder.join(f.id()))).filter(|(_, path)| path.is_file()).collect()
 }
 
-/// Executables of a side. What takes long is told to `say`, a line each.
+/// Builds the executables of a side. `report` receives a line before each long operation.
 ///
 /// # Errors
-/// Where a revision does not export, set up or build, with the first error of it.
-pub fn build(source: &Source, say: &dyn Fn(&str)) -> Result<Side> {
+/// Returns the first error of exporting, setting up or building a revision.
+pub fn build(source: &Source, report: &dyn Fn(&str)) -> Result<Side> {
     let side = |name: String, folder: &Path| Side {
         name,
         executables: executables(folder),
@@ -151,19 +158,18 @@ pub fn build(source: &Source, say: &dyn Fn(&str)) -> Result<Side> {
         scratch: None,
     };
     match source {
-        Source::Past(name) => bail!("baseline {name} can't be run"),
+        Source::Baseline(name) => bail!("baseline {name} can't be run"),
         Source::Folder(path) => Ok(side(path.display().to_string(), path)),
         Source::Worktree => {
             let commit = git(&["rev-parse", "--short=12", "HEAD"]).unwrap_or_else(|| "no commit".to_owned());
             let changed =
                 git(&["status", "--porcelain", "--untracked-files=no"]).is_some_and(|t| !t.is_empty());
             let changes = if changed { " with changes" } else { "" };
-            // Copied: what the user builds meanwhile, or another comparison, must not change
-            // what is measured.
-            drop_left(&results_folder());
+            // A later build or another comparison must not change the measured executables, so this one has a copy.
+            remove_stale_copies(&results_folder());
             let folder = results_folder().join(format!("worktree-{}", std::process::id()));
             let scratch = Some(Arc::new(Scratch(folder.clone())));
-            copy(&compile(&root(), None, "the working tree")?, &folder)?;
+            copy_executables(&compile(&root(), None, "the working tree")?, &folder)?;
             Ok(Side { scratch, ..side(format!("working tree ({commit}{changes})"), &folder) })
         }
         Source::Revision { commit, name } => {
@@ -173,7 +179,7 @@ pub fn build(source: &Source, say: &dyn Fn(&str)) -> Result<Side> {
             } else {
                 format!("{name} ({short})")
             };
-            Ok(side(title, &revision(commit, name, say)?))
+            Ok(side(title, &revision(commit, name, report)?))
         }
     }
 }
@@ -182,13 +188,13 @@ fn results_folder() -> PathBuf {
     results::folder().join("compare")
 }
 
-/// Where builds of revisions are kept between comparisons.
-fn cache() -> Result<PathBuf> {
+/// Returns the folder that caches the builds of revisions.
+fn revision_cache() -> Result<PathBuf> {
     Ok(results::cache_folder()?.join("compare"))
 }
 
 /// Removes copies of the working tree's executables whose comparison was killed.
-fn drop_left(folder: &Path) {
+fn remove_stale_copies(folder: &Path) {
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
         let process = name.strip_prefix("worktree-").and_then(|rest| rest.split('.').next()?.parse().ok());
@@ -198,9 +204,10 @@ fn drop_left(folder: &Path) {
     }
 }
 
-/// The build folder of revisions, which begins with the dependencies that the checkout has
-/// built. It can't be the checkout's own: cargo goes by relative paths and times, and would
-/// take one tree's files for the other's.
+/// Returns the build folder of revisions, which starts with the dependencies that the checkout has built.
+///
+/// It is not the checkout's own build folder: cargo identifies files by relative paths and times, and would confuse
+/// the two trees.
 fn build_folder() -> Result<PathBuf> {
     let own = fs::canonicalize(results::target_folder())?;
     let folder = own.join("revisions");
@@ -215,14 +222,14 @@ fn build_folder() -> Result<PathBuf> {
     Ok(folder)
 }
 
-/// Copies a folder of cargo's with its times, by which cargo knows what is fresh; without
-/// executables and this project's own libraries.
+/// Copies a build folder of cargo with its file times, without executables and the libraries of this project.
 fn copy_dependencies(from: &Path, to: &Path) -> Result<()> {
     fs::create_dir_all(to)?;
     for entry in fs::read_dir(from).into_iter().flatten().flatten() {
         let (path, name) = (entry.path(), entry.file_name().to_string_lossy().into_owned());
-        let kept = ["rlib", "rmeta", "so", "dylib"].iter().any(|e| path.extension().is_some_and(|x| x == *e));
-        let skipped = from.ends_with("deps") && !kept;
+        let is_library =
+            ["rlib", "rmeta", "so", "dylib"].iter().any(|e| path.extension().is_some_and(|x| x == *e));
+        let skipped = from.ends_with("deps") && !is_library;
         if skipped || name.contains("transformer-bench") || name.contains("transformer_bench") {
             continue;
         }
@@ -233,31 +240,30 @@ fn copy_dependencies(from: &Path, to: &Path) -> Result<()> {
             copy_dependencies(&path, &place)?;
         } else {
             fs::copy(&path, &place).with_context(|| format!("{}: is the disk full?", place.display()))?;
-            // Its owner may set a file's times; to write it needs more, which read-only ones refuse.
+            // Setting times needs no write access, and some files are read-only.
             fs::File::open(&place)?.set_modified(fs::metadata(&path)?.modified()?)?;
         }
     }
     Ok(())
 }
 
-/// Builds a commit in an exported tree, outside the checkout and without touching it or
-/// git's index.
-fn revision(commit: &str, name: &str, say: &dyn Fn(&str)) -> Result<PathBuf> {
+/// Builds a commit in an exported tree outside the checkout.
+fn revision(commit: &str, name: &str, report: &dyn Fn(&str)) -> Result<PathBuf> {
     let short = &commit[..12];
-    // Where the rounds live, and where they lived.
-    let holds = |file: &str| git(&["cat-file", "-e", &format!("{commit}:{file}")]).is_some();
+    // Comparisons are in one of these files, depending on the age of the commit.
+    let has_file = |file: &str| git(&["cat-file", "-e", &format!("{commit}:{file}")]).is_some();
     ensure!(
-        holds("src/compare/rounds.rs") || holds("src/interleave.rs"),
-        "{name} is from before comparisons existed: its executables can't be interleaved"
+        has_file("src/compare/rounds.rs") || has_file("src/interleave.rs"),
+        "{name} is older than comparisons: its executables cannot be interleaved"
     );
-    let cache = cache()?;
+    let cache = revision_cache()?;
     fs::create_dir_all(&cache).with_context(|| format!("{} can't be written", cache.display()))?;
     let lock = fs::File::create(cache.join("lock"))?;
     if lock.try_lock().is_err() {
-        say("waiting for another comparison that is building");
+        report("waiting for another comparison that is building");
         lock.lock()?;
     }
-    // Left by one that was killed.
+    // A comparison that was killed may have left a tree.
     for entry in fs::read_dir(&cache)?.flatten() {
         if entry.file_name().to_string_lossy().starts_with("tree-") {
             let _ = fs::remove_dir_all(entry.path());
@@ -265,7 +271,7 @@ fn revision(commit: &str, name: &str, say: &dyn Fn(&str)) -> Result<PathBuf> {
     }
     let tree = Scratch(cache.join(format!("tree-{short}")));
     fs::create_dir_all(&tree.0)?;
-    // Its files are new (-m), so that cargo takes nothing of another revision for theirs.
+    // With -m the files are new, so that cargo does not reuse objects of another revision.
     let mut archive = Command::new("git")
         .arg("-C")
         .arg(root())
@@ -276,7 +282,7 @@ fn revision(commit: &str, name: &str, say: &dyn Fn(&str)) -> Result<PathBuf> {
     let unpacked = Command::new("tar")
         .args(["-x", "-m", "-C"])
         .arg(&tree.0)
-        .stdin(archive.stdout.take().context("a pipe")?)
+        .stdin(archive.stdout.take().context("the child has no pipe")?)
         .status()
         .context("tar did not start")?;
     ensure!(
@@ -286,27 +292,30 @@ fn revision(commit: &str, name: &str, say: &dyn Fn(&str)) -> Result<PathBuf> {
 
     let mut setup = Command::new("./scripts/setup");
     setup.arg("--quiet").current_dir(&tree.0);
-    quietly(setup, &format!("{name}: its set-up failed"))?;
+    run_quietly(setup, &format!("{name}: its set-up failed"))?;
     let configuration = fs::read(tree.0.join(".cargo/config.toml")).unwrap_or_default();
     let hash = results::checksum(&configuration);
-    let kept = cache.join(format!("{short}-{hash:016x}"));
-    if executables(&kept).len() == Framework::ALL.len() {
-        return Ok(kept);
+    let folder = cache.join(format!("{short}-{hash:016x}"));
+    if executables(&folder).len() == Framework::ALL.len() {
+        return Ok(folder);
     }
-    say(&format!("building {name} ({short})"));
-    copy(&compile(&tree.0, Some(&build_folder()?), name)?, &kept)?;
-    Ok(kept)
+    report(&format!("building {name} ({short})"));
+    copy_executables(&compile(&tree.0, Some(&build_folder()?), name)?, &folder)?;
+    Ok(folder)
 }
 
-/// Runs a command whose output matters only where it fails.
-fn quietly(mut command: Command, what: &str) -> Result<String> {
+/// Runs a command and returns its output.
+///
+/// # Errors
+/// Returns the first error line of the command if it fails.
+fn run_quietly(mut command: Command, what: &str) -> Result<String> {
     let done = command.output().with_context(|| what.to_owned())?;
     check_interrupted()?;
     if done.status.success() {
         return Ok(String::from_utf8_lossy(&done.stdout).into_owned());
     }
     let errors = String::from_utf8_lossy(&done.stderr);
-    // The first error tells more than what follows from it.
+    // The first error is the cause of the later ones.
     let line = errors
         .lines()
         .find(|l| l.starts_with("error"))
@@ -315,7 +324,7 @@ fn quietly(mut command: Command, what: &str) -> Result<String> {
     bail!("{what}: {line}")
 }
 
-/// Builds the bench targets in a tree.
+/// Builds the bench targets in a tree. Returns their names and paths.
 fn compile(tree: &Path, target: Option<&Path>, name: &str) -> Result<Vec<(String, PathBuf)>> {
     let mut command = Command::new("cargo");
     command
@@ -333,7 +342,7 @@ fn compile(tree: &Path, target: Option<&Path>, name: &str) -> Result<Vec<(String
     if let Some(target) = target {
         command.env("CARGO_TARGET_DIR", target);
     }
-    let output = quietly(command, &format!("{name} does not build"))?;
+    let output = run_quietly(command, &format!("{name} does not build"))?;
     let mut all = Vec::new();
     for line in output.lines() {
         let message: serde_json::Value = serde_json::from_str(line)?;
@@ -350,8 +359,8 @@ fn compile(tree: &Path, target: Option<&Path>, name: &str) -> Result<Vec<(String
     Ok(all)
 }
 
-/// Copies executables into a folder, whole or not at all.
-fn copy(built: &[(String, PathBuf)], folder: &Path) -> Result<()> {
+/// Copies executables into a folder atomically.
+fn copy_executables(built: &[(String, PathBuf)], folder: &Path) -> Result<()> {
     let partial = Scratch(folder.with_extension("partial"));
     let _ = fs::remove_dir_all(&partial.0);
     fs::create_dir_all(&partial.0)?;
@@ -363,7 +372,7 @@ fn copy(built: &[(String, PathBuf)], folder: &Path) -> Result<()> {
     fs::rename(&partial.0, folder).with_context(|| format!("{} can't be written", folder.display()))
 }
 
-/// Says so where the sides' own timing code differs.
+/// Returns a note if the timing code of the two sides differs.
 pub fn harness_note(base: &Source, head: &Source) -> Option<String> {
     let commit = |source: &Source| match source {
         Source::Revision { commit, .. } => Some(commit.clone()),
@@ -381,6 +390,6 @@ pub fn harness_note(base: &Source, head: &Source) -> Option<String> {
         (None, Some(one)) if *base == Source::Worktree => differs(&[&one]),
         _ => false,
     };
-    let note = "the sides' harnesses differ (benches/): part of a difference may be the timing's own";
+    let note = "the timing code of the two sides differs (benches/): part of a difference may come from it";
     differ.then(|| note.to_owned())
 }

@@ -1,5 +1,5 @@
-//! Runs base and head interleaved: fresh processes for each round, short blocks of steps in
-//! pairs, in random order. Only this and `worker` know processes; `rule` decides.
+//! Interleaved rounds of base and head. A round starts fresh processes and times short blocks of steps in pairs, in
+//! random order. `decision` turns the rounds into a verdict.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -8,105 +8,104 @@ use anyhow::Result;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
-use super::cores::{on_cores, physical_cores};
+use super::cores::{physical_cores, run_on_cores};
 use super::decision::{Estimate, Rule, SequentialTest, THRESHOLD, Verdict};
 use super::signals::check_interrupted;
 use super::worker::{BlockTiming, Side, Threads, Worker, never_wait};
 use crate::statistics::median;
 use crate::suite::{BackendId, Case, cost};
 
-/// Blocks of steps last about this: long against the request for them, short against
-/// what disturbs a machine.
+/// Target duration of a block: long compared with the request, short compared with interference.
 const BLOCK: Duration = Duration::from_millis(1);
-/// How long a round measures a case whose steps are short, at least.
-const ROUND: Duration = Duration::from_millis(250);
-/// A case is measured so many times as long as it took to load, then loaded anew: where its
-/// data lies in memory changes a step by some per cent, so a round tries several places.
-const PER_LOAD: u32 = 8;
-/// Pairs after each loading at least: the first are slower, as caches fill.
-const PAIRS: usize = 16;
-/// Bytes above which a case has the machine to itself.
-const SMALL: u64 = 256 << 20;
-/// Steps from here on are slow: one a block, and as many as fit a round of [`ROUND`], at least two.
-const SLOW: Duration = Duration::from_millis(10);
-const SLOW_PAIRS: usize = 2;
-/// Rounds at most, and for steps longer than [`ROUND`], flagged or not (40 steps a side).
-const MOST: usize = 60;
-const MOST_LONG: usize = 20;
+/// Minimum measurement time per round of a case with short steps.
+const MIN_ROUND_TIME: Duration = Duration::from_millis(250);
+/// Measurement time per loading time, after which the case is loaded again. The memory layout changes the time of a
+/// step by some per cent, so a round samples several layouts.
+const MEASURE_PER_LOAD: u32 = 8;
+/// Minimum number of pairs per load. The first pairs are slower, because caches are cold.
+const MIN_PAIRS: usize = 16;
+/// Memory in bytes from which a case is measured alone.
+const MAX_SHARED_BYTES: u64 = 256 << 20;
+/// Duration from which a step is slow: one step per block, and at least two pairs per round.
+const SLOW_STEP: Duration = Duration::from_millis(10);
+const MIN_SLOW_PAIRS: usize = 2;
+/// Maximum number of rounds, and for steps longer than [`MIN_ROUND_TIME`] (40 steps per side).
+const MAX_ROUNDS: usize = 60;
+const MAX_LONG_ROUNDS: usize = 20;
 
-/// A case on each side. They differ where two backends are compared.
+/// A compared pair of cases. They differ if two backends are compared.
 #[derive(Clone, Debug)]
 pub struct Row {
     pub base: Case,
     pub head: Case,
-    pub judge: SequentialTest,
-    /// Step times in seconds of each round's pairs, base first.
+    pub test: SequentialTest,
+    /// Step times in seconds of the pairs of each round, base first.
     pub rounds: Vec<Vec<(f64, f64)>>,
-    /// Whether a step takes so long that a round has few.
+    /// True if a round has only a few long steps.
     slow: bool,
-    /// Why it could not be measured, by side.
+    /// The side that failed, with the reason.
     pub failed: Option<(usize, String)>,
 }
 
 impl Row {
     pub fn new(base: Case, head: Case, rule: Rule) -> Self {
-        Self { base, head, judge: SequentialTest::new(rule), rounds: Vec::new(), slow: false, failed: None }
+        Self { base, head, test: SequentialTest::new(rule), rounds: Vec::new(), slow: false, failed: None }
     }
 
     pub fn verdict(&self) -> Option<Verdict> {
-        if self.failed.is_some() { Some(Verdict::Failed) } else { self.judge.verdict() }
+        if self.failed.is_some() { Some(Verdict::Failed) } else { self.test.verdict() }
     }
 
     pub fn estimate(&self) -> Option<Estimate> {
-        self.judge.estimate()
+        self.test.estimate()
     }
 
-    /// Median step time of a side in seconds; NaN without any.
+    /// Returns the median step time of a side in seconds, or NaN without rounds.
     pub fn step_time(&self, side: usize) -> f64 {
         let times = self.rounds.iter().flatten().map(|p| if side == 0 { p.0 } else { p.1 });
         median(&times.collect::<Vec<f64>>())
     }
 
-    fn take(&mut self, found: Found) {
-        match found {
+    fn add(&mut self, outcome: RoundOutcome) {
+        match outcome {
             Ok(round) => {
-                if round.pairs[0].0 > ROUND.as_secs_f64() {
-                    self.judge.limit_rounds(MOST_LONG);
+                if round.pairs[0].0 > MIN_ROUND_TIME.as_secs_f64() {
+                    self.test.limit_rounds(MAX_LONG_ROUNDS);
                 }
                 self.slow = round.slow;
-                self.judge.add(&round.pairs);
+                self.test.add(&round.pairs);
                 self.rounds.push(round.pairs);
             }
             Err((side, reason)) => self.failed = Some((side, format!("{reason:#}"))),
         }
     }
 
-    /// Whether it may be measured beside others: neither on a GPU, which cores_used would share,
-    /// nor with steps that are slow or need much memory.
+    /// Returns true if other cases may run at the same time on other cores. Cases on a GPU, with slow steps or with
+    /// much memory run alone.
     fn is_single_core(&self) -> bool {
-        let small = |case: &Case| case.backend.is_cpu() && cost::memory_estimate(case) < SMALL;
+        let small = |case: &Case| case.backend.is_cpu() && cost::memory_estimate(case) < MAX_SHARED_BYTES;
         small(&self.base) && small(&self.head) && !self.slow
     }
 }
 
-/// The rule for a number of cases.
+/// Returns the decision rule for a number of cases.
 pub fn rule(threshold: f64, cases: usize) -> Rule {
-    Rule { threshold, cases, most: MOST }
+    Rule { threshold, cases, max_rounds: MAX_ROUNDS }
 }
 
-/// Rounds of a comparison that wants an interval, not a verdict: the fewest whose spread says
-/// something (Student's t with two degrees of freedom).
+/// Rounds of a comparison that needs an interval and no verdict: the fewest with a spread (Student's t with two degrees
+/// of freedom).
 pub const MIN_ROUNDS: usize = 3;
 
-/// The rule for a case that is compared for its interval.
+/// Returns the rule for a case that is compared for its interval.
 pub fn quick_rule() -> Rule {
-    Rule { most: MIN_ROUNDS, ..rule(THRESHOLD, 1) }
+    Rule { max_rounds: MIN_ROUNDS, ..rule(THRESHOLD, 1) }
 }
 
-/// Runs rounds until every row has its verdict, or the time is over.
+/// Runs rounds until every row has a verdict or the deadline passes.
 ///
 /// # Errors
-/// Where no process starts, and after Ctrl-C. A case that fails is a row, not an error.
+/// Returns an error if a process does not start, and after an interrupt. A case that fails is a row, not an error.
 pub fn decide(
     sides: &[Side; 2],
     rows: &mut [Row],
@@ -116,36 +115,35 @@ pub fn decide(
 ) -> Result<()> {
     let all_cores = if threads == Threads::One { physical_cores() } else { Vec::new() };
     let mut last_open = 0;
-    for turn in 1.. {
+    for round in 1.. {
         let open = rows.iter().filter(|r| r.verdict().is_none()).count();
         if open == 0 || Instant::now() >= until {
             break;
         }
-        if open != last_open || turn % 10 == 1 {
-            progress(turn, open);
+        if open != last_open || round % 10 == 1 {
+            progress(round, open);
         }
         last_open = open;
-        for (chosen, most) in groups(rows) {
-            let used = &all_cores[..all_cores.len().min(most)];
-            rounds(sides, rows, &chosen, used, threads, turn, until)?;
+        for (chosen, max_cores) in groups(rows) {
+            let used = &all_cores[..all_cores.len().min(max_cores)];
+            run_round(sides, rows, &chosen, used, threads, round, until)?;
         }
     }
     for row in rows {
-        row.judge.close();
+        row.test.close();
     }
     Ok(())
 }
 
-/// Open rows that are measured together, with the number of cores that they may be spread over.
+/// Groups open rows that run together, with the maximum number of cores for each group.
 fn groups(rows: &[Row]) -> Vec<(Vec<usize>, usize)> {
     let mut all: BTreeMap<([BackendId; 2], bool), Vec<usize>> = BTreeMap::new();
     for (index, row) in rows.iter().enumerate().filter(|(_, row)| row.verdict().is_none()) {
         let key = ([row.base.backend, row.head.backend], row.is_single_core());
         all.entry(key).or_default().push(index);
     }
-    let most = |backends: [BackendId; 2], small: bool| {
-        // Two frameworks split a GPU step over threads in their own ways: a shared core
-        // would favour one of them.
+    let max_cores = |backends: [BackendId; 2], small: bool| {
+        // Frameworks launch a GPU step from different numbers of threads, so one core would favour one of them.
         let alike = backends.iter().all(|b| b.is_cpu()) || backends[0] == backends[1];
         match (alike, small) {
             (false, _) => 0,
@@ -153,99 +151,99 @@ fn groups(rows: &[Row]) -> Vec<(Vec<usize>, usize)> {
             (true, true) => usize::MAX,
         }
     };
-    all.into_iter().map(|((backends, small), rows)| (rows, most(backends, small))).collect()
+    all.into_iter().map(|((backends, small), rows)| (rows, max_cores(backends, small))).collect()
 }
 
-/// A round of each chosen row, spread over the cores. Each gets as many: where that
-/// does not come out even, some rows have more rounds.
-fn rounds(
+/// Runs a round of each chosen row, distributed over the cores. Each core runs the same number of rows, so some rows may
+/// get two rounds.
+fn run_round(
     sides: &[Side; 2],
     rows: &mut [Row],
     chosen: &[usize],
     cores: &[usize],
     threads: Threads,
-    turn: usize,
+    round: usize,
     until: Instant,
 ) -> Result<()> {
     let cores_used = cores.len().max(1);
     let each = chosen.len().div_ceil(cores_used);
-    let found = on_cores(cores, |core| {
-        let mine = (0..each).map(|i| chosen[(i * cores_used + core) % chosen.len()]);
+    let outcomes = run_on_cores(cores, |core| {
+        let indices = (0..each).map(|i| chosen[(i * cores_used + core) % chosen.len()]);
         let task = |i| Task { row: i, cases: [rows[i].base, rows[i].head] };
-        let tasks: Vec<Task> = mine.map(task).collect();
-        Pinned::new(sides, threads, turn + core).run(&tasks, until)
+        let tasks: Vec<Task> = indices.map(task).collect();
+        WorkerPair::new(sides, threads, round + core).run(&tasks, until)
     });
-    let found: Vec<Vec<(usize, Found)>> = found.into_iter().collect::<Result<_>>()?;
-    for (index, found) in found.into_iter().flatten() {
-        rows[index].take(found);
+    let outcomes: Vec<Vec<(usize, RoundOutcome)>> = outcomes.into_iter().collect::<Result<_>>()?;
+    for (index, outcome) in outcomes.into_iter().flatten() {
+        rows[index].add(outcome);
     }
     Ok(())
 }
 
-/// A row's cases for a round.
+/// The cases of a row, for one round.
 struct Task {
     row: usize,
     cases: [Case; 2],
 }
 
-/// What a round measured.
+/// Step times of a round.
 struct Round {
     pairs: Vec<(f64, f64)>,
     slow: bool,
 }
 
-/// A round, or the side that failed and why.
-type Found = Result<Round, (usize, anyhow::Error)>;
+/// A round, or the side that failed with its error.
+type RoundOutcome = Result<Round, (usize, anyhow::Error)>;
 
-/// Two processes that take turns on one core.
-struct Pinned<'a> {
+/// A process of each side, whose blocks alternate.
+struct WorkerPair<'a> {
     sides: &'a [Side; 2],
     threads: Threads,
-    /// Which side starts and is loaded first. What is loaded first lies elsewhere in memory,
-    /// and is some tenths of a per cent slower: turns alternate.
+    /// Order in which the sides start and load. The first one is some tenths of a per cent slower through its memory
+    /// layout, so rounds alternate.
     order: [usize; 2],
     workers: [Option<Worker>; 2],
     random: ChaCha8Rng,
 }
 
-impl<'a> Pinned<'a> {
+impl<'a> WorkerPair<'a> {
     fn new(sides: &'a [Side; 2], threads: Threads, seed: usize) -> Self {
         let order = if seed.is_multiple_of(2) { [0, 1] } else { [1, 0] };
         let random = ChaCha8Rng::seed_from_u64(seed as u64);
         Self { sides, threads, order, workers: [None, None], random }
     }
 
-    /// A round of each task, with its row.
-    fn run(&mut self, tasks: &[Task], until: Instant) -> Result<Vec<(usize, Found)>> {
+    /// Runs a round of each task. Returns outcomes with the index of their row.
+    fn run(&mut self, tasks: &[Task], until: Instant) -> Result<Vec<(usize, RoundOutcome)>> {
         let mut all = Vec::new();
-        let mut at_least = ROUND;
+        let mut min_time = MIN_ROUND_TIME;
         for task in tasks {
             check_interrupted()?;
             if Instant::now() >= until {
                 break;
             }
             if self.workers.iter().any(Option::is_none) {
-                // Few cases measure for longer, so that starting is never most of the time.
-                at_least = ROUND.max(self.start(&task.cases, until)? / tasks.len() as u32);
+                // A small number of cases is measured longer, so that starting takes less than half of the time.
+                min_time = MIN_ROUND_TIME.max(self.start(&task.cases, until)? / tasks.len() as u32);
             }
-            let found = self.round(task, at_least);
-            if found.is_err() {
+            let outcome = self.round(task, min_time);
+            if outcome.is_err() {
                 check_interrupted()?;
-                // One that died is replaced, and the other with it.
+                // Both processes are replaced after a failure.
                 self.workers = [None, None];
                 if Instant::now() >= until {
-                    // It was not waited for any longer, which says nothing of the case.
+                    // The deadline ended the wait, so the case itself did not fail.
                     break;
                 }
             }
-            all.push((task.row, found));
+            all.push((task.row, outcome));
         }
-        // Both end at once.
+        // Both processes end at the same time.
         self.workers.iter_mut().flatten().for_each(|worker| worker.input = None);
         Ok(all)
     }
 
-    /// Starts both processes, and says how long that took.
+    /// Starts both processes, and returns the time that this took.
     fn start(&mut self, cases: &[Case; 2], until: Instant) -> Result<Duration> {
         let start = Instant::now();
         for side in self.order {
@@ -255,7 +253,7 @@ impl<'a> Pinned<'a> {
             self.workers[side] = Some(worker.until(until));
         }
         for worker in self.workers.iter_mut().flatten() {
-            // Any answer says that it is up; what is wrong with it shows when it loads.
+            // Any answer means that the process runs. Its errors are reported when it loads a case.
             let _ = worker.work(0);
         }
         Ok(start.elapsed())
@@ -269,7 +267,7 @@ impl<'a> Pinned<'a> {
         self.worker(side).time(steps).map_err(|error| (side, error))
     }
 
-    /// Prepares both sides and returns about how long their steps take, in seconds.
+    /// Loads the case on both sides, and returns estimates of the step times in seconds.
     fn load(&mut self, cases: &[Case; 2]) -> Result<[f64; 2], (usize, anyhow::Error)> {
         let mut each = [f64::MAX; 2];
         for side in self.order {
@@ -277,8 +275,8 @@ impl<'a> Pinned<'a> {
             let start = Instant::now();
             for count in 1..=5 {
                 each[side] = each[side].min(self.time(side, 1)?.wall);
-                // One slow step says that it is slow.
-                if start.elapsed() > if count > 1 { 4 * BLOCK } else { SLOW } {
+                // One step is enough to see that it is slow.
+                if start.elapsed() > if count > 1 { 4 * BLOCK } else { SLOW_STEP } {
                     break;
                 }
             }
@@ -288,7 +286,7 @@ impl<'a> Pinned<'a> {
     }
 
     /// Times both sides of a case, interleaved.
-    fn round(&mut self, task: &Task, at_least: Duration) -> Found {
+    fn round(&mut self, task: &Task, min_time: Duration) -> RoundOutcome {
         let cases = &task.cases;
         let (mut loading, mut measuring) = (Duration::ZERO, Duration::ZERO);
         let mut pairs: Vec<[BlockTiming; 2]> = Vec::new();
@@ -298,16 +296,17 @@ impl<'a> Pinned<'a> {
             let load = start.elapsed();
             loading += load;
             let longest = each[0].max(each[1]);
-            let slow = longest > SLOW.as_secs_f64();
-            let few = ((ROUND.as_secs_f64() / (2.0 * longest)) as usize).clamp(SLOW_PAIRS, PAIRS);
+            let slow = longest > SLOW_STEP.as_secs_f64();
+            let slow_pairs =
+                ((MIN_ROUND_TIME.as_secs_f64() / (2.0 * longest)) as usize).clamp(MIN_SLOW_PAIRS, MIN_PAIRS);
             let steps = each.map(|e| if slow { 1 } else { steps_per_block(e) });
-            let goal = at_least.max(loading);
-            let stretch = (PER_LOAD * load).min(goal.saturating_sub(measuring));
+            let goal = min_time.max(loading);
+            let stretch = (MEASURE_PER_LOAD * load).min(goal.saturating_sub(measuring));
             let (start, before) = (Instant::now(), pairs.len());
             while if slow {
-                pairs.len() < few
+                pairs.len() < slow_pairs
             } else {
-                start.elapsed() < stretch || pairs.len() < before + PAIRS
+                start.elapsed() < stretch || pairs.len() < before + MIN_PAIRS
             } {
                 let mut pair = [BlockTiming { wall: f64::NAN, cpu: f64::NAN, delayed: f64::NAN }; 2];
                 let first = (self.random.next_u32() & 1) as usize;
@@ -328,7 +327,7 @@ impl<'a> Pinned<'a> {
     }
 }
 
-/// How many steps of so many seconds a block has.
+/// Returns the number of steps per block, for a step time in seconds.
 pub fn steps_per_block(step: f64) -> u64 {
     (BLOCK.as_secs_f64() / step).ceil().max(1.0) as u64
 }

@@ -1,16 +1,16 @@
-//! Ends the work at the next step after Ctrl-C or TERM, with everything cleaned up.
+//! Interrupts: after SIGINT or SIGTERM the work ends at the next step and cleans up.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Result, bail};
 
-/// Set by Ctrl-C.
-static STOP: AtomicBool = AtomicBool::new(false);
+/// Set by the signal handler.
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
-/// From now on Ctrl-C and TERM end the work at the next step, with everything cleaned up.
+/// Installs the handler of SIGINT and SIGTERM.
 pub fn catch_interrupts() {
     extern "C" fn stop(_: libc::c_int) {
-        STOP.store(true, Ordering::Relaxed);
+        INTERRUPTED.store(true, Ordering::Relaxed);
     }
     let handler = stop as extern "C" fn(libc::c_int);
     // SAFETY: the handler only stores to an atomic.
@@ -20,12 +20,12 @@ pub fn catch_interrupts() {
     }
 }
 
-/// Whether Ctrl-C was pressed.
+/// Returns true after SIGINT or SIGTERM.
 pub fn interrupted() -> bool {
-    STOP.load(Ordering::Relaxed)
+    INTERRUPTED.load(Ordering::Relaxed)
 }
 
-/// Fails after Ctrl-C.
+/// Returns an error after SIGINT or SIGTERM.
 pub fn check_interrupted() -> Result<()> {
     if interrupted() { bail!("interrupted") } else { Ok(()) }
 }

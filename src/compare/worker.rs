@@ -1,6 +1,6 @@
-//! One half of a comparison, and the protocol with its processes (`benches/harness/worker.rs`).
+//! A side of a comparison, and the client of its worker processes (`benches/harness/worker.rs`).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::AsRawFd;
 #[cfg(target_os = "linux")]
@@ -14,36 +14,40 @@ use anyhow::{Context, Result, anyhow, bail};
 
 use super::cores::physical_cores;
 use super::signals::check_interrupted;
-use crate::results::Scratch;
 use crate::results::machine::Machine;
+use crate::results::{Scratch, upgrade};
 use crate::statistics::lower_quartile;
-use crate::suite::{Case, Framework, Set};
+use crate::suite::{Case, Framework, Set, parse_filter};
 
-/// The share of its time above which a step is said to wait for something.
-const WAITING: f64 = 0.01;
-/// How long an answer may take that needs no more than the framework: loading it from a
-/// slow disk takes seconds.
-const SOON: Duration = Duration::from_secs(120);
-/// How long any may take: MLX builds kernels of a compiled step for minutes.
-const EVER: Duration = Duration::from_secs(900);
-/// How long a proof may take: on two cores the oracle takes two minutes of GPT-2, and a step of
-/// the slowest backend as many.
-const PROOF: Duration = Duration::from_secs(3600);
-/// What is given beyond a comparison's own end.
-const GRACE: Duration = Duration::from_secs(20);
+/// Share of its time above which a step counts as waiting for something other than the core.
+const MAX_WAIT_SHARE: f64 = 0.01;
+/// Longest wait for an answer that needs only a loaded framework. Loading it from a slow disk takes seconds.
+const STARTUP_TIMEOUT: Duration = Duration::from_secs(120);
+/// Longest wait for loading or timing a case. MLX compiles the kernels of a step for minutes.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(900);
+/// Longest wait for a parity check. On two cores the reference of GPT-2 takes two minutes, and a step of the
+/// slowest backend as long.
+const CHECK_TIMEOUT: Duration = Duration::from_secs(3600);
+/// Request for a parity check, unchanged since the executables of older revisions.
+const CHECK_REQUEST: &str = "prove";
+/// Extra wait after the deadline of a comparison.
+const GRACE_PERIOD: Duration = Duration::from_secs(20);
 
-/// One half of a comparison.
+/// A side of a comparison: base or head.
 #[derive(Clone, Debug, Default)]
 pub struct Side {
     pub name: String,
     pub executables: BTreeMap<Framework, PathBuf>,
     pub environment: Vec<(String, String)>,
-    /// Where the executables are, where they are a copy for this comparison alone.
+    /// Folder of the executables, if they are a copy for this comparison.
     pub scratch: Option<Arc<Scratch>>,
 }
 
 impl Side {
-    /// The cases that it can run here, asked of each of its executables.
+    /// Returns the cases that this side can run here, as its executables list them.
+    ///
+    /// # Errors
+    /// Returns an error if an executable does not start or answer.
     pub fn cases(&self, set: Set, filter: &str, until: Instant) -> Result<Vec<Case>> {
         let mut all = Vec::new();
         for &framework in self.executables.keys() {
@@ -54,25 +58,26 @@ impl Side {
     }
 }
 
-/// How many threads and cores the processes of a comparison get.
+/// Threads and cores of the processes of a comparison.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Threads {
-    /// Both sides on one core, CPU backends with one thread and by CPU time: what interleaving needs on a
-    /// shared machine, where two cores are seldom alike at a time. A GPU backend keeps its
-    /// threads, but its launches come from that core: its intervals get several times narrower.
+    /// Both sides on one core; CPU backends use one thread and are timed by CPU time. Two cores of a shared machine
+    /// are seldom equally fast at one time. A GPU backend keeps its threads, but launches from that core, which
+    /// makes its intervals several times narrower.
     One,
-    /// As the user's own runs.
+    /// All cores and threads, as in a run of the suite.
     All,
 }
 
-/// What is true of how the two sides of a comparison run, for its reader; None of [`Threads::All`].
+/// Describes how both sides are pinned, for the reader of a comparison. Returns `None` for [`Threads::All`].
 pub fn pinning_note(threads: Threads) -> Option<&'static str> {
     (threads == Threads::One).then(|| {
         if physical_cores().is_empty() {
-            "CPU backends on one thread, by the CPU time of their process where steps never wait; this system \
-             keeps no process on a core, so expect less to be decided"
+            "CPU backends run on one thread and are timed by CPU time if their steps never wait. This system does \
+             not pin processes to cores, so more cases stay inconclusive"
         } else {
-            "both sides on the same core, CPU backends on one thread, by its CPU time: --threads all for all"
+            "both sides run on the same core, and CPU backends on one thread, timed by CPU time; --threads all uses \
+             all cores"
         }
     })
 }
@@ -82,18 +87,21 @@ pub struct Worker {
     child: Child,
     pub(super) input: Option<ChildStdin>,
     output: ChildStdout,
-    /// What has been read behind the last whole line.
+    /// Bytes read after the last complete line.
     rest: Vec<u8>,
-    /// When whoever asks has no use for answers any more.
-    until: Option<Instant>,
+    /// Deadline of the comparison.
+    deadline: Option<Instant>,
+    /// For an executable from before version 3: its ids, by case.
+    old_ids: Option<HashMap<Case, String>>,
+    ids_known: bool,
     last_error: Arc<Mutex<String>>,
 }
 
 impl Worker {
-    /// A process with one thread for a CPU backend, or with all.
+    /// Starts a process of a side.
     ///
     /// # Errors
-    /// Where the executable does not start.
+    /// Returns an error if the executable is missing or does not start.
     pub fn start(side: &Side, framework: Framework, threads: Threads) -> Result<Self> {
         let executable = side
             .executables
@@ -117,57 +125,62 @@ impl Worker {
         let mut child = command.spawn().with_context(|| format!("{} did not start", executable.display()))?;
         let last_error = Arc::new(Mutex::new(String::new()));
         let errors = BufReader::new(child.stderr.take().context("a pipe")?);
-        let keep = Arc::clone(&last_error);
+        let newest = Arc::clone(&last_error);
         std::thread::spawn(move || {
             for line in errors.lines().map_while(Result::ok).filter(|l| !l.trim().is_empty()) {
-                *keep.lock().expect("no panic holds it") = line;
+                *newest.lock().expect("no thread panics with it") = line;
             }
         });
         Ok(Self {
             input: child.stdin.take(),
             output: child.stdout.take().context("a pipe")?,
             rest: Vec::new(),
-            until: None,
+            deadline: None,
+            old_ids: None,
+            ids_known: false,
             child,
             last_error,
         })
     }
 
-    /// No answer is waited for long beyond this.
-    pub fn until(mut self, until: Instant) -> Self {
-        self.until = Some(until);
+    /// Sets the deadline after which answers are waited for only briefly.
+    pub fn until(mut self, deadline: Instant) -> Self {
+        self.deadline = Some(deadline);
         self
     }
 
-    /// Sends a request, whose answer [`Worker::look`] finds.
+    /// Sends a request. [`Worker::poll`] returns the answer.
     ///
     /// # Errors
-    /// Where the process has ended.
+    /// Returns an error if the process has ended.
     pub fn send(&mut self, request: &str) -> Result<()> {
         let input = self.input.as_mut().context("the process has ended")?;
         Ok(writeln!(input, "{request}").and_then(|()| input.flush())?)
     }
 
-    /// Ends the process; how it ended, and its last words.
+    /// Ends the process, and returns its exit status and last error line.
     pub fn end(&mut self) -> String {
         self.input = None;
         let _ = self.child.kill();
         let status = self.child.wait().map_or_else(|error| error.to_string(), |status| status.to_string());
         // The reason may still be on its way through the other pipe.
         std::thread::sleep(Duration::from_millis(50));
-        format!("the process ended with {status} {}", self.last_error.lock().expect("no panic holds it"))
+        format!(
+            "the process ended with {status} {}",
+            self.last_error.lock().expect("no thread panics with it")
+        )
     }
 
     /// Sends a request and returns the answer.
     ///
     /// # Errors
-    /// What the process says against it, its end, or that it took longer than `patience`.
-    fn ask(&mut self, request: &str, patience: Duration) -> Result<String> {
+    /// Returns an error if the process refuses the request, ends, or takes longer than `timeout`.
+    fn ask(&mut self, request: &str, timeout: Duration) -> Result<String> {
         let sent = self.send(request);
         let start = Instant::now();
-        let last = start + patience;
-        let last = self.until.map_or(last, |until| last.min(until.max(start) + GRACE));
-        let line = if sent.is_ok() { self.line(request, start, last)? } else { None };
+        let last = start + timeout;
+        let last = self.deadline.map_or(last, |deadline| last.min(deadline.max(start) + GRACE_PERIOD));
+        let line = if sent.is_ok() { self.read_line(request, start, last)? } else { None };
         let Some(line) = line else {
             check_interrupted()?;
             bail!("{}", self.end());
@@ -178,8 +191,8 @@ impl Worker {
         }
     }
 
-    /// The next line of the process; None at its end.
-    fn line(&mut self, request: &str, start: Instant, last: Instant) -> Result<Option<String>> {
+    /// Returns the next line of the process, or `None` at its end.
+    fn read_line(&mut self, request: &str, start: Instant, last: Instant) -> Result<Option<String>> {
         loop {
             match self.poll(Duration::from_millis(200)) {
                 Ok(Some(line)) => return Ok(Some(line)),
@@ -191,103 +204,142 @@ impl Worker {
                 let _ = self.child.kill();
                 self.input = None;
                 let waited = start.elapsed().as_secs();
-                bail!("no answer to '{}' in {waited} s: ended", request.trim());
+                bail!("no answer to '{}' in {waited} s; the process was ended", request.trim());
             }
         }
     }
 
-    /// The next line of the process, where it comes within a moment.
+    /// Returns the next line of the process if it arrives within `timeout`.
     ///
     /// # Errors
-    /// Where the process says no more.
-    pub fn poll(&mut self, moment: Duration) -> Result<Option<String>> {
-        if let Some(line) = self.whole_line() {
+    /// Returns an error at the end of the output.
+    pub fn poll(&mut self, timeout: Duration) -> Result<Option<String>> {
+        if let Some(line) = self.take_line() {
             return Ok(Some(line));
         }
         let mut ready = libc::pollfd { fd: self.output.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-        let moment = i32::try_from(moment.as_millis()).unwrap_or(i32::MAX);
+        let timeout = i32::try_from(timeout.as_millis()).unwrap_or(i32::MAX);
         // SAFETY: one open file, described by plain data. A signal ends the wait early.
-        if unsafe { libc::poll(&raw mut ready, 1, moment) } > 0 {
+        if unsafe { libc::poll(&raw mut ready, 1, timeout) } > 0 {
             let mut bytes = [0; 4096];
             match self.output.read(&mut bytes)? {
                 0 => bail!("the process ended"),
                 count => self.rest.extend_from_slice(&bytes[..count]),
             }
         }
-        Ok(self.whole_line())
+        Ok(self.take_line())
     }
 
-    fn whole_line(&mut self) -> Option<String> {
+    fn take_line(&mut self) -> Option<String> {
         let end = self.rest.iter().position(|&byte| byte == b'\n')?;
         let line: Vec<u8> = self.rest.drain(..=end).collect();
         Some(String::from_utf8_lossy(&line).trim_end().to_owned())
     }
 
     fn cases(&mut self, set: Set, filter: &str) -> Result<Vec<Case>> {
-        let text = self.ask(&format!("cases {set} {filter}"), SOON)?;
-        // A case that only the other side knows is new or gone, by its text.
-        Ok(text.split_whitespace().filter_map(|id| id.parse().ok()).collect())
+        let parse = |text: &str| text.split_whitespace().filter_map(|id| id.parse().ok()).collect();
+        if self.old_ids()?.is_none() {
+            return Ok(parse(&self.ask(&format!("cases {set} {filter}"), STARTUP_TIMEOUT)?));
+        }
+        let ids = upgrade::upgrade_id(&self.ask(&format!("cases {set} "), STARTUP_TIMEOUT)?, 2);
+        let (all, pattern): (Vec<Case>, _) = (parse(&ids), parse_filter(filter)?);
+        Ok(all.into_iter().filter(|case| pattern.is_match(&case.to_string())).collect())
     }
 
+    /// Returns the ids of an executable from before version 3 of the ids, or `None` for a newer one.
+    fn old_ids(&mut self) -> Result<Option<&HashMap<Case, String>>> {
+        if !self.ids_known {
+            let answer = self.ask("version", STARTUP_TIMEOUT);
+            // An older executable refuses the request: "'version' is no request".
+            let refused = answer.as_ref().is_err_and(|error| error.to_string().ends_with(" request"));
+            if !refused {
+                answer?;
+            } else {
+                let mut ids = HashMap::new();
+                for set in Set::ALL {
+                    let listed = self.ask(&format!("cases {set} "), STARTUP_TIMEOUT)?;
+                    let new = |old: &str| Some((upgrade::upgrade_id(old, 2).parse().ok()?, old.to_owned()));
+                    ids.extend(listed.split_whitespace().filter_map(new));
+                }
+                self.old_ids = Some(ids);
+            }
+            self.ids_known = true;
+        }
+        Ok(self.old_ids.as_ref())
+    }
+
+    /// Returns the id by which the executable knows a case.
+    fn id_of(&mut self, case: &Case) -> Result<String> {
+        let old = self.old_ids()?.map(|ids| ids.get(case).cloned());
+        old.map_or_else(|| Ok(case.to_string()), |id| id.with_context(|| format!("{case} is unknown to it")))
+    }
+
+    /// Returns the machine as the process describes it.
     pub fn machine(&mut self) -> Result<Machine> {
-        serde_json::from_str(&self.ask("machine", SOON)?)
-            .context("the executable describes its machine in another way")
+        let version = if self.old_ids()?.is_some() { 2 } else { upgrade::VERSION };
+        let mut machine = serde_json::from_str(&self.ask("machine", STARTUP_TIMEOUT)?)?;
+        upgrade::upgrade(&mut machine, version);
+        serde_json::from_value(machine).context("the executable describes its machine in another format")
     }
 
+    /// Loads a case, ready to be timed.
     pub fn load(&mut self, case: &Case) -> Result<()> {
-        self.ask(&format!("case {case}"), EVER).map(|_| ())
+        let id = self.id_of(case)?;
+        self.ask(&format!("case {id}"), REQUEST_TIMEOUT).map(|_| ())
     }
 
-    /// Has a case proven, or recalled.
+    /// Checks the parity of a case, or recalls an earlier check.
     pub fn check(&mut self, case: &Case) -> Result<CheckOutcome> {
-        let answer = self.ask(&format!("prove {case}"), PROOF)?;
+        let id = self.id_of(case)?;
+        let answer = self.ask(&format!("{CHECK_REQUEST} {id}"), CHECK_TIMEOUT)?;
         let (word, rest) = answer.split_once(' ').unwrap_or((&answer, ""));
-        let share = || rest.parse().with_context(|| format!("'{answer}' is no proof"));
+        let share = || rest.parse().with_context(|| format!("'{answer}' is not an outcome of a check"));
         match word {
             "now" => Ok(CheckOutcome::Now(share()?)),
             "before" => Ok(CheckOutcome::Before(share()?)),
             "wrong" => Ok(CheckOutcome::Wrong(rest.to_owned())),
-            _ => bail!("'{answer}' is no proof"),
+            _ => bail!("'{answer}' is not an outcome of a check"),
         }
     }
 
-    /// Whether the process still runs.
-    pub fn alive(&mut self) -> bool {
+    /// Returns true if the process still runs.
+    pub fn is_alive(&mut self) -> bool {
         self.input.is_some() && matches!(self.child.try_wait(), Ok(None))
     }
 
-    /// Seconds that rounds of thrown-away arithmetic take.
+    /// Returns the time in seconds that `rounds` of arithmetic take.
     pub fn work(&mut self, rounds: u64) -> Result<f64> {
-        let answer = self.ask(&format!("work {rounds}"), SOON)?;
-        Ok(answer.parse::<f64>().with_context(|| format!("'{answer}' is no time"))? * 1e-9)
+        let answer = self.ask(&format!("work {rounds}"), STARTUP_TIMEOUT)?;
+        Ok(answer.parse::<f64>().with_context(|| format!("'{answer}' is not a time"))? * 1e-9)
     }
 
+    /// Times a block of steps, and returns times per step.
     pub fn time(&mut self, steps: u64) -> Result<BlockTiming> {
-        let answer = self.ask(&steps.to_string(), EVER)?;
+        let answer = self.ask(&steps.to_string(), REQUEST_TIMEOUT)?;
         let seconds = |text: &str| {
-            let nanoseconds: f64 = text.parse().with_context(|| format!("'{answer}' is no time"))?;
+            let nanoseconds: f64 = text.parse().with_context(|| format!("'{answer}' is not a time"))?;
             Ok::<f64, anyhow::Error>(nanoseconds * 1e-9 / steps as f64)
         };
-        // Older executables tell less: as if they had waited throughout.
+        // An older executable does not send CPU times. It then counts as waiting.
         let mut words = answer.split(' ');
         let mut next = || seconds(words.next().unwrap_or("0"));
         Ok(BlockTiming { wall: next()?, cpu: next()?, delayed: next()? })
     }
 }
 
-/// What a process says of a case's parity.
+/// Outcome of a parity check in a worker.
 #[derive(Clone, Debug, PartialEq)]
 pub enum CheckOutcome {
-    /// How much of the error that is allowed the worst tensor took.
+    /// Passed, with the largest error over its tolerance.
     Now(f64),
-    /// The same, of an earlier proof.
+    /// Passed in an earlier run of the same executable.
     Before(f64),
-    /// What is wrong.
+    /// Failed, with the mismatch.
     Wrong(String),
 }
 
-/// Ends a process when the thread that starts it ends, however that ends. Elsewhere than on
-/// Linux the end of its input does, once it reads.
+/// Ends a process when the thread that starts it ends. Outside Linux it ends when it reads the end of its
+/// input.
 fn die_with_parent(command: &mut Command) {
     #[cfg(target_os = "linux")]
     // SAFETY: a system call that is safe between fork and exec.
@@ -301,8 +353,8 @@ fn die_with_parent(command: &mut Command) {
     let _ = command;
 }
 
-/// What a step took in seconds: by the clock; of that on a CPU, over all threads; and ready
-/// for one that something else had.
+/// Times of a step in seconds: wall time, CPU time of all threads, and time that runnable threads waited for a
+/// core.
 #[derive(Clone, Copy, Debug)]
 pub struct BlockTiming {
     pub wall: f64,
@@ -310,20 +362,21 @@ pub struct BlockTiming {
     pub delayed: f64,
 }
 
-/// Whether blocks show that neither side's steps wait for anything but the core. Where the
-/// system does not tell who was ready, three quarters of them may have lost the core to
-/// others, but a step that waits does so in all.
+/// Returns true if the steps of neither side wait for anything but the core.
+///
+/// A system may not report the wait for a core. Then up to three quarters of the blocks may have lost the core
+/// to other programs, but a step that waits does so in every block.
 pub fn never_wait(blocks: &[[BlockTiming; 2]]) -> bool {
     (0..2).all(|side| {
         let waited = |s: BlockTiming| 1.0 - (s.cpu + s.delayed) / s.wall;
         let shares: Vec<f64> = blocks.iter().map(|b| waited(b[side])).collect();
-        lower_quartile(&shares) <= WAITING
+        lower_quartile(&shares) <= MAX_WAIT_SHARE
     })
 }
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        // The end of its input ends it; a hanging one is killed.
+        // The process ends at the end of its input. One that hangs is killed.
         self.input = None;
         for _ in 0..100 {
             if matches!(self.child.try_wait(), Ok(Some(_)) | Err(_)) {
@@ -341,7 +394,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_step_waits_only_where_every_block_shows_it() {
+    fn a_step_waits_only_if_every_block_shows_it() {
         let step = |wall, cpu, delayed| BlockTiming { wall, cpu, delayed };
         let interrupted =
             [[step(2.0, 1.0, 0.0), step(1.0, 1.0, 0.0)], [step(1.0, 1.0, 0.0), step(3.0, 1.0, 0.0)]];
@@ -349,9 +402,9 @@ mod tests {
         let waiting =
             [[step(1.0, 1.0, 0.0), step(1.5, 1.0, 0.0)], [step(1.0, 1.0, 0.0), step(1.4, 1.0, 0.0)]];
         assert!(!never_wait(&waiting));
-        let untold = [[step(1.5, 0.0, 0.0), step(1.5, 1.0, 0.0)]];
-        assert!(!never_wait(&untold));
-        // The core was another's for half of the time of every block.
+        let unreported = [[step(1.5, 0.0, 0.0), step(1.5, 1.0, 0.0)]];
+        assert!(!never_wait(&unreported));
+        // Another program had the core for half of the time of every block.
         assert!(never_wait(&[[step(2.0, 1.0, 1.0), step(2.1, 1.0, 1.1)]]));
         assert!(!never_wait(&[[step(2.0, 1.0, 0.5), step(2.0, 1.0, 1.0)]]));
     }

@@ -1,4 +1,4 @@
-//! Profiles as folded stacks: written, read, drawn, and laid side by side.
+//! Profiles as folded stacks, flamegraphs of them, and differences between two of them.
 
 pub mod gpu;
 
@@ -11,12 +11,12 @@ use inferno::{differential, flamegraph};
 
 use crate::results::write_atomic;
 
-/// What a stack's weight counts.
+/// The unit of a stack's weight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unit {
-    /// Times that a stack was seen running on a CPU.
+    /// Number of samples in which a CPU ran the stack.
     Samples,
-    /// Nanoseconds on a GPU.
+    /// Nanoseconds of GPU time.
     Nanoseconds,
 }
 
@@ -29,23 +29,25 @@ impl Unit {
     }
 }
 
-/// Stacks, outermost frame first, with their weight.
+/// Stacks, outermost frame first, and the weight of each.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Profile {
     stacks: BTreeMap<String, u64>,
 }
 
-/// How a frame without a symbol is named: in brackets, as its library.
-pub fn unresolved(library: &str) -> String {
+/// Returns the name of a frame without a symbol: its library in brackets.
+pub fn unresolved_frame(library: &str) -> String {
     format!("[{library}]")
 }
 
 impl Profile {
+    /// Adds `weight` to the stack of `frames`, outermost first.
+    ///
     /// # Panics
-    /// On a stack without frames.
+    /// Panics if `frames` is empty.
     pub fn add(&mut self, frames: &[String], weight: u64) {
-        assert!(!frames.is_empty(), "a stack has frames");
-        // What separates frames and ends stacks can't be part of a name.
+        assert!(!frames.is_empty(), "a stack needs at least one frame");
+        // `;` separates frames and a line break ends a stack.
         let clean: Vec<String> = frames.iter().map(|f| f.replace([';', '\n'], ":")).collect();
         *self.stacks.entry(clean.join(";")).or_default() += weight;
     }
@@ -54,11 +56,12 @@ impl Profile {
         self.stacks.is_empty()
     }
 
+    /// Returns the sum of all weights.
     pub fn total(&self) -> u64 {
         self.stacks.values().sum()
     }
 
-    /// A line a stack: frames joined by `;`, a space, the weight.
+    /// Formats one line per stack: the frames joined by `;`, a space and the weight.
     pub fn folded(&self) -> String {
         self.stacks.iter().fold(String::new(), |mut text, (stack, weight)| {
             let _ = writeln!(text, "{stack} {weight}");
@@ -66,12 +69,15 @@ impl Profile {
         })
     }
 
-    /// Reads what [`Self::folded`] writes.
+    /// Parses the format of [`Self::folded`].
+    ///
+    /// # Errors
+    /// Returns an error if a line is not a folded stack, or if there is none.
     pub fn parse(text: &str) -> Result<Self> {
         let mut profile = Self::default();
         for line in text.lines() {
             let (stack, weight) =
-                line.rsplit_once(' ').with_context(|| format!("'{line}' is no folded stack"))?;
+                line.rsplit_once(' ').with_context(|| format!("'{line}' is not a folded stack"))?;
             let weight = weight.parse().with_context(|| format!("'{line}' has no weight"))?;
             profile.add(&stack.split(';').map(str::to_owned).collect::<Vec<_>>(), weight);
         }
@@ -79,7 +85,7 @@ impl Profile {
         Ok(profile)
     }
 
-    /// The frames that were innermost most often: name, share of the total in 0..1.
+    /// Returns the `count` innermost frames with the most weight: name and share of the total, from 0 to 1.
     pub fn heaviest(&self, count: usize) -> Vec<(String, f64)> {
         let mut own: BTreeMap<&str, u64> = BTreeMap::new();
         for (stack, weight) in &self.stacks {
@@ -93,29 +99,29 @@ impl Profile {
         all
     }
 
-    /// The share of the weight whose innermost frame has a name, in 0..1.
-    pub fn resolved(&self) -> f64 {
+    /// Returns the share of the weight whose innermost frame has a name, from 0 to 1.
+    pub fn named_share(&self) -> f64 {
         let named = |stack: &&String| !stack.rsplit(';').next().is_some_and(|leaf| leaf.starts_with('['));
         let weight: u64 = self.stacks.iter().filter(|(stack, _)| named(stack)).map(|(_, w)| w).sum();
         weight as f64 / self.total().max(1) as f64
     }
 
-    /// A flamegraph as SVG.
+    /// Draws a flamegraph as SVG.
     pub fn svg(&self, title: &str, unit: Unit) -> Result<String> {
         draw(self.folded().lines(), title, unit, None)
     }
 
-    /// A flamegraph of this profile, coloured by what grew (red) and shrank (blue) since
-    /// `base`, whose total is scaled to this one's.
-    pub fn svg_since(&self, base: &Profile, title: &str, unit: Unit) -> Result<String> {
+    /// Draws a flamegraph of this profile whose colors show growth (red) and reduction (blue) since `base`.
+    /// The total of `base` is scaled to the total of this profile.
+    pub fn diff_svg(&self, base: &Profile, title: &str, unit: Unit) -> Result<String> {
         let mut lines = Vec::new();
         let options = differential::Options { normalize: true, ..Default::default() };
         differential::from_readers(options, base.folded().as_bytes(), self.folded().as_bytes(), &mut lines)?;
         let text = String::from_utf8(lines)?;
-        draw(text.lines(), title, unit, Some("red: more than before, blue: less"))
+        draw(text.lines(), title, unit, Some("red: more than before, blue: less than before"))
     }
 
-    /// Writes `NAME.folded` and `NAME.svg` into a folder.
+    /// Writes `NAME.folded` and `NAME.svg` into `folder`.
     pub fn write(&self, folder: &Path, name: &str, title: &str, unit: Unit) -> Result<()> {
         write_atomic(&folder.join(format!("{name}.folded")), &self.folded())?;
         write_atomic(&folder.join(format!("{name}.svg")), &self.svg(title, unit)?)
@@ -133,21 +139,21 @@ fn draw<'a>(
     options.subtitle = subtitle.map(str::to_owned);
     options.count_name = unit.name().to_owned();
     options.min_width = 0.05;
-    // The same name has the same colour in every picture.
+    // A name gets the same color in every flamegraph.
     options.hash = subtitle.is_none();
     let mut svg = Vec::new();
-    flamegraph::from_lines(&mut options, lines, &mut svg).map_err(|e| anyhow!("no flamegraph: {e}"))?;
+    flamegraph::from_lines(&mut options, lines, &mut svg)
+        .map_err(|e| anyhow!("the flamegraph could not be drawn: {e}"))?;
     Ok(String::from_utf8(svg)?)
 }
 
-/// What a reader wants of a mangled C++ or Rust name: [`short`] of what it stands for.
-pub fn readable(mangled: &str) -> String {
-    short(&symbolic_demangle::demangle(mangled))
+/// Demangles a C++ or Rust name and shortens it with [`shorten`].
+pub fn readable_name(mangled: &str) -> String {
+    shorten(&symbolic_demangle::demangle(mangled))
 }
 
-/// A C++ or Rust function's name without its parameters, and without template arguments
-/// that fill a line.
-pub fn short(name: &str) -> String {
+/// Removes the parameters and long template arguments from the name of a C++ or Rust function.
+pub fn shorten(name: &str) -> String {
     const LONG: usize = 40;
     let mut out = String::new();
     let mut depth = 0usize;
@@ -155,7 +161,7 @@ pub fn short(name: &str) -> String {
     let mut rest = name.strip_prefix("void ").unwrap_or(name).chars().peekable();
     while let Some(c) = rest.next() {
         match c {
-            // `operator<`, `operator()` and `<T as Trait>` at the start are names.
+            // `operator<`, `operator()` and a leading `<T as Trait>` are part of the name.
             '<' if depth > 0 || !(out.is_empty() || out.ends_with("operator")) => {
                 depth += 1;
                 inner.push(c);
@@ -207,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn folded_stacks_come_back() {
+    fn folded_stacks_round_trip() {
         assert_eq!(Profile::parse(&profile().folded()).unwrap(), profile());
         assert!(Profile::parse("").unwrap_err().to_string().contains("empty"));
         assert!(Profile::parse("step;x").is_err());
@@ -215,25 +221,25 @@ mod tests {
     }
 
     #[test]
-    fn the_heaviest_frames_are_those_that_ran_themselves() {
+    fn the_heaviest_frames_are_innermost_frames() {
         let heaviest = profile().heaviest(2);
         assert_eq!(heaviest, [("sgemm".to_owned(), 0.7), ("gelu".to_owned(), 0.25)]);
-        assert!((profile().resolved() - 0.95).abs() < 1e-12);
+        assert!((profile().named_share() - 0.95).abs() < 1e-12);
     }
 
     #[test]
-    fn pictures_name_their_frames() {
+    fn flamegraphs_show_the_names_of_frames() {
         let svg = profile().svg("a <title>", Unit::Samples).unwrap();
         assert!(svg.contains("</svg>") && svg.contains("sgemm (70 samples, 70.00%)"), "{svg}");
         assert!(svg.contains("a &lt;title&gt;"));
         let mut slower = profile();
         slower.add(&frames("step;gelu"), 50);
-        let diff = slower.svg_since(&profile(), "diff", Unit::Samples).unwrap();
+        let diff = slower.diff_svg(&profile(), "diff", Unit::Samples).unwrap();
         assert!(diff.contains("gelu") && diff.contains("red: more"), "{diff}");
     }
 
     #[test]
-    fn names_lose_what_fills_a_line() {
+    fn long_names_are_shortened() {
         for (long, expected) in [
             ("at::native::add(at::Tensor const&, long)", "at::native::add"),
             (
@@ -248,7 +254,7 @@ mod tests {
             ("f<aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa>::g(int)", "f<…>::g"),
             ("mkl_blas_sgemm", "mkl_blas_sgemm"),
         ] {
-            assert_eq!(short(long), expected);
+            assert_eq!(shorten(long), expected);
         }
     }
 }

@@ -1,80 +1,78 @@
-//! `report.html`: one file, no network.
+//! `report.html`: one file that loads nothing from the network.
 
 use anyhow::{Context, Result};
-use minijinja::{Environment, context};
+use minijinja::{Environment, Value, context};
 
 use super::tables::{self, Table};
-use super::{plots, summary};
+use super::{notes, plots, summary};
 use crate::results::Results;
 
-fn value(table: &Table) -> minijinja::Value {
-    context! { title => table.title, note => table.note, header => table.header, rows => table.rows }
+fn table(table: &Table) -> Value {
+    let Table { title, note, header, rows } = table;
+    context! { title, note, header, rows, numeric => table.numeric_columns() }
 }
 
-/// The page. `timings` gives a case's timings in seconds, nothing where they are not known;
-/// `command` measures the run again.
-pub fn render(results: &Results, timings: &dyn Fn(&str) -> Vec<f64>, command: &str) -> Result<String> {
-    let mut environment = Environment::new();
-    // By the name's ending, everything that is printed is escaped.
-    environment.add_template("page.html", include_str!("page.html"))?;
-    let mut tables = tables::all(results);
-    let every = match tables.last() {
-        Some(last) if last.title == tables::EVERY_CASE => tables.pop(),
-        _ => None,
-    };
-    let [hardware, versions] = tables::machine_lines(results);
+fn plot(plot: plots::Plot) -> Value {
+    context! { title => plot.title, note => plot.note, svg => plot.svg }
+}
+
+/// Returns the machine as pairs of name and value.
+fn machine(results: &Results) -> Vec<(String, String)> {
     let m = &results.machine;
-    let mut machine: Vec<(String, String)> = vec![
-        ("CPU".to_owned(), format!("{}, {} cores", m.cpu, m.cores)),
-        ("memory".to_owned(), format!("{:.1} GB", m.memory_bytes as f64 / 1e9)),
-        ("GPU".to_owned(), if m.gpus.is_empty() { "none".to_owned() } else { m.gpus.join(", ") }),
-        ("driver".to_owned(), m.driver.clone()),
-        ("system".to_owned(), format!("{} ({})", m.os, m.arch)),
-        (
-            "commit".to_owned(),
-            format!("{}{}", m.commit, if m.dirty { ", with uncommitted changes" } else { "" }),
-        ),
-        ("build".to_owned(), m.profile.clone()),
-    ];
-    machine.extend(m.versions.iter().chain(&m.power).chain(&m.environment).cloned());
-    machine.retain(|(_, value)| !value.is_empty());
-    let shown = |p: plots::Plot| context! { title => p.title, note => p.note, svg => p.svg };
-    let picture = plots::training(results)?.map(shown);
-    let plots: Vec<_> = plots::all(results, timings)?.into_iter().map(shown).collect();
-    let (quiet, machine_was) = tables::quiet(results);
-    let empty = Table { title: tables::EVERY_CASE.to_owned(), note: "", header: &[], rows: Vec::new() };
+    let mut rows = notes::hardware(results);
+    rows.extend([("architecture", &m.arch), ("build", &m.profile)].map(|(k, v)| (k.to_owned(), v.clone())));
+    rows.extend(notes::versions(results));
+    rows.extend(m.power.iter().chain(&m.environment).cloned());
+    rows.retain(|(_, value)| !value.is_empty());
+    rows
+}
+
+/// Renders the page. `samples` returns the samples of a case in seconds, or nothing if they are unknown. `command`
+/// repeats the run.
+///
+/// # Errors
+/// Returns an error if a plot cannot be drawn.
+pub fn render(results: &Results, samples: &dyn Fn(&str) -> Vec<f64>, command: &str) -> Result<String> {
+    let mut environment = Environment::new();
+    // The extension of the name turns on escaping.
+    environment.add_template("page.html", include_str!("page.html"))?;
+    let (all_cases, others): (Vec<Table>, Vec<Table>) =
+        tables::all(results).into_iter().partition(|table| table.title == tables::ALL_CASES);
+    let [hardware, versions] = notes::machine_lines(results);
+    let (quiet, disturbance) = notes::disturbance(results);
+    let plots: Vec<Value> = plots::all(results, samples)?.into_iter().map(plot).collect();
     environment
         .get_template("page.html")?
         .render(context! {
-            model => tables::model_line(results),
-            name => results.model.as_ref().map(|own| own.configuration.name),
-            slug => m.slug(),
+            model => notes::model_line(results),
+            name => results.model.as_ref().map(|custom| custom.configuration.name),
+            slug => results.machine.slug(),
             hardware,
             versions,
             command,
-            machine,
+            machine => machine(results),
             quiet,
-            machine_was,
-            picture,
+            disturbance,
+            picture => plots::training(results)?.map(plot),
             plots,
             answer => summary::answer(results),
             limits => summary::limits(results),
-            verdict => summary::verdict(results),
-            first => tables::first(results).as_ref().map(value),
-            tables => tables.iter().map(value).collect::<Vec<_>>(),
-            every => value(every.as_ref().unwrap_or(&empty)),
-            missing => tables::missing(results),
-            invitation => tables::invitation(results),
+            findings => summary::findings(results),
+            first => tables::first(results).as_ref().map(table),
+            tables => others.iter().map(table).collect::<Vec<_>>(),
+            all_cases => all_cases.first().map(table),
+            missing => notes::not_measured(results),
+            invitation => notes::invitation(results),
             program => env!("CARGO_PKG_VERSION"),
         })
-        .context("the page could not be made")
+        .context("the page could not be rendered")
 }
 
 #[cfg(test)]
 mod tests {
     use std::time::Instant;
 
-    use super::super::tests::{record, turn_of};
+    use super::super::tests::{interleaved, record, run};
     use super::*;
     use crate::results::machine::Machine;
     use crate::results::{Record, Status};
@@ -94,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_of_500_cases_is_made_quickly_and_stays_small() {
+    fn a_page_of_500_cases_renders_quickly_and_stays_small() {
         let all: Vec<Record> = cases(Set::Full)
             .iter()
             .cycle()
@@ -109,16 +107,15 @@ mod tests {
         let seconds = start.elapsed().as_secs_f64();
         assert!(seconds < 2.0, "{seconds} s");
         assert!(page.len() < 3_000_000, "{} bytes", page.len());
-        // The only address is the namespace of SVG, which nothing loads.
+        // The only address is the namespace of SVG, which is not loaded.
         assert_eq!(page.matches("http").count(), page.matches("http://www.w3.org/2000/svg").count());
     }
 
     #[test]
-    fn every_headline_figure_and_its_command_is_on_the_page() {
+    fn the_page_begins_with_the_answer_and_has_every_speed_and_the_command() {
         let ids = ["train-step/torch-cpu/f32/indicator-b16", "train-step/mlx-cpu/f32/indicator-b16"];
-        let cases = vec![record(ids[0], 500e6), record(ids[1], 1000e6)];
-        let mut results = Results::new(Machine::default(), cases);
-        results.interleaved.push(turn_of(ids, 2.0, [1.9, 2.1]));
+        let mut results = run(&[(ids[0], 500e6), (ids[1], 1000e6)]);
+        results.interleaved.push(interleaved(ids, 2.0, [1.9, 2.1]));
         let page = render(&results, &|_| Vec::new(), "./scripts/bench --quick").unwrap();
         let page = page.replace("&#x2f;", "/");
         let at = |text: &str| page.find(text).unwrap_or_else(|| panic!("no {text}"));
@@ -127,10 +124,14 @@ mod tests {
             "the answer and the picture come first"
         );
         assert!(at("class=\"badge quiet\"") < at("<svg"));
-        assert!(at("<table") < at("Not measured here"), "what is missing is folded below");
-        for text in
-            ["PyTorch is 2.00 times as fast as MLX", "32.0", "16.0", "./scripts/bench --quick", "<svg"]
-        {
+        assert!(at("<table") < at("Not measured</summary>"), "missing results are folded below the table");
+        for text in [
+            "PyTorch trains indicator 2.00 times as fast as MLX",
+            "32.0",
+            "16.0",
+            "./scripts/bench --quick",
+            "<svg",
+        ] {
             assert!(page.contains(text), "{text}");
         }
     }

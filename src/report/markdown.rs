@@ -1,12 +1,13 @@
-//! `report.md`, which is also what the terminal shows.
+//! `report.md`, which the terminal shows too.
 
 use std::fmt::Write;
 
-use super::{summary, tables};
+use super::tables::Table;
+use super::{notes, summary, tables};
 use crate::results::Results;
 
-/// Text as a cell or a line of Markdown shows it: no HTML, no new column, no new line, and no
-/// code that a terminal would follow.
+/// Escapes text for a line or a cell of Markdown. The result has no HTML, no column or line break, and no control
+/// character that a terminal would follow.
 pub fn escaped(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
@@ -20,55 +21,57 @@ pub fn escaped(text: &str) -> String {
     out
 }
 
-/// A Markdown table whose columns line up as plain text too.
-pub fn table(out: &mut String, header: &[&str], rows: &[Vec<String>]) {
+/// Formats a table, with columns that are aligned in plain text too.
+pub fn table(table: &Table) -> String {
+    let cells = |row: &[String]| row.iter().map(|cell| escaped(cell)).collect::<Vec<_>>();
     let rows: Vec<Vec<String>> =
-        rows.iter().map(|row| row.iter().map(|cell| escaped(cell)).collect()).collect();
-    let width = |column: usize| {
-        rows.iter()
-            .map(|row| row[column].chars().count())
-            .chain([header[column].chars().count()])
-            .max()
-            .unwrap_or(0)
-    };
-    let widths: Vec<_> = (0..header.len()).map(width).collect();
-    let mut line = |cells: &mut dyn Iterator<Item = &str>| {
-        for (cell, width) in cells.zip(&widths) {
-            let _ = write!(out, "| {cell:<width$} ");
+        std::iter::once(&table.header).chain(&table.rows).map(|row| cells(row)).collect();
+    let numeric = table.numeric_columns();
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0).max(3);
+    let widths: Vec<usize> = (0..numeric.len()).map(width).collect();
+    let mut out = String::new();
+    for (index, row) in rows.iter().enumerate() {
+        for ((cell, &width), numeric) in row.iter().zip(&widths).zip(&numeric) {
+            let _ =
+                if *numeric { write!(out, "| {cell:>width$} ") } else { write!(out, "| {cell:<width$} ") };
         }
         out.push_str("|\n");
-    };
-    line(&mut header.iter().copied());
-    let rule: Vec<String> = widths.iter().map(|&w| "-".repeat(w)).collect();
-    line(&mut rule.iter().map(String::as_str));
-    for row in rows {
-        line(&mut row.iter().map(String::as_str));
+        if index == 0 {
+            for (&width, numeric) in widths.iter().zip(&numeric) {
+                let _ = if *numeric {
+                    write!(out, "| {:->1$}: ", "", width - 1)
+                } else {
+                    write!(out, "| {:->width$} ", "")
+                };
+            }
+            out.push_str("|\n");
+        }
     }
-    out.push('\n');
+    out
 }
 
-/// The whole report; `command` measures it again.
+/// Renders the whole report. `command` repeats the run.
 pub fn render(results: &Results, command: &str) -> String {
     let mut out = String::from("# transformer-bench");
-    if let Some(own) = &results.model {
-        let _ = write!(out, ": {}", own.configuration.name);
+    if let Some(custom) = &results.model {
+        let _ = write!(out, ": {}", custom.configuration.name);
     }
     out.push_str("\n\n");
-    if let Some(line) = tables::model_line(results) {
+    if let Some(line) = notes::model_line(results) {
         let _ = writeln!(out, "{}\n", escaped(&line));
     }
     for sentence in summary::answer(results) {
         let _ = writeln!(out, "**{}**\n", escaped(&sentence));
     }
-    let [hardware, versions] = tables::machine_lines(results);
-    let _ = writeln!(out, "{}. {}\n", tables::quiet(results).1, summary::limits(results));
+    let [hardware, versions] = notes::machine_lines(results);
+    let _ = writeln!(out, "{} {}\n", notes::disturbance(results).1, summary::limits(results));
     let _ = writeln!(out, "{}  \n{}\n", escaped(&hardware), escaped(&versions));
-    let show = |out: &mut String, shown: &tables::Table| {
+    let show = |out: &mut String, shown: &Table| {
         let _ = writeln!(out, "## {}\n", shown.title);
         if !shown.note.is_empty() {
             let _ = writeln!(out, "{}\n", shown.note);
         }
-        table(out, shown.header, &shown.rows);
+        let _ = writeln!(out, "{}", table(shown));
     };
     let list = |out: &mut String, title: &str, lines: Vec<String>| {
         if !lines.is_empty() {
@@ -80,11 +83,12 @@ pub fn render(results: &Results, command: &str) -> String {
         }
     };
     tables::first(results).iter().for_each(|first| show(&mut out, first));
-    list(&mut out, "Not measured here:", tables::missing(results));
-    list(&mut out, "## What else it says", summary::verdict(results));
+    list(&mut out, "Not measured:", notes::not_measured(results));
+    list(&mut out, "## More findings", summary::findings(results));
     tables::all(results).iter().for_each(|other| show(&mut out, other));
-    let _ = writeln!(out, "Measured with `{}`.", escaped(command));
-    if let Some(text) = tables::invitation(results) {
+    // A code span shows a column mark as it is.
+    let _ = writeln!(out, "To repeat the run: `{}`", escaped(command).replace("\\|", "|"));
+    if let Some(text) = notes::invitation(results) {
         let _ = writeln!(out, "\n{text}");
     }
     out
@@ -92,8 +96,8 @@ pub fn render(results: &Results, command: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::headlines;
-    use super::super::tests::record;
+    use super::super::headline::headlines;
+    use super::super::tests::{record, run};
     use super::*;
     use crate::results::machine::Machine;
     use crate::results::{Record, Status};
@@ -110,17 +114,22 @@ mod tests {
             "<img src=x>|\u{7}",
         ));
         let text = render(&results, "x");
-        assert!(
-            !text.contains("<b>")
-                && !text.contains("<img")
-                && !text.contains('\u{1b}')
-                && !text.contains('\u{7}'),
-            "{text}"
-        );
+        assert!(!text.contains("<b>") && !text.contains("<img"), "{text}");
+        assert!(!text.contains(['\u{1b}', '\u{7}']), "{text}");
     }
 
     #[test]
-    fn a_mac_is_asked_for_its_figures() {
+    fn columns_of_numbers_are_aligned_to_the_right() {
+        let rows = [["PyTorch|", "9.5"], ["MLX", "1,085"]];
+        let rows = rows.iter().map(|row| row.map(str::to_owned).into()).collect();
+        let text = table(&Table::new("", "", &["", "samples/s"], rows));
+        let expected = "|           | samples/s |\n| --------- | --------: |\n| PyTorch\\| |       9.5 |\n\
+                        | MLX       |     1,085 |\n";
+        assert_eq!(text, expected);
+    }
+
+    #[test]
+    fn a_mac_is_asked_for_its_results() {
         let on = |os: &str| {
             render(&Results::new(Machine { os: os.to_owned(), ..Machine::default() }, Vec::new()), "x")
         };
@@ -129,27 +138,25 @@ mod tests {
     }
 
     #[test]
-    fn every_headline_row_is_there_with_a_figure_or_a_reason() {
+    fn every_headline_row_has_a_result_or_a_reason() {
         let mps: Case = "train-step/torch-mps/f32/indicator-b16".parse().unwrap();
-        let results = Results::new(
-            Machine::default(),
-            vec![
-                record("train-step/torch-cpu/f32/indicator-b16", 500e6),
-                record("train-step/mlx-cpu/f32/indicator-b16", 1000e6),
-                Record::unmeasured(&mps, Status::Skipped, "no Mac"),
-            ],
-        );
+        let mut results = run(&[]);
+        results.cases = vec![
+            record("train-step/torch-cpu/f32/indicator-b16", 500e6),
+            record("train-step/mlx-cpu/f32/indicator-b16", 1000e6),
+            Record::unmeasured(&mps, Status::Skipped, "no Mac"),
+        ];
         let text = render(&results, "./scripts/bench --quick");
-        // In the tables of speed and memory, or once with the reason.
+        // A row is in the tables of speed and memory, or once with the reason.
         let lines = |label: &str| -> Vec<&str> {
             let first = |line: &&str| line.split('|').nth(1).is_some_and(|cell| cell.trim() == label);
             text.lines().filter(first).collect()
         };
-        let (_, reasons) = text.split_once("Not measured here:").unwrap();
+        let (_, reasons) = text.split_once("Not measured:").unwrap();
         let (reasons, _) = reasons.split_once("\n#").unwrap();
         for row in headlines(&results) {
-            let told = reasons.matches(&row.label).count() > 0;
-            assert!(lines(&row.label).len() == 2 || told, "{}", row.label);
+            let reported = reasons.matches(&row.label).count() > 0;
+            assert!(lines(&row.label).len() == 2 || reported, "{}", row.label);
         }
         let line = |label: &str| lines(label)[0].to_owned();
         assert!(line("PyTorch CPU").contains("32.0") && line("PyTorch CPU").contains("1.00×"));

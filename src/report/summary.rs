@@ -1,543 +1,445 @@
-//! The verdict in sentences, each with the figures that it stands on.
+//! The findings of a run as sentences.
 
-use super::tables::{bytes, digits, rate_text};
-use super::{Sweep, all_measured, batches, best_pairs, find, measured, scaling};
+use super::format::{count, digits, megabytes, range, speed};
+use super::headline::{best_pairs, fastest_first, rivals, same_method_pairs};
+use super::{Measured, Ratio, Sweep, all_measured, batches, find_measured, scaling};
 use crate::results::{Record, Results};
 use crate::suite::{BackendId, Case, Framework, Method, Precision, Variant, Workload};
 use crate::{interference, memory};
 
-/// Step times in nanoseconds: the median and its 95 % interval.
-pub(super) type Figure = (f64, [f64; 2]);
+/// The largest ratio of two runs of the same code, one after the other, that counts as noise. On a shared machine
+/// such runs differ by 13 to 24 % (src/compare/README.md).
+const RUN_TO_RUN: f64 = 1.25;
 
-fn figure(results: &Results, case: &Case) -> Option<Figure> {
-    measured(find(results, case)).map(|(_, median, ci)| (median, ci))
+const EAGER: Method = Method::eager(Precision::F32);
+
+/// Two training steps on one device, PyTorch's first.
+pub struct Comparison<'a> {
+    pub steps: [Measured<'a>; 2],
+    /// Speed of the first step over the speed of the second, with a 99 % CI if rounds measured it.
+    pub speedup: Ratio,
+    /// Number of interleaved rounds. `None` if the steps were only measured one after the other.
+    pub rounds: Option<u64>,
 }
 
-/// How many times as fast `a` is as `b`, with the interval that both intervals allow.
-pub(super) fn ratio(a: Figure, b: Figure) -> (f64, [f64; 2]) {
-    (b.0 / a.0, [b.1[0] / a.1[1], b.1[1] / a.1[0]])
-}
-
-/// How far runs of the same code, one after the other, lie apart on a shared machine: 13 to 24 %
-/// (src/compare/README.md). What differs by less was not seen.
-const APART: f64 = 1.25;
-
-/// What two cases' times say of which is faster.
-enum Compared {
-    /// Nothing, since one was disturbed.
-    Held(String),
-    /// The place of the faster, by how much, and the interval of that.
-    Apart {
-        first: usize,
-        times: f64,
-        range: [f64; 2],
-        how: String,
-    },
-    Near {
-        how: String,
-    },
-}
-
-/// From rounds in turns; without them there is a winner only where the cases lie further apart than runs of the
-/// same code.
-fn compared(results: &Results, cases: [&Case; 2], figures: [Figure; 2]) -> Compared {
-    if let Some(held) = cases.iter().find_map(|case| held_back(results, case)) {
-        return Compared::Held(held);
+impl<'a> Comparison<'a> {
+    /// Returns `None` if one of the cases was not measured.
+    pub fn new(results: &'a Results, cases: [Case; 2]) -> Option<Self> {
+        let steps = [find_measured(results, &cases[0])?, find_measured(results, &cases[1])?];
+        let [base, head] = [&steps[0].record.id, &steps[1].record.id];
+        let interleaved = results.interleaved.iter().find(|r| (&r.base, &r.head) == (base, head));
+        let speedup = match interleaved {
+            Some(result) => Ratio { value: result.ratio, range: result.ratio_ci },
+            None => steps[0].speedup_over(&steps[1]),
+        };
+        Some(Self { steps, speedup, rounds: interleaved.map(|result| result.rounds) })
     }
-    let ids = cases.map(ToString::to_string);
-    let turn = results.interleaved.iter().find(|t| [&t.base, &t.head] == [&ids[0], &ids[1]]);
-    let (times, range) =
-        turn.map_or_else(|| ratio(figures[0], figures[1]), |turn| (turn.ratio, turn.ratio_ci));
-    let (first, times, range) =
-        if times >= 1.0 { (0, times, range) } else { (1, 1.0 / times, [1.0 / range[1], 1.0 / range[0]]) };
-    let [low, high] = range.map(digits);
-    match turn {
-        Some(turn) if range[0] > 1.0 => {
-            let how = format!("99 % interval, {} rounds in turns", turn.rounds);
-            Compared::Apart { first, times, range, how }
+
+    /// Returns the reason why this comparison allows no conclusion, if there is one.
+    fn disturbance(&self) -> Option<String> {
+        self.steps.iter().find_map(disturbance)
+    }
+
+    /// Returns the index of the faster step with its speedup. Returns `None` without a clear difference. Steps that
+    /// were not interleaved must differ by more than runs of the same code.
+    pub fn winner(&self) -> Option<(usize, Ratio)> {
+        let noise = if self.rounds.is_some() { 1.0 } else { RUN_TO_RUN };
+        let speedups = [self.speedup, self.speedup.inverse()].into_iter().enumerate();
+        let mut clear = speedups.filter(|(_, speedup)| speedup.range[0] > noise);
+        clear.next().filter(|_| self.disturbance().is_none())
+    }
+
+    /// Returns the command that compares the steps in interleaved rounds.
+    fn command(&self, results: &Results) -> String {
+        let [a, b] = self.steps.map(|step| step.case);
+        let variables = results.model.as_ref().map_or_else(String::new, |custom| custom.variables() + " ");
+        // The rounds at the end of `scripts/bench` compare different methods.
+        if a.method != b.method {
+            return format!("{variables}./scripts/bench");
         }
-        Some(turn) => {
-            let how =
-                format!("{low} to {high} times as fast; 99 % interval, {} rounds in turns", turn.rounds);
-            Compared::Near { how }
-        }
-        None if range[0] > APART => {
-            let apart = 100.0 * (APART - 1.0);
-            let how = format!("one after the other; runs of the same code lie up to {apart:.0} % apart");
-            Compared::Apart { first, times, range, how }
-        }
-        None => {
-            let own = results.model.as_ref().map_or_else(String::new, |own| own.variables() + " ");
-            // Cases of one recipe are compared by name; others by the turns with which a run ends.
-            let command = if cases[0].method == cases[1].method {
-                format!(
-                    "./scripts/compare --set quick --backends {} {} '^{}/[^/]*/{}/{}$'",
-                    cases[0].backend, cases[1].backend, cases[0].workload, cases[0].method, cases[0].shape
-                )
-            } else {
-                "./scripts/bench".to_owned()
-            };
-            Compared::Near {
-                how: format!("one after the other, which names no winner; `{own}{command}` does"),
-            }
+        format!(
+            "{variables}./scripts/compare --set quick --backends {} {} '^{}/[^/]*/{}/{}$'",
+            a.backend, b.backend, a.workload, a.method, a.shape
+        )
+    }
+
+    /// Describes how reliable a speedup is.
+    fn evidence(&self, speedup: Ratio) -> String {
+        match self.rounds {
+            Some(rounds) => format!("99 % CI {}, {rounds} interleaved rounds", range(speedup.range)),
+            None => format!(
+                "{} from both 95 % CIs, measured one after the other; such runs of the same code differ by up to {:.0} %",
+                range(speedup.range),
+                100.0 * (RUN_TO_RUN - 1.0)
+            ),
         }
     }
-}
 
-/// "A is 2.3 times as fast as B (2.1 to 2.5: how)", or both speeds.
-fn faster(results: &Results, what: &str, cases: [&Case; 2], figures: [Figure; 2]) -> String {
-    let names = cases.map(|case| case.backend.framework().names().0);
-    let speeds = figures.map(|f| rate_text(cases[0].shape, f.0));
-    match compared(results, cases, figures) {
-        Compared::Held(why) => format!("{what}: nothing is concluded, since {why}"),
-        Compared::Apart { first, times, range, how } => {
-            let [low, high] = range.map(digits);
-            let (second, times) = (1 - first, digits(times));
-            format!(
-                "{what}: {} is {times} times as fast as {} ({low} to {high}: {how}; {} against {})",
-                names[first], names[second], speeds[first], speeds[second]
-            )
+    fn sentence(&self, results: &Results) -> String {
+        let [a, b] = self.steps.map(|step| {
+            let speed = speed(step.case.shape, step.median_ns);
+            (step.case.backend.framework().names().0, format!("{speed} with {}", step.case.method))
+        });
+        let Case { backend, shape, .. } = self.steps[0].case;
+        let (device, model) = (backend.device(), shape.model().map_or("", |(model, _)| model.name));
+        if let Some(reason) = self.disturbance() {
+            return format!(
+                "On {device}, {} at {} and {} at {} are not compared, because {reason}.",
+                a.0, a.1, b.0, b.1
+            );
         }
-        Compared::Near { how } => {
-            format!(
-                "{what}: no clear difference, {} {}, {} {} ({how})",
-                names[0], speeds[0], names[1], speeds[1]
-            )
-        }
+        let Some((first, speedup)) = self.winner() else {
+            let hint = format!(" To decide, run `{}`.", self.command(results));
+            return format!(
+                "On {device}, neither framework is clearly faster: {} trains {model} at {}, and {} at {} (speed ratio: {}).{}",
+                a.0,
+                a.1,
+                b.0,
+                b.1,
+                self.evidence(self.speedup),
+                if self.rounds.is_none() { &hint } else { "" }
+            );
+        };
+        let [winner, other] = if first == 0 { [a, b] } else { [b, a] };
+        format!(
+            "On {device}, {} trains {model} {} times as fast as {} ({}): {} and {}.",
+            winner.0,
+            digits(speedup.value),
+            other.0,
+            self.evidence(speedup),
+            winner.1,
+            other.1
+        )
     }
 }
 
-/// Why nothing should be concluded from a case.
-fn held_back(results: &Results, case: &Case) -> Option<String> {
-    let record = find(results, case).filter(|record| record.disturbed())?;
-    let share = record.cpu_wait_share.unwrap_or(0.0);
-    Some(format!("{} waited for a core for {:.0} % of its time", record.id, 100.0 * share))
+/// Returns the reason why nothing is concluded from a case, if other programs disturbed it.
+fn disturbance(step: &Measured<'_>) -> Option<String> {
+    let share = step.record.cpu_wait_share.filter(|_| step.record.disturbed())?;
+    Some(format!("{} waited for a core for {:.0} % of its time", step.record.id, 100.0 * share))
 }
 
-/// The answer: of each device that both frameworks have, the fastest step of either, a line each. Where there
-/// is none, what further devices bring; else why there is none.
+/// Returns the answer: for each device the comparison of both frameworks' fastest steps. Without any, it is the
+/// speedup by more GPUs, or else the reason why there is no answer.
 pub fn answer(results: &Results) -> Vec<String> {
-    let mut all: Vec<String> =
-        best_pairs(results).into_iter().filter_map(|pair| best(results, pair)).collect();
-    all.extend(of_devices(results));
-    ended(if all.is_empty() { vec![inconclusive(results).to_owned()] } else { all })
-}
-
-/// What further devices bring, where no two frameworks stand against each other.
-fn of_devices(results: &Results) -> Vec<String> {
-    if best_pairs(results).is_empty() { scaling::speedup_summary(&all_measured(results)) } else { Vec::new() }
-}
-
-/// What must not be concluded from the answer.
-pub fn limits(results: &Results) -> String {
-    if !of_devices(results).is_empty() {
-        return "It does not follow for another model, batch or link between the devices: these are training steps one \
-                after the other on data that is there, each in the precision and recipe beside it."
-            .to_owned();
+    let pairs = best_pairs(results).into_iter().filter_map(|pair| Comparison::new(results, pair));
+    let mut sentences: Vec<String> = pairs.map(|pair| pair.sentence(results)).collect();
+    if sentences.is_empty() {
+        sentences = scaling::sentences(&all_measured(results));
     }
-    format!(
-        "It does not follow for another model, batch or machine, nor for parameters in bf16, which train otherwise: this is \
-         {}, one training step after the other on data that is there, with parameters in f32.",
+    if sentences.is_empty() { vec![missing_answer(results).to_owned()] } else { sentences }
+}
+
+/// Returns the scope of the answer.
+pub fn limits(results: &Results) -> String {
+    let mut text = "The result applies only to this model, batch and machine. ".to_owned();
+    if best_pairs(results).is_empty() && !scaling::sentences(&all_measured(results)).is_empty() {
+        text +=
+            "The steps are single training steps on resident data, with the stated precision and variant.";
+        return text;
+    }
+    text += &format!(
+        "The steps are single training steps of {} on resident data, with parameters in f32.",
         results.headline()
-    )
+    );
+    if !results.interleaved.is_empty() {
+        text += " Ratios come from interleaved rounds and speeds from Criterion's samples, so two speeds need not \
+                 divide to their ratio.";
+    }
+    text
 }
 
-fn ended(sentences: Vec<String>) -> Vec<String> {
-    sentences.into_iter().map(|s| if s.ends_with('.') { s } else { s + "." }).collect()
-}
-
-/// Why nothing can be said of which framework is faster.
-fn inconclusive(results: &Results) -> &'static str {
+/// Returns the reason why the report does not name the faster framework.
+fn missing_answer(results: &Results) -> &'static str {
     let has =
         |framework: Framework| all_measured(results).iter().any(|m| m.case.backend.framework() == framework);
     match (has(Framework::Torch), has(Framework::Mlx)) {
         (true, true) => {
-            "No training step was measured with both frameworks on one device, so nothing can be concluded of which \
-             is faster."
+            "No training step was measured with both frameworks on one device, so the report does not say which is \
+             faster."
         }
-        (true, false) => "Only PyTorch was measured, so nothing can be concluded about MLX.",
-        (false, true) => "Only MLX was measured, so nothing can be concluded about PyTorch.",
-        (false, false) => "Nothing was measured, so nothing can be concluded.",
+        (true, false) => "Only PyTorch was measured, so the report does not compare it with MLX.",
+        (false, true) => "Only MLX was measured, so the report does not compare it with PyTorch.",
+        (false, false) => "Nothing was measured, so there is no result.",
     }
 }
 
-/// What else can be said, most asked first.
-pub fn verdict(results: &Results) -> Vec<String> {
-    let mut all = Vec::new();
-    for &backend in BackendId::ALL {
-        for rival in backend.counterparts().filter(|rival| backend < *rival) {
-            all.extend(pair(results, [backend, rival]));
-        }
-    }
-    all.extend(tips(results));
-    all.extend(compiling(results));
-    all.extend(scaling::sentences(&all_measured(results)));
-    all.extend(sizes(results));
-    all.extend(faulting(results));
-    all.extend(disturbed(results));
-    ended(all)
-}
-
-/// The fastest training steps of two frameworks on one device, whatever their recipes.
-fn best(results: &Results, cases: [Case; 2]) -> Option<String> {
-    let figures = [figure(results, &cases[0])?, figure(results, &cases[1])?];
-    let place = format!("On {}", cases[0].backend.device());
-    let said = compared(results, [&cases[0], &cases[1]], figures);
-    let with = |i: usize| format!("{} with {}", rate_text(cases[i].shape, figures[i].0), cases[i].method);
-    let name = |i: usize| cases[i].backend.framework().names().0;
-    Some(match said {
-        Compared::Held(why) => format!("{place} nothing is concluded, since {why}"),
-        Compared::Apart { first, times, range, how } => {
-            let second = 1 - first;
-            format!(
-                "{place} {} is {} times as fast as {}: {} against {} ({} to {}: {how})",
-                name(first),
-                digits(times),
-                name(second),
-                with(first),
-                with(second),
-                digits(range[0]),
-                digits(range[1])
-            )
-        }
-        Compared::Near { how } => {
-            format!(
-                "{place} neither framework is clearly faster: {} {}, {} {} ({how})",
-                name(0),
-                with(0),
-                name(1),
-                with(1)
-            )
-        }
-    })
-}
-
-/// What can be said of two backends on one device.
-fn pair(results: &Results, backends: [BackendId; 2]) -> Vec<String> {
-    let mut all = speeds(results, backends);
-    all.extend(memory_of(results, backends));
-    all
-}
-
-fn speeds(results: &Results, [first, second]: [BackendId; 2]) -> Vec<String> {
-    let (mut all, place) = (Vec::new(), first.device());
-    // Whose training, where it is not the suite's own model's.
-    let own = results.model.as_ref().map_or_else(String::new, |own| format!("{}: ", own.configuration.name));
+/// Returns the other findings, the most general first.
+pub fn findings(results: &Results) -> Vec<String> {
     let answered = best_pairs(results);
-    let rows = [
-        (Workload::TrainStep, Method::eager(Precision::F32), "Training in f32"),
-        (Workload::TrainStep, Method::tuned(Precision::F32), "Training in f32 with all optimisations"),
-        (Workload::TrainStep, Method::eager(Precision::Mixed), "Training in mixed precision"),
-        (
-            Workload::TrainStep,
-            Method::tuned(Precision::Mixed),
-            "Training in mixed precision with all optimisations",
-        ),
-    ];
-    for (workload, precision, what) in rows {
-        let case = |backend| Case { workload, backend, method: precision, shape: results.headline() };
-        let (a, b) = (case(first), case(second));
-        // Those are the answer.
-        if answered.contains(&[a, b]) {
-            continue;
-        }
-        if let (Some(fa), Some(fb)) = (figure(results, &a), figure(results, &b)) {
-            all.push(faster(results, &format!("{own}{what} on {place}"), [&a, &b], [fa, fb]));
-        }
+    let others = same_method_pairs(results.headline()).into_iter().filter(|pair| !answered.contains(pair));
+    let mut all: Vec<String> = others
+        .filter_map(|pair| Comparison::new(results, pair))
+        .map(|comparison| comparison.sentence(results))
+        .collect();
+    all.extend(memory_use(results));
+    all.extend(fastest_methods(results));
+    all.extend(slow_compilers(results));
+    if !answered.is_empty() {
+        all.extend(scaling::sentences(&all_measured(results)));
     }
+    all.extend(best_batches(results));
+    all.extend(page_faults(results));
+    all.extend(disturbed_cases(results));
     all
 }
 
-/// Reads one definition of a peak.
+/// Reads one definition of a memory peak in bytes.
 type Peak = fn(&Record) -> Option<u64>;
 
-fn memory_of(results: &Results, backends: [BackendId; 2]) -> Option<String> {
-    let case = |backend| Case {
-        workload: Workload::TrainStep,
-        backend,
-        method: Method::eager(Precision::F32),
-        shape: results.headline(),
-    };
-    let peak = |backend, of: Peak| measured(find(results, &case(backend))).and_then(|m| of(m.0));
-    let place = backends[0].device();
-    let names = backends.map(|backend| backend.framework().names().0);
-    // One definition a sentence.
-    let definitions: [(&str, Peak); 2] =
-        [("peak of the allocator", |r| r.peak_bytes), ("resident peak of the process", |r| r.rss_peak_bytes)];
-    definitions.into_iter().find_map(|(name, of)| {
-        let [a, b] = backends.map(|backend| peak(backend, of));
+/// Compares the memory of both frameworks' eager f32 steps on each device, by the first metric that both have.
+fn memory_use(results: &Results) -> Vec<String> {
+    let metrics: [(&str, Peak); 2] = [
+        ("peak of the allocator", |record| record.peak_bytes),
+        ("peak RSS of the process", |record| record.rss_peak_bytes),
+    ];
+    let (workload, method, shape) = (Workload::TrainStep, EAGER, results.headline());
+    let compare = |backends: [BackendId; 2]| {
+        let [a, b] =
+            backends.map(|backend| find_measured(results, &Case { workload, backend, method, shape }));
         let (a, b) = (a?, b?);
-        let (less, more) = if a <= b { (0, 1) } else { (1, 0) };
-        let values = [a, b];
-        let [less_text, more_text] = [less, more].map(|i| bytes(Some(values[i])).unwrap_or_default());
-        Some(if (values[more] as f64) < 1.05 * values[less] as f64 {
-            format!("Memory on {place} ({name}): no clear difference, {less_text} and {more_text}")
-        } else {
-            format!(
-                "Memory on {place} ({name}): {} needs {less_text}, {} {more_text}",
-                names[less], names[more]
-            )
-        })
-    })
-}
-
-/// What pays most on each backend.
-fn tips(results: &Results) -> Vec<String> {
-    let mut all = Vec::new();
-    for &backend in BackendId::ALL {
-        let case = |precision| Case {
-            workload: Workload::TrainStep,
-            backend,
-            method: precision,
-            shape: results.headline(),
-        };
-        let Some(eager) = figure(results, &case(Method::eager(Precision::F32))) else { continue };
-        let mut gains: Vec<(String, f64, [f64; 2])> = Vec::new();
-        for m in all_measured(results) {
-            if m.case.backend == backend
-                && m.case.workload == Workload::TrainStep
-                && m.case.shape == results.headline()
-                && m.case.method != Method::eager(Precision::F32)
-                && let Some(own) = figure(results, &m.case)
-            {
-                let (times, range) = ratio(own, eager);
-                gains.push((m.case.method.to_string(), times, range));
-            }
-        }
-        gains.sort_by(|a, b| b.1.total_cmp(&a.1));
-        let Some((name, times, [low, high])) = gains.first() else { continue };
-        let best = Case {
-            method: name.parse().unwrap_or(Method::eager(Precision::F32)),
-            ..case(Method::eager(Precision::F32))
-        };
-        if let Some(held) =
-            [case(Method::eager(Precision::F32)), best].iter().find_map(|c| held_back(results, c))
-        {
-            all.push(format!("On {backend} no precision is named the best, since {held}"));
-            continue;
-        }
-        all.push(if *low > APART {
-            format!(
-                "On {backend} the best precision is {name}: {} times the speed of eager f32 ({} to {})",
-                digits(*times),
-                digits(*low),
-                digits(*high)
-            )
-        } else {
-            format!("On {backend} no precision or optimisation is clearly faster than eager f32 (best: {name}, {}×)", digits(*times))
-        });
-    }
-    all
-}
-
-/// Where the framework's compiler makes the training step slower than it is without.
-fn compiling(results: &Results) -> Vec<String> {
-    let measured = all_measured(results);
-    let steps = measured.iter().filter(|m| m.case.workload == Workload::TrainStep);
-    let compiled = steps.filter(|m| m.case.method.variant == Variant::Compile);
-    compiled
-        .filter_map(|m| {
-            let eager = Case { method: Method::eager(m.case.method.precision), ..m.case };
-            if [&m.case, &eager].iter().any(|case| held_back(results, case).is_some()) {
-                return None;
-            }
-            let (times, [low, high]) = ratio(figure(results, &eager)?, figure(results, &m.case)?);
-            (low > 1.0 && times > APART).then(|| {
-                format!(
-                    "Compiling loses on {}: {} takes {} times the time of {} ({} to {})",
-                    m.case.backend,
-                    m.case,
-                    digits(times),
-                    eager.method,
-                    digits(low),
-                    digits(high)
-                )
+        metrics.iter().find_map(|(metric, peak)| {
+            let mut peaks = [&a, &b].map(|m| (peak(m.record), m.case.backend.framework().names().0));
+            peaks.sort();
+            let [(Some(less), light), (Some(more), heavy)] = peaks else { return None };
+            let device = a.case.backend.device();
+            let sizes = format!("{} and {} ({metric})", megabytes(less), megabytes(more));
+            Some(if (more as f64) < 1.05 * less as f64 {
+                format!("On {device}, {light} and {heavy} need about the same memory: {sizes}.")
+            } else {
+                format!("On {device}, {light} needs less memory than {heavy}: {sizes}.")
             })
         })
-        .collect()
+    };
+    rivals().filter_map(compare).collect()
 }
 
-/// The best batch and precision of each model and backend, where more than one batch was measured.
-fn sizes(results: &Results) -> Vec<String> {
+/// Names the fastest method of each backend, if it is clearly faster than eager f32.
+fn fastest_methods(results: &Results) -> Vec<String> {
+    let sentence = |&backend: &BackendId| {
+        let steps = fastest_first(results, backend);
+        let eager = steps.iter().find(|m| m.case.method == EAGER)?;
+        let best = steps.iter().find(|m| m.case.method != EAGER)?;
+        if let Some(reason) = [eager, best].into_iter().find_map(disturbance) {
+            return Some(format!("On {backend}, the report names no fastest method, because {reason}."));
+        }
+        let (speedup, method) = (best.speedup_over(eager), best.case.method);
+        Some(if speedup.range[0] > RUN_TO_RUN {
+            format!(
+                "On {backend}, the fastest method is {method}: {} times the speed of eager f32 ({} from both 95 % CIs).",
+                digits(speedup.value),
+                range(speedup.range)
+            )
+        } else {
+            format!(
+                "On {backend}, no method is clearly faster than eager f32. The fastest is {method} with {:.2} times its speed.",
+                speedup.value
+            )
+        })
+    };
+    BackendId::ALL.iter().filter_map(sentence).collect()
+}
+
+/// Names the compiled steps that are slower than the eager step.
+fn slow_compilers(results: &Results) -> Vec<String> {
+    let sentence = |m: Measured<'_>| {
+        let precision = m.case.method.precision;
+        let eager = find_measured(results, &Case { method: Method::eager(precision), ..m.case })?;
+        let slowdown = eager.speedup_over(&m);
+        let clear = slowdown.range[0] > 1.0 && slowdown.value > RUN_TO_RUN;
+        (clear && [&m, &eager].into_iter().find_map(disturbance).is_none()).then(|| {
+            format!(
+                "Compilation makes a step slower on {}: {} takes {} times as long as with {} ({} from both 95 % CIs).",
+                m.case.backend,
+                m.case,
+                digits(slowdown.value),
+                eager.case.method,
+                range(slowdown.range)
+            )
+        })
+    };
+    let compiled = |m: &Measured<'_>| {
+        m.case.workload == Workload::TrainStep && m.case.method.variant == Variant::Compile
+    };
+    all_measured(results).into_iter().filter(compiled).filter_map(sentence).collect()
+}
+
+/// Names the fastest batch and method of each model and backend with more than one batch.
+fn best_batches(results: &Results) -> Vec<String> {
     let measured = all_measured(results);
-    let mut best: Vec<(Sweep, (usize, f64))> = Vec::new();
+    let value = |sweep: &Sweep<'_>| sweep.fastest().speed().value;
+    let mut best: Vec<Sweep<'_>> = Vec::new();
     for sweep in batches(&measured) {
-        let Some(most) = sweep.speeds.iter().copied().max_by(|a, b| a.1.total_cmp(&b.1)) else { continue };
-        match best.iter_mut().find(|(s, _)| (s.model, s.backend) == (sweep.model, sweep.backend)) {
-            Some(known) if known.1.1 < most.1 => *known = (sweep, most),
+        match best.iter_mut().find(|other| (other.model, other.backend) == (sweep.model, sweep.backend)) {
+            Some(other) if value(other) < value(&sweep) => *other = sweep,
             Some(_) => {}
-            None => best.push((sweep, most)),
+            None => best.push(sweep),
         }
     }
-    let line = |(sweep, (batch, speed)): (Sweep, (usize, f64))| {
-        let speed = format!("{} {}", digits(speed), sweep.unit);
+    let sentence = |sweep: &Sweep<'_>| {
+        let fastest = sweep.fastest();
         format!(
-            "Of the batches measured, {} trains fastest on {} at {batch}, in {}: {speed}",
-            sweep.model, sweep.backend, sweep.precision
+            "Among the measured batches, {} trains fastest on {} at batch {} with {}: {}.",
+            sweep.model,
+            sweep.backend,
+            fastest.case.shape.batch(),
+            sweep.method,
+            speed(fastest.case.shape, fastest.median_ns)
         )
     };
-    best.into_iter().map(line).collect()
+    best.iter().map(sentence).collect()
 }
 
-/// Cases whose time hangs on what the heap did before.
-fn faulting(results: &Results) -> Option<String> {
-    let much = |r: &&Record| r.page_fault_share.is_some_and(|share| share > memory::FAULT_SHARE_THRESHOLD);
-    let mut cases: Vec<&Record> = results.cases.iter().filter(much).collect();
-    cases.sort_by(|a, b| b.page_fault_share.unwrap_or(0.0).total_cmp(&a.page_fault_share.unwrap_or(0.0)));
-    let most = cases.first()?;
+/// Returns the records with a share above `threshold`, the largest first.
+fn above(
+    results: &Results,
+    share: fn(&Record) -> Option<f64>,
+    threshold: f64,
+) -> Option<(usize, &Record, f64)> {
+    let shares = results.cases.iter().filter_map(|record| Some((record, share(record)?)));
+    let above: Vec<(&Record, f64)> = shares.filter(|(_, share)| *share > threshold).collect();
+    let (record, share) = above.iter().max_by(|a, b| a.1.total_cmp(&b.1))?;
+    Some((above.len(), record, *share))
+}
+
+/// Reports cases whose time depends on the allocator.
+fn page_faults(results: &Results) -> Option<String> {
+    let threshold = memory::FAULT_SHARE_THRESHOLD;
+    let (cases, worst, share) = above(results, |record| record.page_fault_share, threshold)?;
     Some(format!(
-        "Page faults take over {:.0} % of the time of {} cases, most of {} ({:.0} %): such a time depends on \
-         what the process allocated before",
-        100.0 * memory::FAULT_SHARE_THRESHOLD,
-        cases.len(),
-        most.id,
-        100.0 * most.page_fault_share.unwrap_or(0.0)
+        "Page faults take over {:.0} % of the time of {}, at most {:.0} % ({}). Such a time depends on earlier \
+         allocations of the process.",
+        100.0 * threshold,
+        count(cases, "case"),
+        100.0 * share,
+        worst.id
     ))
 }
 
-/// That something else had the machine.
-fn disturbed(results: &Results) -> Option<String> {
-    let mut cases: Vec<&Record> = results.cases.iter().filter(|r| r.disturbed()).collect();
-    let share = |r: &Record| r.cpu_wait_share.unwrap_or(0.0);
-    cases.sort_by(|a, b| share(b).total_cmp(&share(a)));
-    let most = cases.first()?;
+/// Reports cases that other programs disturbed.
+fn disturbed_cases(results: &Results) -> Option<String> {
+    let threshold = interference::WAIT_THRESHOLD;
+    let (cases, worst, share) = above(results, |record| record.cpu_wait_share, threshold)?;
     Some(format!(
-        "Something else had the machine: in {} cases threads waited for a core for over {:.0} % of their time, most \
-         in {} ({:.0} %)",
-        cases.len(),
-        100.0 * interference::WAIT_THRESHOLD,
-        most.id,
-        100.0 * share(most)
+        "Other programs disturbed {}: threads waited for a core for over {:.0} % of the time, at most {:.0} % ({}).",
+        count(cases, "case"),
+        100.0 * threshold,
+        100.0 * share,
+        worst.id
     ))
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::{record, turn_of};
+    use super::super::tests::{interleaved, record, run};
     use super::*;
-    use crate::results::machine::Machine;
 
-    fn of(cases: &[(&str, f64)]) -> Vec<String> {
-        let cases = cases.iter().map(|(id, median)| record(id, *median)).collect();
-        verdict(&Results::new(Machine::default(), cases))
-    }
-
-    /// The verdict of two training steps, by turns where there were such.
-    fn pair(turn: Option<[f64; 3]>, waiting: f64) -> String {
+    /// Returns the answer for two training steps, interleaved if a ratio with its interval is set.
+    fn answer_for(ratio: Option<[f64; 3]>, cpu_wait: f64) -> String {
         let ids = ["train-step/torch-cpu/f32/indicator-b16", "train-step/mlx-cpu/f32/indicator-b16"];
-        let mut cases = vec![record(ids[0], 500e6), record(ids[1], 1500e6)];
-        cases[1].cpu_wait_share = Some(waiting);
-        let mut results = Results::new(Machine::default(), cases);
+        let mut results = run(&[(ids[0], 500e6), (ids[1], 1500e6)]);
+        results.cases[1].cpu_wait_share = Some(cpu_wait);
         results.interleaved =
-            turn.map(|[ratio, low, high]| turn_of(ids, ratio, [low, high])).into_iter().collect();
+            ratio.map(|[ratio, low, high]| interleaved(ids, ratio, [low, high])).into_iter().collect();
         answer(&results)[0].clone()
     }
 
     #[test]
-    fn a_winner_is_named_from_rounds_in_turns_or_where_runs_lie_far_apart() {
-        let said = pair(Some([3.1, 2.5, 3.8]), 0.0);
+    fn a_winner_needs_interleaved_rounds_or_a_large_difference() {
+        let text = answer_for(Some([3.1, 2.5, 3.8]), 0.0);
         assert!(
-            said.starts_with("On the CPU PyTorch is 3.10 times as fast as MLX: 32.0 samples/s with f32"),
-            "{said}"
+            text.starts_with(
+                "On the CPU, PyTorch trains indicator 3.10 times as fast as MLX (99 % CI 2.50 to 3.80"
+            ),
+            "{text}"
         );
-        assert!(said.contains("(2.50 to 3.80: 99 % interval, 3 rounds in turns)"), "{said}");
-        let said = pair(Some([0.5, 0.4, 0.625]), 0.0);
+        assert!(text.contains("3 interleaved rounds): 32.0 samples/s with f32 and 10.7"), "{text}");
+        let text = answer_for(Some([0.5, 0.4, 0.625]), 0.0);
         assert!(
-            said.contains("MLX is 2.00 times as fast as PyTorch") && said.contains("(1.60 to 2.50"),
-            "{said}"
+            text.contains("MLX trains indicator 2.00 times as fast as PyTorch (99 % CI 1.60 to 2.50"),
+            "{text}"
         );
-        assert!(pair(Some([1.1, 0.9, 1.3]), 0.0).contains("neither framework is clearly faster"));
-        let said = pair(None, 0.0);
-        // The intervals allow 2.45, and runs of the same code 1.25.
-        assert!(said.contains("PyTorch is 3.00 times as fast as MLX"), "{said}");
-        assert!(said.contains("(2.45 to 3.67: one after the other"), "{said}");
-        let said = pair(Some([3.1, 2.5, 3.8]), 0.3);
-        assert!(said.contains("nothing is concluded") && said.contains("30 %"), "{said}");
+        let text = answer_for(Some([1.1, 0.9, 1.3]), 0.0);
+        assert!(text.contains("neither framework is clearly faster"), "{text}");
+        let text = answer_for(None, 0.0);
+        // The intervals allow 2.45, and runs of the same code differ by 1.25.
+        assert!(text.contains("PyTorch trains indicator 3.00 times as fast as MLX (2.45 to 3.67"), "{text}");
+        assert!(text.contains("measured one after the other"), "{text}");
+        let text = answer_for(Some([3.1, 2.5, 3.8]), 0.3);
+        assert!(text.contains("are not compared") && text.contains("30 %"), "{text}");
     }
 
     #[test]
-    fn the_best_of_each_framework_stand_first() {
+    fn the_answer_compares_the_fastest_step_of_each_framework() {
         let ids = ["train-step/torch-cpu/mixed/indicator-b16", "train-step/mlx-cpu/f32-tuned/indicator-b16"];
-        let said = |times| {
-            let cases = vec![record(ids[0], 400e6), record(ids[1], times * 400e6)];
-            answer(&Results::new(Machine::default(), cases))[0].clone()
-        };
-        let near = said(1.4);
+        let results = |ratio| run(&[(ids[0], 400e6), (ids[1], ratio * 400e6)]);
+        let text = |ratio| answer(&results(ratio))[0].clone();
+        let near = text(1.4);
         assert!(
             near.starts_with(
-                "On the CPU neither framework is clearly faster: PyTorch 40.0 samples/s with mixed, MLX"
+                "On the CPU, neither framework is clearly faster: PyTorch trains indicator at 40.0 samples/s with mixed"
             ),
             "{near}"
         );
-        assert!(near.contains("names no winner; `./scripts/bench` does"), "{near}");
-        assert!(said(3.5).contains("PyTorch is 3.50 times as fast as MLX"), "{}", said(3.5));
-        assert!(said(0.3).contains("MLX is 3.33 times as fast as PyTorch"), "{}", said(0.3));
-        let cases = vec![record(ids[0], 400e6), record(ids[1], 1400e6)];
-        let mut results = Results::new(Machine::default(), cases);
-        results.interleaved = vec![turn_of(ids, 3.5, [3.2, 3.9])];
-        assert!(answer(&results)[0].contains("(3.20 to 3.90: 99 %"), "{}", answer(&results)[0]);
+        assert!(near.contains("To decide, run `./scripts/bench`."), "{near}");
+        assert!(text(3.5).contains("3.50 times as fast as MLX"), "{}", text(3.5));
+        assert!(text(0.3).contains("3.33 times as fast as PyTorch"), "{}", text(0.3));
+        let mut results = results(3.5);
+        results.interleaved = vec![interleaved(ids, 3.5, [3.2, 3.9])];
+        assert!(answer(&results)[0].contains("99 % CI 3.20 to 3.90"), "{}", answer(&results)[0]);
     }
 
     #[test]
-    fn a_compiler_that_loses_is_told() {
-        let said = |compiled| {
-            of(&[
+    fn a_compiler_that_makes_steps_slower_is_reported() {
+        let text = |compiled| {
+            findings(&run(&[
                 ("train-step/torch-cpu/f32/indicator-b16", 500e6),
                 ("train-step/torch-cpu/f32-compile/indicator-b16", compiled),
-            ])
+            ]))
             .join("\n")
         };
-        assert!(said(675e6).contains("Compiling loses on torch-cpu"), "{}", said(675e6));
-        assert!(!said(500e6).contains("Compiling loses"));
+        let slower = "Compilation makes a step slower on torch-cpu";
+        assert!(text(675e6).contains(slower), "{}", text(675e6));
+        assert!(!text(500e6).contains(slower));
     }
 
     #[test]
-    fn one_framework_alone_concludes_nothing() {
-        let said = |ids: &[&str]| {
-            let cases = ids.iter().map(|id| record(id, 1e6)).collect();
-            answer(&Results::new(Machine::default(), cases))[0].clone()
+    fn one_framework_alone_has_no_comparison() {
+        let text = |ids: &[&str]| {
+            let cases: Vec<(&str, f64)> = ids.iter().map(|id| (*id, 1e6)).collect();
+            answer(&run(&cases))[0].clone()
         };
-        assert!(
-            said(&["train-step/torch-cpu/f32/indicator-b16"]).contains("nothing can be concluded about MLX")
-        );
-        assert!(said(&[]).contains("Nothing was measured"));
-        let apart =
-            said(&["train-step/torch-cpu/f32/indicator-b16", "train-step/mlx-metal/f32/indicator-b16"]);
+        let torch = "train-step/torch-cpu/f32/indicator-b16";
+        assert!(text(&[torch]).contains("Only PyTorch was measured"));
+        assert!(text(&[]).contains("Nothing was measured"));
+        let apart = text(&[torch, "train-step/mlx-metal/f32/indicator-b16"]);
         assert!(apart.contains("both frameworks on one device"), "{apart:?}");
     }
 
     #[test]
-    fn page_faults_are_told_where_they_matter() {
-        let mut quiet = record("train-step/torch-cpu/f32/indicator-b16", 500e6);
-        quiet.page_fault_share = Some(0.01);
-        let mut much = record("attention/torch-cpu/f32/b16-h8-t111-d32", 16e6);
-        much.page_fault_share = Some(0.4);
-        let said = |cases| verdict(&Results::new(Machine::default(), cases));
-        assert!(!said(vec![quiet.clone()]).iter().any(|s| s.contains("Page faults")));
-        let both = said(vec![quiet, much]);
-        assert!(
-            both.iter().any(|s| s.contains("of 1 cases, most of attention") && s.contains("40 %")),
-            "{both:?}"
-        );
+    fn page_faults_are_reported_if_they_matter() {
+        let mut few = record("train-step/torch-cpu/f32/indicator-b16", 500e6);
+        few.page_fault_share = Some(0.01);
+        let mut many = record("attention/torch-cpu/f32/b16-h8-t111-d32", 16e6);
+        many.page_fault_share = Some(0.4);
+        let text = |cases| findings(&Results { cases, ..run(&[]) }).join("\n");
+        assert!(!text(vec![few.clone()]).contains("Page faults"));
+        let both = text(vec![few, many]);
+        assert!(both.contains("of the time of 1 case, at most 40 % (attention/"), "{both}");
     }
 
     #[test]
-    fn tips_pay_or_do_not() {
-        let said = of(&[
-            ("train-step/torch-cpu/f32/indicator-b16", 500e6),
-            ("train-step/torch-cpu/mixed-tuned/indicator-b16", 100e6),
-        ]);
-        assert!(said.iter().any(|s| s.contains("best precision is mixed-tuned: 5.00 times")), "{said:?}");
-        let said = of(&[
-            ("train-step/torch-cpu/f32/indicator-b16", 100e6),
-            ("train-step/torch-cpu/mixed/indicator-b16", 100e6),
-        ]);
-        assert!(said.iter().any(|s| s.contains("clearly faster than eager f32")), "{said:?}");
-        // Two runs of the same code may lie as far apart.
-        let said = of(&[
-            ("train-step/torch-cpu/f32/indicator-b16", 100e6),
-            ("train-step/torch-cpu/mixed/indicator-b16", 70e6),
-        ]);
-        assert!(said.iter().any(|s| s.contains("clearly faster than eager f32")), "{said:?}");
+    fn the_fastest_method_is_named_if_it_is_clearly_faster() {
+        let text = |eager, method: &str, ns| {
+            let id = format!("train-step/torch-cpu/{method}/indicator-b16");
+            findings(&run(&[("train-step/torch-cpu/f32/indicator-b16", eager), (&id, ns)])).join("\n")
+        };
+        let clear = text(500e6, "mixed-tuned", 100e6);
+        assert!(clear.contains("the fastest method is mixed-tuned: 5.00 times"), "{clear}");
+        let equal = text(100e6, "mixed", 100e6);
+        assert!(equal.contains("no method is clearly faster than eager f32"), "{equal}");
+        // Two runs of the same code can differ by this much.
+        let near = text(100e6, "mixed", 70e6);
+        assert!(near.contains("no method is clearly faster than eager f32"), "{near}");
     }
 }

@@ -1,9 +1,8 @@
-//! Baselines: a run with its samples and the machine that it was taken on, in a text
-//! file that can be committed.
+//! Baselines: saved runs with their samples and machine, as text files that can be committed.
 //!
-//! `criterion-baselines/<machine>/<name>/baseline.json`, with `report.md` beside it for
-//! readers. The file is JSON with a line for each case, so that a diff shows which cases
-//! changed. Its third line is a checksum (FNV-1a, 64 bits) of everything that follows.
+//! A baseline is `criterion-baselines/<machine>/<name>/baseline.json`, with a `report.md` next to it. The JSON
+//! has one line per case, so that a diff shows which cases changed. Its third line is a checksum (FNV-1a,
+//! 64 bits) of the lines that follow.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,27 +14,26 @@ use serde_json::Value;
 use super::machine::Machine;
 use super::run::{self, ProcessRecord};
 use super::upgrade::{self, VERSION};
+use super::validate;
 use super::{EnvEffect, InterleavedResult, Record, Results, RunModel, Status, deserialize_run_model};
-use crate::report::export;
 use crate::results;
 use crate::suite::Case;
 
 const FORMAT: &str = "transformer-bench baseline";
 
-/// A case with what Criterion kept of it.
+/// A case with Criterion's files.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SavedCase {
     #[serde(flatten)]
     pub record: Record,
-    /// Criterion's `sample.json`, `estimates.json` and `benchmark.json` as they were; null
-    /// where the case was not measured.
+    /// Criterion's `sample.json`, `estimates.json` and `benchmark.json`; null if the case was not measured.
     pub sample: Value,
     pub estimates: Value,
     pub benchmark: Value,
 }
 
 impl SavedCase {
-    /// Seconds a step, in the order in which they were taken.
+    /// Returns the samples in seconds per step, in run order.
     pub fn samples(&self) -> Vec<f64> {
         let list = |name: &str| -> Vec<f64> {
             self.sample[name].as_array().into_iter().flatten().filter_map(Value::as_f64).collect()
@@ -48,7 +46,7 @@ impl SavedCase {
     }
 }
 
-/// Which cases a part of the run selected.
+/// The set and filter that selected the cases of one framework.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Selection {
     pub framework: String,
@@ -58,15 +56,15 @@ pub struct Selection {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Baseline {
-    /// What measures it again.
+    /// The command that repeats the run.
     pub command: String,
     pub selections: Vec<Selection>,
     pub machine: Machine,
-    /// The user's own model, whole.
+    /// The custom model of the run.
     #[serde(default, deserialize_with = "deserialize_run_model", skip_serializing_if = "Option::is_none")]
     pub model: Option<RunModel>,
     pub cases: Vec<SavedCase>,
-    /// What was measured in turns, and with settings, at the run's commit.
+    /// Interleaved results at the commit of the run.
     #[serde(default)]
     pub interleaved: Vec<InterleavedResult>,
     #[serde(default)]
@@ -74,13 +72,11 @@ pub struct Baseline {
 }
 
 impl Baseline {
-    /// The last run, from its records and from what Criterion left of it.
+    /// Returns the last run, from its records and Criterion's files.
     ///
     /// # Errors
-    /// Where there is no run, or Criterion's files are of another one. With `named`, that
-    /// is also where Criterion has a baseline of this name from another run.
-    ///
-    /// A run that was cut off is refused unless `cut` is allowed.
+    /// Returns an error if there is no run, or if Criterion's files or its baseline `named` belong to another
+    /// run. An incomplete run is an error too, unless `cut` is true.
     pub fn of_last_run(folder: &Path, home: &Path, named: &str, cut: bool) -> Result<Self> {
         let (merged, parts) = run::merge(folder)?;
         let left: Vec<String> = parts.iter().filter_map(run::missing_cases).collect();
@@ -117,7 +113,7 @@ impl Baseline {
         })
     }
 
-    /// As the file holds it.
+    /// Returns the text of the file.
     pub fn render(&self) -> Result<String> {
         let mut body = String::new();
         body.push_str(&format!("\"command\": {},\n", serde_json::to_string(&self.command)?));
@@ -142,12 +138,15 @@ impl Baseline {
         ))
     }
 
-    /// Reads a file's text; `place` names it in errors.
+    /// Parses the text of a file.
+    ///
+    /// # Errors
+    /// Returns an error that begins with `place` if the text is damaged, changed or of a newer version.
     pub fn parse(text: &str, place: &str) -> Result<Self> {
         ensure!(!text.trim().is_empty(), "{place} is empty: restore it from git, or save it again");
         let mut value: Value = serde_json::from_str(text)
             .with_context(|| format!("{place} is damaged: restore it from git, or save it again"))?;
-        ensure!(value["format"] == FORMAT, "{place} is no baseline of this suite");
+        ensure!(value["format"] == FORMAT, "{place} is not a baseline of this suite");
         let version = value["version"].as_u64().unwrap_or(0);
         ensure!(
             version <= VERSION,
@@ -161,14 +160,14 @@ impl Baseline {
         );
         upgrade::upgrade(&mut value, version);
         let baseline: Self = serde_json::from_value(value).with_context(|| format!("{place} is damaged"))?;
-        export::check_comparisons(&baseline.interleaved, &baseline.env_effects)
+        validate::check_comparisons(&baseline.interleaved, &baseline.env_effects)
             .with_context(|| place.to_owned())?;
         for kept in &baseline.cases {
-            export::check(&kept.record).with_context(|| format!("{place}: {}", kept.record.id))?;
+            validate::check_record(&kept.record).with_context(|| format!("{place}: {}", kept.record.id))?;
             ensure!(
                 !kept.is_measured()
                     || [&kept.sample, &kept.estimates, &kept.benchmark].iter().all(|v| v.is_object()),
-                "{place}: {} lacks what Criterion kept of it",
+                "{place}: {} lacks Criterion's files",
                 kept.record.id
             );
             let samples = kept.samples();
@@ -197,11 +196,11 @@ impl Baseline {
         self.cases.iter().find(|kept| kept.record.id == id && kept.is_measured())
     }
 
-    /// Puts it where Criterion and critcmp look for a baseline called `name`. Returns how
-    /// many cases.
+    /// Copies the samples to where Criterion and critcmp look for a baseline called `name`. Returns the number of
+    /// cases.
     ///
     /// # Errors
-    /// Where Criterion has one of that name already, unless `force`.
+    /// Returns an error if Criterion already has a baseline of that name, unless `force` is true.
     pub fn restore(&self, home: &Path, name: &str, force: bool) -> Result<usize> {
         let mut folders = Vec::new();
         for kept in self.cases.iter().filter(|kept| kept.is_measured()) {
@@ -257,13 +256,13 @@ fn save_case(home: &Path, record: Record, named: &str) -> Result<SavedCase> {
     Ok(kept)
 }
 
-/// The folder of all baselines: of the project that the command stands in, or was built in.
+/// Returns the folder of all baselines, in the current folder or in the checkout that built this program.
 pub fn root() -> PathBuf {
     let here = Path::new("criterion-baselines");
     if here.is_dir() { here.to_owned() } else { Path::new(env!("CARGO_MANIFEST_DIR")).join(here) }
 }
 
-/// All baselines under `root`: machine, name, file.
+/// Lists all baselines under `root` as machine, name and file.
 pub fn list(root: &Path) -> Vec<(String, String, PathBuf)> {
     let mut all = Vec::new();
     let entries = |folder: &Path| fs::read_dir(folder).into_iter().flatten().flatten().map(|e| e.path());
@@ -280,12 +279,15 @@ pub fn list(root: &Path) -> Vec<(String, String, PathBuf)> {
     all
 }
 
-/// Refuses what would be no folder name, or leave the folder.
+/// Checks that a name is a plain folder name and not one of Criterion's.
+///
+/// # Errors
+/// Returns an error that lists the allowed characters.
 pub fn check_name(name: &str) -> Result<()> {
     let good = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
     ensure!(
         !name.is_empty() && !name.starts_with(['.', '-']) && name.chars().all(good),
-        "'{name}' is no name for a baseline: letters, digits, '-', '_' and '.'"
+        "'{name}' is not a valid baseline name: use letters, digits, '-', '_' and '.'"
     );
     // Criterion's own folders.
     ensure!(
@@ -295,7 +297,10 @@ pub fn check_name(name: &str) -> Result<()> {
     Ok(())
 }
 
-/// The file of `NAME` or `MACHINE/NAME`; a bare name is this machine's before another's.
+/// Returns the file of the baseline `NAME` or `MACHINE/NAME`. For a bare name, this machine (`slug`) comes first.
+///
+/// # Errors
+/// Returns an error if no baseline or several baselines have the name.
 pub fn find(root: &Path, text: &str, slug: &str) -> Result<PathBuf> {
     let all = list(root);
     let fits: Vec<_> = match text.split_once('/') {
@@ -314,34 +319,34 @@ pub fn find(root: &Path, text: &str, slug: &str) -> Result<PathBuf> {
         }
         several => {
             let names: Vec<String> = several.iter().map(|(m, n, _)| format!("{m}/{n}")).collect();
-            bail!("'{text}' is the name of several baselines: say {}", names.join(" or "))
+            bail!("'{text}' is the name of several baselines: write {}", names.join(" or "))
         }
     }
 }
 
-/// Reads a baseline's file.
+/// Loads a baseline from a file.
 pub fn load(file: &Path) -> Result<Baseline> {
     let place = file.display().to_string();
     let text = fs::read_to_string(file).with_context(|| format!("{place} could not be read"))?;
     Baseline::parse(&text, &place)
 }
 
-/// Reads `NAME` or `MACHINE/NAME`.
+/// Loads the baseline `NAME` or `MACHINE/NAME`.
 pub fn read(root: &Path, text: &str, slug: &str) -> Result<Baseline> {
     load(&find(root, text, slug)?)
 }
 
-/// Writes a baseline and its report whole or not at all; returns the file.
+/// Writes a baseline and its report atomically, and returns the file.
 ///
 /// # Errors
-/// Where there is one of that name, unless `force`; what was there before stays.
+/// Returns an error if the name exists, unless `force` is true. An older baseline is then unchanged.
 pub fn write(root: &Path, name: &str, baseline: &Baseline, report: &str, force: bool) -> Result<PathBuf> {
     check_name(name)?;
     let folder = root.join(baseline.machine.slug()).join(name);
     let file = folder.join("baseline.json");
     ensure!(
         force || !file.exists(),
-        "{} is there already: choose another name, or --force to replace it",
+        "{} exists already: choose another name, or --force to replace it",
         file.display()
     );
     // Both files exist in full before either takes its place.
@@ -358,13 +363,16 @@ pub fn write(root: &Path, name: &str, baseline: &Baseline, report: &str, force: 
     place().inspect_err(|_| {
         let _ = fs::remove_file(new("report.md"));
         let _ = fs::remove_file(new("baseline.json"));
-        // Only where nothing else is in it.
+        // This fails if the folder has other files.
         let _ = fs::remove_dir(&folder);
     })?;
     Ok(file)
 }
 
-/// Removes a baseline's own files, and its folder where it is empty then.
+/// Removes the files of a baseline, and its folder if it is empty.
+///
+/// # Errors
+/// Returns an error if a file cannot be removed.
 pub fn remove(folder: &Path) -> Result<()> {
     for name in ["baseline.json", "report.md"] {
         let path = folder.join(name);
@@ -447,7 +455,7 @@ mod tests {
         for (text, word) in [
             ("", "empty"),
             (&good[..good.len() / 2], "damaged"),
-            ("{\"a\": 1}", "no baseline"),
+            ("{\"a\": 1}", "not a baseline"),
             (&newer, "update transformer-bench"),
             (&edited, "changed after it was saved"),
             (&unmeasured, "no measured case"),

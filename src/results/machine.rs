@@ -1,4 +1,4 @@
-//! What a run stands on: hardware, system and commit.
+//! The machine of a run: hardware, operating system, versions and commit.
 
 use std::fs;
 use std::path::Path;
@@ -10,36 +10,36 @@ use serde::{Deserialize, Serialize};
 use crate::suite::custom_model::MachineCapacity;
 use crate::suite::{BackendId, Device, Framework, Precision};
 
-/// The machine, as written into every result.
+/// The machine as `results.json` and baselines record it.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Machine {
     pub cpu: String,
-    /// Cores that this process may use.
+    /// Number of cores that this process may use.
     pub cores: usize,
     pub memory_bytes: u64,
     pub os: String,
     pub arch: String,
-    /// The widest vector instructions of an x86-64 CPU: `AVX512`, `AVX2`; empty elsewhere and in older files.
+    /// The widest vector extension of an x86-64 CPU, `AVX512` or `AVX2`. Empty on other CPUs and in older files.
     #[serde(default)]
     pub simd: String,
-    /// NVIDIA GPUs with their driver, or Apple's chip; empty where there is none.
+    /// Names of the NVIDIA GPUs, or of Apple's GPU. Empty without a GPU.
     pub gpus: Vec<String>,
     pub driver: String,
-    /// The day of the measurement, UTC, `2026-11-25`; empty in older files.
+    /// The day of the run in UTC, for example `2026-11-25`. Empty in older files.
     #[serde(default)]
     pub date: String,
     pub commit: String,
-    /// Whether the working tree differed from the commit.
+    /// True if the working tree differed from the commit.
     pub dirty: bool,
-    /// Framework, BLAS and thread counts, by name, from the backends themselves.
+    /// Names and versions of frameworks, BLAS and drivers, and thread counts, as the backends report them.
     pub versions: Vec<(String, String)>,
-    /// How this program was built.
+    /// Cargo's build profile, `release` or `debug`.
     #[serde(default)]
     pub profile: String,
-    /// What governs clocks and power, where the system tells.
+    /// Settings that govern clocks and power, if the system reports them.
     #[serde(default)]
     pub power: Vec<(String, String)>,
-    /// Cores' worth of work that others did before the run.
+    /// CPU time that other programs used before the run, in cores.
     #[serde(default)]
     pub background_load: Option<f64>,
     /// Environment variables that the frameworks and their libraries read.
@@ -54,7 +54,7 @@ fn output(program: &str, arguments: &[&str]) -> Option<String> {
 }
 
 impl Machine {
-    /// Reads the machine; `versions` is left to the backends.
+    /// Reads the machine. The backends add `versions`.
     pub fn read() -> Self {
         let mut system = sysinfo::System::new();
         system.refresh_memory();
@@ -72,7 +72,7 @@ impl Machine {
         } else if cfg!(target_os = "macos") {
             gpus.push(format!("{cpu} GPU"));
         }
-        // An executable may have been carried to another machine.
+        // The executable may run on another machine than the one that built it.
         let built = env!("CARGO_MANIFEST_DIR");
         let root = if Path::new(built).exists() { built } else { "." };
         let commit = output("git", &["-C", root, "rev-parse", "--short=12", "HEAD"]);
@@ -97,7 +97,7 @@ impl Machine {
         }
     }
 
-    /// Adds versions that are not there yet.
+    /// Adds the versions that are not listed yet.
     pub fn add_versions(&mut self, versions: impl IntoIterator<Item = (String, String)>) {
         for entry in versions {
             if !self.versions.contains(&entry) {
@@ -106,8 +106,9 @@ impl Machine {
         }
     }
 
-    /// A readable name for the hardware, `[a-z0-9-]+`: the GPU, and how many, where there is one; else the
-    /// CPU with what clouds sell under one name: its vector instructions and cores.
+    /// Returns a readable name for the hardware, `[a-z0-9-]+`: the GPU and its count, or the CPU.
+    ///
+    /// Clouds sell different CPUs under one name, so the vector extension and the cores belong to it.
     pub fn slug(&self) -> String {
         let name = match &self.gpus[..] {
             [gpu] => gpu.trim_start_matches("NVIDIA ").to_owned(),
@@ -126,8 +127,8 @@ impl Machine {
         if slug.is_empty() { "unknown".to_owned() } else { slug.to_owned() }
     }
 
-    /// What makes figures of two machines incomparable, a line each: everything but the
-    /// commit.
+    /// Returns one line for each difference that makes results of two machines incomparable. The commit is
+    /// not one of them.
     pub fn differences(&self, other: &Machine) -> Vec<String> {
         let mut all = Vec::new();
         let mut differ = |what: &str, a: String, b: String| {
@@ -142,7 +143,7 @@ impl Machine {
         let gib = |bytes: u64| format!("{} GiB", (bytes as f64 / (1u64 << 30) as f64).round());
         differ("memory", gib(self.memory_bytes), gib(other.memory_bytes));
         differ("architecture", self.arch.clone(), other.arch.clone());
-        // Older files do not tell.
+        // Older files lack it.
         if !self.simd.is_empty() && !other.simd.is_empty() {
             differ("vector instructions", self.simd.clone(), other.simd.clone());
         }
@@ -150,18 +151,18 @@ impl Machine {
         differ("GPU", self.gpus.join(", "), other.gpus.join(", "));
         differ("driver", self.driver.clone(), other.driver.clone());
         differ("build profile", self.profile.clone(), other.profile.clone());
-        for (what, ours, theirs) in [
+        for (what, left, right) in [
             ("", &self.versions, &other.versions),
             ("power: ", &self.power, &other.power),
             ("environment: ", &self.environment, &other.environment),
         ] {
-            let of = |list: &[(String, String)], name: &str| {
+            let value = |list: &[(String, String)], name: &str| {
                 list.iter().find(|(n, _)| n == name).map(|(_, v)| v.clone()).unwrap_or_default()
             };
             let names: std::collections::BTreeSet<&String> =
-                ours.iter().chain(theirs.iter()).map(|(name, _)| name).collect();
+                left.iter().chain(right.iter()).map(|(name, _)| name).collect();
             for name in names {
-                differ(&format!("{what}{name}"), of(ours, name), of(theirs, name));
+                differ(&format!("{what}{name}"), value(left, name), value(right, name));
             }
         }
         all
@@ -181,27 +182,27 @@ fn simd_extension() -> &'static str {
     ""
 }
 
-/// Clock governor, turbo and energy preference; on NVIDIA the power limit; on a Mac
-/// whether it runs on battery or saves power.
+/// Returns the clock governor, turbo and energy preference. On NVIDIA it adds the power limit; on a Mac, the
+/// power source and the low-power mode.
 fn power() -> Vec<(String, String)> {
     let mut all = Vec::new();
-    let mut keep = |name: &str, value: Option<String>| {
+    let mut add = |name: &str, value: Option<String>| {
         if let Some(value) = value.map(|v| v.trim().to_owned()).filter(|v| !v.is_empty()) {
             all.push((name.to_owned(), value));
         }
     };
     let cpufreq = "/sys/devices/system/cpu/cpu0/cpufreq";
-    keep("governor", fs::read_to_string(format!("{cpufreq}/scaling_governor")).ok());
-    keep("energy preference", fs::read_to_string(format!("{cpufreq}/energy_performance_preference")).ok());
-    keep("no turbo", fs::read_to_string("/sys/devices/system/cpu/intel_pstate/no_turbo").ok());
+    add("governor", fs::read_to_string(format!("{cpufreq}/scaling_governor")).ok());
+    add("energy preference", fs::read_to_string(format!("{cpufreq}/energy_performance_preference")).ok());
+    add("no turbo", fs::read_to_string("/sys/devices/system/cpu/intel_pstate/no_turbo").ok());
     let query = ["--query-gpu=power.limit,clocks.max.sm,mig.mode.current", "--format=csv,noheader"];
-    keep("GPU power limit, maximum clock, MIG", output("nvidia-smi", &query).map(|t| t.replace('\n', "; ")));
+    add("GPU power limit, maximum clock, MIG", output("nvidia-smi", &query).map(|t| t.replace('\n', "; ")));
     if cfg!(target_os = "macos") {
         let source = output("pmset", &["-g", "batt"]).unwrap_or_default();
-        keep("source", source.lines().next().map(str::to_owned));
+        add("source", source.lines().next().map(str::to_owned));
         let saving = output("pmset", &["-g"]).unwrap_or_default();
         let saving = saving.lines().find(|l| l.contains("lowpowermode"));
-        keep("low power mode", saving.and_then(|l| l.split_whitespace().last()).map(str::to_owned));
+        add("low power mode", saving.and_then(|l| l.split_whitespace().last()).map(str::to_owned));
     }
     all
 }
@@ -232,17 +233,19 @@ fn environment() -> Vec<(String, String)> {
         "ONEDNN_",
         "ATEN_",
     ];
-    let mut all: Vec<(String, String)> = std::env::vars()
+    // A variable that is not UTF-8 cannot be recorded and is skipped.
+    let mut all: Vec<(String, String)> = std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
         .filter(|(name, _)| READ.iter().any(|prefix| name.starts_with(prefix)))
-        // Set by this program itself, from the precision that it measures.
+        // This suite sets it itself, from the precision of the case.
         .filter(|(name, _)| name != "MLX_ENABLE_TF32")
         .collect();
     all.sort();
     all
 }
 
-/// Asks a system with fast and slow cores for the fast ones, for this thread and those that it
-/// starts (`pthread/qos.h`); elsewhere nothing.
+/// Requests the performance cores of a Mac for this thread and those that it starts (`pthread/qos.h`). Does
+/// nothing on other systems.
 pub fn prefer_fast_cores() {
     #[cfg(target_os = "macos")]
     // SAFETY: no pointers.
@@ -251,7 +254,7 @@ pub fn prefer_fast_cores() {
     }
 }
 
-/// The shared libraries that this process has loaded.
+/// Returns the paths of the shared libraries that this process has loaded.
 pub fn loaded_libraries() -> Vec<String> {
     #[cfg(target_os = "macos")]
     {
@@ -282,8 +285,11 @@ pub fn loaded_libraries() -> Vec<String> {
     }
 }
 
-/// Fails where this process holds a framework that it does not measure: each brings a
-/// BLAS whose symbols the other could bind to.
+/// Checks that this process has loaded no framework but the measured one. Each framework brings a BLAS, and
+/// the other could bind to its symbols.
+///
+/// # Errors
+/// Returns an error with the path of the foreign library.
 pub fn assert_isolated(framework: Framework) -> Result<()> {
     let foreign = |name: &str| {
         Framework::ALL.iter().any(|other| *other != framework && name.starts_with(other.names().1))
@@ -297,33 +303,32 @@ pub fn assert_isolated(framework: Framework) -> Result<()> {
     }
 }
 
-/// More FLOP/s than the device can reach, to tell a broken clock from a fast machine;
-/// None where nothing is known of it.
+/// Returns a rate in FLOP/s that the device cannot exceed, or `None` for an unknown GPU. A measured rate above
+/// it means that the time is wrong.
 ///
-/// NVIDIA: dense data-sheet peaks with a tenth on top. CPUs: every core at 6 GHz with
-/// the widest fused multiply-add units sold. Apple's GPU: 4 times an M4 Max.
-pub fn flops_ceiling(backend: BackendId, compute: Precision, machine: &Machine) -> Option<f64> {
-    let half = compute.is_half() || compute.is_mixed_precision();
+/// NVIDIA: the dense data-sheet peak plus 10 %. CPU: every core at 6 GHz with the widest fused multiply-add
+/// units sold. Apple's GPU: four times the peak of an M4 Max.
+pub fn flops_ceiling(backend: BackendId, precision: Precision, machine: &Machine) -> Option<f64> {
+    let half = precision.is_half() || precision.is_mixed_precision();
     match backend.device() {
         Device::NvidiaGpu => {
-            let peak = dense_peak(machine.gpus.first()?, compute)?;
+            let peak = dense_peak(machine.gpus.first()?, precision)?;
             Some(1.1 * peak)
         }
         Device::AppleGpu => Some(if half { 150e12 } else { 75e12 }),
         Device::Cpu => {
-            // f32: two 16-wide multiply-adds a cycle; halves: a matrix unit's 2 048.
-            // Apple's CPUs share matrix units of at most 2 TFLOP/s a cluster.
+            // f32: two 16-wide multiply-adds per cycle. Half precision: 2,048 FLOP per cycle of a matrix unit.
+            // The cores of an Apple cluster share a matrix unit of at most 2 TFLOP/s.
             let per_cycle = if half || cfg!(target_os = "macos") { 2048.0 } else { 64.0 };
             Some(machine.cores as f64 * 6e9 * per_cycle)
         }
     }
 }
 
-/// What a training step in f32 reaches on the fastest device of a machine, about, and the memory
-/// there.
+/// Estimates the rate of an f32 training step on the fastest device, and returns it with the device's memory.
 ///
-/// CPUs: a core made 16 GFLOP/s in MLX and 50 in PyTorch (indicator-b16, two cores of a server), and
-/// both should be over in time. Apple's GPU: what an M1 can do, about. NVIDIA: a third of the data sheet.
+/// CPU: 16 GFLOP/s per core, as MLX reached for indicator-b16 on a two-core server (PyTorch reached 50). Apple's
+/// GPU: 1 TFLOP/s, about an M1. NVIDIA: a third of the data sheet.
 pub fn capacity(machine: &Machine) -> MachineCapacity {
     let nvidia = machine.gpus.first().filter(|gpu| gpu.contains("NVIDIA"));
     if let Some(gpu) = nvidia {
@@ -336,7 +341,10 @@ pub fn capacity(machine: &Machine) -> MachineCapacity {
     MachineCapacity { flops_per_s, memory: machine.memory_bytes }
 }
 
-/// Refuses a time that the hardware can't have reached: the clock or the wait is wrong.
+/// Checks that a median time does not imply a rate above `ceiling` (FLOP/s).
+///
+/// # Errors
+/// Returns an error if it does: the clock or the synchronization is wrong.
 pub fn check_rate(flops: u64, median_ns: f64, ceiling: Option<f64>) -> Result<()> {
     let rate = flops as f64 / (median_ns * 1e-9);
     if let Some(ceiling) = ceiling
@@ -351,8 +359,8 @@ pub fn check_rate(flops: u64, median_ns: f64, ceiling: Option<f64>) -> Result<()
     Ok(())
 }
 
-/// The dense peak of an NVIDIA GPU in FLOP/s, from its data sheet.
-pub fn dense_peak(gpu: &str, compute: Precision) -> Option<f64> {
+/// Returns the dense peak of an NVIDIA GPU in FLOP/s from its data sheet, or `None` for an unknown GPU.
+pub fn dense_peak(gpu: &str, precision: Precision) -> Option<f64> {
     // (name, f32, tf32, bf16 and f16), in TFLOP/s
     const SHEETS: &[(&str, f64, f64, f64)] = &[
         ("H200", 66.9, 494.7, 989.4),
@@ -365,7 +373,7 @@ pub fn dense_peak(gpu: &str, compute: Precision) -> Option<f64> {
         ("RTX 4090", 82.6, 82.6, 165.2),
     ];
     let (_, f32, tf32, half) = SHEETS.iter().find(|(name, ..)| gpu.contains(name))?;
-    let peak = match compute {
+    let peak = match precision {
         Precision::F32 => f32,
         Precision::Tf32 => tf32,
         Precision::Bf16 | Precision::F16 | Precision::Mixed | Precision::Amp => half,
@@ -479,7 +487,7 @@ mod tests {
     fn a_time_beyond_the_hardware_is_an_error() {
         let machine = Machine { cores: 2, ..Machine::default() };
         let ceiling = flops_ceiling(BackendId::TorchCpu, Precision::F32, &machine);
-        // 2·1024³ FLOPs: 300 GFLOP/s is fast on two cores, 200 TFLOP/s is no CPU.
+        // 2·1024³ FLOPs: 300 GFLOP/s is fast on two cores, no CPU reaches 200 TFLOP/s.
         assert!(check_rate(2 << 30, 7e6, ceiling).is_ok());
         let error = check_rate(2 << 30, 1e4, ceiling).unwrap_err().to_string();
         assert!(error.contains("TFLOP/s") && error.contains("wrong"), "{error}");

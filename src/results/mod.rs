@@ -1,13 +1,12 @@
-//! The record of a run: what each case gave, or why it gave nothing. Written by the
-//! harness, one file a framework, and merged into `results.json`.
+//! The record of a run: the result of each case, or the reason why it has none.
+//!
+//! The harness writes one file per process; [`run::merge`] joins them into `results.json`.
 
 pub mod baseline;
 pub mod machine;
 pub mod run;
 pub mod upgrade;
-
-#[cfg(test)]
-mod hostile_tests;
+pub mod validate;
 
 use std::fs;
 use std::io::Write;
@@ -24,7 +23,7 @@ use crate::suite::{Case, CustomModel, HEADLINE_SHAPE, Shape, custom_model};
 use machine::Machine;
 pub use upgrade::VERSION;
 
-/// What became of a case.
+/// Outcome of a case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Status {
@@ -35,7 +34,7 @@ pub enum Status {
     Error,
 }
 
-/// Work over the median time.
+/// Work per second at the median time.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Throughput {
     pub value: f64,
@@ -43,7 +42,7 @@ pub struct Throughput {
     pub unit: String,
 }
 
-/// One case of a run. Times are nanoseconds an iteration.
+/// One case of a run. Times are in nanoseconds per step.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Record {
     pub id: String,
@@ -52,52 +51,51 @@ pub struct Record {
     pub precision: String,
     pub shape: String,
     pub status: Status,
-    /// Empty where the case was measured.
+    /// Reason why the case has no result; empty if it was measured.
     pub reason: String,
     pub median_ns: Option<f64>,
-    /// 95 % interval of the median.
+    /// 95 % confidence interval of the median, within this run.
     pub ci_ns: Option<[f64; 2]>,
     pub samples: Option<u64>,
     pub throughput: Option<Throughput>,
-    /// Peak of the framework's own allocator.
+    /// Peak of the framework's allocator in bytes, if it counts one.
     pub peak_bytes: Option<u64>,
-    /// Peak of the process's resident size, everything in it included.
+    /// Peak resident set size (RSS) of the process in bytes, libraries included.
     pub rss_peak_bytes: Option<u64>,
-    /// Page faults a step, the median of the samples.
+    /// Page faults per step, the median over the samples.
     #[serde(default)]
     pub page_faults: Option<f64>,
-    /// What they take of the median, at what a fault takes in this process.
+    /// Estimated share of the median time that page faults take.
     #[serde(default)]
     pub page_fault_share: Option<f64>,
-    /// How much of the error that its precision allows the worst tensor took when the case was
-    /// proven.
+    /// Largest error over its tolerance among the tensors of the parity check.
     #[serde(default)]
     pub parity: Option<f64>,
-    /// The part of its time that the process's threads were ready and had no core.
+    /// Share of time that runnable threads waited for a core.
     #[serde(default)]
     pub cpu_wait_share: Option<f64>,
-    /// Where several devices shared it: what was seen of their processes.
+    /// Statistics of the ranks, for a case on several devices.
     #[serde(default)]
     pub ranks: Option<RankStats>,
 }
 
-/// Text without what a terminal would follow: a file's fields are anybody's.
+/// Replaces control characters by spaces: a file may come from anybody and must not control a terminal.
 pub fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
-/// A reason on a line that can be read: a framework may put a compiler's whole output into one.
+/// Shortens a reason to one line: a framework may return the whole output of a compiler.
 pub fn one_line(reason: &str) -> String {
-    const MOST: usize = 300;
+    const MAX_CHARS: usize = 300;
     let mut line = printable(reason).split_whitespace().collect::<Vec<_>>().join(" ");
-    if let Some((end, _)) = line.char_indices().nth(MOST) {
+    if let Some((end, _)) = line.char_indices().nth(MAX_CHARS) {
         line.replace_range(end.., "…");
     }
     line
 }
 
 impl Record {
-    /// A case without a figure; its reason becomes [`one_line`].
+    /// Returns the record of a case without a result. The reason is shortened by [`one_line`].
     pub fn unmeasured(case: &Case, status: Status, reason: impl Into<String>) -> Self {
         Self {
             id: case.to_string(),
@@ -123,20 +121,20 @@ impl Record {
 }
 
 impl Record {
-    /// Whether something else had the machine while the case was measured, so that nothing
-    /// should be concluded from it.
+    /// Returns true if other programs took the cores while the case was measured, so that its time should not
+    /// be used.
     pub fn disturbed(&self) -> bool {
         self.cpu_wait_share.is_some_and(|share| share > interference::WAIT_THRESHOLD)
     }
 
-    /// Whether there were too few steps for Criterion's ten samples; the interval is then the
-    /// range of what was measured.
+    /// Returns the number of samples if it is below Criterion's minimum of ten. The interval is then the range
+    /// of the samples.
     pub fn too_few_samples(&self) -> Option<u64> {
         self.samples.filter(|n| self.status == Status::Measured && *n < 10)
     }
 }
 
-/// What environment variables bring to a case, found interleaved by `scripts/compare --env`.
+/// Effect of environment variables on a case, measured interleaved by `scripts/compare --env`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct EnvEffect {
     /// `NAME=VALUE`, several joined by spaces.
@@ -145,31 +143,31 @@ pub struct EnvEffect {
     /// Median step times in nanoseconds.
     pub without_ns: f64,
     pub with_ns: f64,
-    /// Time with over time without, and its 99 % interval.
+    /// Time with the variables over time without, and its 99 % confidence interval.
     pub ratio: f64,
     pub ratio_ci: [f64; 2],
     pub commit: String,
 }
 
-/// Two backends on the same case, measured in turns.
+/// Two backends on the same case, measured interleaved.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct InterleavedResult {
     /// Ids of the two cases.
     pub base: String,
     pub head: String,
-    /// Step time of head over that of base, and its 99 % interval.
+    /// Step time of head over step time of base, and its 99 % confidence interval.
     pub ratio: f64,
     pub ratio_ci: [f64; 2],
     pub rounds: u64,
     pub commit: String,
 }
 
-/// Settings that were measured, whatever the commit.
+/// Reads the effects of environment variables, of every commit.
 pub fn env_effects(folder: &Path) -> Result<Vec<EnvEffect>> {
     read_list(&settings_path(folder))
 }
 
-/// What was measured in turns, whatever the commit.
+/// Reads the interleaved results of every commit.
 pub fn interleaved_results(folder: &Path) -> Result<Vec<InterleavedResult>> {
     read_list(&turns_path(folder))
 }
@@ -182,10 +180,10 @@ fn read_list<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
     if path.exists() { read_json(path, "remove it and compare again") } else { Ok(Vec::new()) }
 }
 
-/// Keeps what was measured in turns, in place of what older rounds found of the same.
+/// Saves interleaved results. They replace older results of the same pairs.
 pub fn save_interleaved(folder: &Path, new: Vec<InterleavedResult>) -> Result<()> {
     let path = turns_path(folder);
-    let _alone = lock_file(&path)?;
+    let _lock = lock_file(&path)?;
     let mut all = interleaved_results(folder)?;
     all.retain(|old| !new.iter().any(|n| (&n.base, &n.head) == (&old.base, &old.head)));
     all.extend(new);
@@ -196,10 +194,10 @@ fn settings_path(folder: &Path) -> PathBuf {
     folder.join("env-effects.json")
 }
 
-/// Keeps what was measured, in place of what older comparisons found of the same.
+/// Saves effects of environment variables. They replace older ones of the same variables and cases.
 pub fn save_env_effects(folder: &Path, new: Vec<EnvEffect>) -> Result<()> {
     let path = settings_path(folder);
-    let _alone = lock_file(&path)?;
+    let _lock = lock_file(&path)?;
     let mut all = env_effects(folder)?;
     all.retain(|old| !new.iter().any(|n| (&n.variables, &n.id) == (&old.variables, &old.id)));
     all.extend(new);
@@ -210,13 +208,13 @@ fn first_version() -> u64 {
     1
 }
 
-/// Everything that a run left.
+/// All results of a run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Results {
     #[serde(default = "first_version")]
     pub version: u64,
     pub machine: Machine,
-    /// The user's own, where one stood in the place of the suite's.
+    /// The custom model, if the run measured one instead of the built-in models.
     #[serde(default, deserialize_with = "deserialize_run_model", skip_serializing_if = "Option::is_none")]
     pub model: Option<RunModel>,
     pub cases: Vec<Record>,
@@ -238,13 +236,13 @@ impl Results {
         }
     }
 
-    /// The shape that the headline tables stand for.
+    /// Returns the shape of the headline tables.
     pub fn headline(&self) -> Shape {
         self.model.as_ref().map_or(HEADLINE_SHAPE, |own| own.custom_model().shape())
     }
 }
 
-/// A model that the user gave, whole: its name alone stands in ids.
+/// The complete configuration of a custom model. Ids contain only its name.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RunModel {
     pub batch: usize,
@@ -256,7 +254,7 @@ impl RunModel {
         Self { batch: given.batch, configuration: *given.model }
     }
 
-    /// What has any command measure it, once PATH is its file's.
+    /// Returns the environment variables that select this model, with PATH as a placeholder for its file.
     pub fn variables(&self) -> String {
         let tokens = self.configuration.tokens;
         let tokens = if self.configuration.is_language_model() {
@@ -277,25 +275,27 @@ impl RunModel {
     }
 }
 
-/// Reads the model of a run, after which ids may name it. Refused where the name stands for another in
-/// this process.
+/// Deserializes the model of a run and registers its name, so that ids with it can be parsed.
+///
+/// # Errors
+/// Returns an error if the model is invalid, or if this process uses the name for another model.
 pub fn deserialize_run_model<'de, D: Deserializer<'de>>(from: D) -> Result<Option<RunModel>, D::Error> {
     let own: Option<RunModel> = Deserialize::deserialize(from)?;
     if let Some(own) = &own {
         let whole = config::complete(own.configuration).ok() == Some(own.configuration);
         if !whole || !(1..=custom_model::MAX_BATCH).contains(&own.batch) {
-            return Err(D::Error::custom("the model of this run can't be built"));
+            return Err(D::Error::custom("the model of this run is not valid"));
         }
         ModelId::register(own.configuration).map_err(D::Error::custom)?;
     }
     Ok(own)
 }
 
-/// Where what took long to make is kept, for every clone. As set-up does, an empty or relative
-/// XDG_CACHE_HOME counts as unset (XDG base directory specification).
+/// Returns the cache folder that all clones share. An empty or relative XDG_CACHE_HOME counts as unset, as in
+/// set-up (XDG base directory specification).
 ///
 /// # Errors
-/// Where the environment names no home.
+/// Returns an error if neither XDG_CACHE_HOME nor HOME is set.
 pub fn cache_folder() -> Result<PathBuf> {
     let given = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
     let base = match given {
@@ -306,7 +306,7 @@ pub fn cache_folder() -> Result<PathBuf> {
     Ok(base.join("transformer-bench"))
 }
 
-/// Removes a folder or a file when it goes.
+/// A folder or file that is removed on drop.
 #[derive(Debug)]
 pub struct Scratch(pub PathBuf);
 
@@ -316,7 +316,7 @@ impl Drop for Scratch {
     }
 }
 
-/// Whether a process of this user is there.
+/// Returns true if a process of this user has the id.
 pub fn is_running(process: i32) -> bool {
     // SAFETY: signal 0 only asks.
     unsafe { libc::kill(process, 0) == 0 }
@@ -329,19 +329,22 @@ pub fn checksum(bytes: &[u8]) -> u64 {
         .fold(0xcbf2_9ce4_8422_2325, |hash, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
 }
 
-/// A checksum of the program that runs.
+/// Returns a checksum of the running program.
 ///
 /// # Errors
-/// Where its file can't be read.
+/// Returns an error if its file cannot be read.
 pub fn executable() -> Result<String> {
     let exe = std::env::current_exe()?;
     let bytes = fs::read(&exe).with_context(|| format!("{} could not be read", exe.display()))?;
     Ok(format!("{:016x}", checksum(&bytes)))
 }
 
-/// Writes a file whole or not at all.
+/// Writes a file atomically, through a temporary file and a rename.
+///
+/// # Errors
+/// Returns an error if the file cannot be written. An older file is then unchanged.
 pub fn write_atomic(path: &Path, text: &str) -> Result<()> {
-    let folder = path.parent().context("a file lies in a folder")?;
+    let folder = path.parent().context("a file has a folder")?;
     let partial = path.with_extension("partial");
     let write = || -> std::io::Result<()> {
         fs::create_dir_all(folder)?;
@@ -352,18 +355,14 @@ pub fn write_atomic(path: &Path, text: &str) -> Result<()> {
     };
     write().map_err(|error| {
         let _ = fs::remove_file(&partial);
-        anyhow::anyhow!(
-            "{} could not be written: {error}; what was there before is untouched",
-            path.display()
-        )
+        anyhow::anyhow!("{} could not be written: {error}; an older file there is unchanged", path.display())
     })
 }
 
-/// Keeps other processes from a file, until dropped: two that read it, add to it and write it at
-/// once would each lose what the other added.
+/// Takes an exclusive lock for reading, changing and writing `path`. Dropping the result releases it.
 ///
 /// # Errors
-/// Where the lock beside it can't be made.
+/// Returns an error if the lock file cannot be created.
 pub fn lock_file(path: &Path) -> Result<fs::File> {
     let lock = path.with_extension("lock");
     let take = || -> std::io::Result<fs::File> {
@@ -375,14 +374,14 @@ pub fn lock_file(path: &Path) -> Result<fs::File> {
     take().with_context(|| format!("{} could not be locked", lock.display()))
 }
 
-/// Where a run's files lie: `target/transformer-bench` of the target folder in use, or
-/// what TRANSFORMER_BENCH_RESULTS says.
+/// Returns the folder of the last run: TRANSFORMER_BENCH_RESULTS, or `transformer-bench` in Cargo's target
+/// folder.
 pub fn folder() -> PathBuf {
     std::env::var_os("TRANSFORMER_BENCH_RESULTS")
         .map_or_else(|| target_folder().join("transformer-bench"), PathBuf::from)
 }
 
-/// Cargo's target folder: this executable lies in `<target>/<profile>/[deps/]`.
+/// Returns Cargo's target folder. This executable is in `<target>/<profile>/[deps/]`.
 pub fn target_folder() -> PathBuf {
     let exe = std::env::current_exe().unwrap_or_default();
     exe.ancestors()
@@ -390,19 +389,22 @@ pub fn target_folder() -> PathBuf {
         .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("target"), Path::to_path_buf)
 }
 
-/// Where Criterion keeps its files.
+/// Returns Criterion's output folder.
 pub fn criterion_home() -> PathBuf {
     std::env::var_os("CRITERION_HOME").map_or_else(|| target_folder().join("criterion"), PathBuf::from)
 }
 
-/// Where Criterion keeps a case: group, function and value, with `/` made `_`.
+/// Returns Criterion's folder of a case: group, function and value, with `_` for `/`.
 pub fn criterion_folder(home: &Path, case: &Case) -> PathBuf {
     home.join(case.workload.id())
         .join(format!("{}_{}", case.backend, case.method))
         .join(case.shape.to_string())
 }
 
-/// Reads a file of ours; `advice` says what to do where it is damaged.
+/// Reads a JSON file of this suite.
+///
+/// # Errors
+/// Returns an error that ends in `advice` if the file is damaged.
 pub(crate) fn read_json<T: DeserializeOwned>(path: &Path, advice: &str) -> Result<T> {
     let text = fs::read_to_string(path).with_context(|| format!("{} could not be read", path.display()))?;
     serde_json::from_str(&text).with_context(|| format!("{} is damaged: {advice}", path.display()))
@@ -412,7 +414,7 @@ pub(crate) fn read_json<T: DeserializeOwned>(path: &Path, advice: &str) -> Resul
 pub(crate) mod tests {
     use super::*;
 
-    /// A folder of this process's own that is not there yet.
+    /// Returns a path private to this process that does not exist yet.
     pub fn scratch(name: &str) -> PathBuf {
         let folder = std::env::temp_dir().join(format!("transformer-bench-{}-{name}", std::process::id()));
         let _ = fs::remove_dir_all(&folder);

@@ -1,5 +1,6 @@
-//! The last run: a file for each process that measured, merged into one record. A filtered run
-//! is merged into what the same executable has left on the same machine; another replaces it.
+//! The last run: one file per measuring process, merged into one record.
+//!
+//! A filtered run is added to the last run of the same executable and machine. Any other run replaces it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,49 +9,49 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use super::machine::Machine;
-use super::{Record, Results, RunModel, env_effects, interleaved_results, read_json, write_atomic};
+use super::{Record, Results, RunModel, env_effects, interleaved_results, read_json, validate, write_atomic};
 use crate::suite::{Case, Framework, Set, cases_for, custom_model};
 
-/// What a run selected.
+/// The set and filter of a run.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Selection {
     pub set: String,
-    /// Empty for all.
+    /// A regular expression over ids; empty for all cases.
     pub filter: String,
 }
 
-/// The part of one process.
+/// The record of one process.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ProcessRecord {
     pub framework: String,
-    /// A checksum of what measured.
+    /// Checksum of the executable.
     pub executable: String,
     pub selections: Vec<Selection>,
-    /// How many cases were selected in all.
+    /// Number of selected cases.
     pub selected: usize,
     #[serde(flatten)]
     pub results: Results,
 }
 
-/// How much of a part is missing, where its process did not come to its end.
+/// Describes how many cases are missing if the process ended early. Returns `None` for a complete record.
 pub fn missing_cases(part: &ProcessRecord) -> Option<String> {
     let done = part.results.cases.len();
     (done < part.selected).then(|| format!("{}: {done} of {} cases", part.framework, part.selected))
 }
 
-/// A framework's part of a run, or that of the process that measures it in TF32.
+/// Returns the path of a framework's record, or of the process that measures it in TF32.
 pub fn part_path(folder: &Path, framework: Framework, tf32: bool) -> PathBuf {
     let tf32 = if tf32 { "-tf32" } else { "" };
     folder.join("run").join(format!("{framework}{tf32}.json"))
 }
 
-/// The parts that are there, with their files.
+/// Reads the existing records with their paths.
 fn parts(folder: &Path) -> Result<Vec<(PathBuf, ProcessRecord)>> {
     let paths = Framework::ALL.iter().flat_map(|&f| [false, true].map(|tf32| part_path(folder, f, tf32)));
     let read = |path: PathBuf| -> Result<(PathBuf, ProcessRecord)> {
         let part: ProcessRecord = read_json(&path, "run ./scripts/bench again")?;
         for record in &part.results.cases {
-            crate::report::export::check(record).with_context(|| {
+            validate::check_record(record).with_context(|| {
                 format!("{} is damaged ({}): run ./scripts/bench again", path.display(), record.id)
             })?;
         }
@@ -59,32 +60,32 @@ fn parts(folder: &Path) -> Result<Vec<(PathBuf, ProcessRecord)>> {
     paths.filter(|path| path.exists()).map(read).collect()
 }
 
-/// Whether two parts belong to one run: the same code and model on the same machine with the same settings.
+/// Returns true if two records have the same code, model, machine and environment.
 fn is_same_run(a: &Results, b: &Results) -> bool {
     let same_model = a.model == b.model;
     let (a, b) = (&a.machine, &b.machine);
-    let of = |m: &Machine| {
+    let key = |m: &Machine| {
         (m.commit.clone(), m.dirty, m.cpu.clone(), m.cores, m.os.clone(), m.gpus.clone(), m.profile.clone())
     };
     same_model
-        && of(a) == of(b)
+        && key(a) == key(b)
         && (&a.driver, &a.power, &a.environment) == (&b.driver, &b.power, &b.environment)
 }
 
-/// A process's part while it grows.
+/// Writes the record of this process while it measures.
 pub struct Writer {
     path: PathBuf,
     part: ProcessRecord,
-    /// What an earlier run left that this one adds to.
-    kept: Vec<Record>,
+    /// Records of the earlier run that this one extends.
+    earlier: Vec<Record>,
 }
 
 impl Writer {
-    /// Begins a part of `selected` cases. Parts that can't stand beside it are dropped; with a filter, what the
-    /// same executable left before is kept.
+    /// Begins a record of the `selected` cases and removes the records of other runs. With a filter, earlier
+    /// records of the same executable stay.
     ///
     /// # Errors
-    /// Where the executable can't be read.
+    /// Returns an error if the executable cannot be read or an old record cannot be removed.
     pub fn begin(
         folder: &Path,
         framework: Framework,
@@ -97,40 +98,43 @@ impl Writer {
         let path = part_path(folder, framework, tf32);
         let mut results = Results::new(machine, Vec::new());
         results.model = custom_model::custom_model().map(RunModel::of);
-        let (mut selections, mut kept) = (Vec::new(), Vec::new());
+        let (mut selections, mut earlier) = (Vec::new(), Vec::new());
         let filtered = !selection.filter.is_empty();
-        // What can't be read is dropped too: a new run is what mends it.
+        // An unreadable record is dropped too: this run replaces it.
         for (other, part) in parts(folder).unwrap_or_default() {
             let fits = is_same_run(&part.results, &results);
             let same = fits && part.executable == executable && filtered;
             if other == path && same {
                 selections = part.selections;
-                kept = part.results.cases;
+                earlier = part.results.cases;
             } else if !fits || (part.framework == framework.id() && !same && !tf32) {
                 fs::remove_file(&other).with_context(|| format!("{} can't be removed", other.display()))?;
             }
         }
-        // What a whole set covers is covered still.
+        // A filter adds nothing to a set that was selected as a whole.
         let covered = selections.iter().any(|s| s.set == selection.set && s.filter.is_empty());
         if !covered && !selections.contains(&selection) {
             selections.push(selection);
         }
-        let new = selected.iter().filter(|case| !kept.iter().any(|old| old.id == case.to_string()));
-        let selected = kept.len() + new.count();
+        let new = selected.iter().filter(|case| !earlier.iter().any(|old| old.id == case.to_string()));
+        let selected = earlier.len() + new.count();
         let part =
             ProcessRecord { framework: framework.to_string(), executable, selections, selected, results };
-        Ok(Self { path, part, kept })
+        Ok(Self { path, part, earlier })
     }
 
-    /// Writes what has been measured so far, and what is kept of before.
+    /// Writes the records so far and the earlier ones.
     pub fn save(&mut self, records: &[Record]) -> Result<()> {
-        let old = self.kept.iter().filter(|old| !records.iter().any(|new| new.id == old.id));
+        let old = self.earlier.iter().filter(|old| !records.iter().any(|new| new.id == old.id));
         self.part.results.cases = old.chain(records).cloned().collect();
         write_atomic(&self.path, &serde_json::to_string_pretty(&self.part)?)
     }
 }
 
-/// Reads the parts of the last run and merges them in the order of the table.
+/// Reads the records of the last run and merges them in the order of the table.
+///
+/// # Errors
+/// Returns an error if there is no run, or if the records come from different runs.
 pub fn merge(folder: &Path) -> Result<(Results, Vec<ProcessRecord>)> {
     let parts: Vec<ProcessRecord> = parts(folder)?.into_iter().map(|(_, part)| part).collect();
     let Some(first) = parts.first() else {
@@ -139,19 +143,19 @@ pub fn merge(folder: &Path) -> Result<(Results, Vec<ProcessRecord>)> {
     let mut machine = first.results.machine.clone();
     for part in &parts[1..] {
         if !is_same_run(&first.results, &part.results) {
-            bail!("the frameworks' parts come from different runs: run ./scripts/bench again");
+            bail!("the frameworks' records come from different runs: run ./scripts/bench again");
         }
         machine.add_versions(part.results.machine.versions.iter().cloned());
     }
     let model = first.results.model.clone();
     let mut records: Vec<Record> = parts.iter().flat_map(|p| p.results.cases.clone()).collect();
-    let given = model.as_ref().map(RunModel::custom_model);
-    let of = |&set: &Set| cases_for(set, given);
-    let order: Vec<String> = Set::ALL.iter().rev().flat_map(of).map(|c: Case| c.to_string()).collect();
+    let custom = model.as_ref().map(RunModel::custom_model);
+    let cases = |&set: &Set| cases_for(set, custom);
+    let order: Vec<String> = Set::ALL.iter().rev().flat_map(cases).map(|c: Case| c.to_string()).collect();
     records.sort_by_key(|r| order.iter().position(|id| *id == r.id).unwrap_or(usize::MAX));
     let mut results = Results::new(machine, records);
     results.model = model;
-    // Those of other commits say nothing of this one.
+    // Results of other commits do not belong to this run.
     results.env_effects = env_effects(folder)?;
     results.env_effects.retain(|s| s.commit == results.machine.commit);
     results.interleaved = interleaved_results(folder)?;
@@ -159,14 +163,14 @@ pub fn merge(folder: &Path) -> Result<(Results, Vec<ProcessRecord>)> {
     Ok((results, parts))
 }
 
-/// What measures the parts' cases again.
+/// Returns the command that repeats the run.
 pub fn command(parts: &[ProcessRecord]) -> String {
     let mut lines: Vec<String> = Vec::new();
-    let own = parts.iter().find_map(|part| part.results.model.as_ref());
-    let model = own.map_or_else(String::new, |own| {
-        let m = own.configuration;
+    let custom = parts.iter().find_map(|part| part.results.model.as_ref());
+    let model = custom.map_or_else(String::new, |custom| {
+        let m = custom.configuration;
         let tokens = if m.is_language_model() { format!(" --tokens {}", m.tokens) } else { String::new() };
-        format!(" --model {} --batch {}{tokens}", m.name, own.batch)
+        format!(" --model {} --batch {}{tokens}", m.name, custom.batch)
     });
     for Selection { set, filter } in parts.iter().flat_map(|p| &p.selections) {
         let filter = if filter.is_empty() { String::new() } else { format!(" '{filter}'") };
@@ -276,7 +280,7 @@ mod tests {
         assert_eq!(run(&folder, "a", "", &[(FORWARD, "1"), (STEP, "1")]), of(&[(FORWARD, "1"), (STEP, "1")]));
         assert_eq!(run(&folder, "a", "train", &[(STEP, "2")]), of(&[(FORWARD, "1"), (STEP, "2")]));
         assert_eq!(command(&merge(&folder).unwrap().1), "./scripts/bench --quick");
-        // Another commit, and a run of all, begin anew.
+        // Another commit, and a run of all, start a new record.
         assert_eq!(run(&folder, "b", "train", &[(STEP, "3")]), of(&[(STEP, "3")]));
         assert_eq!(run(&folder, "b", "forward", &[(FORWARD, "3")]), of(&[(FORWARD, "3"), (STEP, "3")]));
         assert_eq!(

@@ -26,12 +26,12 @@ const RENAMED_KEYS: &[(&str, &str)] = &[
     ("engine", "comm_backend"),
 ];
 
-/// The same for the fields of a custom model.
+/// Fields of a custom model in version 2 and their names in version 3.
 const RENAMED_MODEL_KEYS: &[(&str, &str)] =
     &[("hidden", "ffn-width"), ("norm-place", "norm-order"), ("query-key-norm", "qk-norm"), ("gated", "glu")];
 
 /// Parts of ids of version 2, and of filters over them, with their names in version 3. `amp` goes first:
-/// it was what is `mixed` today, and `autocast` is what `amp` means today.
+/// version 2 used it for `mixed`, and `autocast` for the present `amp`.
 const RENAMED_WORDS: &[(&str, &str)] = &[
     (r"\bamp\b", "mixed"),
     (r"\bautocast\b", "amp"),

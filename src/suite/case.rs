@@ -166,14 +166,14 @@ mod tests {
 
     #[test]
     fn the_readme_explains_every_part_of_an_id() {
-        let readme = include_str!("../../README.md");
+        let readme = include_str!("README.md");
         let mut parts: Vec<String> = Workload::ALL.iter().map(|w| w.to_string()).collect();
         parts.extend(BackendId::ALL.iter().map(|b| b.to_string()));
         parts.extend(Precision::ALL.iter().map(|c| c.to_string()));
         parts.extend(Variant::ALL.iter().filter(|&&r| r != Variant::Eager).map(|r| format!("-{r}")));
         parts.extend(ModelId::all().map(|m| m.to_string()));
         for part in parts {
-            assert!(readme.contains(&format!("`{part}`")), "README.md does not explain {part}");
+            assert!(readme.contains(&format!("`{part}`")), "src/suite/README.md does not explain {part}");
         }
     }
 }

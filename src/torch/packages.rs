@@ -253,7 +253,7 @@ mod tests {
             assert!(!here()[part].is_null(), "{part}");
             assert_ne!(own, folder(&|value| value["on"][part] = json!("another")), "{part}");
         }
-        for part in ["compute", "batch", "workload", "device", "model"] {
+        for part in ["precision", "batch", "workload", "device", "model"] {
             assert_ne!(own, folder(&|value| value["case"][part] = json!("another")), "{part}");
         }
     }

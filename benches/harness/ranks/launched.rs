@@ -1,106 +1,108 @@
-//! Ranks that a launcher started, on one host or several: all run the same command, the first measures,
-//! and the others do what it says. What it says goes through the engine's own sums.
+//! Ranks that `torchrun` or `mlx.launch` started, on one host or several. All run the same command. Rank 0 measures
+//! and broadcasts its requests to the others through the communication backend.
 
-use std::collections::HashMap;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, ensure};
 use transformer_bench::backend::{Backend, Backends, Rank};
 
-use super::rank_worker::Part;
-use super::{Lead, limit};
+use super::controller::{Controller, request_timeout};
+use super::rank_worker::RankWorker;
 
-/// A request is no longer than this; a byte a number, and 0 behind its end.
-const LENGTH: usize = 512;
-/// What ends the others.
-const END: &str = "end";
+/// Length of a broadcast request: one f32 per byte, padded with zeros.
+const MAX_REQUEST: usize = 512;
+/// The request that makes followers return.
+const SHUTDOWN: &str = "shutdown";
 
-/// Gives all ranks the first one's text.
-fn tell(backend: &dyn Backend, text: &str) -> Result<String> {
-    let mut numbers: Vec<f32> = text.bytes().map(f32::from).collect();
-    if numbers.len() > LENGTH {
-        bail!("'{text}' is too long to tell");
-    }
-    numbers.resize(LENGTH, 0.0);
-    let told = backend.all_reduce_sum(&numbers)?;
-    let bytes = told.iter().take_while(|v| **v > 0.0).map(|v| *v as u8).collect();
-    String::from_utf8(bytes).context("more than one rank leads: were all started with the same command?")
+/// Broadcasts the request of rank 0. The other ranks pass an empty `text`.
+fn broadcast(backend: &dyn Backend, text: &str) -> Result<String> {
+    ensure!(text.len() <= MAX_REQUEST, "request '{text}' exceeds {MAX_REQUEST} bytes");
+    let mut values: Vec<f32> = text.bytes().map(f32::from).collect();
+    values.resize(MAX_REQUEST, 0.0);
+    let sum = backend.all_reduce_sum(&values)?;
+    let bytes = sum.iter().take_while(|v| **v > 0.0).map(|v| *v as u8).collect();
+    String::from_utf8(bytes)
+        .context("more than one rank sent a request: start all ranks with the same command")
 }
 
-/// The first rank: has the others do their parts, and does its own.
+/// A request and the time by which it must be done.
+type Deadline = Arc<Mutex<Option<(Instant, String)>>>;
+
+/// Rank 0, which broadcasts requests and takes part in them.
 pub struct Leader {
-    part: Part,
-    /// When the work in hand should be done, and what it is.
-    due: Arc<Mutex<Option<(Instant, String)>>>,
+    worker: RankWorker,
+    deadline: Deadline,
 }
 
 impl Leader {
     pub fn new(backend: Rc<dyn Backend>, rank: Rank) -> Self {
-        let due = Arc::default();
-        watch(Arc::clone(&due));
-        Self { part: Part::new(backend, rank, || {}), due }
+        let deadline = Arc::default();
+        exit_after_deadline(Arc::clone(&deadline));
+        Self { worker: RankWorker::new(backend, rank, || {}), deadline }
     }
 
-    fn set(&self, due: Option<(Instant, String)>) {
-        *self.due.lock().expect("no panic holds it") = due;
+    fn set_deadline(&self, deadline: Option<(Instant, String)>) {
+        *self.deadline.lock().expect("no thread panics with the lock") = deadline;
     }
 }
 
-/// Ends this process, and with it the launcher's others, when work is not done in time: MLX's ring waits
-/// for a lost rank for ever.
-fn watch(due: Arc<Mutex<Option<(Instant, String)>>>) {
+/// Ends this process, and thereby the launcher's other ranks, if a request misses its deadline. MLX's ring backend
+/// has no timeout of its own.
+fn exit_after_deadline(deadline: Deadline) {
     std::thread::spawn(move || {
-        while Arc::strong_count(&due) > 1 {
+        while Arc::strong_count(&deadline) > 1 {
             std::thread::sleep(Duration::from_secs(1));
-            let late = due.lock().expect("no panic holds it").clone();
-            if let Some((_, request)) = late.filter(|(until, _)| Instant::now() > *until) {
-                eprintln!("error: a rank is gone or hangs: '{request}' is not done in time; this rank ends");
-                // SAFETY: nothing that runs at exit is needed: records are written after every case.
+            let current = deadline.lock().expect("no thread panics with the lock").clone();
+            if let Some((_, request)) = current.filter(|(until, _)| Instant::now() > *until) {
+                eprintln!("error: a rank ended or hangs: '{request}' timed out; rank 0 exits");
+                // SAFETY: records are written after every case, and nothing else must run at exit.
                 unsafe { libc::_exit(2) };
             }
         }
     });
 }
 
-impl Lead for Leader {
+impl Controller for Leader {
     fn ask(&mut self, request: &str, expected: Duration) -> Result<String> {
-        let backend = self.part.backend();
-        self.set(Some((Instant::now() + limit(expected), request.to_owned())));
-        tell(backend, &format!("{} {request}", backend.id()))?;
-        let answer = self.part.answer(request);
-        self.set(None);
+        let backend = self.worker.backend();
+        self.set_deadline(Some((Instant::now() + request_timeout(expected), request.to_owned())));
+        broadcast(backend, &format!("{} {request}", backend.id()))?;
+        let answer = self.worker.answer(request);
+        self.set_deadline(None);
         answer
     }
 }
 
-/// Every other rank: does what the first says, until it ends.
+/// Runs the requests of rank 0 on this rank until rank 0 shuts it down.
 ///
 /// # Errors
-/// Where the first is gone, or what it asks for fails.
-pub fn follow(found: Backends, rank: Rank) -> Result<()> {
-    let backends: Vec<Rc<dyn Backend>> = found.available.into_iter().map(Rc::from).collect();
-    let first = backends.first().context("no backend is here")?;
-    let mut parts: HashMap<String, Part> = HashMap::new();
+/// Returns an error if rank 0 ended or if a request fails.
+pub fn run_follower(backends: Backends, rank: Rank) -> Result<()> {
+    let backends: Vec<Rc<dyn Backend>> = backends.available.into_iter().map(Rc::from).collect();
+    let first = backends.first().context("this machine has no backend")?;
+    // Only one case is loaded at a time.
+    let mut current: Option<(String, RankWorker)> = None;
     loop {
-        let told = tell(first.as_ref(), "").context("the first rank is gone")?;
-        if told == END {
+        let message = broadcast(first.as_ref(), "").context("rank 0 ended")?;
+        if message == SHUTDOWN {
             return Ok(());
         }
-        let (id, request) = told.split_once(' ').context("the first rank says nothing")?;
+        let (id, request) = message.split_once(' ').context("rank 0 sent an empty request")?;
         let backend = backends.iter().find(|b| b.id().id() == id);
-        let backend = backend.with_context(|| format!("rank {} has no {id}", rank.index))?;
-        // One case at a time.
-        parts.retain(|known, _| known == id);
-        let part = parts.entry(id.to_owned()).or_insert_with(|| Part::new(Rc::clone(backend), rank, || {}));
-        part.answer(request).with_context(|| format!("rank {}, '{request}'", rank.index))?;
+        let backend = backend.with_context(|| format!("rank {} has no backend {id}", rank.index))?;
+        current.take_if(|(other, _)| other != id);
+        let start_worker = || (id.to_owned(), RankWorker::new(Rc::clone(backend), rank, || {}));
+        let (_, worker) = current.get_or_insert_with(start_worker);
+        worker.answer(request).with_context(|| format!("rank {}, '{request}'", rank.index))?;
     }
 }
 
-/// Ends the other ranks; they find out by themselves where this does not reach them.
-pub fn dismiss(found: &Backends, rank: Option<Rank>) {
-    if let (Some(_), Some(backend)) = (rank, found.available.first()) {
-        let _ = tell(backend.as_ref(), END);
+/// Makes the other ranks return if a launcher started this process. Ranks that miss the message fail by their own
+/// timeout.
+pub fn shutdown_followers(backends: &Backends, rank: Option<Rank>) {
+    if let (Some(_), Some(backend)) = (rank, backends.available.first()) {
+        let _ = broadcast(backend.as_ref(), SHUTDOWN);
     }
 }

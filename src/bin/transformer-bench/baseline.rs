@@ -27,7 +27,7 @@ enum Action {
     /// Saves the last run
     Save {
         name: String,
-        /// Replaces a baseline of the same name
+        /// Replace a baseline of the same name
         #[arg(long)]
         force: bool,
     },
@@ -38,10 +38,10 @@ enum Action {
     /// Copies a baseline to the folder in which Criterion and critcmp find it
     Restore {
         name: String,
-        /// Replaces Criterion's baseline of the same name
+        /// Replace Criterion's baseline of the same name
         #[arg(long)]
         force: bool,
-        /// Restores the baseline of another machine or of other versions
+        /// Restore the baseline of another machine or of other versions
         #[arg(long)]
         allow_mismatch: bool,
     },

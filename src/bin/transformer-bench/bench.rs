@@ -1,6 +1,5 @@
 //! `scripts/bench`: measures this machine and prints the report.
 
-use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
@@ -9,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
+use transformer_bench::compare::revisions;
 use transformer_bench::compare::signals::check_interrupted;
 use transformer_bench::compare::worker::Side;
 use transformer_bench::results;
@@ -18,7 +18,7 @@ use super::options::{self, Executables};
 use super::process_group::ProcessGroup;
 use super::{interleave, list, report};
 
-/// How long interleaved rounds may take after the run.
+/// Time limit of the interleaved rounds after the run.
 const INTERLEAVE_LIMIT: Duration = Duration::from_secs(60);
 
 /// Measures this machine with both frameworks and prints the report.
@@ -34,13 +34,13 @@ const INTERLEAVE_LIMIT: Duration = Duration::from_secs(60);
   scripts/bench --full 'attention/torch-cpu/'
   scripts/bench --model src/model/indicator.toml --batch 4 'train-step/.*/f32/'")]
 pub struct Arguments {
-    /// Measures the cases of the headline tables, in under 5 minutes (default)
+    /// Measure the cases of the headline tables, in under 5 minutes (default)
     #[arg(long, overrides_with = "full")]
     quick: bool,
-    /// Measures every case of the suite
+    /// Measure every case of the suite
     #[arg(long)]
     full: bool,
-    /// Measures your model instead of the built-in ones: a Hugging Face config.json, its folder, or a TOML file
+    /// Measure your model instead of the built-in ones: a Hugging Face config.json, its folder, or a TOML file
     /// (src/model/README.md)
     #[arg(long, value_name = "PATH", value_parser = existing_path)]
     model: Option<PathBuf>,
@@ -66,18 +66,24 @@ fn existing_path(text: &str) -> Result<PathBuf, String> {
 }
 
 impl Arguments {
-    /// Exports the model options as the environment variables that every process of the suite reads.
+    /// Exports the model options as environment variables, which every process of the suite reads. Options that are
+    /// missing are taken from the environment.
     ///
     /// Must be called before this process starts a thread.
-    pub fn export_model(&self) {
-        let model = self.model.as_deref().map(Path::as_os_str);
-        let sizes = [&self.batch, &self.tokens].map(|size| size.as_deref().map(OsStr::new));
-        let names =
-            [custom_model::MODEL_VARIABLE, custom_model::BATCH_VARIABLE, custom_model::TOKENS_VARIABLE];
-        for (name, value) in names.into_iter().zip([model, sizes[0], sizes[1]]) {
-            if let Some(value) = value {
-                // SAFETY: the caller guarantees that no other thread runs yet.
-                unsafe { std::env::set_var(name, value) };
+    pub fn export_model(&mut self) {
+        if let Some(path) = &self.model {
+            // SAFETY: the caller guarantees that no other thread runs yet.
+            unsafe { std::env::set_var(custom_model::MODEL_VARIABLE, path) };
+        }
+        let sizes = [
+            (custom_model::BATCH_VARIABLE, &mut self.batch),
+            (custom_model::TOKENS_VARIABLE, &mut self.tokens),
+        ];
+        for (name, size) in sizes {
+            match size {
+                // SAFETY: as above.
+                Some(size) => unsafe { std::env::set_var(name, size) },
+                None => *size = std::env::var(name).ok().filter(|text| !text.is_empty()),
             }
         }
     }
@@ -102,7 +108,7 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
         fs::remove_dir_all(&last_run)
             .with_context(|| format!("{} could not be removed", last_run.display()))?;
     }
-    let mut code = u8::from(!measure(&side, set, filter, &group)?);
+    let mut code = u8::from(!measure(arguments, &side, set, &group)?);
     if !last_run.exists() {
         return Ok(code);
     }
@@ -122,7 +128,7 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
 
 /// Locks the results for this process. The system releases the lock when the process ends.
 fn lock(folder: &Path) -> Result<File> {
-    let path = folder.join("bench.lock");
+    let path = folder.join("run.lock");
     let open = || -> std::io::Result<File> {
         fs::create_dir_all(folder)?;
         File::options().read(true).write(true).create(true).truncate(false).open(&path)
@@ -141,23 +147,30 @@ fn lock(folder: &Path) -> Result<File> {
 /// Builds the executables. Cargo's progress is visible, since the first build takes minutes.
 fn build(executables: &Executables, group: &ProcessGroup) -> Result<Side> {
     if executables.folder.is_none() {
-        let status =
-            group.run(Command::new("cargo").args(["build", "--release", "--locked", "--benches"]))?;
+        let mut command = Command::new("cargo");
+        command.args(["bench", "--no-run", "--locked", "--bench", "torch", "--bench", "mlx"]);
+        let status = group.run(command.current_dir(revisions::root()))?;
         ensure!(status.success(), "the benchmarks could not be built: see the errors above");
     }
     executables.build()
 }
 
 /// Runs the executable of each framework. Returns true if no case failed.
-fn measure(side: &Side, set: Set, filter: Option<&str>, group: &ProcessGroup) -> Result<bool> {
+fn measure(arguments: &Arguments, side: &Side, set: Set, group: &ProcessGroup) -> Result<bool> {
     let mut passed = true;
     for (framework, executable) in &side.executables {
         let mut command = Command::new(executable);
-        command.arg("--bench").args(filter).env("TRANSFORMER_BENCH_SET", set.id());
+        command.arg("--bench").args(&arguments.filter).env("TRANSFORMER_BENCH_SET", set.id());
         // A copied executable cannot derive these folders from its own path.
-        command
-            .env("TRANSFORMER_BENCH_RESULTS", results::folder())
-            .env("CRITERION_HOME", results::criterion_home());
+        command.env("TRANSFORMER_BENCH_RESULTS", results::folder());
+        command.env("CRITERION_HOME", results::criterion_home());
+        // Without these, the executable chooses the sizes again and prints the reason.
+        if arguments.batch.is_none() {
+            command.env_remove(custom_model::BATCH_VARIABLE);
+        }
+        if arguments.tokens.is_none() {
+            command.env_remove(custom_model::TOKENS_VARIABLE);
+        }
         let ended = group.run(&mut command);
         check_interrupted()?;
         match ended {

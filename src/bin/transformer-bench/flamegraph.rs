@@ -34,7 +34,7 @@ pub struct Arguments {
     /// Seconds for which each case is profiled
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     seconds: u64,
-    /// Profiles this side too and draws the differences: a git revision or dir:PATH
+    /// Profile this side too and draw the differences: a git revision or dir:PATH
     #[arg(long, value_name = "BASE", value_parser = options::side)]
     diff: Option<String>,
     #[command(flatten)]
@@ -67,7 +67,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
                 let before = before.with_context(|| format!("{} has no such profile", base.name))?;
                 let picture = folder.join(format!("{name}-diff.svg"));
                 let title = format!("{case} since {}", base.name);
-                results::write_atomic(&picture, &found.svg_since(&before, &title, unit)?)?;
+                results::write_atomic(&picture, &found.diff_svg(&before, &title, unit)?)?;
                 pictures.push_str(&format!("{}\n", picture.display()));
             }
         }
@@ -79,11 +79,11 @@ pub fn run(arguments: &Arguments) -> Result<()> {
 fn select(arguments: &Arguments) -> Result<Vec<Case>> {
     let mut selected = match &arguments.filter {
         Some(filter) => matching(filter)?,
-        None => match regressions()? {
-            none if none.is_empty() => slowest_of_last_run()?,
-            slower => slower,
-        },
+        None => regressions()?,
     };
+    if selected.is_empty() {
+        selected = slowest_of_last_run()?;
+    }
     selected.truncate(arguments.top);
     ensure!(!selected.is_empty(), "the last run measured nothing: run ./scripts/bench, or name a case");
     Ok(selected)

@@ -6,7 +6,8 @@ use anyhow::Result;
 use clap::Args;
 use transformer_bench::compare::rounds::{self, Row};
 use transformer_bench::compare::worker::{Side, Threads};
-use transformer_bench::report::{best_pairs, eager_pairs, find, measured, top_two};
+use transformer_bench::report::find_measured;
+use transformer_bench::report::headline::{best_pairs, same_method_pairs, top_two};
 use transformer_bench::results::{self, InterleavedResult, run};
 use transformer_bench::suite::Case;
 
@@ -19,7 +20,7 @@ use super::options::{self, Executables};
 /// process of each side, and their steps alternate.
 #[derive(Args)]
 pub struct Arguments {
-    /// Stops after this many minutes
+    /// Stop after this many minutes
     #[arg(long, default_value = "1", value_parser = options::minutes, allow_negative_numbers = true)]
     minutes: Duration,
     #[command(flatten)]
@@ -37,9 +38,9 @@ pub fn run(arguments: &Arguments) -> Result<()> {
 pub fn measure(side: &Side, time_limit: Duration) -> Result<()> {
     let folder = results::folder();
     let (last, _) = run::merge(&folder)?;
-    let was_measured = |case: &Case| measured(find(&last, case)).is_some();
+    let was_measured = |case: &Case| find_measured(&last, case).is_some();
     let mut pairs = best_pairs(&last);
-    let others = eager_pairs(last.headline()).into_iter().filter(|pair| pair.iter().all(was_measured));
+    let others = same_method_pairs(last.headline()).into_iter().filter(|pair| pair.iter().all(was_measured));
     for pair in others.chain(top_two(&last)) {
         if !pairs.contains(&pair) {
             pairs.push(pair);
@@ -63,13 +64,13 @@ pub fn measure(side: &Side, time_limit: Duration) -> Result<()> {
         rows.extend(row);
     }
     let result = |row: &Row| -> Option<InterleavedResult> {
-        let estimate = row.estimate().filter(|_| row.judge.rounds() >= rounds::MIN_ROUNDS)?;
+        let estimate = row.estimate().filter(|_| row.test.rounds() >= rounds::MIN_ROUNDS)?;
         estimate.ci.iter().all(|c| c.is_finite()).then(|| InterleavedResult {
             base: row.base.to_string(),
             head: row.head.to_string(),
             ratio: estimate.ratio,
             ratio_ci: estimate.ci,
-            rounds: row.judge.rounds() as u64,
+            rounds: row.test.rounds() as u64,
             commit: last.machine.commit.clone(),
         })
     };

@@ -2,7 +2,7 @@
 
 use anyhow::{Result, bail};
 use clap::Args;
-use transformer_bench::report::tables::prefixed;
+use transformer_bench::report::format::prefixed;
 use transformer_bench::suite::{Case, Framework, Set, cases, cost, parse_filter};
 
 use super::options;
@@ -19,10 +19,10 @@ pub struct Arguments {
     /// Regular expression over ids (workload/backend/precision/shape)
     #[arg(default_value = "")]
     filter: String,
-    /// Lists the cases of one framework
+    /// List the cases of one framework
     #[arg(long)]
     framework: Option<Framework>,
-    /// Prints only the number of FLOPs of one case
+    /// Print only the number of FLOPs of one case
     #[arg(long, value_name = "CASE")]
     flops: Option<Case>,
 }

@@ -4,6 +4,7 @@ mod baseline;
 mod bench;
 mod calibrate;
 mod compare;
+mod compare_baselines;
 mod flamegraph;
 mod interleave;
 mod list;
@@ -59,8 +60,8 @@ fn show(text: &str) -> anyhow::Result<()> {
 }
 
 fn main() -> ExitCode {
-    let command = Cli::parse().command;
-    if let Command::Bench(arguments) = &command {
+    let mut command = Cli::parse().command;
+    if let Command::Bench(arguments) = &mut command {
         arguments.export_model();
     }
     // Ids may name the custom model.

@@ -46,7 +46,7 @@ pub fn set() -> impl TypedValueParser<Value = Set> {
 /// The executables that a subcommand measures.
 #[derive(Args)]
 pub struct Executables {
-    /// Measures the executables DIR/torch and DIR/mlx instead of those of the working tree
+    /// Measure the executables DIR/torch and DIR/mlx instead of those of the working tree
     #[arg(long = "executables", value_name = "DIR", value_parser = path)]
     pub folder: Option<PathBuf>,
 }

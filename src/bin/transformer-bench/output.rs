@@ -1,4 +1,4 @@
-//! The table of a comparison: text, Markdown and JSON from the same lines.
+//! The result of a comparison as text, Markdown and JSON.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use transformer_bench::report::markdown::escaped;
 use transformer_bench::results::EnvEffect;
 use transformer_bench::suite::Case;
 
-/// What was found of a case.
+/// The result for one case.
 pub struct Line {
     pub id: String,
     pub verdict: Verdict,
@@ -19,10 +19,10 @@ pub struct Line {
     /// Step times in seconds, base and head.
     pub times: Option<[f64; 2]>,
     pub rounds: usize,
-    /// What each round saw, so that it can be judged again.
+    /// Observations of the rounds, from which another threshold can be applied.
     observations: Vec<[f64; 2]>,
     pub reason: String,
-    /// The side that failed.
+    /// Index of the side that failed: 0 base, 1 head.
     failed_side: Option<usize>,
 }
 
@@ -52,16 +52,32 @@ impl Line {
         Self { estimate: Some(estimate), times: Some(times), rounds, ..Self::without(case, verdict) }
     }
 
-    /// What is known of a case that could not be decided.
-    fn bound(&self) -> Option<String> {
-        self.estimate.filter(|_| self.verdict == Verdict::Inconclusive)?.bound()
+    /// Returns the result with base and head swapped.
+    fn mirrored(mut self) -> Self {
+        self.verdict = match self.verdict {
+            Verdict::Slower => Verdict::Faster,
+            Verdict::Faster => Verdict::Slower,
+            Verdict::New => Verdict::Removed,
+            Verdict::Removed => Verdict::New,
+            same => same,
+        };
+        self.estimate =
+            self.estimate.map(|e| Estimate { ratio: 1.0 / e.ratio, ci: [1.0 / e.ci[1], 1.0 / e.ci[0]] });
+        self.times = self.times.map(|[base, head]| [head, base]);
+        self.failed_side = self.failed_side.map(|side| 1 - side);
+        self
     }
 
-    /// A line of a comparison that is over, judged by another rule.
-    fn again(case: &Value, rule: Rule) -> Result<Self> {
+    /// Returns the bounds on the change of an inconclusive case.
+    fn bound(&self) -> Option<String> {
+        self.estimate.filter(|_| self.verdict == Verdict::Inconclusive)?.describe_bounds()
+    }
+
+    /// Reads a line of a finished comparison and applies another rule to it.
+    fn reevaluate(case: &Value, rule: Rule) -> Result<Self> {
         let id = case["id"].as_str().context("a case without an id")?;
-        let verdict: Verdict =
-            serde_json::from_value(case["verdict"].clone()).with_context(|| format!("{id}: no verdict"))?;
+        let verdict: Verdict = serde_json::from_value(case["verdict"].clone())
+            .with_context(|| format!("{id} has no verdict"))?;
         let mut line = Self::named(id, verdict);
         line.reason = case["reason"].as_str().unwrap_or_default().to_owned();
         line.rounds = case["rounds"].as_u64().unwrap_or_default() as usize;
@@ -78,7 +94,7 @@ impl Line {
         } else if let (Some(ratio), Some(low), Some(high)) =
             (case["ratio"].as_f64(), case["ci"][0].as_f64(), case["ci"][1].as_f64())
         {
-            // Against a baseline: what baseline_level::judged says of an interval.
+            // A comparison with a baseline has no rounds, but its interval is enough.
             let estimate = Estimate { ratio, ci: [low, high] };
             line.verdict = baseline_level::reevaluate(&estimate, rule.threshold);
             line.estimate = Some(estimate);
@@ -86,11 +102,12 @@ impl Line {
         Ok(line)
     }
 
-    pub fn of(row: &Row, names: &[String; 2]) -> Self {
+    /// Returns the result of a row of rounds.
+    pub fn from_row(row: &Row, names: &[String; 2]) -> Self {
         let verdict = row.verdict().unwrap_or(Verdict::Inconclusive);
         let mut line = Self::without(&row.base, verdict);
         if row.base != row.head {
-            // Two backends: the id without one.
+            // The id of a pair of backends has no backend.
             line.id = format!("{}/{}/{}", row.base.workload, row.base.method, row.base.shape);
         }
         if let Some((side, reason)) = &row.failed {
@@ -99,14 +116,14 @@ impl Line {
             return line;
         }
         line.estimate = row.estimate();
-        line.rounds = row.judge.rounds();
-        line.observations = row.judge.observations();
+        line.rounds = row.test.rounds();
+        line.observations = row.test.observations();
         line.times = (line.rounds > 0).then(|| [row.step_time(0), row.step_time(1)]);
         line
     }
 }
 
-/// A whole comparison.
+/// The result of a comparison.
 pub struct Report {
     names: [String; 2],
     lines: Vec<Line>,
@@ -129,27 +146,34 @@ impl Report {
         Self { names, lines, notes, threshold, elapsed }
     }
 
-    /// A finished comparison, from its JSON, by another threshold in per cent.
+    /// Reads a finished comparison and applies another threshold, in percent.
     ///
     /// # Errors
-    /// Where the text is no comparison.
-    pub fn again(json: &Value, threshold: f64) -> Result<Self> {
+    /// Returns an error if the JSON is not a comparison.
+    pub fn reevaluate(json: &Value, threshold: f64) -> Result<Self> {
         let text = |name: &str| json[name].as_str().map(str::to_owned).with_context(|| format!("no {name}"));
         let cases = json["cases"].as_array().context("no cases")?;
         let rule = rounds::rule(threshold / 100.0, cases.len());
-        let lines = cases.iter().map(|case| Line::again(case, rule)).collect::<Result<_>>()?;
+        let lines = cases.iter().map(|case| Line::reevaluate(case, rule)).collect::<Result<_>>()?;
         let mut notes: Vec<String> = serde_json::from_value(json["notes"].clone()).unwrap_or_default();
-        notes.push("judged again from a finished comparison: nothing was measured now".to_owned());
+        notes.push("another threshold for a finished comparison: nothing was measured now".to_owned());
         Ok(Self::new([text("base")?, text("head")?], lines, notes, threshold, Duration::ZERO))
     }
 
-    /// 1 a regression, 3 not measured well enough, else 0.
+    /// Returns the comparison with base and head swapped, from a comparison without rounds.
+    pub fn mirrored(self) -> Self {
+        let [base, head] = self.names;
+        let lines = self.lines.into_iter().map(Line::mirrored).collect();
+        Self::new([head, base], lines, self.notes, self.threshold, self.elapsed)
+    }
+
+    /// Returns 1 for a regression, 3 for an inconclusive comparison, else 0.
     pub fn exit_code(&self, strict: bool) -> u8 {
         let any = |verdict| self.lines.iter().any(|l| l.verdict == verdict);
-        // A case that only fails on the head's side got worse.
+        // A case that fails only on the head is a regression.
         let broken = self.lines.iter().any(|l| l.verdict == Verdict::Failed && l.failed_side == Some(1));
         let decided =
-            [Verdict::Equivalent, Verdict::Faster, Verdict::New, Verdict::Gone].into_iter().any(any);
+            [Verdict::Equivalent, Verdict::Faster, Verdict::New, Verdict::Removed].into_iter().any(any);
         if any(Verdict::Slower) || broken {
             1
         } else if !decided || (strict && (any(Verdict::Inconclusive) || any(Verdict::Failed))) {
@@ -167,14 +191,11 @@ impl Report {
                 (count > 0).then(|| format!("{count} {}", v.id()))
             })
             .collect();
-        let time = if self.elapsed.is_zero() {
-            String::new()
-        } else {
-            format!(", {:.0} s", self.elapsed.as_secs_f64())
-        };
-        format!("{} (threshold {} %{time})", counts.join(", "), self.threshold)
+        let time = (!self.elapsed.is_zero()).then(|| format!(", {:.0} s", self.elapsed.as_secs_f64()));
+        format!("{} (threshold {} %{})", counts.join(", "), self.threshold, time.unwrap_or_default())
     }
 
+    /// Returns the comparison as text, JSON or Markdown.
     pub fn text(&self, json: bool, markdown: bool) -> String {
         if json {
             return format!("{:#}\n", self.json());
@@ -211,13 +232,13 @@ impl Report {
         out
     }
 
-    /// What a setting of the head brought to each case that both sides could run.
-    pub fn settings(&self, setting: &str, commit: &str) -> Vec<EnvEffect> {
-        let of = |line: &Line| {
+    /// Returns the effect of the head's environment variables on each case that both sides ran.
+    pub fn env_effects(&self, variables: &str, commit: &str) -> Vec<EnvEffect> {
+        let effect = |line: &Line| {
             let ([base, head], estimate) = (line.times?, line.estimate?);
             let finite = estimate.ci.iter().all(|c| c.is_finite());
             finite.then(|| EnvEffect {
-                variables: setting.to_owned(),
+                variables: variables.to_owned(),
                 id: line.id.clone(),
                 without_ns: base * 1e9,
                 with_ns: head * 1e9,
@@ -226,44 +247,40 @@ impl Report {
                 commit: commit.to_owned(),
             })
         };
-        self.lines.iter().filter_map(of).collect()
+        self.lines.iter().filter_map(effect).collect()
     }
 
+    /// Returns the comparison as JSON. Numbers that are not finite are null.
     pub fn json(&self) -> Value {
-        let finite = |value: f64| if value.is_finite() { json!(value) } else { Value::Null };
-        let cases: Vec<Value> = self
-            .lines
-            .iter()
-            .map(|l| {
-                json!({
-                    "id": l.id,
-                    "verdict": l.verdict,
-                    "ratio": l.estimate.map_or(Value::Null, |e| finite(e.ratio)),
-                    "ci": l.estimate.map_or(Value::Null, |e| json!([finite(e.ci[0]), finite(e.ci[1])])),
-                    "base_ns": l.times.map_or(Value::Null, |t| finite(t[0] * 1e9)),
-                    "head_ns": l.times.map_or(Value::Null, |t| finite(t[1] * 1e9)),
-                    "rounds": l.rounds,
-                    "bounds": match l.estimate.filter(|_| l.verdict == Verdict::Inconclusive).and_then(|e| e.bounds()) {
-                        Some([slower, faster]) => json!({"slower_at_most": slower, "faster_at_most": faster}),
-                        None => Value::Null,
-                    },
-                    "observations": l.observations,
-                    "failed_side": l.failed_side,
-                    "reason": l.reason,
-                })
+        let case = |line: &Line| {
+            let undecided = line.estimate.filter(|_| line.verdict == Verdict::Inconclusive);
+            let bounds = undecided.and_then(|estimate| estimate.bounds());
+            json!({
+                "id": line.id,
+                "verdict": line.verdict,
+                "ratio": line.estimate.map(|estimate| estimate.ratio),
+                "ci": line.estimate.map(|estimate| estimate.ci),
+                "base_ns": line.times.map(|[base, _]| base * 1e9),
+                "head_ns": line.times.map(|[_, head]| head * 1e9),
+                "rounds": line.rounds,
+                "bounds": bounds.map(|[slower, faster]| json!({"slower_at_most": slower, "faster_at_most": faster})),
+                "observations": line.observations,
+                "failed_side": line.failed_side,
+                "reason": line.reason,
             })
-            .collect();
+        };
         json!({
             "base": self.names[0],
             "head": self.names[1],
             "threshold": self.threshold / 100.0,
             "seconds": self.elapsed.as_secs_f64(),
             "notes": self.notes,
-            "cases": cases,
+            "cases": self.lines.iter().map(case).collect::<Vec<Value>>(),
         })
     }
 }
 
+/// Returns the columns of a line: verdict, ratio, interval, both times, case.
 fn cells(line: &Line) -> [String; 6] {
     let or = |text: Option<String>| text.unwrap_or_else(|| "–".to_owned());
     let remark = line.bound().unwrap_or_else(|| line.reason.clone());
@@ -296,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn exit_codes_say_what_a_gate_needs() {
+    fn exit_codes_are_what_a_merge_gate_needs() {
         use Verdict::*;
         for (verdicts, strict, code) in [
             (&[Equivalent, Faster][..], true, 0),
@@ -304,7 +321,7 @@ mod tests {
             (&[Equivalent, Inconclusive], false, 0),
             (&[Equivalent, Inconclusive], true, 3),
             (&[Inconclusive], false, 3),
-            (&[New, Gone], true, 0),
+            (&[New, Removed], true, 0),
             (&[Slower, Inconclusive], true, 1),
         ] {
             assert_eq!(report(verdicts).exit_code(strict), code, "{verdicts:?}");
@@ -315,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_inconclusive_tells_its_bound() {
+    fn inconclusive_cases_print_their_bounds() {
         let case: Case = "forward/torch-cpu/f32/indicator-b1".parse().unwrap();
         let estimate = Estimate { ratio: 1.01, ci: [0.996, 1.031] };
         let line = Line::judged(&case, Verdict::Inconclusive, estimate, [1e-3, 1.01e-3], 9);
@@ -329,21 +346,43 @@ mod tests {
     }
 
     #[test]
-    fn a_finished_comparison_can_be_judged_again() {
+    fn another_threshold_applies_to_a_finished_comparison() {
         let case: Case = "forward/torch-cpu/f32/indicator-b1".parse().unwrap();
         let estimate = Estimate { ratio: 1.03, ci: [1.029, 1.031] };
         let mut line = Line::judged(&case, Verdict::Slower, estimate, [1e-3, 1.03e-3], 12);
-        // Rounds that agree on three per cent.
+        // All rounds measure three percent.
         line.observations = (0..12).map(|i| [0.0296 + 1e-4 * f64::from(i % 3), 1e-4]).collect();
         let json = Report { lines: vec![line], ..report(&[]) }.json();
-        let again = |threshold| Report::again(&json, threshold).unwrap().lines[0].verdict;
+        let again = |threshold| Report::reevaluate(&json, threshold).unwrap().lines[0].verdict;
         assert_eq!(again(2.0), Verdict::Slower);
         assert_eq!(again(5.0), Verdict::Equivalent);
-        assert!(Report::again(&json!({"base": "a"}), 2.0).is_err());
+        assert!(Report::reevaluate(&json!({"base": "a"}), 2.0).is_err());
     }
 
     #[test]
-    fn what_needs_attention_comes_first() {
+    fn comparisons_of_older_versions_are_read() {
+        let case = json!({"id": "a/b/c/d", "verdict": "gone"});
+        let old = json!({"base": "a", "head": "b", "cases": [case]});
+        let report = Report::reevaluate(&old, 2.0).unwrap();
+        assert_eq!(report.json()["cases"][0]["verdict"], "removed");
+    }
+
+    #[test]
+    fn swapping_the_sides_inverts_the_result() {
+        let case: Case = "forward/torch-cpu/f32/indicator-b1".parse().unwrap();
+        let estimate = Estimate { ratio: 2.0, ci: [1.6, 2.5] };
+        let line = Line::judged(&case, Verdict::Slower, estimate, [1.0, 2.0], 3);
+        let lines = vec![line, Line::failed(&case, "it crashed"), Line::without(&case, Verdict::New)];
+        let mirrored = Report { lines, ..report(&[]) }.mirrored();
+        assert_eq!((mirrored.names[0].as_str(), mirrored.exit_code(false)), ("b", 0));
+        let verdicts: Vec<Verdict> = mirrored.lines.iter().map(|line| line.verdict).collect();
+        assert_eq!(verdicts, [Verdict::Failed, Verdict::Removed, Verdict::Faster]);
+        let faster = &mirrored.lines[2];
+        assert_eq!((faster.estimate.unwrap().ci, faster.times), ([0.4, 0.625], Some([2.0, 1.0])));
+    }
+
+    #[test]
+    fn regressions_come_first() {
         let shown = report(&[Verdict::Equivalent, Verdict::Faster, Verdict::Slower]);
         assert_eq!(shown.lines[0].verdict, Verdict::Slower);
         assert_eq!(shown.lines[2].verdict, Verdict::Equivalent);

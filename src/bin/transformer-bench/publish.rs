@@ -15,7 +15,7 @@ use transformer_bench::results;
   scripts/baseline save first && git add criterion-baselines && scripts/publish
   scripts/publish --check")]
 pub struct Arguments {
-    /// Writes nothing, and fails if a document differs
+    /// Write nothing, and fail if a document differs
     #[arg(long)]
     check: bool,
 }

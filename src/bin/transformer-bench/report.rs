@@ -8,7 +8,7 @@ use clap::Args;
 use transformer_bench::report::{export, html, machines, markdown};
 use transformer_bench::results::baseline::{self, Baseline};
 use transformer_bench::results::machine::Machine;
-use transformer_bench::results::{self, Results, run};
+use transformer_bench::results::{self, Results, run, validate};
 
 use super::options;
 
@@ -23,7 +23,7 @@ use super::options;
 pub struct Arguments {
     /// Saved baselines: NAME or MACHINE/NAME (scripts/baseline list)
     machines: Vec<String>,
-    /// Reports this results.json instead of the last run
+    /// Report this results.json instead of the last run
     #[arg(long, value_name = "FILE", value_parser = options::path, conflicts_with = "machines")]
     from: Option<PathBuf>,
 }
@@ -41,7 +41,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     if let Some(path) = &arguments.from {
         let place = path.display().to_string();
         let text = fs::read_to_string(path).with_context(|| format!("{place} could not be read"))?;
-        let read = export::read(&text, &place)?;
+        let read = validate::parse_results(&text, &place)?;
         return write(&folder, &read, &|_| Vec::new(), "./scripts/bench");
     }
     last_run(&folder)
@@ -50,7 +50,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
 /// Writes and prints the report of the last run.
 ///
 /// # Errors
-/// Returns an error if there is no run, or a file is damaged or cannot be written.
+/// Returns an error if no run exists, or a file is damaged or cannot be written.
 pub fn last_run(folder: &Path) -> Result<()> {
     let (merged, parts) = run::merge(folder)?;
     let missing: Vec<String> = parts.iter().filter_map(run::missing_cases).collect();

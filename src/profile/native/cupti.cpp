@@ -1,7 +1,7 @@
-// What a GPU does while steps run: the activities that CUPTI records for the whole
-// process, whichever framework launched them, each with the operator that launched it.
-// Launches are seen in callbacks, where the stack names the operator; a kernel in a CUDA
-// graph is named by the launch that was recorded. libcupti is loaded at run time.
+// Records the activities of a GPU through CUPTI, and the operator that launched each of them.
+// CUPTI records the whole process, so every framework is covered. A callback at each launch reads
+// the operator from the stack. For a kernel in a CUDA graph, it is the launch during capture.
+// libcupti is loaded at run time.
 //
 // Every function returns 0, or -1 with the reason in tb_gpu_last_error().
 
@@ -42,9 +42,9 @@ struct Record {
 
 std::mutex guard;
 std::vector<Record> records;
-// What launched, by correlation and by node of a graph: "phase;operator".
-std::unordered_map<uint32_t, std::string> launched;
-std::unordered_map<uint64_t, std::string> nodes;
+// "phase;operator" of each launch, by correlation id and by graph node.
+std::unordered_map<uint32_t, std::string> launch_operators;
+std::unordered_map<uint64_t, std::string> node_operators;
 CUpti_SubscriberHandle subscriber = nullptr;
 
 bool load() {
@@ -54,7 +54,7 @@ bool load() {
     if ((library = dlopen(name, RTLD_NOW))) break;
   }
   if (!library) {
-    last_error = "libcupti is not there: run ./scripts/setup on this machine";
+    last_error = "libcupti was not found: run ./scripts/setup on this machine";
     return false;
   }
   bool all = true;
@@ -73,30 +73,30 @@ bool load() {
   find(api.result_string, "cuptiGetResultString");
   find(api.enable, "cuptiActivityEnable");
   if (!all) {
-    last_error = "this libcupti lacks functions that are needed";
+    last_error = "this libcupti lacks required functions";
     api.enable = nullptr;
   }
   return all;
 }
 
-bool checked(CUptiResult result, const char* what) {
+bool check(CUptiResult result, const char* what) {
   if (result == CUPTI_SUCCESS) return true;
   const char* text = nullptr;
   api.result_string(result, &text);
-  last_error = std::string(what) + ": " + (text ? text : "CUPTI gave no reason");
+  last_error = std::string(what) + ": " + (text ? text : "CUPTI reported no reason");
   if (result == CUPTI_ERROR_INSUFFICIENT_PRIVILEGES) {
-    last_error += "; profiling is for root alone here (NVreg_RestrictProfilingToAdminUsers)";
+    last_error += "; only root may profile on this machine (NVreg_RestrictProfilingToAdminUsers)";
   }
   return false;
 }
 
-void CUPTIAPI give_buffer(uint8_t** buffer, size_t* size, size_t* most) {
+void CUPTIAPI provide_buffer(uint8_t** buffer, size_t* size, size_t* most) {
   *size = 4 << 20;
   *buffer = static_cast<uint8_t*>(std::aligned_alloc(8, *size));
   *most = 0;
 }
 
-void CUPTIAPI take_buffer(CUcontext, uint32_t, uint8_t* buffer, size_t, size_t valid) {
+void CUPTIAPI read_buffer(CUcontext, uint32_t, uint8_t* buffer, size_t, size_t valid) {
   std::lock_guard lock(guard);
   CUpti_Activity* record = nullptr;
   while (valid > 0 && api.next_record(buffer, valid, &record) == CUPTI_SUCCESS) {
@@ -124,7 +124,7 @@ void CUPTIAPI take_buffer(CUcontext, uint32_t, uint8_t* buffer, size_t, size_t v
   std::free(buffer);
 }
 
-// The identifier behind a mangled prefix: `_ZN2at4_ops3add4call`, prefix `_ZN2at4_ops`.
+// Returns the identifier after a mangled prefix: `add` for `_ZN2at4_ops3add4call` and `_ZN2at4_ops`.
 std::string identifier(const char* symbol, const char* prefix) {
   const size_t length = std::strlen(prefix);
   if (std::strncmp(symbol, prefix, length) != 0) return {};
@@ -133,8 +133,8 @@ std::string identifier(const char* symbol, const char* prefix) {
   return size && size <= std::strlen(end) ? std::string(end, size) : std::string();
 }
 
-// "phase;operator" of the calling stack, innermost operator first found.
-std::string operator_here() {
+// Returns "phase;operator" of the calling stack, with the innermost operator.
+std::string calling_operator() {
   static std::unordered_map<void*, std::string> symbols;
   void* frames[96];
   const int count = backtrace(frames, 96);
@@ -156,19 +156,19 @@ std::string operator_here() {
     if (std::strncmp(symbol, "_ZN5torch8autograd6Engine", 25) == 0) phase = "backward";
   }
   if (name.find("adam") != std::string::npos) phase = "optimizer";
-  // MLX launches in the order of its graph, which holds all phases.
+  // MLX evaluates one graph with all phases, so its phase is unknown.
   if (name.rfind("mlx::", 0) == 0) return "step;" + name;
   return std::string(phase) + ";" + (name.empty() ? "other" : name);
 }
 
-bool launches(const char* function) {
+bool is_launch(const char* function) {
   for (const char* start : {"cudaLaunch", "cudaMemcpy", "cudaMemset", "cuLaunch", "cuMemcpy", "cuMemset"}) {
     if (std::strncmp(function, start, std::strlen(start)) == 0) return true;
   }
   return false;
 }
 
-void CUPTIAPI called(void*, CUpti_CallbackDomain domain, CUpti_CallbackId id, const void* data) {
+void CUPTIAPI on_callback(void*, CUpti_CallbackDomain domain, CUpti_CallbackId id, const void* data) {
   if (domain == CUPTI_CB_DOMAIN_RESOURCE) {
     if (id != CUPTI_CBID_RESOURCE_GRAPHNODE_CREATED && id != CUPTI_CBID_RESOURCE_GRAPHNODE_CLONED) return;
     auto* graph = static_cast<CUpti_GraphData*>(static_cast<const CUpti_ResourceData*>(data)->resourceDescriptor);
@@ -176,17 +176,17 @@ void CUPTIAPI called(void*, CUpti_CallbackDomain domain, CUpti_CallbackId id, co
     if (api.graph_node_id(graph->node, &node) != CUPTI_SUCCESS) return;
     std::lock_guard lock(guard);
     if (id == CUPTI_CBID_RESOURCE_GRAPHNODE_CREATED) {
-      nodes[node] = operator_here();
+      node_operators[node] = calling_operator();
     } else if (api.graph_node_id(graph->originalNode, &original) == CUPTI_SUCCESS) {
-      nodes[node] = nodes[original];
+      node_operators[node] = node_operators[original];
     }
     return;
   }
   auto* call = static_cast<const CUpti_CallbackData*>(data);
-  if (call->callbackSite != CUPTI_API_ENTER || !launches(call->functionName)) return;
+  if (call->callbackSite != CUPTI_API_ENTER || !is_launch(call->functionName)) return;
   std::lock_guard lock(guard);
-  auto [entry, fresh] = launched.try_emplace(call->correlationId);
-  if (fresh) entry->second = operator_here();
+  auto [entry, fresh] = launch_operators.try_emplace(call->correlationId);
+  if (fresh) entry->second = calling_operator();
 }
 
 }  // namespace
@@ -195,7 +195,7 @@ extern "C" {
 
 struct tb_activity {
   const char* name;
-  // "phase;operator", or empty where the launch was not seen.
+  // "phase;operator", or empty if the launch was not observed.
   const char* launched_by;
   uint64_t start, end;
   uint32_t stream;
@@ -203,57 +203,57 @@ struct tb_activity {
 
 const char* tb_gpu_last_error() { return last_error.c_str(); }
 
-// From now on launches are named. Graphs must be recorded after this.
-int tb_gpu_watch() {
+// Starts to attribute launches to operators. CUDA graphs must be captured after this call.
+int tb_gpu_start_attribution() {
   if (!load()) return -1;
   if (subscriber) return 0;
-  // The first call loads libgcc, which must not happen inside a callback.
+  // The first call loads libgcc, which must not happen in a callback.
   void* frame[1];
   backtrace(frame, 1);
-  bool ok = checked(api.subscribe(&subscriber, called, nullptr), "watching launches");
+  bool ok = check(api.subscribe(&subscriber, on_callback, nullptr), "attributing launches");
   for (auto domain : {CUPTI_CB_DOMAIN_RUNTIME_API, CUPTI_CB_DOMAIN_DRIVER_API, CUPTI_CB_DOMAIN_RESOURCE}) {
-    ok = ok && checked(api.enable_domain(1, subscriber, domain), "watching launches");
+    ok = ok && check(api.enable_domain(1, subscriber, domain), "attributing launches");
   }
   return ok ? 0 : -1;
 }
 
-int tb_gpu_unwatch() {
+int tb_gpu_stop_attribution() {
   if (!subscriber) return 0;
-  auto was = subscriber;
+  auto ended = subscriber;
   subscriber = nullptr;
-  return checked(api.unsubscribe(was), "ending the watch") ? 0 : -1;
+  return check(api.unsubscribe(ended), "ending the attribution of launches") ? 0 : -1;
 }
 
 int tb_gpu_begin() {
   if (!load()) return -1;
-  bool ok = checked(api.register_callbacks(give_buffer, take_buffer), "recording activities");
+  bool ok = check(api.register_callbacks(provide_buffer, read_buffer), "recording activities");
   for (auto kind : {CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL, CUPTI_ACTIVITY_KIND_MEMCPY, CUPTI_ACTIVITY_KIND_MEMSET}) {
-    ok = ok && checked(api.enable(kind), "recording activities");
+    ok = ok && check(api.enable(kind), "recording activities");
   }
   std::lock_guard lock(guard);
   records.clear();
   return ok ? 0 : -1;
 }
 
-// Ends the recording and hands every activity to `take`.
+// Ends the recording and passes every activity to `take`.
 int tb_gpu_end(void (*take)(void*, const tb_activity*), void* to) {
-  bool ok = checked(api.flush(1), "reading activities");
+  bool ok = check(api.flush(1), "reading activities");
   for (auto kind : {CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL, CUPTI_ACTIVITY_KIND_MEMCPY, CUPTI_ACTIVITY_KIND_MEMSET}) {
     api.disable(kind);
   }
   std::lock_guard lock(guard);
   for (const auto& record : records) {
-    const char* by = "";
-    if (auto node = nodes.find(record.node); record.node && node != nodes.end()) {
-      by = node->second.c_str();
-    } else if (auto call = launched.find(record.correlation); call != launched.end()) {
-      by = call->second.c_str();
+    const char* launcher = "";
+    if (auto node = node_operators.find(record.node); record.node && node != node_operators.end()) {
+      launcher = node->second.c_str();
+    } else if (auto call = launch_operators.find(record.correlation); call != launch_operators.end()) {
+      launcher = call->second.c_str();
     }
-    const tb_activity activity{record.name.c_str(), by, record.start, record.end, record.stream};
+    const tb_activity activity{record.name.c_str(), launcher, record.start, record.end, record.stream};
     take(to, &activity);
   }
   records.clear();
-  launched.clear();
+  launch_operators.clear();
   return ok ? 0 : -1;
 }
 

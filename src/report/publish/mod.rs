@@ -1,89 +1,65 @@
-//! What README.md and criterion-baselines/README.md show of the baselines: made here, and nowhere by hand.
+//! The generated parts of the project's documents, computed from the baselines in criterion-baselines/.
 
+mod blocks;
 mod pictures;
+mod python;
 
-use std::fmt::Write;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
-use serde::Deserialize;
+use anyhow::{Context, Result};
 
-use super::{all_measured, best_pairs, find, markdown, measured, rate, scaling, summary, tables};
+use super::headline::best_pairs;
+use super::markdown;
+use super::summary::Comparison;
 use crate::results::Results;
 use crate::results::baseline;
-use crate::suite::{Case, Workload};
+use crate::suite::{BackendId, Case};
+use blocks::Answer;
 
-/// A step beside the same step written in Python, interleaved: a line of `<machine>/python.csv`, which
-/// `scripts/compare-python --save` writes.
-#[derive(Clone, Debug, Deserialize)]
-pub struct PythonResult {
-    pub date: String,
-    pub case: String,
-    /// How Python writes it: `eager`, `torch.compile, reduce-overhead` …
-    pub python: String,
-    pub ours_ms: f64,
-    pub python_ms: f64,
-    /// The median of the rounds' ratios of our time to Python's.
-    pub ratio: f64,
-}
-
-/// A machine's folder in criterion-baselines/.
+/// A baseline that is part of the project.
 pub struct PublishedBaseline {
-    /// `h100-80gb-hbm3/training`.
+    /// `h100-80gb-hbm3/training`
     pub name: String,
     pub results: Results,
-    /// What measures it again.
+    /// The command that repeats the run.
     command: String,
-    /// Of this kind of machine.
-    pub twins: Vec<PythonResult>,
 }
 
 impl PublishedBaseline {
-    /// `AMD EPYC, 2 cores, AVX512`, or the GPUs.
-    fn title(&self) -> String {
-        let m = &self.results.machine;
-        match &m.gpus[..] {
-            [] if m.simd.is_empty() => format!("{}, {} cores", m.cpu, m.cores),
-            [] => format!("{}, {} cores, {}", m.cpu, m.cores, m.simd),
+    /// Names the hardware: `AMD EPYC, 2 cores, AVX512`, `2 × NVIDIA H100 80GB HBM3`.
+    pub fn hardware(&self) -> String {
+        match &self.results.machine.gpus[..] {
+            [] => self.cpu(),
             [gpu] => gpu.clone(),
-            [gpu, ..] => format!("{gpu}, one of {}", m.gpus.len()),
+            [gpu, ..] => format!("{} × {gpu}", self.results.machine.gpus.len()),
         }
     }
 
-    /// Python's figures of a case; of the first way in which Python writes it.
-    pub fn python_result(&self, case: &Case) -> Option<&PythonResult> {
-        let id = case.to_string();
-        self.twins.iter().find(|twin| twin.case == id)
+    fn cpu(&self) -> String {
+        let m = &self.results.machine;
+        let simd = if m.simd.is_empty() { String::new() } else { format!(", {}", m.simd) };
+        format!("{}, {} cores{simd}", m.cpu, m.cores)
+    }
+
+    /// Names the device of a case without ranks: `NVIDIA H100 80GB HBM3 (1 GPU)`.
+    pub fn device(&self, backend: BackendId) -> String {
+        match &self.results.machine.gpus[..] {
+            [gpu, others @ ..] if !backend.is_cpu() => {
+                format!("{gpu}{}", if others.is_empty() { "" } else { " (1 GPU)" })
+            }
+            _ => self.cpu(),
+        }
+    }
+
+    /// Returns the fastest steps of both frameworks, for each device with both. A run of a custom model has none.
+    pub fn pairs(&self) -> Vec<[Case; 2]> {
+        if self.results.model.is_some() { Vec::new() } else { best_pairs(&self.results) }
     }
 }
 
-/// The rows of a machine's python.csv; none where it has no such file.
-fn twins(folder: &Path) -> Result<Vec<PythonResult>> {
-    let path = folder.join("python.csv");
-    if !path.exists() {
-        return Ok(Vec::new());
-    }
-    let mut reader =
-        csv::Reader::from_path(&path).with_context(|| format!("{} could not be read", path.display()))?;
-    let rows: Vec<PythonResult> = reader
-        .deserialize()
-        .collect::<Result<_, _>>()
-        .with_context(|| format!("{} is damaged", path.display()))?;
-    for row in &rows {
-        let positive = [row.ours_ms, row.python_ms, row.ratio].iter().all(|v| v.is_finite() && *v > 0.0);
-        ensure!(
-            positive && row.case.parse::<Case>().is_ok(),
-            "{}: {} has no figures",
-            path.display(),
-            row.case
-        );
-    }
-    Ok(rows)
-}
-
-/// The baselines that are part of the project, not a user's own beside them; None where git does not tell.
+/// Returns the baselines that git tracks, or `None` outside of a repository.
 fn tracked(root: &Path) -> Option<Vec<PathBuf>> {
     let listed =
         Command::new("git").arg("-C").arg(root).args(["ls-files", "--", "*/baseline.json"]).output().ok()?;
@@ -91,236 +67,75 @@ fn tracked(root: &Path) -> Option<Vec<PathBuf>> {
     Some(text.lines().map(|line| root.join(line)).collect())
 }
 
-/// Every baseline of the project under `root`, GPUs first, with the Python figures of its kind of machine.
+/// Reads the baselines of the project under `root`, those of GPUs first. A user's own baselines are left out.
 ///
 /// # Errors
-/// Where a file is damaged.
+/// Returns an error if a baseline is damaged.
 pub fn published_baselines(root: &Path) -> Result<Vec<PublishedBaseline>> {
     let mut all = Vec::new();
     let tracked = tracked(root);
     for (machine, name, file) in baseline::list(root) {
-        if tracked.as_ref().is_some_and(|tracked| !tracked.contains(&file)) {
-            continue;
+        if tracked.as_ref().is_none_or(|tracked| tracked.contains(&file)) {
+            let baseline = baseline::load(&file)?;
+            let name = format!("{machine}/{name}");
+            all.push(PublishedBaseline { name, results: baseline.results(), command: baseline.command });
         }
-        let baseline = baseline::load(&file)?;
-        let mut of_kind = twins(&root.join(&machine))?;
-        // One GPU and two of its kind pay the same for Python.
-        if let Some((one, count)) = machine.rsplit_once("-x")
-            && count.parse::<usize>().is_ok()
-        {
-            of_kind.extend(twins(&root.join(one))?);
-        }
-        all.push(PublishedBaseline {
-            name: format!("{machine}/{name}"),
-            results: baseline.results(),
-            command: baseline.command,
-            twins: of_kind,
-        });
     }
-    all.sort_by_key(|kept| (kept.results.machine.gpus.is_empty(), kept.name.clone()));
+    all.sort_by_key(|baseline| (baseline.results.machine.gpus.is_empty(), baseline.name.clone()));
     Ok(all)
 }
 
-/// The baselines that answer the question: both frameworks on one device.
-fn answering(all: &[PublishedBaseline]) -> impl Iterator<Item = &PublishedBaseline> {
-    all.iter().filter(|kept| kept.results.model.is_none() && !best_pairs(&kept.results).is_empty())
-}
-
-/// The baselines that tell what further GPUs bring, and what they say: of each machine the last, and of one day
-/// that of several devices alone.
-fn sharing(all: &[PublishedBaseline]) -> Vec<(&PublishedBaseline, Vec<String>)> {
-    let mut chosen: Vec<(&PublishedBaseline, Vec<String>)> = Vec::new();
-    let age =
-        |kept: &PublishedBaseline| (kept.results.machine.date.clone(), best_pairs(&kept.results).is_empty());
-    for kept in all {
-        let said = scaling::speedup_summary(&all_measured(&kept.results));
-        if said.is_empty() {
-            continue;
-        }
-        match chosen.iter_mut().find(|(other, _)| other.title() == kept.title()) {
-            Some(other) if age(other.0) < age(kept) => *other = (kept, said),
-            Some(_) => {}
-            None => chosen.push((kept, said)),
-        }
-    }
-    chosen
-}
-
-/// README.md's first screen.
-fn answer(all: &[PublishedBaseline]) -> String {
-    let mut out = String::new();
-    for kept in answering(all) {
-        for sentence in summary::answer(&kept.results) {
-            let _ = writeln!(out, "- **{}** ({}): {sentence}", kept.title(), kept.results.machine.date);
-        }
-        for pair in best_pairs(&kept.results) {
-            let _ = write!(out, "{}", in_python(kept, pair).unwrap_or_default());
-        }
-    }
-    for (kept, said) in sharing(all) {
-        let (m, name) = (&kept.results.machine, &kept.name);
-        for sentence in said {
-            let gpus = format!("{} × {}", m.gpus.len(), m.gpus.first().map_or("", String::as_str));
-            let link = format!("criterion-baselines/{name}/report.md#several-devices");
-            let _ = writeln!(out, "- **{gpus}** ({}): {sentence}. [What is lost]({link}).", m.date);
-        }
-    }
-    out.push_str(
-        "- **Mac**: nobody has sent figures yet. `./scripts/bench && ./scripts/baseline save first-mac` makes them; \
-         [how to send them](.github/CONTRIBUTING.md#your-machines-figures).\n\n",
-    );
-    out.push_str("![Training steps of both frameworks](criterion-baselines/answer.svg)\n\n");
-    let pays: Vec<String> = answering(all).filter_map(pays).collect();
-    let _ = writeln!(
-        out,
-        "Measured from Rust. How many times as long Python takes for the same step, interleaved with ours. {}.",
-        pays.join(". ")
-    );
-    out
-}
-
-/// What the answer would be for somebody who writes the same two steps in Python, by the interleaved ratios.
-fn in_python(kept: &PublishedBaseline, cases: [Case; 2]) -> Option<String> {
-    let speed = |case: &Case| {
-        let (_, median, _) = measured(find(&kept.results, case))?;
-        Some(rate(case.shape, median).0 * kept.python_result(case)?.ratio)
-    };
-    let speeds = [speed(&cases[0])?, speed(&cases[1])?];
-    let first = if speeds[0] >= speeds[1] { 0 } else { 1 };
-    let name = |i: usize| cases[i].backend.framework().names().0;
-    Some(format!(
-        "  Written in Python, the same two steps: {} {} times as fast, {} against {}.\n",
-        name(first),
-        tables::digits(speeds[first] / speeds[1 - first]),
-        tables::digits(speeds[first]),
-        tables::digits(speeds[1 - first])
-    ))
-}
-
-/// `NVIDIA H100: PyTorch f32 1.27 …`: how much longer Python takes for the headline's steps.
-fn pays(kept: &PublishedBaseline) -> Option<String> {
-    let shape = kept.results.headline();
-    let of = |twin: &PythonResult| {
-        let case: Case = twin.case.parse().ok()?;
-        (case.shape == shape && case.workload == Workload::TrainStep).then_some(())?;
-        let name = case.backend.framework().names().0;
-        Some(format!("{name} {} {:.2}", case.method, 1.0 / twin.ratio))
-    };
-    let all: Vec<String> = kept.twins.iter().filter_map(of).collect();
-    (!all.is_empty()).then(|| format!("{}: {}", kept.title(), all.join(", ")))
-}
-
-/// criterion-baselines/README.md's tables: what each machine printed of its headline.
-fn printed(all: &[PublishedBaseline]) -> Result<String> {
-    let mut out = String::new();
-    for kept in answering(all) {
-        let table = tables::first(&kept.results).context("a training step was measured")?;
-        let m = &kept.results.machine;
-        let version = |name: &str| m.versions.iter().find(|v| v.0 == name).map_or("?", |v| v.1.as_str());
-        let _ = writeln!(
-            out,
-            "{}, {}, {}: PyTorch {}, MLX {}, commit {} (`{}`):\n",
-            kept.title(),
-            kept.results.headline(),
-            m.date,
-            version("PyTorch"),
-            version("MLX"),
-            m.commit,
-            kept.name
-        );
-        markdown::table(&mut out, table.header, &table.rows);
-    }
-    Ok(out)
-}
-
-/// criterion-baselines/README.md's table of what is kept.
-fn listed(all: &[PublishedBaseline]) -> String {
-    let rows: Vec<Vec<String>> = all
-        .iter()
-        .map(|kept| {
-            let m = &kept.results.machine;
-            let measured = all_measured(&kept.results).len();
-            let date = if m.date.is_empty() { "–" } else { &m.date };
-            vec![
-                format!("`{}`", kept.name),
-                kept.title(),
-                date.to_owned(),
-                m.commit.clone(),
-                measured.to_string(),
-                kept.results.interleaved.len().to_string(),
-            ]
-        })
-        .collect();
-    let mut out = String::new();
-    markdown::table(&mut out, &["baseline", "machine", "date", "commit", "cases", "in turns"], &rows);
-    out
-}
-
-/// criterion-baselines/README.md's tables of Python's figures, a machine each.
-fn interleaved(root: &Path) -> Result<String> {
-    let mut folders: Vec<PathBuf> = fs::read_dir(root)?.flatten().map(|entry| entry.path()).collect();
-    folders.sort();
-    let mut out = String::new();
-    for folder in folders {
-        let rows: Vec<Vec<String>> = twins(&folder)?
-            .iter()
-            .map(|twin| {
-                vec![
-                    format!("`{}`", twin.case),
-                    format!("{:.2}", twin.ours_ms),
-                    format!("{} {:.2}", twin.python, twin.python_ms),
-                    format!("{:.2}", twin.ratio),
-                    twin.date.clone(),
-                ]
-            })
-            .collect();
-        if !rows.is_empty() {
-            let name = folder.file_name().unwrap_or_default().to_string_lossy();
-            let _ = writeln!(out, "`{name}`:\n");
-            markdown::table(&mut out, &["case", "ours, ms", "Python, ms", "ratio", "date"], &rows);
-        }
-    }
-    Ok(out)
-}
-
-/// Puts a text between the marks of its name.
+/// Replaces the text between `<!-- NAME: note -->` and `<!-- end of NAME -->`.
 ///
 /// # Errors
-/// Where the page has no such marks.
-pub fn between(page: &str, name: &str, text: &str) -> Result<String> {
-    let marks = [format!("<!-- {name} -->"), format!("<!-- end of {name} -->")];
-    let (before, rest) = page.split_once(&marks[0]).with_context(|| format!("{} is missing", marks[0]))?;
-    let (_, after) = rest.split_once(&marks[1]).with_context(|| format!("{} is missing", marks[1]))?;
-    Ok(format!("{before}{}\n{}\n{}{after}", marks[0], text.trim_end(), marks[1]))
+/// Returns an error if the page lacks one of the marks.
+pub fn replace_block(page: &str, name: &str, text: &str) -> Result<String> {
+    let (start, end) = (format!("<!-- {name}: "), format!("<!-- end of {name} -->"));
+    let missing = |mark: &str| format!("the page lacks the mark {mark}");
+    let (before, rest) = page.split_once(&start).with_context(|| missing(&start))?;
+    let (note, rest) = rest.split_once("-->").with_context(|| missing("-->"))?;
+    let (_, after) = rest.split_once(&end).with_context(|| missing(&end))?;
+    Ok(format!("{before}{start}{note}-->\n{}\n{end}{after}", text.trim_end()))
 }
 
-/// Every file that shows figures of baselines, as it should be; `root` is the project's.
+/// Returns every generated file of the project at `root` with its expected text.
 ///
 /// # Errors
-/// Where a baseline is damaged, or a page has lost its marks.
+/// Returns an error if a baseline is damaged, or if a page lacks the marks of a block.
 pub fn files(root: &Path) -> Result<Vec<(PathBuf, String)>> {
     let folder = root.join("criterion-baselines");
     let all = published_baselines(&folder)?;
-    let read = |path: &Path| {
-        fs::read_to_string(path).with_context(|| format!("{} could not be read", path.display()))
+    let answers: Vec<Answer<'_>> = all
+        .iter()
+        .flat_map(|baseline| {
+            let comparisons = baseline.pairs().into_iter();
+            let comparisons = comparisons.filter_map(|pair| Comparison::new(&baseline.results, pair));
+            comparisons.map(move |comparison| Answer { baseline, comparison })
+        })
+        .collect();
+    let page = |path: &Path, blocks: &[(&str, String)]| -> Result<(PathBuf, String)> {
+        let page =
+            fs::read_to_string(path).with_context(|| format!("{} could not be read", path.display()))?;
+        let replaced = blocks.iter().try_fold(page, |page, (name, text)| replace_block(&page, name, text));
+        Ok((path.to_owned(), replaced.with_context(|| path.display().to_string())?))
     };
-    let front = root.join("README.md");
-    let page = between(&read(&front)?, "answer", &answer(&all))?;
-    let data = folder.join("README.md");
-    let mut kept_page = between(&read(&data)?, "baselines", &listed(&all))?;
-    kept_page = between(&kept_page, "printed", &printed(&all)?)?;
-    kept_page = between(&kept_page, "python", &interleaved(&folder)?)?;
-    let shown: Vec<&PublishedBaseline> = answering(&all).collect();
-    let trials = pictures::trials(&read(&root.join("src/compare/README.md"))?)?;
-    let mut files = vec![
-        (front, page),
-        (data, kept_page),
-        (folder.join("answer.svg"), pictures::answer(&shown)?),
-        (root.join("src/compare/power.svg"), pictures::power(&trials)?),
+    let front = [("answer", blocks::answer(&answers)?), ("scaling", blocks::scaling(&all))];
+    let data = [
+        ("baselines", blocks::baselines(&all)),
+        ("printed", blocks::training_speeds(&all)?),
+        ("python", blocks::python_results(&folder)?),
     ];
-    for kept in &all {
-        let report = markdown::render(&kept.results, &kept.command);
-        files.push((folder.join(&kept.name).join("report.md"), report));
+    let (_, comparisons) = page(&root.join("src/compare/README.md"), &[])?;
+    let mut files = vec![
+        page(&root.join("README.md"), &front)?,
+        page(&folder.join("README.md"), &data)?,
+        (folder.join("answer-light.svg"), pictures::answer(&answers, &pictures::LIGHT)?),
+        (folder.join("answer-dark.svg"), pictures::answer(&answers, &pictures::DARK)?),
+        (root.join("src/compare/power.svg"), pictures::power(&pictures::trials(&comparisons)?)?),
+    ];
+    for baseline in &all {
+        let report = markdown::render(&baseline.results, &baseline.command);
+        files.push((folder.join(&baseline.name).join("report.md"), report));
     }
     Ok(files)
 }
@@ -331,11 +146,11 @@ mod tests {
     use crate::results::tests::scratch;
 
     #[test]
-    fn every_published_figure_is_a_baselines() {
+    fn every_generated_file_agrees_with_the_baselines() {
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
         for (path, text) in files(root).unwrap() {
             let found = fs::read_to_string(&path).unwrap_or_default();
-            assert!(found == text, "{} is not what the baselines say: run ./scripts/publish", path.display());
+            assert!(found == text, "{} differs from the baselines: run ./scripts/publish", path.display());
         }
     }
 
@@ -345,7 +160,7 @@ mod tests {
         let folder = root.join("m/own");
         fs::create_dir_all(&folder).unwrap();
         fs::write(folder.join("baseline.json"), "damaged").unwrap();
-        // Without git all of them count, and a damaged one is told.
+        // Without git all of them count, and a damaged one is an error.
         assert!(published_baselines(&root).is_err());
         let git = |arguments: &[&str]| {
             let done = Command::new("git").arg("-C").arg(&root).args(arguments).output().unwrap();
@@ -359,9 +174,10 @@ mod tests {
     }
 
     #[test]
-    fn text_goes_between_its_marks_alone() {
-        let page = "a\n<!-- x -->\nold\n<!-- end of x -->\nb";
-        assert_eq!(between(page, "x", "new\n").unwrap(), "a\n<!-- x -->\nnew\n<!-- end of x -->\nb");
-        assert!(between(page, "y", "").unwrap_err().to_string().contains("<!-- y -->"));
+    fn only_the_text_between_the_marks_is_replaced() {
+        let page = "a\n<!-- x: by hand -->\nold\n<!-- end of x -->\nb";
+        let replaced = replace_block(page, "x", "new\n").unwrap();
+        assert_eq!(replaced, "a\n<!-- x: by hand -->\nnew\n<!-- end of x -->\nb");
+        assert!(replace_block(page, "y", "").unwrap_err().to_string().contains("<!-- y: "));
     }
 }

@@ -3,55 +3,91 @@
 use anyhow::{Context, Result};
 use plotters::prelude::*;
 
-use super::PublishedBaseline;
+use super::blocks::{Answer, picture_text};
 use crate::compare::decision::THRESHOLD;
-use crate::report::plots::{Bar, INK, LARGE, SMALL, bars_into, drawn_on_paper, legend, speeds, text, wrong};
-use crate::report::tables::digits;
+use crate::report::Measured;
+use crate::report::format::digits;
+use crate::report::headline::find_eager;
+use crate::report::plots::{INK, LARGE, SMALL, draw_legend, draw_svg, draw_text, plot_error};
+use crate::suite::{Framework, HEADLINE_SHAPE, Variant};
 
-/// The training step of every machine's baseline, both frameworks, and grey below a bar the same step in Python.
-pub fn answer(all: &[&PublishedBaseline]) -> Result<String> {
-    const PYTHON: (&str, RGBColor) =
-        ("the same step written in Python, by the ratio of interleaved rounds", RGBColor(170, 170, 170));
-    let sections: Vec<(String, Vec<Bar>)> = all.iter().map(|kept| section(kept, PYTHON.1)).collect();
-    let height: i32 = sections.iter().map(|(_, rows)| 34 + bars_into(None, rows, 0).unwrap_or(0)).sum();
-    drawn_on_paper((height + 30) as u32, |area| {
-        legend(area, &[PYTHON], 6)?;
-        let mut top = 30;
-        for (title, rows) in &sections {
-            text(area, title, (4, top + 6), LARGE + 3)?;
-            top += 34;
-            top += bars_into(Some(area), rows, top)?;
+/// The colors of a picture on a light or dark page.
+pub struct Palette {
+    ink: RGBColor,
+    torch: RGBColor,
+    mlx: RGBColor,
+}
+
+pub const LIGHT: Palette =
+    Palette { ink: RGBColor(36, 41, 47), torch: RGBColor(0, 114, 178), mlx: RGBColor(213, 94, 0) };
+pub const DARK: Palette =
+    Palette { ink: RGBColor(230, 237, 243), torch: RGBColor(86, 180, 233), mlx: RGBColor(240, 140, 60) };
+
+/// Draws both frameworks' eager and fastest steps, a panel per device. The title and the description are for screen
+/// readers.
+pub fn answer(answers: &[Answer<'_>], palette: &Palette) -> Result<String> {
+    const WIDTH: i32 = 560;
+    const HEADER: i32 = 24;
+    const PITCH: i32 = 21;
+    const BAR: i32 = 15;
+    let panels: Vec<(String, Vec<Measured<'_>>)> =
+        answers.iter().map(|answer| (answer.device(), panel(answer))).collect();
+    let height: i32 = panels.iter().map(|(_, bars)| 32 + bars.len() as i32 * PITCH).sum();
+    let size = (WIDTH as u32, (HEADER + height) as u32);
+    let title = format!("Training {HEADLINE_SHAPE}: samples/s, higher is better, one scale per machine");
+    let svg = draw_svg(size, |area| {
+        draw_text(area, &title, (4, 4), SMALL, palette.ink)?;
+        let mut top = HEADER;
+        for (device, bars) in &panels {
+            draw_text(area, device, (4, top + 8), LARGE, palette.ink)?;
+            top += 32;
+            let longest = bars.iter().map(|bar| bar.speed().value).fold(0.0, f64::max);
+            for bar in bars {
+                let (framework, speed) = (bar.case.backend.framework(), bar.speed().value);
+                let color = if framework == Framework::Torch { palette.torch } else { palette.mlx };
+                let (left, length) = (200, (270.0 * speed / longest) as i32);
+                let eager = if bar.case.method.variant == Variant::Eager { "eager " } else { "" };
+                let label = format!("{}, {eager}{}", framework.names().0, bar.case.method);
+                draw_text(area, &label, (16, top), SMALL, palette.ink)?;
+                let corners = [(left, top - 2), (left + length.max(1), top - 2 + BAR)];
+                area.draw(&Rectangle::new(corners, color.filled())).map_err(plot_error)?;
+                draw_text(area, &digits(speed), (left + length + 6, top), SMALL, palette.ink)?;
+                top += PITCH;
+            }
         }
         Ok(())
-    })
+    })?;
+    let escaped = |text: &str| text.replace('&', "&amp;").replace('<', "&lt;");
+    let (title, text) = (escaped(&title), escaped(&picture_text(answers)));
+    Ok(svg.replacen('>', &format!(" role=\"img\">\n<title>{title}</title>\n<desc>{text}.</desc>"), 1))
 }
 
-fn section(kept: &PublishedBaseline, grey: RGBColor) -> (String, Vec<Bar>) {
-    let mut rows = Vec::new();
-    for (case, bar) in speeds(&kept.results) {
-        let python = kept.python_result(&case).map(|twin| bar.segments[0].0 * twin.ratio);
-        rows.push(bar);
-        rows.extend(python.map(|speed| Bar {
-            label: String::new(),
-            segments: vec![(speed, grey)],
-            interval: None,
-            note: format!("{}, Python", digits(speed)),
-        }));
+/// Returns the eager and the fastest step of each framework.
+fn panel<'a>(answer: &Answer<'a>) -> Vec<Measured<'a>> {
+    let mut bars = Vec::new();
+    for step in answer.comparison.steps {
+        let eager = find_eager(&answer.baseline.results, step.case.backend);
+        bars.extend(eager.filter(|eager| eager.case != step.case));
+        bars.push(step);
     }
-    (format!("{}, training {}", kept.title(), kept.results.headline()), rows)
+    bars
 }
 
-/// How often comparisons called what was slower by a share, in per cent; with the interval of that.
+/// The share of comparisons that reported a slowdown of a known size. All numbers are in percent.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Trial {
     slowdown: f64,
     loaded: bool,
     comparisons: f64,
-    called: [f64; 3],
+    /// Share with its 95 % CI.
+    reported: [f64; 3],
 }
 
-/// Reads the tables that `calibrate --write` and `calibrate --curve --write` put into src/compare/README.md:
-/// what was tried with the default threshold, of two rows of the same slowdown that of more comparisons.
+/// Reads the tables that `scripts/calibrate --write` writes into src/compare/README.md. Only rows with the default
+/// threshold count. Of two rows for the same slowdown, the one with more comparisons counts.
+///
+/// # Errors
+/// Returns an error if a table is missing.
 pub fn trials(page: &str) -> Result<Vec<Trial>> {
     let numbers = |cell: &str| -> Vec<f64> {
         cell.split(|c: char| !c.is_ascii_digit() && c != '.').filter_map(|word| word.parse().ok()).collect()
@@ -64,13 +100,13 @@ pub fn trials(page: &str) -> Result<Vec<Trial>> {
             slowdown: number(1)?,
             loaded: *cells.get(3)? == "loaded",
             comparisons: number(4)?,
-            called: numbers(cells.get(5)?).try_into().ok()?,
+            reported: numbers(cells.get(5)?).try_into().ok()?,
         })
     };
     let mut all: Vec<Trial> = Vec::new();
     for name in ["calibrate", "power"] {
         let (_, rest) =
-            page.split_once(&format!("<!-- {name} -->")).with_context(|| format!("no table of {name}"))?;
+            page.split_once(&format!("<!-- {name}: ")).with_context(|| format!("no table of {name}"))?;
         let (table, _) =
             rest.split_once("<!-- end of").with_context(|| format!("no end of the table of {name}"))?;
         for trial in table.lines().filter_map(row) {
@@ -88,12 +124,17 @@ pub fn trials(page: &str) -> Result<Vec<Trial>> {
     Ok(all)
 }
 
-/// The share of slowdowns that were called, over their size, idle and loaded.
+/// Draws the share of reported slowdowns over their size, on an unloaded and a loaded machine.
+///
+/// # Errors
+/// Returns an error if the picture cannot be drawn.
 pub fn power(trials: &[Trial]) -> Result<String> {
     const KINDS: [(&str, bool, RGBColor); 2] =
-        [("machine as it was", false, RGBColor(0, 114, 178)), ("loaded", true, RGBColor(213, 94, 0))];
-    drawn_on_paper(360, |area| {
-        legend(area, &KINDS.map(|(name, _, colour)| (name, colour)), 6)?;
+        [("unloaded machine", false, RGBColor(0, 114, 178)), ("loaded machine", true, RGBColor(213, 94, 0))];
+    draw_svg((520, 360), |area| {
+        // The page can be dark.
+        area.fill(&WHITE).map_err(plot_error)?;
+        draw_legend(area, &KINDS.map(|(name, _, colour)| (name, colour)), 6)?;
         let (upper, plot) = area.split_vertically(28);
         drop(upper);
         let mut chart = ChartBuilder::on(&plot)
@@ -102,11 +143,11 @@ pub fn power(trials: &[Trial]) -> Result<String> {
             .x_label_area_size(50)
             .y_label_area_size(70)
             .build_cartesian_2d(-0.3..10.3, 0.0..102.0)
-            .map_err(wrong)?;
+            .map_err(plot_error)?;
         chart
             .configure_mesh()
-            .x_desc("head is slower by, %")
-            .y_desc("called slower, %")
+            .x_desc("slowdown of head, %")
+            .y_desc("reported as slower, %")
             .x_labels(11)
             .y_labels(6)
             .x_label_formatter(&|v| format!("{v:.0}"))
@@ -114,23 +155,25 @@ pub fn power(trials: &[Trial]) -> Result<String> {
             .max_light_lines(0)
             .label_style(("sans-serif", SMALL))
             .draw()
-            .map_err(wrong)?;
+            .map_err(plot_error)?;
         let threshold = [(2.0, 0.0), (2.0, 100.0)];
-        chart.draw_series(DashedLineSeries::new(threshold, 4, 4, INK.stroke_width(1))).map_err(wrong)?;
+        chart.draw_series(DashedLineSeries::new(threshold, 4, 4, INK.stroke_width(1))).map_err(plot_error)?;
         for (_, loaded, colour) in KINDS {
-            // Beside each other, where both are.
-            let aside = if loaded { 0.06 } else { -0.06 };
+            // Points of the same slowdown are next to each other.
+            let offset = if loaded { 0.06 } else { -0.06 };
             let points: Vec<(f64, [f64; 3])> = trials
                 .iter()
                 .filter(|t| t.loaded == loaded)
-                .map(|t| (t.slowdown + aside, t.called))
+                .map(|t| (t.slowdown + offset, t.reported))
                 .collect();
             let line = points.iter().map(|&(x, [share, ..])| (x, share));
-            chart.draw_series(LineSeries::new(line, colour.stroke_width(2)).point_size(3)).map_err(wrong)?;
+            chart
+                .draw_series(LineSeries::new(line, colour.stroke_width(2)).point_size(3))
+                .map_err(plot_error)?;
             let whiskers = points.iter().map(|&(x, [_, low, high])| {
                 PathElement::new(vec![(x, low), (x, high)], colour.stroke_width(1))
             });
-            chart.draw_series(whiskers).map_err(wrong)?;
+            chart.draw_series(whiskers).map_err(plot_error)?;
         }
         Ok(())
     })
@@ -141,13 +184,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_tables_of_trials_are_read() {
-        let row = |slowdown, threshold, count, called| {
-            format!("| {slowdown} % | {threshold} % | loaded | {count} | {called} % (4.2 to 26.8) | 0 |")
+    fn the_tables_of_calibrate_are_read() {
+        let row = |slowdown, threshold, count, reported| {
+            format!("| {slowdown} % | {threshold} % | loaded | {count} | {reported} % (4.2 to 26.8) | 0 |")
         };
         let page = format!(
-            "<!-- calibrate -->\n| head is slower by | x |\n| --- | --- |\n{}\n{}\n<!-- end of calibrate -->\n\
-             <!-- power -->\n{}\n{}\n<!-- end of power -->",
+            "<!-- calibrate: a -->\n| slowdown of head | x |\n| --- | --- |\n{}\n{}\n<!-- end of calibrate -->\n\
+             <!-- power: b -->\n{}\n{}\n<!-- end of power -->",
             row("2", "2", 60, "93.3"),
             row("1", "1", 60, "83.3"),
             row("1.5", "2", 20, "12.5"),
@@ -157,7 +200,7 @@ mod tests {
             slowdown,
             loaded: true,
             comparisons,
-            called: [share, 4.2, 26.8],
+            reported: [share, 4.2, 26.8],
         };
         assert_eq!(trials(&page).unwrap(), [trial(1.5, 20.0, 12.5), trial(2.0, 60.0, 93.3)]);
         assert!(trials("").is_err());

@@ -1,12 +1,12 @@
-"""Makes a package: a step as TorchInductor compiles it, which C++ loads and runs without Python.
+"""Compiles a step with TorchInductor into a package, which C++ loads and runs without Python.
 
-Reads JSON: {"case": its description, "leaves": the parameters in their order, "folder": where the
-package goes}. A package takes, in this order, the case's inputs, `chances` where the
-case draws, `adamw` where it optimizes, then parameters and both moments, which it changes in place. It
-gives the loss or what the network puts out, then the gradients.
+Reads JSON from standard input: {"case": its description, "leaves": the parameters in order, "folder": the
+folder of the package}. A package takes the case's inputs, then `probabilities` if the case has dropout, then
+`numbers` if it optimizes, then the parameters and both moments, which it updates in place. It returns the loss
+or the outputs of the network, then the gradients.
 
-torch.compile's own way ends in Python code that calls kernels; AOTInductor is the same compiler with
-C++ in that place (https://docs.pytorch.org/docs/stable/torch.compiler_aot_inductor.html).
+torch.compile generates Python code that calls kernels. AOTInductor is the same compiler, but generates C++
+(https://docs.pytorch.org/docs/stable/torch.compiler_aot_inductor.html).
 """
 import json
 import sys
@@ -24,35 +24,41 @@ import network
 SITES = ["embedding", "weights", "residual", "hidden", "heads"]
 
 
-class Chances(network.Drops):
-    """Dropout as PyTorch decomposes it for Inductor, with the probability read from a tensor: so what is
-    timed is what was proven without dropout."""
+class TensorDropout(network.Dropout):
+    """Dropout as PyTorch decomposes it for Inductor, but with probabilities from a tensor.
+
+    The package that is timed is therefore the one that was checked with all probabilities 0.
+    """
 
     def __init__(self, case):
         super().__init__(case["dropout"])
-        # Fused kernels take a number: CUDA has them with dropout.
-        self.fused = case["device"] == "cuda"
+        # CUDA has fused attention with dropout. Its probability is a number.
+        self.fused_attention = case["device"] == "cuda"
+        # Of each site: the probability, and 1 / (1 - probability).
         self.rows = None
 
     def __call__(self, x, site, training):
         if not training or not self.probabilities[site]:
             return x
-        chance, scale = self.rows[SITES.index(site)]
-        return x * (torch.rand(x.shape, device=x.device) > chance) * scale.to(x.dtype)
+        probability, scale = self.rows[SITES.index(site)]
+        return x * (torch.rand(x.shape, device=x.device) > probability) * scale.to(x.dtype)
 
-    def in_attention(self, training):
-        p = super().in_attention(training)
-        return p if p == 0 or self.fused else None
+    def attention_probability(self, training):
+        p = super().attention_probability(training)
+        return p if p == 0 or self.fused_attention else None
 
 
 def adamw_(numbers, parameters, gradients, first, second):
-    """One step of torch.optim.AdamW in place; `numbers` are what the caller knows before it: decay, 1 − β1,
-    β2, 1 − β2, ε, lr over the first bias correction, the root of the second."""
-    decay, own1, keep2, own2, eps, rate, root = numbers
+    """Updates the parameters and both moments as torch.optim.AdamW does.
+
+    `numbers` has 1 - lr · weight decay, 1 - β1, β2, 1 - β2, ε, lr over the first bias correction, and the square
+    root of the second bias correction.
+    """
+    decay, one_minus_beta1, beta2, one_minus_beta2, eps, rate, root = numbers
     for p, g, m, v in zip(parameters, gradients, first, second):
         p.mul_(decay)
-        m.lerp_(g, own1)
-        v.mul_(keep2).add_(own2 * g * g)
+        m.lerp_(g, one_minus_beta1)
+        v.mul_(beta2).add_(one_minus_beta2 * g * g)
         p.sub_(rate * m / (v.sqrt() / root + eps))
 
 
@@ -61,50 +67,48 @@ class Step(torch.nn.Module):
 
     def __init__(self, case, leaves):
         super().__init__()
-        self.case, self.drops = case, Chances(case)
-        net = network.build(case, good=True, drops=self.drops)
+        self.case, self.dropout = case, TensorDropout(case)
+        net = network.build(case, fused=True, dropout=self.dropout)
         # Outside nn.Module's registry: parameters are inputs, not constants.
         self.__dict__["net"] = net
         self.__dict__["loss"] = network.Loss(net)
-        self.names = [network.attribute(name) for name in leaves]
+        self.names = [network.attribute_name(name) for name in leaves]
         known = dict(net.named_parameters())
         assert sorted(known) == sorted(self.names), set(known) ^ set(self.names)
 
     def arguments(self):
-        """Tensors of the right shapes."""
+        """Returns tensors of the shapes that `forward` takes."""
         case, device = self.case, self.case["device"]
-        own = [p.detach().clone() for p in (dict(self.net.named_parameters())[name] for name in self.names)]
-        zeros = lambda: [torch.zeros_like(p) for p in own]
-        draws = [torch.full((len(SITES), 2), 0.5, device=device)] if self.draws() else []
+        parameters = [p.detach().clone() for p in (dict(self.net.named_parameters())[name] for name in self.names)]
+        zeros = lambda: [torch.zeros_like(p) for p in parameters]
+        random = case["trains"] and any(case["dropout"].values())
+        probabilities = [torch.full((len(SITES), 2), 0.5, device=device)] if random else []
         numbers = [torch.full((7,), 0.5, device=device)] if case["optimizes"] else []
         moments = [zeros(), zeros()] if case["optimizes"] else []
-        return network.data(case), draws, numbers, own, *moments
+        return network.data(case), probabilities, numbers, parameters, *moments
 
-    def draws(self):
-        return self.case["trains"] and any(self.case["dropout"].values())
-
-    def forward(self, data, draws, numbers, parameters, *moments):
-        case, amp = self.case, self.case["compute"] == "amp"
-        if draws:
-            self.drops.rows = [row.unbind() for row in draws[0].unbind()]
-        whole = case["workload"] in ("forward-backward", "train-step")
-        module, prefix = (self.loss, "net.") if whole else (self.net, "")
-        inputs = network.narrowed(data, case["compute"])
+    def forward(self, data, probabilities, numbers, parameters, *moments):
+        case, precision = self.case, self.case["precision"]
+        if probabilities:
+            self.dropout.rows = [row.unbind() for row in probabilities[0].unbind()]
+        has_loss = case["workload"] in ("forward-backward", "train-step")
+        module, prefix = (self.loss, "net.") if has_loss else (self.net, "")
+        inputs = network.compute_inputs(data, precision)
 
         def run(parameters, inputs):
-            given = {prefix + name: p for name, p in zip(self.names, parameters)}
-            return functional_call(module, network.narrow(given) if amp else given, tuple(inputs))
+            named = {prefix + name: p for name, p in zip(self.names, parameters)}
+            return functional_call(module, network.to_bf16(named) if precision == "mixed" else named, tuple(inputs))
 
         if not case["trains"]:
             return tuple(run(parameters, inputs[:2]))
         leaves = [p.detach().requires_grad_() for p in parameters]
         with torch.enable_grad():
-            if whole:
+            if has_loss:
                 loss = run(leaves, inputs)
                 gradients = torch.autograd.grad(loss, leaves)
             else:
                 x = data[0].detach().requires_grad_()
-                [out] = run(leaves, network.narrowed([x], case["compute"]))
+                [out] = run(leaves, network.compute_inputs([x], precision))
                 return torch.autograd.grad(out, [x, *leaves], data[1].to(out.dtype))
         if case["optimizes"]:
             adamw_(numbers[0].unbind(), parameters, gradients, *moments)
@@ -112,21 +116,21 @@ class Step(torch.nn.Module):
 
 
 def trace(case, leaves):
-    """The step as a graph of operators, and arguments of its shapes."""
+    """Returns the step as a graph of operators, and example arguments."""
     step = Step(case, leaves)
     arguments = step.arguments()
     with enable_python_dispatcher():
-        # What is no input, the turns of a rotary position, is a constant of the package.
-        made = make_fx(step, tracing_mode="fake", decomposition_table=select_decomp_table(),
-                       _allow_non_fake_inputs=True)
-        return made(*arguments), arguments
+        # The tables of a rotary position are constants of the package, not inputs.
+        tracer = make_fx(step, tracing_mode="fake", decomposition_table=select_decomp_table(),
+                         _allow_non_fake_inputs=True)
+        return tracer(*arguments), arguments
 
 
-def make(case, leaves, folder):
+def write_package(case, leaves, folder):
     graph, arguments = trace(case, leaves)
     program = torch.export.export(graph, arguments, strict=False)
     path = torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "step.pt2"))
-    # What C++ loads, and what that looks for beside itself; the sources are Inductor's.
+    # The library, and the files that it loads from its folder. The C++ sources are not needed.
     with zipfile.ZipFile(path) as archive:
         for name in archive.namelist():
             if "/aotinductor/" in name and not name.endswith((".cpp", "/")):
@@ -135,5 +139,5 @@ def make(case, leaves, folder):
 
 
 if __name__ == "__main__":
-    asked = json.load(sys.stdin)
-    make(asked["case"], asked["leaves"], Path(asked["folder"]))
+    request = json.load(sys.stdin)
+    write_package(request["case"], request["leaves"], Path(request["folder"]))

@@ -1,21 +1,20 @@
-//! Files of a run, changed field by field by someone careless or hostile: each is refused in one
-//! line, or shown without harm. Nothing panics.
+//! Files of a run with one changed field, as a careless or hostile author would write them. Each is refused in one
+//! line or reported without harm, and no command panics.
 
 use serde_json::{Map, Value, json};
 
-use super::baseline::{Baseline, SavedCase, Selection};
-use super::machine::Machine;
-use super::{
-    EnvEffect, InterleavedResult, Record, Results, RunModel, Status, Throughput, checksum, printable,
-};
+use super::{export, html, machines, markdown, tests};
 use crate::compare::baseline_level;
 use crate::model::{GPT2, Model};
-use crate::report::{export, html, machines, markdown};
+use crate::results::baseline::{Baseline, SavedCase, Selection};
+use crate::results::machine::Machine;
+use crate::results::{
+    EnvEffect, InterleavedResult, Record, Results, RunModel, Throughput, VERSION, checksum, printable,
+    validate,
+};
 
 fn record(id: &str) -> Record {
-    let mut record = Record::unmeasured(&id.parse().unwrap(), Status::Measured, "");
-    record.median_ns = Some(2e6);
-    record.ci_ns = Some([1.9e6, 2.1e6]);
+    let mut record = tests::record(id, 2e6);
     record.samples = Some(10);
     record.throughput = Some(Throughput { value: 8e3, unit: "samples/s".to_owned() });
     record.peak_bytes = Some(1 << 20);
@@ -41,7 +40,7 @@ fn model(name: &'static str) -> RunModel {
     RunModel { batch: 2, configuration: Model { name, ..GPT2 } }
 }
 
-/// Every value in a document, by its path.
+/// Collects the paths of all values in a document.
 fn paths(value: &Value, here: &str, all: &mut Vec<String>) {
     all.push(here.to_owned());
     match value {
@@ -53,7 +52,7 @@ fn paths(value: &Value, here: &str, all: &mut Vec<String>) {
     }
 }
 
-/// The document with each value in turn replaced by each of these, or gone.
+/// Returns copies of the document, each with one value replaced or removed.
 fn mutations(good: &Value) -> Vec<(String, Value)> {
     let mut all = Vec::new();
     let mut places = Vec::new();
@@ -84,7 +83,7 @@ fn mutations(good: &Value) -> Vec<(String, Value)> {
     all
 }
 
-/// Shows results in every way; what comes out carries no code and no markup of theirs.
+/// Checks that no report of the results contains markup of the file.
 fn show(what: &str, results: &Results) {
     let texts = [
         markdown::render(results, "x"),
@@ -100,27 +99,20 @@ fn show(what: &str, results: &Results) {
 }
 
 fn refused(what: &str, reason: &anyhow::Error) {
-    // As every command prints it.
+    // Every command prints errors this way.
     let line = printable(&format!("{reason:#}"));
     assert!(!line.trim().is_empty() && !line.contains(['\u{1b}', '\n']), "{what}: {line:?}");
 }
 
-fn turn() -> InterleavedResult {
-    InterleavedResult {
-        base: IDS[0].to_owned(),
-        head: IDS[1].to_owned(),
-        ratio: 3.0,
-        ratio_ci: [2.5, 3.5],
-        rounds: 3,
-        commit: String::new(),
-    }
+fn interleaved() -> InterleavedResult {
+    tests::interleaved([IDS[0], IDS[1]], 3.0, [2.5, 3.5])
 }
 
 #[test]
-fn results_changed_in_any_field_are_refused_or_shown_without_harm() {
+fn results_with_a_changed_field_are_refused_or_reported_without_harm() {
     let mut good = Results::new(machine(), IDS.map(record).into());
     good.model = Some(model("hostile"));
-    good.interleaved.push(turn());
+    good.interleaved.push(interleaved());
     good.env_effects.push(EnvEffect {
         variables: "A=1".to_owned(),
         id: IDS[0].to_owned(),
@@ -130,27 +122,27 @@ fn results_changed_in_any_field_are_refused_or_shown_without_harm() {
         ratio_ci: [1.9, 2.1],
         commit: "a".to_owned(),
     });
-    let (mut kept, mut not) = (0, 0);
+    let (mut accepted, mut refused_count) = (0, 0);
     for (what, value) in mutations(&serde_json::to_value(&good).unwrap()) {
-        match export::read(&value.to_string(), "results.json") {
+        match validate::parse_results(&value.to_string(), "results.json") {
             Ok(results) => {
                 show(&what, &results);
-                kept += 1;
+                accepted += 1;
             }
             Err(reason) => {
                 refused(&what, &reason);
-                not += 1;
+                refused_count += 1;
             }
         }
     }
-    println!("results.json: {kept} mutations shown, {not} refused");
-    assert!(not > kept && kept > 0);
+    println!("results.json: {accepted} mutations reported, {refused_count} refused");
+    assert!(refused_count > accepted && accepted > 0);
 }
 
 #[test]
-fn baselines_changed_in_any_field_are_refused_or_shown_without_harm() {
+fn baselines_with_a_changed_field_are_refused_or_reported_without_harm() {
     let criterion = json!({"iters": [1.0, 2.0], "times": [2e6, 4e6]});
-    let keep = |id| SavedCase {
+    let saved = |id| SavedCase {
         record: record(id),
         sample: criterion.clone(),
         estimates: json!({"median": {"point_estimate": 2e6}}),
@@ -165,17 +157,17 @@ fn baselines_changed_in_any_field_are_refused_or_shown_without_harm() {
         }],
         machine: machine(),
         model: Some(model("hostile-too")),
-        cases: IDS[..2].iter().map(|id| keep(id)).collect(),
-        interleaved: vec![turn()],
+        cases: IDS[..2].iter().map(|id| saved(id)).collect(),
+        interleaved: vec![interleaved()],
         env_effects: Vec::new(),
     };
-    let (mut kept, mut not) = (0, 0);
+    let (mut accepted, mut refused_count) = (0, 0);
     for (what, value) in mutations(&serde_json::to_value(&good).unwrap()) {
         let fields: Map<String, Value> = value.as_object().unwrap().clone();
         let body = format!("{}\n", &serde_json::to_string(&fields).unwrap()[1..]);
-        // As its author would, with a checksum that fits.
+        // The author would also correct the checksum.
         let text = format!(
-            "{{\"format\": \"transformer-bench baseline\",\n\"version\": 2,\n\"checksum\": \"{:016x}\",\n{body}",
+            "{{\"format\": \"transformer-bench baseline\",\n\"version\": {VERSION},\n\"checksum\": \"{:016x}\",\n{body}",
             checksum(body.as_bytes())
         );
         match Baseline::parse(&text, "baseline.json") {
@@ -183,16 +175,16 @@ fn baselines_changed_in_any_field_are_refused_or_shown_without_harm() {
                 show(&what, &baseline.results());
                 let levels =
                     baseline.cases.iter().filter_map(|case| baseline_level::summarize(&case.samples()));
-                assert!(levels.into_iter().all(|past| past.level.is_finite()), "{what}");
+                assert!(levels.into_iter().all(|level| level.level.is_finite()), "{what}");
                 baseline.machine.differences(&machine());
-                kept += 1;
+                accepted += 1;
             }
             Err(reason) => {
                 refused(&what, &reason);
-                not += 1;
+                refused_count += 1;
             }
         }
     }
-    println!("baseline.json: {kept} mutations shown, {not} refused");
-    assert!(not > kept && kept > 0);
+    println!("baseline.json: {accepted} mutations reported, {refused_count} refused");
+    assert!(refused_count > accepted && accepted > 0);
 }

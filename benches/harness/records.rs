@@ -1,0 +1,53 @@
+//! Records of cases: numbers from Criterion's files, and failures.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+use transformer_bench::memory;
+use transformer_bench::results::machine::{self, Machine};
+use transformer_bench::results::{Record, Status, Throughput, criterion_folder};
+use transformer_bench::suite::{Case, cost};
+
+/// Adds the median, its interval and the throughput from the files that Criterion has written.
+///
+/// # Errors
+/// Returns an error if a file is missing or damaged, or if the time is impossible on this hardware.
+pub fn fill_record(
+    criterion_home: &Path,
+    case: &Case,
+    mut record: Record,
+    machine: &Machine,
+) -> Result<Record> {
+    let folder = criterion_folder(criterion_home, case).join("new");
+    let read = |name: &str| -> Result<Value> {
+        let path = folder.join(name);
+        let text = std::fs::read_to_string(&path)
+            .with_context(|| format!("Criterion did not write {}: is the disk full?", path.display()))?;
+        serde_json::from_str(&text).with_context(|| format!("{} is damaged", path.display()))
+    };
+    let median = read("estimates.json")?["median"].take();
+    let number = |value: &Value| value.as_f64().context("Criterion's estimates have no median");
+    let median_ns = number(&median["point_estimate"])?;
+    let ceiling = machine::flops_ceiling(case.backend, case.method.precision, machine);
+    machine::check_rate(cost::flops(case) / case.shape.ranks() as u64, median_ns, ceiling)?;
+    let interval = &median["confidence_interval"];
+    let work = cost::work(case);
+    record.median_ns = Some(median_ns);
+    record.ci_ns = Some([number(&interval["lower_bound"])?, number(&interval["upper_bound"])?]);
+    record.page_fault_share = record.page_faults.map(|faults| faults * memory::fault_ns() / median_ns);
+    record.samples = read("sample.json")?["times"].as_array().map(|times| times.len() as u64);
+    record.throughput =
+        Some(Throughput { value: work.amount() as f64 / (median_ns * 1e-9), unit: work.unit().to_owned() });
+    Ok(record)
+}
+
+/// Returns the record of a case that failed. Running out of memory counts as skipped.
+pub fn failure_record(case: &Case, error: &anyhow::Error) -> Record {
+    let text = format!("{error:#}");
+    let lower = text.to_lowercase();
+    if ["out of memory", "can't allocate memory", "unable to allocate"].iter().any(|w| lower.contains(w)) {
+        return Record::unmeasured(case, Status::Skipped, format!("out of memory: {text}"));
+    }
+    Record::unmeasured(case, Status::Error, text)
+}

@@ -1,0 +1,192 @@
+//! The generated blocks of README.md and criterion-baselines/README.md.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use super::PublishedBaseline;
+use super::python::{self, PythonResult};
+use crate::model::parameters::parameter_count;
+use crate::report::format::{digits, percent, significant};
+use crate::report::markdown::table;
+use crate::report::scaling::{self, ModelScaling, Speedup};
+use crate::report::summary::Comparison;
+use crate::report::tables::{self, Table};
+use crate::report::{Measured, Ratio, all_measured};
+use crate::suite::HEADLINE_SHAPE;
+
+/// A comparison of both frameworks on a device of a published baseline.
+pub struct Answer<'a> {
+    pub baseline: &'a PublishedBaseline,
+    pub comparison: Comparison<'a>,
+}
+
+impl Answer<'_> {
+    pub fn device(&self) -> String {
+        self.baseline.device(self.comparison.steps[0].case.backend)
+    }
+
+    /// States the result in one clause.
+    pub fn sentence(&self) -> String {
+        let names = self.comparison.steps.map(|step| step.case.backend.framework().names().0);
+        let Some((first, speedup)) = self.comparison.winner() else {
+            return format!("neither framework is clearly faster on {}", self.device());
+        };
+        let times = significant(speedup.value, 2);
+        format!("{} trains {times} times as fast as {} on {}", names[first], names[1 - first], self.device())
+    }
+
+    fn row(&self) -> Vec<String> {
+        let [torch, mlx] = self.comparison.steps;
+        let speed = |m: Measured<'_>| format!("{} (`{}`)", digits(m.speed().value), m.case.method);
+        let Ratio { value, range } = self.comparison.speedup;
+        let [ratio, low, high] = [value, range[0], range[1]].map(|number| significant(number, 2));
+        let mark = if self.comparison.winner().is_some() { "**" } else { "" };
+        let separate = if self.comparison.rounds.is_none() { ", not interleaved" } else { "" };
+        vec![
+            format!("[{}](criterion-baselines/{}/report.md)", self.device(), self.baseline.name),
+            speed(torch),
+            speed(mlx),
+            format!("{mark}{ratio}×{mark} ({low} to {high}{separate})"),
+        ]
+    }
+}
+
+/// Returns the alternative text of the picture.
+pub fn picture_text(answers: &[Answer<'_>]) -> String {
+    let sentences: Vec<String> = answers.iter().map(Answer::sentence).collect();
+    format!("Training speed: {}", sentences.join(", and "))
+}
+
+/// Lists different values in their order: `3`, `3 or 5`.
+fn list_different<T: Ord + ToString>(values: impl Iterator<Item = T>, conjunction: &str) -> String {
+    let values: std::collections::BTreeSet<T> = values.collect();
+    values.iter().map(T::to_string).collect::<Vec<_>>().join(conjunction)
+}
+
+/// Returns README.md's results: a table with a row per device, and the picture.
+pub fn answer(answers: &[Answer<'_>]) -> Result<String> {
+    let (model, batch) = HEADLINE_SHAPE.model().context("the headline has a model")?;
+    let mut rows: Vec<Vec<String>> = answers.iter().map(Answer::row).collect();
+    if !answers.iter().any(|answer| answer.baseline.results.machine.os.contains("macOS")) {
+        let missing = "Apple silicon: no results yet ([send yours](CONTRIBUTING.md#send-results))";
+        rows.push([missing, "–", "–", "–"].map(str::to_owned).into());
+    }
+    let header = ["machine", "PyTorch, samples/s", "MLX, samples/s", "PyTorch speed / MLX speed (99 % CI)"];
+    let text = picture_text(answers);
+    Ok(format!(
+        "The table shows the training speed of `{}`, a {:.1} M-parameter {}, at batch {batch} × {} tokens. It compares the \
+         fastest variant of each framework that stores its parameters in f32.\n\n{}\n\
+         The ratios come from {} interleaved rounds of fresh processes, and the speeds come from Criterion's samples of the \
+         same run. Therefore the two speeds of a row need not divide to its ratio. The runs are from {}.\n\n\
+         <picture><source media=\"(prefers-color-scheme: dark)\" srcset=\"criterion-baselines/answer-dark.svg\">\
+         <img src=\"criterion-baselines/answer-light.svg\" alt=\"{text}\"></picture>\n",
+        model.name,
+        parameter_count(HEADLINE_SHAPE) as f64 / 1e6,
+        if model.causal { "decoder" } else { "encoder" },
+        model.tokens,
+        table(&Table::new("", "", &header, rows)),
+        list_different(answers.iter().filter_map(|answer| answer.comparison.rounds), " or "),
+        list_different(answers.iter().map(|answer| &answer.baseline.results.machine.date), " and "),
+    ))
+}
+
+/// Returns README.md's table of the scaling over GPUs: for each kind of machine the newest run that has it.
+pub fn scaling(all: &[PublishedBaseline]) -> String {
+    let mut newest: Vec<(&PublishedBaseline, String)> = Vec::new();
+    for baseline in all {
+        let text = scaling_table(baseline);
+        // On one day, the run that compares no frameworks measured the scaling more carefully.
+        let age = |b: &PublishedBaseline| (b.results.machine.date.clone(), b.pairs().is_empty());
+        match newest.iter_mut().find(|(other, _)| other.hardware() == baseline.hardware()) {
+            _ if text.is_empty() => {}
+            Some(other) if age(other.0) < age(baseline) => *other = (baseline, text),
+            Some(_) => {}
+            None => newest.push((baseline, text)),
+        }
+    }
+    newest.into_iter().map(|(_, text)| text).collect::<Vec<_>>().join("\n")
+}
+
+fn scaling_table(baseline: &PublishedBaseline) -> String {
+    let measured = all_measured(&baseline.results);
+    let cell = |speedup: Option<Speedup>| {
+        speedup.map_or_else(
+            || "–".to_owned(),
+            |s| format!("{:.2}× ({}) with {}, `{}`", s.value, percent(s.efficiency), s.batch, s.method),
+        )
+    };
+    let row = |model: ModelScaling| {
+        let name = format!("`{}`, {}", model.model.name, model.backend.framework().names().0);
+        vec![name, cell(model.weak), cell(model.strong)]
+    };
+    let rows: Vec<Vec<String>> = scaling::by_model(&measured).into_iter().map(row).collect();
+    if rows.is_empty() {
+        return String::new();
+    }
+    let link = format!(
+        "[{}](criterion-baselines/{}/report.md#multiple-devices)",
+        baseline.hardware(),
+        baseline.name
+    );
+    let header = [&link, "weak scaling: speedup (efficiency)", "strong scaling: speedup (efficiency)"];
+    table(&Table::new("", "", &header, rows))
+}
+
+/// Returns the training speeds of each machine.
+pub fn training_speeds(all: &[PublishedBaseline]) -> Result<String> {
+    let mut blocks = Vec::new();
+    for baseline in all.iter().filter(|baseline| !baseline.pairs().is_empty()) {
+        let speeds = tables::first(&baseline.results).context("a training step was measured")?;
+        let m = &baseline.results.machine;
+        let version = |name: &str| m.versions.iter().find(|v| v.0 == name).map_or("?", |v| v.1.as_str());
+        blocks.push(format!(
+            "{}, {}, {}: PyTorch {}, MLX {}, commit {} (`{}`):\n\n{}",
+            baseline.hardware(),
+            baseline.results.headline(),
+            m.date,
+            version("PyTorch"),
+            version("MLX"),
+            m.commit,
+            baseline.name,
+            table(&speeds)
+        ));
+    }
+    Ok(blocks.join("\n"))
+}
+
+/// Returns the list of baselines.
+pub fn baselines(all: &[PublishedBaseline]) -> String {
+    let row = |baseline: &PublishedBaseline| {
+        let m = &baseline.results.machine;
+        vec![
+            format!("`{}`", baseline.name),
+            baseline.hardware(),
+            if m.date.is_empty() { "–".to_owned() } else { m.date.clone() },
+            m.commit.clone(),
+            all_measured(&baseline.results).len().to_string(),
+            baseline.results.interleaved.len().to_string(),
+        ]
+    };
+    let header = ["baseline", "machine", "date", "commit", "cases", "interleaved"];
+    table(&Table::new("", "", &header, all.iter().map(row).collect()))
+}
+
+/// Returns the results of the Python counterparts, a table per machine.
+///
+/// # Errors
+/// Returns an error if a `python.csv` is damaged.
+pub fn python_results(root: &Path) -> Result<String> {
+    let mut folders: Vec<PathBuf> = std::fs::read_dir(root)?.flatten().map(|entry| entry.path()).collect();
+    folders.sort();
+    let mut blocks = Vec::new();
+    for folder in folders {
+        let rows: Vec<Vec<String>> = python::read(&folder)?.iter().map(PythonResult::row).collect();
+        if !rows.is_empty() {
+            let name = folder.file_name().unwrap_or_default().to_string_lossy();
+            let table = table(&Table::new("", "", &PythonResult::HEADER, rows));
+            blocks.push(format!("`{name}`:\n\n{table}"));
+        }
+    }
+    Ok(blocks.join("\n"))
+}

@@ -1,0 +1,97 @@
+//! Results of the Python counterparts: `<machine>/python.csv`, which `scripts/compare-python --save` writes.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use serde::Deserialize;
+
+use crate::report::format::{digits, range};
+use crate::results::upgrade::upgrade_id;
+use crate::suite::Case;
+
+/// A training step and its Python counterpart, measured interleaved.
+#[derive(Clone, Debug, Deserialize)]
+pub struct PythonResult {
+    pub date: String,
+    pub case: String,
+    /// How the Python step is written: `eager`, `torch.compile, reduce-overhead`, …
+    pub python: String,
+    #[serde(alias = "ours_ms")]
+    pub suite_ms: f64,
+    pub python_ms: f64,
+    /// Suite time / Python time, the median over the rounds.
+    pub ratio: f64,
+    /// Quartiles of the rounds' ratios. Older files lack them.
+    low: Option<f64>,
+    high: Option<f64>,
+}
+
+impl PythonResult {
+    pub const HEADER: [&str; 6] =
+        ["case", "Python version", "this suite, ms", "Python, ms", "ratio (quartiles)", "date"];
+
+    /// Returns the cells of a row below [`Self::HEADER`].
+    pub fn row(&self) -> Vec<String> {
+        let interval = self.low.zip(self.high).map(|(low, high)| format!(" ({})", range([low, high])));
+        vec![
+            format!("`{}`", self.case),
+            self.python.clone(),
+            digits(self.suite_ms),
+            digits(self.python_ms),
+            digits(self.ratio) + &interval.unwrap_or_default(),
+            self.date.clone(),
+        ]
+    }
+}
+
+/// Reads a machine's `python.csv`. Returns no rows if the machine has none.
+///
+/// # Errors
+/// Returns an error if the file is damaged.
+pub fn read(folder: &Path) -> Result<Vec<PythonResult>> {
+    let path = folder.join("python.csv");
+    if !path.exists() {
+        return Ok(Vec::new());
+    }
+    let text = fs::read_to_string(&path).with_context(|| format!("{} could not be read", path.display()))?;
+    parse(&text).with_context(|| format!("{} is damaged", path.display()))
+}
+
+fn parse(text: &str) -> Result<Vec<PythonResult>> {
+    let mut reader = csv::Reader::from_reader(text.as_bytes());
+    // The column was renamed together with the ids.
+    let old_ids = reader.headers()?.iter().any(|name| name == "ours_ms");
+    let mut rows: Vec<PythonResult> = reader.deserialize().collect::<Result<_, _>>()?;
+    for row in &mut rows {
+        if old_ids {
+            row.case = upgrade_id(&row.case, 2);
+        }
+        let positive = [row.suite_ms, row.python_ms, row.ratio].iter().all(|v| v.is_finite() && *v > 0.0);
+        ensure!(positive && row.case.parse::<Case>().is_ok(), "{} is not a case with times", row.case);
+    }
+    Ok(rows)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_with_old_ids_are_translated() {
+        let rows = |column, method| {
+            let text = format!(
+                "date,case,python,{column},python_ms,ratio,low,high\n\
+                 2026-11-25,train-step/torch-cpu/{method}/indicator-b16,eager,445.2,485.3,0.897,0.875,0.947\n\
+                 2026-11-25,train-step/mlx-cpu/f32/indicator-b16,eager,1340,1388,0.967,,\n"
+            );
+            parse(&text).unwrap().iter().map(PythonResult::row).collect::<Vec<_>>()
+        };
+        let old = rows("ours_ms", "amp");
+        assert_eq!(old, rows("suite_ms", "mixed"));
+        let id = "`train-step/torch-cpu/mixed/indicator-b16`";
+        assert_eq!(old[0], [id, "eager", "445", "485", "0.897 (0.875 to 0.947)", "2026-11-25"]);
+        assert_eq!(old[1][2..5], ["1,340", "1,388", "0.967"]);
+        assert!(parse("date,case,python,suite_ms,python_ms,ratio,low,high\n,x,,1,1,1,,\n").is_err());
+    }
+}

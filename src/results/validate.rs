@@ -1,0 +1,91 @@
+//! Checks of files from elsewhere: only values that a run can produce are accepted.
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+use super::{EnvEffect, InterleavedResult, Record, Results, Status, VERSION, upgrade};
+use crate::suite::Case;
+
+/// Parses `results.json` of this version or an older one. `place` names the file in errors.
+///
+/// # Errors
+/// Returns an error if the file is empty, damaged or of a newer version, or if a value is invalid.
+pub fn parse_results(text: &str, place: &str) -> Result<Results> {
+    ensure!(!text.trim().is_empty(), "{place} is empty: run ./scripts/bench again");
+    let mut value: Value = serde_json::from_str(text)
+        .with_context(|| format!("{place} is damaged: run ./scripts/bench again"))?;
+    let version = value["version"].as_u64().unwrap_or(1);
+    ensure!(
+        version <= VERSION,
+        "{place} has version {version}, and this program reads versions up to {VERSION}: update transformer-bench"
+    );
+    upgrade::upgrade(&mut value, version);
+    let results: Results =
+        serde_json::from_value(value).with_context(|| format!("{place} lacks a field of a run"))?;
+    for record in &results.cases {
+        check_record(record).with_context(|| format!("{place}: {}", record.id))?;
+    }
+    check_comparisons(&results.interleaved, &results.env_effects).with_context(|| place.to_owned())?;
+    Ok(results)
+}
+
+fn is_positive(value: f64) -> bool {
+    value.is_finite() && value > 0.0
+}
+
+fn is_ratio(ratio: f64, [low, high]: [f64; 2]) -> bool {
+    [ratio, low, high].into_iter().all(is_positive) && low <= ratio && ratio <= high
+}
+
+/// Checks the comparisons that are saved with a run.
+///
+/// # Errors
+/// Returns an error if a time or ratio is not positive, or if a ratio is outside of its interval.
+pub fn check_comparisons(interleaved: &[InterleavedResult], env_effects: &[EnvEffect]) -> Result<()> {
+    for effect in env_effects {
+        let times = [effect.without_ns, effect.with_ns].into_iter().all(is_positive);
+        ensure!(
+            times && is_ratio(effect.ratio, effect.ratio_ci),
+            "{}: no ratio with an interval",
+            effect.variables
+        );
+    }
+    for result in interleaved {
+        ensure!(
+            is_ratio(result.ratio, result.ratio_ci),
+            "{}, interleaved: no ratio with an interval",
+            result.base
+        );
+    }
+    Ok(())
+}
+
+/// Checks that a run can produce a record.
+///
+/// # Errors
+/// Returns an error if the id is unknown or a value is outside of its range.
+pub fn check_record(record: &Record) -> Result<()> {
+    record.id.parse::<Case>().map_err(anyhow::Error::msg)?;
+    if record.status == Status::Measured {
+        let median = record.median_ns.context("a measured case without a median")?;
+        let ci @ [low, high] = record.ci_ns.context("a measured case without an interval")?;
+        ensure!(is_positive(median), "{median} ns is not a time");
+        ensure!(is_ratio(median, ci), "{low} to {high} ns is not an interval of {median} ns");
+    }
+    if let Some(throughput) = &record.throughput {
+        ensure!(is_positive(throughput.value), "{} is not a rate", throughput.value);
+    }
+    for count in [record.page_faults, record.page_fault_share].into_iter().flatten() {
+        ensure!(count.is_finite() && count >= 0.0, "{count} page faults are impossible");
+    }
+    let ranks = record.ranks.as_ref();
+    let of_ranks = ranks.into_iter().flat_map(|ranks| [ranks.skew, ranks.cpu_wait_share]);
+    for share in [record.parity, record.cpu_wait_share].into_iter().flatten().chain(of_ranks) {
+        ensure!((0.0..=1.0).contains(&share), "{share} is not a share");
+    }
+    // Noise can make a step without communication take longer than one with it.
+    for share in ranks.and_then(|ranks| ranks.exposed_communication).into_iter().flatten() {
+        ensure!(share.is_finite() && share <= 1.0, "{share} is not a share of the step");
+    }
+    Ok(())
+}
