@@ -1,5 +1,5 @@
-//! Says what to do where the frameworks were never set up, before their own build
-//! scripts fail at length; compiles the view into NVIDIA GPUs where its headers are.
+//! Reports missing frameworks before their own build scripts fail with long messages. Compiles the profiler for NVIDIA
+//! GPUs (CUPTI) if its headers are available.
 
 fn main() {
     println!("cargo::rerun-if-changed=src/profile/native");
@@ -7,7 +7,7 @@ fn main() {
     println!("cargo::rerun-if-env-changed=TRANSFORMER_BENCH_CUDA_INCLUDE");
     println!("cargo::rustc-check-cfg=cfg(cupti)");
     if std::env::var_os("LIBTORCH").is_none() {
-        println!("cargo::error=the frameworks are not set up: run ./scripts/setup once, then this again");
+        println!("cargo::error=the frameworks are not set up: run ./scripts/setup, then build again");
     }
     let headers = std::env::var_os("TRANSFORMER_BENCH_CUDA_INCLUDE").map(std::path::PathBuf::from);
     if let Some(headers) = headers.filter(|folder| folder.join("cupti.h").exists()) {

@@ -1,4 +1,4 @@
-//! What a framework must offer to be measured.
+//! The two traits that a framework implements to be measured.
 
 use std::fmt;
 use std::path::Path;
@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
-use crate::model::fixture::{Fixture, Tensor};
-pub use crate::model::reference::rounding::Sums;
-use crate::suite::{BackendId, Case, Device, Framework, Precision, Variant, Workload};
+use crate::fixture::{Fixture, Tensor};
+pub use crate::reference::Accumulation;
+use crate::suite::{BackendId, Case, Device, Framework, Precision, Shape, Variant, Workload};
 
-/// Why a case can't run here; shown as the row's reason.
+/// Reason why a case cannot run here, as the report shows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unsupported(pub String);
 
@@ -21,89 +21,89 @@ impl fmt::Display for Unsupported {
     }
 }
 
-/// A framework on a device that this machine has.
+/// A framework on a device of this machine.
 pub trait Backend {
     fn id(&self) -> BackendId;
 
-    /// Names and versions of what computes: framework, BLAS, driver, thread count.
+    /// Returns names and versions of the framework, BLAS and driver, and the thread count.
     fn versions(&self) -> Vec<(String, String)>;
 
-    /// Whether the case can run, else why not.
+    /// Checks that the backend can run a case.
+    ///
+    /// # Errors
+    /// Returns the reason if it cannot.
     fn supports(&self, case: &Case) -> Result<(), Unsupported>;
 
-    /// Loads the fixture and returns the case, ready to step.
+    /// Loads a fixture onto the device.
     fn load(&self, fixture: &Fixture) -> Result<Box<dyn LoadedCase>>;
 
-    /// Whether the code of a recipe's cases is made before they can run: a minute each, once.
-    fn is_precompiled(&self, _recipe: Variant) -> bool {
+    /// Returns true if cases of this variant are compiled ahead of time (about a minute per case, cached).
+    fn is_precompiled(&self, _variant: Variant) -> bool {
         false
     }
 
-    /// Whether a case's code is still to be made; preparing the case makes it too.
+    /// Returns true if a case is not compiled yet. [`Backend::load`] compiles it too.
     fn needs_compile(&self, _case: &Case) -> bool {
         false
     }
 
-    /// Makes a case's code, where it is not there.
+    /// Compiles a case unless the cache has it.
     ///
     /// # Errors
-    /// Where it can't be made, with the compiler's last line.
+    /// Returns the last line of the compiler if it fails.
     fn compile(&self, _case: &Case) -> Result<()> {
         Ok(())
     }
 
-    /// The devices of this machine that can each be a rank's, and what they are called; of a CPU its cores.
+    /// Returns the number of devices that ranks can use, and their name. The devices of a CPU are its cores.
     fn devices(&self) -> (usize, &'static str);
 
-    /// What exchanges gradients between ranks.
+    /// Returns the library that all-reduces gradients between ranks.
     fn comm_backend(&self) -> &'static str;
 
-    /// What each of several ranks of this machine finds in its environment, so that they meet; `folder`
-    /// is theirs alone.
+    /// Returns the rendezvous environment of each local rank (`RANK`, `WORLD_SIZE`, …). `folder` is private to
+    /// this group of ranks.
     ///
     /// # Errors
-    /// Where no place can be made.
-    fn rendezvous_env(&self, ranks: usize, folder: &Path) -> Result<Vec<Environment>>;
+    /// Returns an error if no rendezvous file or port is available.
+    fn rendezvous_env(&self, ranks: usize, folder: &Path) -> Result<Vec<EnvVars>>;
 
-    /// Adds up numbers over all ranks, of which this process is one: all have the sums then, so it
-    /// is also how they wait for each other.
+    /// All-reduces `values` (sum) over all ranks. It also serves as a barrier.
     ///
     /// # Errors
-    /// Where a rank is gone, or does not answer in time.
+    /// Returns an error if a rank has ended or does not answer within [`COLLECTIVE_TIMEOUT`].
     fn all_reduce_sum(&self, values: &[f32]) -> Result<Vec<f32>>;
 
-    /// In which type it keeps sums over rows: decides what a gradient may be off by.
-    fn accumulation(&self) -> Sums;
+    /// Returns the type in which sums over rows accumulate. It determines the tolerance of gradients.
+    fn accumulation(&self) -> Accumulation;
 
-    /// Waits until the device has nothing left to do.
+    /// Waits until the device is idle.
     fn synchronize(&self) -> Result<()>;
 
-    /// Bytes the device can hold, where the framework tells.
+    /// Returns the memory of the device in bytes, if the framework reports it.
     fn memory_total(&self) -> Option<u64>;
 
-    /// Frees cached memory and starts a new peak.
+    /// Frees cached memory and resets the peak.
     fn reset_peak_memory(&self) -> Result<()>;
 
-    /// The peak of the framework's own allocator in bytes since the reset, where it keeps one.
+    /// Returns the peak of the framework's allocator in bytes since the reset, if it counts one.
     fn peak_memory(&self) -> Option<u64>;
 
-    /// Records what Apple's GPU does while `body` runs, as a `.gputrace` for Xcode at an
-    /// absolute path.
+    /// Captures the work of Apple's GPU while `body` runs, as a `.gputrace` for Xcode at an absolute path.
     ///
     /// # Errors
-    /// Where the framework can't, with what to use instead.
-    fn capture(&self, _path: &Path, _body: &mut dyn FnMut() -> Result<()>) -> Result<()> {
-        bail!("{} makes no GPU trace: record it with Instruments, template Metal System Trace", self.id())
+    /// Returns an error that names an alternative if the framework cannot capture.
+    fn capture_gpu_trace(&self, _path: &Path, _body: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        bail!("{} cannot capture a GPU trace: use the Metal System Trace template of Instruments", self.id())
     }
 }
 
 /// A case loaded onto a device.
 pub trait LoadedCase {
-    /// Does one iteration and returns only when every result exists on the device.
+    /// Runs one step and returns when every result exists on the device.
     fn step(&mut self) -> Result<()>;
 
-    /// Does as many as one stretch: a step returns only when its results exist, so nothing of
-    /// one leaks into the next.
+    /// Times `steps` steps. Each step waits for its results, so no work moves into the next one.
     fn time(&mut self, steps: u64) -> Result<Duration> {
         let start = Instant::now();
         if !self.run_pipelined(steps)? {
@@ -114,62 +114,90 @@ pub trait LoadedCase {
         Ok(start.elapsed())
     }
 
-    /// Does as many without waiting in between, where the case is timed so; false where it is not.
+    /// Runs steps without waiting between them. Returns false if the case is not timed in this way.
     fn run_pipelined(&mut self, _steps: u64) -> Result<bool> {
         Ok(false)
     }
 
-    /// Where other processes do the work: what was seen of them.
+    /// Returns the statistics of the ranks if other processes run the case.
     fn rank_stats(&mut self) -> Option<RankStats> {
         None
     }
 
-    /// Where other processes do the work: leaves profiles of the first one in a folder, taken over
-    /// about so long, and returns what is to be said of them.
+    /// Profiles the first rank for about `time` if other processes run the case. Writes the profiles to
+    /// `folder`, and returns a message for the user.
     fn profile_first_rank(&mut self, _time: Duration, _folder: &Path) -> Option<Result<String>> {
         None
     }
 
-    /// The results of the last step as f32, for parity; untimed. Names: what the model
-    /// puts out (`out`, `selection`, `weights`, `logits`), `loss`, `grad/<parameter>`,
-    /// `grad/x`, and `param/<parameter>` where an optimizer ran.
+    /// Returns the results of the last step in f32, for the parity check; untimed.
+    ///
+    /// Names are the outputs of the model (`out`, `selection`, `weights`, `logits`), `loss`,
+    /// `grad/<parameter>`, `grad/x`, and `param/<parameter>` after an optimizer step.
     fn outputs(&mut self) -> Result<Vec<Tensor>>;
 }
 
-/// What was seen of the ranks that worked for a case.
+/// Returns the names of a step's results, without the gradients of parameters and the updated parameters.
+pub fn result_names(case: &Case) -> &'static [&'static str] {
+    match (case.workload, case.shape) {
+        (Workload::ForwardBackward | Workload::TrainStep, _) => &["loss"],
+        (Workload::AttentionGrad | Workload::FeedForwardGrad, _) => &["grad/x"],
+        (Workload::OptimizerStep, _) => &[],
+        (_, Shape::Model { model, .. }) => model.output_names(),
+        _ => &["out"],
+    }
+}
+
+/// Statistics of the ranks of a case.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct RankStats {
-    /// [`Backend::engine`]
+    /// See [`Backend::comm_backend`].
     pub comm_backend: String,
-    /// The largest of any rank.
+    /// Largest peak of any rank in bytes: of its allocator, and of its resident size.
     pub peak_bytes: Option<u64>,
     pub rss_peak_bytes: Option<u64>,
-    /// The largest part of its time that a rank's threads were ready and had no core.
+    /// Largest share of time that the runnable threads of a rank waited for a core.
     pub cpu_wait_share: f64,
-    /// By how much the slowest rank took longer than the fastest, of its time; the median.
+    /// Rank skew: the extra time of the slowest rank over the fastest, as a share. The median over samples.
     pub skew: f64,
-    /// What of the step is exchange that nothing hides: 1 less the same step without it over the step,
-    /// in turns on the same ranks, and the range that the middle of it lies in.
+    /// Exposed communication as a share of the step, `1 - t_no_sync / t_step`: `[median, low, high]` (96 % CI),
+    /// interleaved on the same ranks.
     pub exposed_communication: Option<[f64; 3]>,
 }
 
-/// How long a rank waits for the others: within 30 s a user knows that one is missing.
+/// Timeout of a collective operation. A user learns within 30 s that a rank is missing.
 pub const COLLECTIVE_TIMEOUT: Duration = Duration::from_secs(18);
 
-/// The cores that this process may use, and their name.
+/// Returns the number of cores that this process may use, and their name.
 pub fn cpu_device_count() -> (usize, &'static str) {
     (std::thread::available_parallelism().map_or(1, usize::from), "cores")
 }
 
-/// How CUDA names the n-th GPU that this process sees: to a rank it is shown alone.
+/// Returns CUDA's name of the n-th visible GPU, for the `CUDA_VISIBLE_DEVICES` of a rank.
 pub fn visible_gpu(n: usize) -> String {
-    let shown = std::env::var("CUDA_VISIBLE_DEVICES").unwrap_or_default();
-    let shown = shown.split(',').map(str::trim).filter(|name| !name.is_empty()).nth(n).map(str::to_owned);
-    shown.unwrap_or_else(|| n.to_string())
+    let visible = std::env::var("CUDA_VISIBLE_DEVICES").unwrap_or_default();
+    let name = visible.split(',').map(str::trim).filter(|name| !name.is_empty()).nth(n);
+    name.map_or_else(|| n.to_string(), str::to_owned)
 }
 
 /// Variables and their values.
-pub type Environment = Vec<(String, String)>;
+pub type EnvVars = Vec<(String, String)>;
+
+/// Returns the environment of each local rank: `variables` of the rank, and its own GPU if the backend runs on CUDA.
+pub fn rank_environments(
+    id: BackendId,
+    ranks: usize,
+    variables: impl Fn(usize) -> Vec<(&'static str, String)>,
+) -> Vec<EnvVars> {
+    let environment = |rank: usize| {
+        let mut all = variables(rank);
+        if id.device() == Device::NvidiaGpu {
+            all.push(("CUDA_VISIBLE_DEVICES", visible_gpu(rank)));
+        }
+        all.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+    };
+    (0..ranks).map(environment).collect()
+}
 
 /// This process as one of several that share a case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -179,12 +207,12 @@ pub struct Rank {
 }
 
 impl Rank {
-    /// What the launcher says: ours, `torchrun`
-    /// (<https://docs.pytorch.org/docs/stable/elastic/run.html>) or `mlx.launch`
-    /// (<https://ml-explore.github.io/mlx/build/html/usage/distributed.html>). None of a process alone.
+    /// Reads the rank that this suite, `torchrun` or `mlx.launch` set. Returns `None` for a single process.
+    /// <https://docs.pytorch.org/docs/stable/elastic/run.html>,
+    /// <https://ml-explore.github.io/mlx/build/html/usage/distributed.html>
     ///
     /// # Errors
-    /// Where only a part of it is there.
+    /// Returns an error if a variable is invalid.
     pub fn from_environment(framework: Framework) -> Result<Option<Self>> {
         let variable = |name: &str| std::env::var(name).ok().filter(|text| !text.is_empty());
         let (name, size_name) = match framework {
@@ -192,31 +220,30 @@ impl Rank {
             Framework::Mlx => ("MLX_RANK", "MLX_WORLD_SIZE"),
         };
         let hosts = variable("MLX_HOSTFILE").filter(|_| framework == Framework::Mlx);
-        let of = match (variable(size_name), hosts) {
-            (Some(size), _) => size.parse().with_context(|| format!("{size_name}={size} is no number"))?,
+        let count = match (variable(size_name), hosts) {
+            (Some(size), _) => size.parse().with_context(|| format!("{size_name}={size} is not a number"))?,
             (None, Some(path)) => {
                 let text = std::fs::read_to_string(&path).with_context(|| format!("MLX_HOSTFILE={path}"))?;
-                let hosts: Vec<serde_json::Value> =
-                    serde_json::from_str(&text).with_context(|| format!("{path} lists no hosts"))?;
-                hosts.len()
+                let hosts: Result<Vec<serde_json::Value>, _> = serde_json::from_str(&text);
+                hosts.with_context(|| format!("MLX_HOSTFILE={path} is not a list of hosts"))?.len()
             }
             (None, None) => return Ok(None),
         };
         let Some(index) = variable(name) else { return Ok(None) };
-        let index = index.parse().with_context(|| format!("{name}={index} is no number"))?;
-        ensure!(index < of, "rank {index} of {of} can't be: see {name}");
-        Ok((of > 1).then_some(Self { index, count: of }))
+        let index = index.parse().with_context(|| format!("{name}={index} is not a number"))?;
+        ensure!(index < count, "{name}={index} is out of range (world size {count})");
+        Ok((count > 1).then_some(Self { index, count }))
     }
 }
 
-/// A backend that this machine lacks.
+/// A backend that this machine does not have.
 #[derive(Clone, Debug)]
 pub struct Unavailable {
     pub id: BackendId,
     pub reason: String,
 }
 
-/// What a framework finds at run time: each of its backends is in one of the two lists.
+/// The backends of a framework, as detected at run time.
 #[derive(Default)]
 pub struct Backends {
     pub available: Vec<Box<dyn Backend>>,
@@ -224,8 +251,14 @@ pub struct Backends {
 }
 
 impl Backends {
-    pub fn add_unavailable(&mut self, id: BackendId, reason: impl Into<String>) {
-        self.unavailable.push(Unavailable { id, reason: reason.into() });
+    /// Adds a backend, or the reason why this machine does not have it.
+    pub fn add(&mut self, backend: impl Backend + 'static, check: Result<()>) {
+        match check {
+            Ok(()) => self.available.push(Box::new(backend)),
+            Err(error) => {
+                self.unavailable.push(Unavailable { id: backend.id(), reason: format!("{error:#}") });
+            }
+        }
     }
 
     pub fn get(&self, id: BackendId) -> Option<&dyn Backend> {
@@ -233,70 +266,62 @@ impl Backends {
     }
 }
 
-/// Width of the product that a device must get right before it counts as there.
-pub const SANITY_WIDTH: usize = 32;
-
-/// A matrix [PROBE, PROBE] of small integers, exact in every format and sum.
-pub fn sanity_matrix() -> Vec<f32> {
-    (0..SANITY_WIDTH * SANITY_WIDTH).map(|i| (i % 7) as f32).collect()
-}
-
-/// Holds a device's product of [`probe`] with itself against the host's.
+/// Checks that a device multiplies a small matrix correctly. `square` computes the product of a matrix [n, n] with itself.
 ///
 /// # Errors
-/// Where a number differs.
-pub fn check_sanity_product(found: &[f32]) -> Result<()> {
-    let x = sanity_matrix();
-    let cell = |i: usize| {
-        (0..SANITY_WIDTH)
-            .map(|k| x[i / SANITY_WIDTH * SANITY_WIDTH + k] * x[k * SANITY_WIDTH + i % SANITY_WIDTH])
-            .sum::<f32>()
+/// Returns an error if the device cannot compute, or if a number differs from the product on the host.
+pub fn check_sanity_product(square: impl FnOnce(&[f32], i32) -> Result<Vec<f32>>) -> Result<()> {
+    const N: usize = 32;
+    // Small integers are exact in every format.
+    let x: Vec<f32> = (0..N * N).map(|i| (i % 7) as f32).collect();
+    let element = |i: usize| (0..N).map(|k| x[i / N * N + k] * x[k * N + i % N]).sum::<f32>();
+    let expected: Vec<f32> = (0..N * N).map(element).collect();
+    let check = || -> Result<()> {
+        ensure!(square(&x, N as i32)? == expected, "a small matrix product is wrong");
+        Ok(())
     };
-    let expected = (0..SANITY_WIDTH * SANITY_WIDTH).map(cell);
-    if found.len() != x.len() || expected.zip(found).any(|(a, b)| a != *b) {
-        bail!("a small matrix product comes out wrong");
-    }
-    Ok(())
+    check().context("the device exists and cannot compute")
 }
 
-/// Why this system can't have a device at all; None where it may.
-pub fn unsupported_reason(device: Device) -> Option<&'static str> {
+/// Checks that a device can exist on this operating system.
+///
+/// # Errors
+/// Returns the reason if it cannot.
+pub fn check_system(device: Device) -> Result<()> {
     match (device, cfg!(target_os = "macos")) {
-        (Device::AppleGpu, false) => Some("needs macOS on Apple silicon"),
-        (Device::NvidiaGpu, true) => Some("CUDA does not exist on macOS"),
-        _ => None,
+        (Device::AppleGpu, false) => bail!("needs macOS on Apple silicon"),
+        (Device::NvidiaGpu, true) => bail!("CUDA does not exist on macOS"),
+        _ => Ok(()),
     }
 }
 
-/// Why a device that fails its probe is absent.
-pub fn failure_message(error: &anyhow::Error) -> String {
-    format!("the device is there and can't compute: {error:#}")
-}
+/// Variable that is 1 in a process that measures MLX in TF32. MLX reads its TF32 switch once per process, so
+/// these cases have a process of their own.
+pub const TF32_VARIABLE: &str = "TRANSFORMER_BENCH_TF32";
 
-/// Set to 1 in a process that measures MLX in TF32: MLX reads its own switch once a
-/// process, so those cases have one to themselves.
-pub const TF32_PROCESS: &str = "TRANSFORMER_BENCH_TF32";
-
-/// Whether this is such a process.
+/// Returns true in a process for TF32 cases.
 pub fn is_tf32_process() -> bool {
-    std::env::var_os(TF32_PROCESS).is_some_and(|v| v == "1")
+    std::env::var_os(TF32_VARIABLE).is_some_and(|v| v == "1")
 }
 
-/// Whether a case can only run in such a process.
+/// Returns true if a case needs a process for TF32 cases.
 pub fn needs_tf32_process(case: &Case) -> bool {
     case.backend.framework() == Framework::Mlx && case.method.precision == Precision::Tf32
 }
 
-/// Refuses what no backend can offer, whatever its framework.
+/// Checks that a case makes sense for any framework.
+///
+/// # Errors
+/// Returns the reason if it does not.
 pub fn check_supported(case: &Case) -> Result<(), Unsupported> {
     let no = |reason: &str| Err(Unsupported(reason.to_owned()));
     match case.method.variant {
         Variant::Overlap if case.shape.ranks() == 1 => {
-            return no("one device exchanges nothing: see the same case with -dp2");
+            return no("one device has no communication: use the same case with -dp2");
         }
         Variant::Eager | Variant::Overlap | Variant::Compile | Variant::Tuned => {}
         _ if case.shape.ranks() == 1 => {}
-        _ => return no("ranks are measured plain, -overlap, -compile and -opt"),
+        _ => return no("data-parallel cases have the variants eager, -overlap, -compile and -tuned"),
     }
     match case.method.precision {
         Precision::F16 if case.workload.optimizes() => no(
@@ -308,7 +333,7 @@ pub fn check_supported(case: &Case) -> Result<(), Unsupported> {
                 Workload::MatmulPeak | Workload::CopyPeak | Workload::AllReduce | Workload::OptimizerStep
             ) =>
         {
-            no("mixed precision changes nothing here: see f32 and bf16")
+            no("mixed precision does not change this workload: use f32 or bf16")
         }
         _ => Ok(()),
     }
@@ -319,18 +344,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_device_that_computes_wrongly_fails_the_probe() {
-        let x = sanity_matrix();
-        let row = |i: usize| (0..SANITY_WIDTH).map(move |j| (i, j));
-        let sum = |(i, j): (usize, usize)| {
-            (0..SANITY_WIDTH).map(|k| x[i * SANITY_WIDTH + k] * x[k * SANITY_WIDTH + j]).sum::<f32>()
+    fn a_device_that_computes_wrongly_fails_the_sanity_product() {
+        let product = |x: &[f32], n: i32| -> Vec<f32> {
+            let n = n as usize;
+            let row = |i: usize| &x[i * n..(i + 1) * n];
+            let dot =
+                |i: usize, j: usize| row(i).iter().zip(x.iter().skip(j).step_by(n)).map(|(a, b)| a * b).sum();
+            (0..n * n).map(|at| dot(at / n, at % n)).collect()
         };
-        let mut right: Vec<f32> = (0..SANITY_WIDTH).flat_map(row).map(sum).collect();
-        check_sanity_product(&right).unwrap();
-        right[SANITY_WIDTH + 1] += 1.0;
-        assert!(check_sanity_product(&right).is_err());
-        // What GitHub's paravirtual Metal device gives.
-        assert!(check_sanity_product(&vec![0.0; SANITY_WIDTH * SANITY_WIDTH]).is_err());
-        assert!(check_sanity_product(&[]).is_err());
+        check_sanity_product(|x, n| Ok(product(x, n))).unwrap();
+        let off_by_one = |x: &[f32], n: i32| {
+            let mut all = product(x, n);
+            all[n as usize + 1] += 1.0;
+            Ok(all)
+        };
+        assert!(check_sanity_product(off_by_one).is_err());
+        // GitHub's paravirtual Metal device returns zeros.
+        assert!(check_sanity_product(|x, _| Ok(vec![0.0; x.len()])).is_err());
+        assert!(check_sanity_product(|_, _| Ok(Vec::new())).is_err());
     }
 }

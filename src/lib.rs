@@ -1,40 +1,45 @@
-//! Measured training speed of PyTorch and MLX on the same transformer.
+//! Measures how fast PyTorch and MLX train the same transformer.
 //!
-//! Data flows one way:
+//! Data flows one way, and imports point the same way:
 //!
 //! ```text
-//! model ──► suite (case, cost) ──► fixture ──► backend prepares ──► harness times ──► results ──► report
-//!   │                                           (src/torch,          (benches/)        │  │
-//!   └─► oracle ──► parity: every backend         src/mlx)              │               │  └─► baseline
-//!                  against it                                          │               │
-//!                                                                      ├─► compare: base and head
-//!                                                                      └─► profile ──► flamegraph
+//! model ─► suite ─► fixture ─► backend loads and steps ─► harness times ─► results ─► report
+//!             │        │        (src/torch, src/mlx)       (benches)         │
+//!             │        └─► reference ─► parity: checks each case first       ├─► baseline
+//!             └─► cost                                                       └─► compare, profile
 //! ```
 //!
-//! Nothing in this library imports Criterion or a framework, reads arguments or prints. Each
-//! framework is a package of its own, and each bench target links one of them: a process
-//! never holds both.
+//! | module | content |
+//! | --- | --- |
+//! | [`model`] | a model as plain data: built-in models, files, parameters |
+//! | [`suite`] | the cases: workloads, precisions, variants, shapes, ids, sets, FLOPs |
+//! | [`fixture`] | seeded inputs, targets and parameters of a case |
+//! | [`mod@reference`] | the same functions in f64 |
+//! | [`backend`] | the traits that a framework implements |
+//! | [`parity`] | checks against the reference, fault injection, conformance tests |
+//! | [`results`] | the record of a run, the machine, baselines |
+//! | [`compare`] | interleaved comparisons of revisions, and their decision rule |
+//! | [`profile`] | flamegraphs of CPU stacks and GPU kernels |
+//! | [`report`] | tables, pictures and text from results |
+//! | [`files`], [`process`], [`memory`], [`interference`], [`statistics`] | tools for all modules |
 //!
-//! Words, as used throughout:
+//! Nothing here imports Criterion or a framework, or reads arguments. Each framework is a package of its own, and each
+//! bench target links one of them, so a process never has both.
 //!
-//! - *framework*: PyTorch or MLX; *backend*: a framework on a device
-//! - *workload*: what one iteration does; *model*: sizes and choices; *shape*: a model with
-//!   its batch, or a block's own sizes
-//! - *precision*: number formats; *recipe*: how the step is written, eager or optimised
-//! - *case*: workload × backend × precision × shape, and its id
-//! - *fixture*: the seeded inputs and parameters of a case, the same for every backend
-//! - *rank*: one of several processes, a device each, that share a case
-//! - *oracle*: the same mathematics in f64; *parity*: the proof that a backend computes it
-//! - *baseline*: a run with its samples and machine, kept
-//! - *base*, *head*: the two sides of a comparison; *round*: a fresh process of each
+//! `src/GLOSSARY.md` defines the terms.
 
 pub mod backend;
 pub mod compare;
+pub mod files;
+pub mod fixture;
 pub mod interference;
 pub mod memory;
 pub mod model;
 pub mod parity;
+pub mod process;
 pub mod profile;
+#[path = "model/reference/mod.rs"]
+pub mod reference;
 pub mod report;
 pub mod results;
 pub mod statistics;

@@ -1,75 +1,74 @@
-//! This process's memory: how its heap keeps what is freed, what is resident, and the page
-//! faults that steps cost.
+//! Memory of this process: the malloc policy, the resident size, and page faults.
 //!
-//! glibc gives a large freed block back to the system, or keeps it, by what was allocated
-//! and freed before (`man mallopt`: the thresholds are dynamic). A block that is given
-//! back costs a page fault for every 4 KiB when it is allocated again, so one step can take
-//! twice as long in one process as in another. [`keep_freed`] makes every process that
-//! measures keep what it frees, as the allocators of PyTorch's tuning guide do
-//! (<https://docs.pytorch.org/tutorials/recipes/recipes/tuning_guide.html>).
+//! glibc returns a large freed block to the system or retains it, depending on earlier allocations
+//! (`man mallopt`: the thresholds are dynamic). A returned block costs a page fault per 4 KiB when it is
+//! allocated again, so the same step can take twice as long in one process as in another.
+//! [`retain_freed_memory`] makes every measuring process retain freed memory, like the allocators that
+//! PyTorch's tuning guide recommends (`https://docs.pytorch.org/tutorials/recipes/recipes/tuning_guide.html`).
 
 use std::fs;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
-/// `system` leaves the heap as the system has it, so that what keeping brings can be
-/// measured: `scripts/compare worktree --env TRANSFORMER_BENCH_HEAP=system`.
-pub const MALLOC_VARIABLE: &str = "TRANSFORMER_BENCH_HEAP";
+use crate::statistics::median;
 
-/// Makes the heap keep what is freed, from now on. Called before the first large allocation.
+/// The environment variable of the malloc policy. `default` leaves malloc as it is. This command measures the
+/// effect: `scripts/compare worktree --env TRANSFORMER_BENCH_MALLOC=default`.
+pub const MALLOC_VARIABLE: &str = "TRANSFORMER_BENCH_MALLOC";
+
+/// Makes malloc retain freed memory. Must be called before the first large allocation.
 ///
 /// # Errors
-/// Where [`HEAP`] holds another word than `kept` or `system`.
+/// Returns an error if [`MALLOC_VARIABLE`] is neither `retain` nor `default`.
 pub fn retain_freed_memory() -> anyhow::Result<()> {
     match std::env::var(MALLOC_VARIABLE).as_deref() {
-        Err(_) | Ok("kept") => configure_malloc(),
-        Ok("system") => {}
-        Ok(other) => anyhow::bail!("{MALLOC_VARIABLE}={other}: kept (the default) or system"),
+        Err(_) | Ok("retain") => configure_malloc(),
+        Ok("default") => {}
+        Ok(other) => anyhow::bail!("{MALLOC_VARIABLE}={other}: use retain (the default) or default"),
     }
     Ok(())
 }
 
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 fn configure_malloc() {
-    // Grown by at least this at a time: few calls, and untouched pages cost nothing.
+    // The heap grows by at least this. Untouched pages cost nothing.
     const TOP_PAD: libc::c_int = 64 << 20;
     // SAFETY: sets numbers of the allocator.
     unsafe {
-        // No block is a mapping of its own, which would go back when freed.
+        // No block is a separate mapping, which would be returned when it is freed.
         libc::mallopt(libc::M_MMAP_MAX, 0);
-        // -1: the heap's end is never given back.
+        // -1: the end of the heap is never returned.
         libc::mallopt(libc::M_TRIM_THRESHOLD, -1);
         libc::mallopt(libc::M_TOP_PAD, TOP_PAD);
-        // The heaps of other threads hold 64 MiB at most, and go back when empty.
+        // Heaps of other threads are limited to 64 MiB and are returned when they are empty.
         libc::mallopt(libc::M_ARENA_MAX, 1);
     }
 }
 
 #[cfg(not(all(target_os = "linux", target_env = "gnu")))]
-fn pin() {}
+fn configure_malloc() {}
 
-/// What holds this process's memory, for the machine's versions; None where nothing is
-/// known of it, and nothing was set.
+/// Returns the name, version and policy of malloc for the report, or `None` without glibc.
 pub fn describe_allocator() -> Option<(String, String)> {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     {
         // SAFETY: a static string.
         let version = unsafe { std::ffi::CStr::from_ptr(libc::gnu_get_libc_version()) };
-        let kept = std::env::var(MALLOC_VARIABLE).map_or(true, |word| word != "system");
-        let how = if kept { "freed memory kept" } else { "freed memory given back at will" };
-        Some(("heap".to_owned(), format!("glibc {}, {how}", version.to_string_lossy())))
+        let default = std::env::var(MALLOC_VARIABLE).is_ok_and(|word| word == "default");
+        let policy = if default { "default policy" } else { "retains freed memory" };
+        Some(("malloc".to_owned(), format!("glibc {}, {policy}", version.to_string_lossy())))
     }
     #[cfg(not(all(target_os = "linux", target_env = "gnu")))]
     None
 }
 
-/// Page faults of all threads of this process so far, that no disk took part in.
+/// Returns the number of minor page faults of all threads of this process so far.
 pub fn page_faults() -> u64 {
-    usage().map_or(0, |usage| usage.ru_minflt as u64)
+    resource_usage().map_or(0, |usage| usage.ru_minflt as u64)
 }
 
-fn usage() -> Option<libc::rusage> {
+fn resource_usage() -> Option<libc::rusage> {
     // SAFETY: plain data, filled by the call.
     unsafe {
         let mut usage: libc::rusage = std::mem::zeroed();
@@ -77,61 +76,54 @@ fn usage() -> Option<libc::rusage> {
     }
 }
 
-/// The share of a step's time above which its page faults are too many: what two runs of
-/// one case may differ by on a quiet machine.
-pub const FAULT_SHARE_THRESHOLD: f64 = 0.05;
+/// The share of a step's time above which the report warns of page faults. Two runs of a case on a quiet
+/// machine differ by about as much.
+pub const PAGE_FAULT_SHARE_THRESHOLD: f64 = 0.05;
 
-/// Nanoseconds that a page fault takes here, the page's clearing included: measured once a
-/// process, on fresh pages. 0 where there are none to be had.
-pub fn fault_ns() -> f64 {
+/// Returns the nanoseconds of a page fault, including clearing the page. The process measures them once, on
+/// fresh pages. Returns 0 if it cannot map any.
+pub fn page_fault_ns() -> f64 {
     static COST: OnceLock<f64> = OnceLock::new();
     *COST.get_or_init(|| {
-        let mut each: Vec<f64> = (0..5).filter_map(|_| touch()).collect();
-        each.sort_by(f64::total_cmp);
-        each.get(each.len() / 2).copied().unwrap_or(0.0)
+        let times: Vec<f64> = (0..5).filter_map(|_| measure_page_faults()).collect();
+        if times.is_empty() { 0.0 } else { median(&times) }
     })
 }
 
-/// Touches fresh pages; nanoseconds for each fault that this took.
-fn touch() -> Option<f64> {
+/// Touches fresh pages and returns the nanoseconds per page fault.
+fn measure_page_faults() -> Option<f64> {
     const BYTES: usize = 16 << 20;
-    // SAFETY: a private mapping of our own, written within its length and given back.
+    // SAFETY: the mapping is private to this function, which writes within its length and unmaps it.
     unsafe {
-        let place = libc::mmap(
-            std::ptr::null_mut(),
-            BYTES,
-            libc::PROT_READ | libc::PROT_WRITE,
-            libc::MAP_PRIVATE | libc::MAP_ANON,
-            -1,
-            0,
-        );
-        if place == libc::MAP_FAILED {
+        let (access, kind) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANON);
+        let pages = libc::mmap(std::ptr::null_mut(), BYTES, access, kind, -1, 0);
+        if pages == libc::MAP_FAILED {
             return None;
         }
         let (before, start) = (page_faults(), Instant::now());
         for offset in (0..BYTES).step_by(4096) {
-            place.cast::<u8>().add(offset).write_volatile(1);
+            pages.cast::<u8>().add(offset).write_volatile(1);
         }
-        let (taken, count) = (start.elapsed(), page_faults() - before);
-        libc::munmap(place, BYTES);
-        (count > 0).then(|| taken.as_nanos() as f64 / count as f64)
+        let (elapsed, count) = (start.elapsed(), page_faults() - before);
+        libc::munmap(pages, BYTES);
+        (count > 0).then(|| elapsed.as_nanos() as f64 / count as f64)
     }
 }
 
-/// Bytes that this process holds in memory now; 0 where the system does not tell.
+/// Returns the resident size of this process in bytes, or 0 if the system does not report it.
 pub fn resident_bytes() -> u64 {
     let mut system = sysinfo::System::new();
     let Ok(pid) = sysinfo::get_current_pid() else { return 0 };
-    let what = sysinfo::ProcessRefreshKind::nothing().with_memory();
-    system.refresh_processes_specifics(sysinfo::ProcessesToUpdate::Some(&[pid]), false, what);
+    let memory = sysinfo::ProcessRefreshKind::nothing().with_memory();
+    system.refresh_processes_specifics(sysinfo::ProcessesToUpdate::Some(&[pid]), false, memory);
     system.process(pid).map_or(0, sysinfo::Process::memory)
 }
 
-/// How often a new peak was asked for.
+/// Number of calls of [`reset_resident_peak`].
 static RESETS: AtomicUsize = AtomicUsize::new(0);
 
-/// Gives freed memory back and starts a new resident peak. Linux alone can reset it:
-/// elsewhere the peak is the process's since its start, and so told for its first case alone.
+/// Returns freed memory to the system and restarts the resident peak. Only Linux can restart it. On other
+/// systems the peak counts from the start of the process, so it is only reported for the first case.
 pub fn reset_resident_peak() {
     RESETS.fetch_add(1, Ordering::Relaxed);
     #[cfg(target_os = "linux")]
@@ -141,13 +133,12 @@ pub fn reset_resident_peak() {
         unsafe {
             libc::malloc_trim(0);
         }
-        // man proc: 5 resets the peak resident set size. Failing leaves the older peak.
+        // man proc: 5 resets the peak resident set size. If it fails, the older peak remains.
         let _ = fs::write("/proc/self/clear_refs", "5");
     }
 }
 
-/// The peak of this process's resident size in bytes since the reset; None where it would
-/// hold what came before that.
+/// Returns the peak of the resident size in bytes since the reset, or `None` if it includes earlier cases.
 pub fn resident_peak_bytes() -> Option<u64> {
     if let Ok(status) = fs::read_to_string("/proc/self/status") {
         let line = status.lines().find(|l| l.starts_with("VmHWM:"))?;
@@ -159,7 +150,7 @@ pub fn resident_peak_bytes() -> Option<u64> {
     }
     // macOS counts bytes, other systems KiB.
     let unit = if cfg!(target_os = "macos") { 1 } else { 1024 };
-    usage().map(|usage| usage.ru_maxrss as u64 * unit)
+    resource_usage().map(|usage| usage.ru_maxrss as u64 * unit)
 }
 
 #[cfg(test)]
@@ -171,57 +162,57 @@ mod tests {
     fn the_resident_peak_follows_an_allocation_and_its_reset() {
         let large = vec![1u8; 200 << 20];
         assert!(large.iter().step_by(4096).all(|v| *v == 1));
-        let with = resident_peak_bytes().unwrap();
-        assert!(with > 200 << 20);
+        let peak = resident_peak_bytes().unwrap();
+        assert!(peak > 200 << 20);
         drop(large);
         reset_resident_peak();
-        assert!(resident_peak_bytes().unwrap() + (150 << 20) < with);
+        assert!(resident_peak_bytes().unwrap() + (150 << 20) < peak);
     }
 
-    /// Faults of allocating and freeing blocks of this size over and over.
+    /// Returns the page faults of ten allocations of a block, each freed before the next.
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    fn faults_of(mib: usize) -> u64 {
-        let turn = || drop(std::hint::black_box(vec![1u8; mib << 20]));
-        turn();
+    fn faults_of_reallocation(mib: usize) -> u64 {
+        let allocate = || drop(std::hint::black_box(vec![1u8; mib << 20]));
+        allocate();
         let before = page_faults();
-        (0..10).for_each(|_| turn());
+        (0..10).for_each(|_| allocate());
         page_faults() - before
     }
 
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     #[test]
-    fn blocks_that_are_freed_cost_no_faults_when_they_come_again() {
+    fn reallocating_freed_blocks_causes_no_page_faults() {
         retain_freed_memory().unwrap();
-        // A test has a thread of its own, whose heap was there before and ends at 64 MiB.
+        // The thread of a test has its own heap, which existed before and is limited to 64 MiB.
         for mib in [1, 8, 24] {
-            let faults = faults_of(mib);
+            let faults = faults_of_reallocation(mib);
             assert!(faults < 100, "{mib} MiB: {faults} faults");
         }
-        // SAFETY: sets numbers of the allocator: large blocks are mappings again.
+        // SAFETY: sets numbers of the allocator: large blocks are separate mappings again.
         unsafe {
             libc::mallopt(libc::M_MMAP_MAX, 65536);
             libc::mallopt(libc::M_MMAP_THRESHOLD, 128 << 10);
         }
-        // Larger than what is kept by now.
-        let faults = faults_of(60);
-        assert!(faults > 1000, "{faults} faults where each block is mapped");
+        // The block is larger than the memory that is retained by now.
+        let faults = faults_of_reallocation(60);
+        assert!(faults > 1000, "{faults} faults, although each block is a mapping");
         retain_freed_memory().unwrap();
     }
 
     #[test]
-    fn a_fault_takes_time() {
-        let each = fault_ns();
+    fn a_page_fault_takes_time() {
+        let each = page_fault_ns();
         println!("a page fault takes {each:.0} ns");
         assert!((20.0..100_000.0).contains(&each), "{each} ns");
     }
 
     #[test]
-    fn a_wrong_word_is_refused() {
+    fn an_unknown_malloc_policy_is_refused() {
         // SAFETY: tests of this crate run one after the other.
         unsafe { std::env::set_var(MALLOC_VARIABLE, "jemalloc") };
         let error = retain_freed_memory().unwrap_err().to_string();
         // SAFETY: as above.
         unsafe { std::env::remove_var(MALLOC_VARIABLE) };
-        assert!(error.contains("kept") && error.contains("jemalloc"), "{error}");
+        assert!(error.contains("retain") && error.contains("jemalloc"), "{error}");
     }
 }

@@ -1,50 +1,54 @@
-//! Statistics that the suite takes of times.
+//! Statistics of measured times.
 
 use statrs::distribution::{ContinuousCDF, StudentsT};
 
-/// In ascending order.
+/// Returns the values in ascending order.
 pub fn sorted(values: impl IntoIterator<Item = f64>) -> Vec<f64> {
     let mut sorted: Vec<f64> = values.into_iter().collect();
     sorted.sort_by(f64::total_cmp);
     sorted
 }
 
-/// The value in the middle, the upper of two; NaN of none.
+/// Returns the median: for an even count, the mean of the two middle values. Returns NaN for an empty slice.
 pub fn median(values: &[f64]) -> f64 {
-    sorted(values.iter().copied()).get(values.len() / 2).copied().unwrap_or(f64::NAN)
+    let sorted = sorted(values.iter().copied());
+    match (sorted.len(), sorted.len() / 2) {
+        (0, _) => f64::NAN,
+        (count, middle) if count % 2 == 0 => f64::midpoint(sorted[middle - 1], sorted[middle]),
+        (_, middle) => sorted[middle],
+    }
 }
 
-/// The value that a quarter lies below; NaN of none.
+/// Returns the lower quartile, or NaN for an empty slice.
 pub fn lower_quartile(values: &[f64]) -> f64 {
     sorted(values.iter().copied()).get(values.len() / 4).copied().unwrap_or(f64::NAN)
 }
 
-/// Mean of the middle half: nearly as precise as the mean in quiet, and blind to the
-/// quarter of the values that bursts spoil on either end.
+/// Returns the mean of the middle half of the values. On a quiet machine it is nearly as precise as the mean,
+/// and bursts that affect up to a quarter of the values at either end do not change it.
 ///
 /// # Panics
-/// Where there are no values.
+/// Panics if there are no values.
 pub fn midmean(values: &[f64]) -> f64 {
     let sorted = sorted(values.iter().copied());
     let cut = sorted.len() / 4;
-    let middle = &sorted[cut..sorted.len() - cut];
-    middle.iter().sum::<f64>() / middle.len() as f64
+    mean(&sorted[cut..sorted.len() - cut])
 }
 
-/// The value that Student's t with so much freedom leaves with probability `outside`, both ends
-/// together.
-pub fn student_t_two_sided(freedom: f64, outside: f64) -> f64 {
-    StudentsT::new(0.0, 1.0, freedom).expect("positive degrees").inverse_cdf(1.0 - outside / 2.0)
+/// Returns the two-sided critical value of Student's t: the t that |T| exceeds with probability `alpha`.
+pub fn student_t_two_sided(degrees_of_freedom: f64, alpha: f64) -> f64 {
+    StudentsT::new(0.0, 1.0, degrees_of_freedom).expect("positive degrees").inverse_cdf(1.0 - alpha / 2.0)
 }
 
+/// Returns the arithmetic mean.
 pub fn mean(values: &[f64]) -> f64 {
     values.iter().sum::<f64>() / values.len() as f64
 }
 
-/// Standard deviation of a sample.
+/// Returns the standard deviation of a sample, with n − 1 in the denominator.
 pub fn std_dev(values: &[f64]) -> f64 {
-    let centre = mean(values);
-    let squares: f64 = values.iter().map(|v| (v - centre).powi(2)).sum();
+    let center = mean(values);
+    let squares: f64 = values.iter().map(|v| (v - center).powi(2)).sum();
     (squares / (values.len() as f64 - 1.0)).sqrt()
 }
 
@@ -53,7 +57,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_midmean_ignores_a_quarter_on_either_end() {
+    fn the_median_of_an_even_count_is_the_mean_of_the_two_middle_values() {
+        assert_eq!(median(&[4.0, 1.0, 3.0, 2.0]), 2.5);
+        assert_eq!(median(&[9.0, 1.0, 5.0]), 5.0);
+        assert_eq!(median(&[7.0]), 7.0);
+        assert!(median(&[]).is_nan());
+    }
+
+    #[test]
+    fn the_midmean_ignores_a_quarter_at_either_end() {
         assert_eq!(midmean(&[1.0]), 1.0);
         assert_eq!(midmean(&[f64::MAX, 2.0, 4.0, f64::MIN]), 3.0);
         let values: Vec<f64> = (0..101).map(|i| f64::from(i * i % 101)).collect();

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use serde_json::{Value, json};
-use transformer_bench::results::write_atomic;
+use transformer_bench::files::write_atomic;
 use transformer_bench::statistics::{mean, median, std_dev};
 use transformer_bench::suite::Case;
 

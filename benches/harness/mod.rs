@@ -25,11 +25,11 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use transformer_bench::backend::{self, Backends, Rank};
-use transformer_bench::memory;
 use transformer_bench::results::machine::{self, Machine};
 use transformer_bench::results::run::{Selection, Writer};
 use transformer_bench::results::{self, Record, Status};
 use transformer_bench::suite::{Case, Framework, cases, custom_model};
+use transformer_bench::{memory, process};
 
 use environment::Environment;
 use options::Options;
@@ -52,7 +52,7 @@ pub fn main(framework: Framework, find: fn() -> Backends) -> ExitCode {
 /// Returns true unless a case failed.
 fn run(framework: Framework, find: fn() -> Backends) -> Result<bool> {
     memory::retain_freed_memory()?;
-    machine::prefer_fast_cores();
+    process::prefer_fast_cores();
     ranks::pin_to_assigned_cores();
     let notes = custom_model::from_environment(|| machine::capacity(&Machine::read()))?;
     worker::serve_if_requested(framework, find)?;
@@ -73,7 +73,7 @@ fn run(framework: Framework, find: fn() -> Backends) -> Result<bool> {
     let rank = Rank::from_environment(framework)?;
     ranks::restrict_visible_gpu(rank);
     let backends = find();
-    machine::assert_isolated(framework)?;
+    process::assert_isolated(framework)?;
     if let Some(rank) = rank.filter(|rank| rank.index > 0) {
         return ranks::run_follower(backends, rank).map(|()| true);
     }
@@ -98,7 +98,7 @@ fn run(framework: Framework, find: fn() -> Backends) -> Result<bool> {
 fn run_tf32_process() -> Result<bool> {
     let status = std::process::Command::new(std::env::current_exe()?)
         .args(std::env::args_os().skip(1))
-        .env(backend::TF32_PROCESS, "1")
+        .env(backend::TF32_VARIABLE, "1")
         .status()
         .context("the process for the tf32 cases did not start")?;
     match status.code() {

@@ -13,9 +13,9 @@ use criterion::profiler::Profiler;
 use pprof::protos::Message;
 use pprof::{ProfilerGuard, ProfilerGuardBuilder, UnresolvedReport};
 use transformer_bench::backend::{Backend, LoadedCase};
+use transformer_bench::files;
 use transformer_bench::profile::gpu;
 use transformer_bench::profile::{Profile, Unit};
-use transformer_bench::results;
 use transformer_bench::statistics::midmean;
 use transformer_bench::suite::Case;
 
@@ -249,7 +249,7 @@ pub fn capture_metal_trace(loaded: &mut dyn LoadedCase, backend: &dyn Backend, f
     let trace = std::path::absolute(folder.join("step.gputrace")).unwrap_or_default();
     // Metal does not overwrite a trace.
     let _ = std::fs::remove_dir_all(&trace);
-    match backend.capture(&trace, &mut || loaded.step()) {
+    match backend.capture_gpu_trace(&trace, &mut || loaded.step()) {
         Ok(()) => println!("{} (opens in Xcode)", trace.display()),
         Err(reason) => println!("the GPU was not traced: {reason:#}"),
     }
@@ -270,7 +270,7 @@ pub fn profile_gpu(loaded: &mut dyn LoadedCase, case: &Case, steps: u64, folder:
     let trace = gpu::record(steps, || loaded.step())?;
     let profile = attributed.profile(case.workload.id());
     profile.write(folder, "gpu", &format!("{case}, GPU time of {steps} steps"), Unit::Nanoseconds)?;
-    results::write_atomic(&folder.join("gpu-trace.json"), &attributed.trace_events())?;
+    files::write_atomic(&folder.join("gpu-trace.json"), &attributed.trace_events())?;
     let ms_per_step = |nanoseconds: u64| nanoseconds as f64 / steps as f64 * 1e-6;
     let (communication, exposed) = trace.communication();
     let communication = if communication > 0 {

@@ -7,7 +7,7 @@ use std::io::{BufRead, Write};
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use transformer_bench::model::fixture::Tensor;
+use transformer_bench::fixture::Tensor;
 use transformer_bench::results::one_line;
 
 /// Answers each line of standard input, and ends the process at the end of the input.

@@ -35,7 +35,7 @@ pub fn fill_record(
     let work = cost::work(case);
     record.median_ns = Some(median_ns);
     record.ci_ns = Some([number(&interval["lower_bound"])?, number(&interval["upper_bound"])?]);
-    record.page_fault_share = record.page_faults.map(|faults| faults * memory::fault_ns() / median_ns);
+    record.page_fault_share = record.page_faults.map(|faults| faults * memory::page_fault_ns() / median_ns);
     record.samples = read("sample.json")?["times"].as_array().map(|times| times.len() as u64);
     record.throughput =
         Some(Throughput { value: work.amount() as f64 / (median_ns * 1e-9), unit: work.unit().to_owned() });

@@ -13,7 +13,7 @@ mod timing;
 
 use anyhow::Result;
 use transformer_bench::backend::LoadedCase;
-use transformer_bench::model::fixture::Tensor;
+use transformer_bench::fixture::Tensor;
 
 /// A case whose step calls a function.
 struct Step(fn());
@@ -153,8 +153,8 @@ mod profiler_tests {
 
     use criterion::profiler::Profiler;
     use pprof::protos::Message;
+    use transformer_bench::files::Scratch;
     use transformer_bench::profile::Profile;
-    use transformer_bench::results::Scratch;
 
     use super::Step;
     use super::profiler::Sampler;
@@ -215,7 +215,7 @@ mod criterion_tests {
 
     use criterion::measurement::Measurement;
     use serde_json::{Value, json};
-    use transformer_bench::results::Scratch;
+    use transformer_bench::files::Scratch;
     use transformer_bench::suite::Case;
 
     use super::criterion_files;

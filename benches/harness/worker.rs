@@ -21,13 +21,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use transformer_bench::backend::{
-    Backend, Backends, LoadedCase, TF32_PROCESS, is_tf32_process, needs_tf32_process,
+    Backend, Backends, LoadedCase, TF32_VARIABLE, is_tf32_process, needs_tf32_process,
 };
+use transformer_bench::fixture::{Fixture, Tensor};
 use transformer_bench::interference::{cpu_time, scheduler_delay_ns};
-use transformer_bench::model::fixture::{Fixture, Tensor};
 use transformer_bench::parity::ParityChecker;
 use transformer_bench::parity::cache::PassedChecks;
-use transformer_bench::results::{self, machine, one_line, upgrade};
+use transformer_bench::process;
+use transformer_bench::results::{self, one_line, upgrade};
 use transformer_bench::suite::{Case, Framework, cases, parse_filter};
 
 use super::environment::{describe_machine, find_backend};
@@ -57,10 +58,10 @@ pub fn serve_if_requested(framework: Framework, find: fn() -> Backends) -> Resul
     let first = arguments.next();
     if first.as_deref().and_then(|id| id.parse().ok()).is_some_and(|case| needs_tf32_process(&case)) {
         // SAFETY: no other thread runs yet.
-        unsafe { std::env::set_var(TF32_PROCESS, "1") };
+        unsafe { std::env::set_var(TF32_VARIABLE, "1") };
     }
     let backends = find();
-    machine::assert_isolated(framework)?;
+    process::assert_isolated(framework)?;
     match std::env::var(ranks::RANK_BACKEND) {
         Ok(id) => match rank_worker::serve(backends, &id)? {},
         Err(_) => match serve(&ranks::with_ranks(backends, None), framework, first)? {},
@@ -134,7 +135,7 @@ impl<'a> Worker<'a> {
             // Opened before the first case runs, because a framework may load more libraries later.
             None => {
                 let machine = describe_machine(self.backends);
-                self.passed.insert(PassedChecks::open(&results::folder(), &machine)?)
+                self.passed.insert(PassedChecks::open(&results::folder(), &machine.fingerprint())?)
             }
         };
         if let Some(share) = passed.get(&case) {

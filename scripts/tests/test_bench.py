@@ -61,7 +61,7 @@ class Bench(unittest.TestCase):
     def test_a_wrong_filter_leaves_the_last_run_untouched(self):
         folder = temporary_folder(self)
         (folder / "run").mkdir()
-        for wrong, word in (("nosuchcase", "no case of the quick set"), ("[", "no regular expression")):
+        for wrong, word in (("nosuchcase", "no case of the quick set"), ("[", "not a regular expression")):
             code, text = run("scripts/bench", wrong, env={"TRANSFORMER_BENCH_RESULTS": str(folder)})
             self.assertEqual(code, 2, text)
             self.assertIn(word, text.splitlines()[-1])

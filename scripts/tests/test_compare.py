@@ -157,7 +157,7 @@ class Compare(CompareCase):
             (("worktree", "--minutes", "1e18"), "--minutes"),
             (("worktree", "--threshold", "-5"), "'-5' for '--threshold"),
             (("worktree", "--env", "=x"), "NAME=VALUE"),
-            (("worktree", "["), "no regular expression"),
+            (("worktree", "["), "not a regular expression"),
             (("worktree", "--env", "X"), "NAME=VALUE"),
             (("worktree", "--backends", "torch-cpu", "torch-cpuu"), "unknown backend"),
         ]:

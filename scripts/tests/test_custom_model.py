@@ -28,8 +28,8 @@ class CustomModel(unittest.TestCase):
         code, text = run("scripts/bench", "--model", small, "--batch", "2", "--tokens", "64",
                          "^(train-step|attention-grad)/[^/]*-cpu/f32/", env=results)
         self.assertEqual(code, 0, text)
-        self.assertIn("use_mup (true) is not known here", text)
-        self.assertIn("small: 0.0 M parameters, measured as small-b2-t64, as asked", text)
+        self.assertIn("ignores the unknown field use_mup (true)", text)
+        self.assertIn("small: 0.0 M parameters, measured as small-b2-t64, as requested", text)
         self.assertIn("Training speed, small-b2-t64", text)
         self.assertIn("tokens/s", text)
         results_json = json.loads((self.folder / "results" / "results.json").read_text())
@@ -55,7 +55,7 @@ class CustomModel(unittest.TestCase):
         other = self.config(rope_theta=500.0)
         code, text = run("scripts/report", env={**results, "TRANSFORMER_BENCH_MODEL": str(other)})
         self.assertEqual(code, 2, text)
-        self.assertIn("model 'small' is another configuration", text)
+        self.assertIn("two configurations have the name 'small'", text)
 
     @uses_all_cores
     def test_every_script_uses_the_custom_model(self):
@@ -79,16 +79,16 @@ class CustomModel(unittest.TestCase):
                 (self.config("huge", hidden_size=16384, num_hidden_layers=400, intermediate_size=65536), {}, "GB"),
                 (self.config(), {"TRANSFORMER_BENCH_TOKENS": "129"}, "at most 128"),
                 (self.config(), {"TRANSFORMER_BENCH_BATCH": "0"}, "TRANSFORMER_BENCH_BATCH=0"),
-                (broken, {}, "no JSON"),
-                (self.folder / "none", {}, "can't be read"),
-                ("", {"TRANSFORMER_BENCH_TOKENS": "8"}, "go with TRANSFORMER_BENCH_MODEL")):
+                (broken, {}, "is not JSON"),
+                (self.folder / "none", {}, "cannot be read"),
+                ("", {"TRANSFORMER_BENCH_TOKENS": "8"}, "need TRANSFORMER_BENCH_MODEL")):
             code, text = run(PROGRAM, "list", "quick",
                              env={"TRANSFORMER_BENCH_MODEL": str(path), **more})
             self.assertEqual(code, 2, text)
             self.assertIn(word, text)
             self.assertEqual(len(text.splitlines()), 1, text)
         for arguments, word in ((["--model"], "a value is required"), (["--model", "/no/such"], "no such file"),
-                                (["--batch", "4"], "go with TRANSFORMER_BENCH_MODEL")):
+                                (["--batch", "4"], "need TRANSFORMER_BENCH_MODEL")):
             code, text = run("scripts/bench", *arguments)
             self.assertEqual(code, 2, text)
             self.assertIn(word, text)

@@ -30,7 +30,7 @@ class Flamegraph(unittest.TestCase):
 
     def test_wrong_arguments_are_refused(self):
         build()
-        for arguments, word in [(["["], "no regular expression"), (["zzz"], "no case"), (["--top", "0"], "at least 1")]:
+        for arguments, word in [(["["], "not a regular expression"), (["zzz"], "no case"), (["--top", "0"], "at least 1")]:
             code, text = run(PROGRAM, "flamegraph", *arguments)
             self.assertEqual(code, 2, text)
             self.assertIn(word, text)

@@ -185,7 +185,7 @@ class Ranks(unittest.TestCase):
             process = self.start("mlx", "^all-reduce/mlx-cpu/f32/1mib-dp2$", MLX_RANK="0", MLX_HOSTFILE=hosts)
             _, errors = process.communicate(timeout=REPORT_TIMEOUT)
             self.assertEqual(process.returncode, 1, errors)
-            self.assertIn("MLX's ring did not bring rank 0 to the others", errors)
+            self.assertIn("MLX's ring did not connect rank 0 with the others", errors)
 
     def test_a_launched_rank_that_hangs_ends_the_leader(self):
         """MLX's ring has no time-out of its own."""

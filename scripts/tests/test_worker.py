@@ -86,13 +86,13 @@ class Memory(unittest.TestCase):
 
     def test_the_default_allocator_causes_page_faults(self):
         """Without the setting that the test above checks, each step has page faults."""
-        _, faults = self.measure("mlx", env={"TRANSFORMER_BENCH_HEAP": "system"})
+        _, faults = self.measure("mlx", env={"TRANSFORMER_BENCH_MALLOC": "default"})
         self.assertGreater(faults, 1000)
 
     def test_an_unknown_setting_is_an_error(self):
-        code, text = run(executables()["mlx"], "--bench", "--list", env={"TRANSFORMER_BENCH_HEAP": "never"})
+        code, text = run(executables()["mlx"], "--bench", "--list", env={"TRANSFORMER_BENCH_MALLOC": "never"})
         self.assertEqual((code, len(text.splitlines())), (2, 1), text)
-        self.assertIn("kept", text)
+        self.assertIn("retain", text)
 
 
 if __name__ == "__main__":

@@ -255,7 +255,8 @@ fn intervals_hold_the_truth_as_often_as_they_say() {
     let mut dice = Dice::new(8);
     let mut held = 0;
     for _ in 0..2000 {
-        let rounds: Vec<Round> = (0..9).map(|_| Round { base: 0.0, centre: 0.7 + dice.normal(), error: 0.0 }).collect();
+        let rounds: Vec<Round> =
+            (0..9).map(|_| Round { base: 0.0, centre: 0.7 + dice.normal(), error: 0.0 }).collect();
         held += usize::from((centre(&rounds) - 0.7).abs() < half_width(&rounds, 0.01));
     }
     assert!((1965..=1995).contains(&held), "{held} of 2,000 at 99 %");

@@ -8,7 +8,10 @@ use std::sync::Arc;
 
 use super::signals::check_interrupted;
 use super::worker::Side;
-use crate::results::{self, Scratch, is_running};
+use crate::files;
+use crate::files::Scratch;
+use crate::process::is_running;
+use crate::results::{self};
 use crate::suite::{Framework, Set, cases, parse_filter};
 use anyhow::{Context, Result, bail, ensure};
 
@@ -190,7 +193,7 @@ fn results_folder() -> PathBuf {
 
 /// Returns the folder that caches the builds of revisions.
 fn revision_cache() -> Result<PathBuf> {
-    Ok(results::cache_folder()?.join("compare"))
+    Ok(files::cache_folder()?.join("compare"))
 }
 
 /// Removes copies of the working tree's executables whose comparison was killed.
@@ -294,7 +297,7 @@ fn revision(commit: &str, name: &str, report: &dyn Fn(&str)) -> Result<PathBuf> 
     setup.arg("--quiet").current_dir(&tree.0);
     run_quietly(setup, &format!("{name}: its set-up failed"))?;
     let configuration = fs::read(tree.0.join(".cargo/config.toml")).unwrap_or_default();
-    let hash = results::checksum(&configuration);
+    let hash = files::checksum(&configuration);
     let folder = cache.join(format!("{short}-{hash:016x}"));
     if executables(&folder).len() == Framework::ALL.len() {
         return Ok(folder);

@@ -14,8 +14,9 @@ use anyhow::{Context, Result, anyhow, bail};
 
 use super::cores::physical_cores;
 use super::signals::check_interrupted;
+use crate::files::Scratch;
 use crate::results::machine::Machine;
-use crate::results::{Scratch, upgrade};
+use crate::results::upgrade;
 use crate::statistics::lower_quartile;
 use crate::suite::{Case, Framework, Set, parse_filter};
 

@@ -1,6 +1,7 @@
 //! The MLX backends: `mlx-rs` on CPU, Metal and CUDA.
 //!
-//! `net` is the network, `step` the workloads, `ranks` what several processes exchange, `native` the little that Linux needs.
+//! `network` is the model, `step` the workloads, and `distributed` connects ranks. `library` wraps functions of mlx-c that
+//! mlx-rs lacks.
 
 mod distributed;
 mod library;
@@ -11,54 +12,54 @@ use std::path::Path;
 
 use anyhow::{Result, ensure};
 use mlx_rs::{Array, Device, DeviceType, Dtype};
-use transformer_bench::backend::{self, Backend, Backends, Environment, LoadedCase, Sums, Unsupported};
-use transformer_bench::model::fixture::Fixture;
-use transformer_bench::suite::{BackendId, Case, Framework, Precision, Variant};
+use transformer_bench::backend::{self, Accumulation, Backend, Backends, EnvVars, LoadedCase, Unsupported};
+use transformer_bench::fixture::Fixture;
+use transformer_bench::suite::{BackendId, Case, Framework, Method, Precision, Variant};
 
 /// MLX on one device.
 struct Mlx {
     id: BackendId,
 }
 
-/// Finds the devices that this build of MLX and this machine offer.
+/// Detects the devices of this machine that this build of MLX supports.
 pub fn find() -> Backends {
-    library::pin_precision();
+    library::set_tf32_switch();
     let mut found = Backends::default();
-    let missing = |id: BackendId| -> Option<String> {
-        if id.is_cpu() {
-            return None;
-        }
-        if let Some(reason) = backend::unsupported_reason(id.device()) {
-            return Some(reason.to_owned());
-        }
-        if id == BackendId::MlxCuda && !library::built_with_cuda() {
-            return Some("this MLX is a CPU build (no NVIDIA driver when scripts/setup ran)".to_owned());
-        }
-        if !library::gpu_available() {
-            return Some("MLX sees no GPU on this machine".to_owned());
-        }
-        computes(DeviceType::Gpu).err().map(|error| backend::failure_message(&error))
-    };
     for &id in BackendId::ALL.iter().filter(|id| id.framework() == Framework::Mlx) {
-        match missing(id) {
-            None => found.available.push(Box::new(Mlx { id })),
-            Some(reason) => found.add_unavailable(id, reason),
-        }
+        found.add(Mlx { id }, check_available(id));
     }
     found
 }
 
-/// Whether a device gets a small product right.
-fn computes(device: DeviceType) -> Result<()> {
-    let device = Device::new(device, 0);
-    Device::set_default(&device);
-    // MLX leaves the default as it was where it has no such device.
-    ensure!(Device::try_default()? == device, "MLX computes on another device instead");
-    let side = backend::SANITY_WIDTH as i32;
-    let x = Array::from_slice(&backend::sanity_matrix(), &[side, side]);
-    let product = x.matmul(&x)?;
-    product.eval()?;
-    backend::check_sanity_product(product.try_as_slice::<f32>()?)
+/// Checks that this machine has a device, and that it works.
+///
+/// # Errors
+/// Returns the reason if it does not.
+fn check_available(id: BackendId) -> Result<()> {
+    if id.is_cpu() {
+        return Ok(());
+    }
+    backend::check_system(id.device())?;
+    ensure!(
+        id != BackendId::MlxCuda || library::is_built_with_cuda(),
+        "this MLX is a CPU build (no NVIDIA driver when scripts/setup ran)"
+    );
+    ensure!(library::has_gpu(), "MLX finds no GPU on this machine");
+    check_computes(DeviceType::Gpu)
+}
+
+/// Checks that a device computes a small matrix product correctly.
+fn check_computes(device: DeviceType) -> Result<()> {
+    backend::check_sanity_product(|x, n| {
+        let device = Device::new(device, 0);
+        Device::set_default(&device);
+        // MLX does not change the default if it does not have the device.
+        ensure!(Device::try_default()? == device, "MLX computes on another device instead");
+        let x = Array::from_slice(x, &[n, n]);
+        let product = x.matmul(&x)?;
+        product.eval()?;
+        Ok(product.try_as_slice::<f32>()?.to_vec())
+    })
 }
 
 impl Mlx {
@@ -80,32 +81,26 @@ impl Backend for Mlx {
     }
 
     fn supports(&self, case: &Case) -> Result<(), Unsupported> {
-        let compute = case.method.precision;
-        let no = |reason: &str| Err(Unsupported(reason.to_owned()));
         backend::check_supported(case)?;
-        match case.method.variant {
-            Variant::FusedAdamw => return no("MLX has no fused optimizer: compiling the step fuses it"),
-            Variant::CudaGraph => return no("MLX records graphs of its own accord"),
-            Variant::Sdpa if case.dropout().weights > 0.0 => {
-                return no(
-                    "MLX's fused attention has no dropout on the weights, and this model trains with it",
-                );
+        let Method { precision, variant } = case.method;
+        let tf32 = precision == Precision::Tf32;
+        let reason = match (precision, variant) {
+            (_, Variant::FusedAdamw) => "MLX has no fused optimizer; compiling the step fuses it",
+            (_, Variant::CudaGraph) => "MLX uses CUDA graphs without being asked",
+            (_, Variant::Sdpa) if case.dropout().weights > 0.0 => {
+                "MLX's fused attention has no dropout on the weights, and this model trains with it"
             }
-            _ => {}
-        }
-        if compute == Precision::Amp {
-            return no("MLX has no autocast: mixed computes in bf16 in both frameworks");
-        }
-        if compute == Precision::Tf32 && self.id.is_cpu() {
-            return no("MLX has TF32 on GPUs alone");
-        }
-        if compute == Precision::Tf32 && self.id == BackendId::MlxMetal && !library::neural_accelerators() {
-            return no("TF32 needs the neural accelerators of an M5 and macOS 26.2: before, it is f32");
-        }
-        if (compute == Precision::Tf32) != backend::is_tf32_process() {
-            return no("MLX reads its TF32 switch once a process, and this one has it the other way");
-        }
-        Ok(())
+            (Precision::Amp, _) => "MLX has no autocast; mixed computes in bf16 in both frameworks",
+            _ if tf32 && self.id.is_cpu() => "MLX has TF32 only on GPUs",
+            _ if tf32 && self.id == BackendId::MlxMetal && !library::has_neural_accelerators() => {
+                "TF32 needs the neural accelerators of an M5 and macOS 26.2; without them it is f32"
+            }
+            _ if tf32 != backend::is_tf32_process() => {
+                "MLX reads its TF32 switch once per process, and this process has the other setting"
+            }
+            _ => return Ok(()),
+        };
+        Err(Unsupported(reason.to_owned()))
     }
 
     fn load(&self, fixture: &Fixture) -> Result<Box<dyn LoadedCase>> {
@@ -115,30 +110,30 @@ impl Backend for Mlx {
 
     fn devices(&self) -> (usize, &'static str) {
         match self.id {
-            BackendId::MlxCuda => (library::gpus(), "GPUs"),
+            BackendId::MlxCuda => (library::gpu_count(), "GPUs"),
             BackendId::MlxMetal => (1, "GPU, and ranks of Metal need a Mac each"),
             _ => backend::cpu_device_count(),
         }
     }
 
     fn comm_backend(&self) -> &'static str {
-        distributed::engine(self.id)
+        distributed::comm_backend(self.id)
     }
 
-    fn rendezvous_env(&self, ranks: usize, folder: &Path) -> Result<Vec<Environment>> {
-        distributed::meeting(self.id, ranks, folder)
+    fn rendezvous_env(&self, ranks: usize, folder: &Path) -> Result<Vec<EnvVars>> {
+        distributed::rendezvous_env(self.id, ranks, folder)
     }
 
     fn all_reduce_sum(&self, values: &[f32]) -> Result<Vec<f32>> {
         Device::set_default(&self.device());
-        distributed::sum(values)
+        distributed::all_reduce_sum(values)
     }
 
-    /// MLX 0.32 accumulates in the type of the result: `strided_reduce` of its CPU backend, and
-    /// `totals` in `reduction/reduce_col.h` of Metal's. Measured on a CPU: over 1,776 rows of bf16
-    /// the gradients of biases and norms are off by 40 to 60 % of their norm.
-    fn accumulation(&self) -> Sums {
-        Sums::Narrow
+    /// MLX 0.32 accumulates in the type of the result: see `strided_reduce` of its CPU backend, and `totals` in
+    /// `reduction/reduce_col.h` of its Metal backend. On a CPU, the gradients of biases and norms over 1,776 rows of
+    /// bf16 had an error of 40 to 60 % of their norm.
+    fn accumulation(&self) -> Accumulation {
+        Accumulation::Narrow
     }
 
     fn synchronize(&self) -> Result<()> {
@@ -158,15 +153,15 @@ impl Backend for Mlx {
         mlx_rs::memory::peak_memory().ok().map(|bytes| bytes as u64)
     }
 
-    fn capture(&self, path: &Path, body: &mut dyn FnMut() -> Result<()>) -> Result<()> {
-        ensure!(self.id == BackendId::MlxMetal, "{} makes no Metal trace", self.id);
-        library::capture(path, body)
+    fn capture_gpu_trace(&self, path: &Path, body: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        ensure!(self.id == BackendId::MlxMetal, "{} cannot capture a Metal trace", self.id);
+        library::capture_gpu_trace(path, body)
     }
 }
 
-/// The type in which a precision stores parameters.
-fn dtype(compute: Precision) -> Dtype {
-    match compute {
+/// Returns the type in which a precision stores parameters.
+fn dtype(precision: Precision) -> Dtype {
+    match precision {
         Precision::Bf16 => Dtype::Bfloat16,
         Precision::F16 => Dtype::Float16,
         Precision::F32 | Precision::Tf32 | Precision::Mixed | Precision::Amp => Dtype::Float32,
@@ -178,14 +173,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_cpu_computes_and_a_missing_gpu_says_why() {
-        computes(DeviceType::Cpu).unwrap();
-        if library::gpu_available() {
+    fn the_cpu_computes_and_a_missing_gpu_has_a_reason() {
+        check_computes(DeviceType::Cpu).unwrap();
+        if library::has_gpu() {
             println!("skipped: this machine has a GPU");
             return;
         }
-        let reason = backend::failure_message(&computes(DeviceType::Gpu).unwrap_err());
-        assert!(reason.contains("can't compute"), "{reason}");
+        let reason = format!("{:#}", check_computes(DeviceType::Gpu).unwrap_err());
+        assert!(reason.contains("cannot compute"), "{reason}");
         Device::set_default(&Device::new(DeviceType::Cpu, 0));
     }
 }

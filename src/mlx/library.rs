@@ -1,20 +1,19 @@
-//! What this build of MLX is, through the parts of mlx-c that mlx-rs does not wrap.
+//! Properties of this build of MLX, through functions of mlx-c that mlx-rs does not wrap.
 
 use std::ffi::{CStr, CString, c_char, c_int};
 use std::path::Path;
 
 use anyhow::{Result, ensure};
 
-/// MLX may round f32 products to TF32 on hardware that has it, and does by default. It
-/// reads the switch once, so this must come before anything else of MLX.
-pub fn pin_precision() {
-    let on = if transformer_bench::backend::is_tf32_process() { "1" } else { "0" };
-    // SAFETY: called at the start of a program, before it has other threads.
-    unsafe { std::env::set_var("MLX_ENABLE_TF32", on) };
+/// Sets MLX's TF32 switch, which is on by default. MLX reads it once, so this must precede all other calls of MLX.
+pub fn set_tf32_switch() {
+    let switch = if transformer_bench::backend::is_tf32_process() { "1" } else { "0" };
+    // SAFETY: the program calls it at its start, before it has other threads.
+    unsafe { std::env::set_var("MLX_ENABLE_TF32", switch) };
 }
 
 pub fn version() -> String {
-    // SAFETY: fills a fresh string and frees it.
+    // SAFETY: fills a new string and frees it.
     unsafe {
         let mut text = mlx_sys::mlx_string_new();
         mlx_sys::mlx_version(&mut text);
@@ -24,7 +23,7 @@ pub fn version() -> String {
     }
 }
 
-pub fn gpu_available() -> bool {
+pub fn has_gpu() -> bool {
     let mut available = false;
     // SAFETY: writes one bool; the device is freed.
     unsafe {
@@ -35,24 +34,24 @@ pub fn gpu_available() -> bool {
     }
 }
 
-/// The GPUs that MLX sees.
-pub fn gpus() -> usize {
+/// Returns the number of GPUs that MLX finds.
+pub fn gpu_count() -> usize {
     let mut count = 0;
     // SAFETY: writes one number.
     let status = unsafe { mlx_sys::mlx_device_count(&mut count, mlx_sys::mlx_device_type__MLX_GPU) };
     if status == 0 { count.max(0) as usize } else { 0 }
 }
 
-pub fn built_with_cuda() -> bool {
+pub fn is_built_with_cuda() -> bool {
     let mut available = false;
     // SAFETY: writes one bool.
     unsafe { mlx_sys::mlx_cuda_is_available(&mut available) == 0 && available }
 }
 
-/// Waits for the device's default stream.
+/// Waits for the default stream of the device.
 pub fn synchronize(cpu: bool) -> Result<()> {
     let kind = if cpu { mlx_sys::mlx_device_type__MLX_CPU } else { mlx_sys::mlx_device_type__MLX_GPU };
-    // SAFETY: fresh handles, freed here.
+    // SAFETY: new handles, freed here.
     let status = unsafe {
         let device = mlx_sys::mlx_device_new_type(kind, 0);
         let mut stream = mlx_sys::mlx_stream_new();
@@ -64,19 +63,16 @@ pub fn synchronize(cpu: bool) -> Result<()> {
         mlx_sys::mlx_device_free(device);
         status
     };
-    ensure!(status == 0, "MLX could not wait for its device");
+    ensure!(status == 0, "MLX could not synchronize its device");
     Ok(())
 }
 
-/// Records what Metal does while `body` runs; see `mlx/backend/metal/metal.h`.
-pub fn capture(path: &Path, body: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+/// Captures the work of Metal while `body` runs (`mlx/backend/metal/metal.h`).
+pub fn capture_gpu_trace(path: &Path, body: &mut dyn FnMut() -> Result<()>) -> Result<()> {
     let text = CString::new(path.as_os_str().as_encoded_bytes())?;
-    // SAFETY: a string that outlives the call.
+    // SAFETY: the string outlives the call.
     let started = unsafe { mlx_sys::mlx_metal_start_capture(text.as_ptr()) } == 0;
-    ensure!(
-        started,
-        "Metal records no capture here: set MTL_CAPTURE_ENABLED=1, or record it with Instruments"
-    );
+    ensure!(started, "Metal cannot capture: set MTL_CAPTURE_ENABLED=1, or use Instruments instead");
     let done = body();
     // SAFETY: no arguments.
     let stopped = unsafe { mlx_sys::mlx_metal_stop_capture() } == 0;
@@ -85,66 +81,63 @@ pub fn capture(path: &Path, body: &mut dyn FnMut() -> Result<()>) -> Result<()> 
     Ok(())
 }
 
-/// Bytes that the GPU can hold.
-pub fn memory_total() -> Option<u64> {
-    for key in ["max_recommended_working_set_size", "total_memory", "memory_size"] {
-        let key = CString::new(key).expect("no NUL");
-        // SAFETY: a fresh description of the device, asked for one number and freed.
-        unsafe {
-            let device = mlx_sys::mlx_device_new_type(mlx_sys::mlx_device_type__MLX_GPU, 0);
-            let mut info = mlx_sys::mlx_device_info_new();
-            let mut exists = false;
-            let mut size = 0;
-            let found = mlx_sys::mlx_device_info_get(&mut info, device) == 0
-                && mlx_sys::mlx_device_info_has_key(&mut exists, info, key.as_ptr()) == 0
-                && exists
-                && mlx_sys::mlx_device_info_get_size(&mut size, info, key.as_ptr()) == 0;
-            mlx_sys::mlx_device_info_free(info);
-            mlx_sys::mlx_device_free(device);
-            if found {
-                return Some(size as u64);
-            }
-        }
+/// Calls `read` with the description of the GPU. Returns `None` if there is no description.
+fn with_gpu_info<T>(read: impl FnOnce(mlx_sys::mlx_device_info) -> Option<T>) -> Option<T> {
+    // SAFETY: new handles, freed here.
+    unsafe {
+        let device = mlx_sys::mlx_device_new_type(mlx_sys::mlx_device_type__MLX_GPU, 0);
+        let mut info = mlx_sys::mlx_device_info_new();
+        let known = mlx_sys::mlx_device_info_get(&mut info, device) == 0;
+        let value = if known { read(info) } else { None };
+        mlx_sys::mlx_device_info_free(info);
+        mlx_sys::mlx_device_free(device);
+        value
     }
-    None
 }
 
-/// Whether an architecture that Metal names, such as `applegpu_g17s`, has neural accelerators:
-/// the seventeenth generation (M5), of phones the eighteenth, as MLX itself decides.
-fn has_neural_accelerators(architecture: &str) -> bool {
+/// Returns the memory of the GPU in bytes. The key depends on the MLX backend.
+pub fn memory_total() -> Option<u64> {
+    [c"max_recommended_working_set_size", c"total_memory", c"memory_size"].into_iter().find_map(|key| {
+        let (mut exists, mut size) = (false, 0);
+        // SAFETY: the key outlives the calls, which write a bool and a number.
+        with_gpu_info(|info| unsafe {
+            let found = mlx_sys::mlx_device_info_has_key(&mut exists, info, key.as_ptr()) == 0
+                && exists
+                && mlx_sys::mlx_device_info_get_size(&mut size, info, key.as_ptr()) == 0;
+            found.then_some(size as u64)
+        })
+    })
+}
+
+/// Returns true if the GPU has neural accelerators, which TF32 needs on Metal.
+pub fn has_neural_accelerators() -> bool {
+    let mut text: *const c_char = std::ptr::null();
+    // SAFETY: the call writes a pointer to a string, which is valid as long as the description.
+    let architecture = with_gpu_info(|info| unsafe {
+        let found = mlx_sys::mlx_device_info_get_string(&mut text, info, c"architecture".as_ptr()) == 0;
+        (found && !text.is_null()).then(|| CStr::from_ptr(text).to_string_lossy().into_owned())
+    });
+    architecture.is_some_and(|name| is_neural_architecture(&name))
+}
+
+/// Returns true if a Metal architecture such as `applegpu_g17s` has neural accelerators. As in MLX, these are generation
+/// 17 (M5) and later, and generation 18 for phones.
+fn is_neural_architecture(architecture: &str) -> bool {
     let Some((_, name)) = architecture.rsplit_once("_g") else { return false };
     let digits = name.trim_end_matches(|c: char| !c.is_ascii_digit());
     let least = if name.ends_with('p') { 18 } else { 17 };
     digits.parse::<u32>().is_ok_and(|generation| generation >= least)
 }
 
-/// Whether the GPU has them, which TF32 needs on Metal.
-pub fn neural_accelerators() -> bool {
-    let key = c"architecture";
-    let mut text: *const c_char = std::ptr::null();
-    // SAFETY: a fresh description of the device, asked for one string, read before it is freed.
-    unsafe {
-        let device = mlx_sys::mlx_device_new_type(mlx_sys::mlx_device_type__MLX_GPU, 0);
-        let mut info = mlx_sys::mlx_device_info_new();
-        let found = mlx_sys::mlx_device_info_get(&mut info, device) == 0
-            && mlx_sys::mlx_device_info_get_string(&mut text, info, key.as_ptr()) == 0
-            && !text.is_null()
-            && has_neural_accelerators(&CStr::from_ptr(text).to_string_lossy());
-        mlx_sys::mlx_device_info_free(info);
-        mlx_sys::mlx_device_free(device);
-        found
-    }
-}
-
-/// A function that the process may or may not hold.
-fn symbol(name: &str) -> Option<*mut libc::c_void> {
+/// Returns the address of a C function if a loaded library has it.
+fn find_symbol(name: &str) -> Option<*mut libc::c_void> {
     let name = CString::new(name).expect("no NUL");
-    // SAFETY: looks a name up among the loaded libraries.
+    // SAFETY: the name outlives the call.
     let found = unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) };
     (!found.is_null()).then_some(found)
 }
 
-/// The BLAS behind matrix products on the CPU, as it names itself.
+/// Returns the name of the BLAS that computes matrix products on the CPU, and its thread count.
 pub fn blas() -> Vec<(String, String)> {
     let named = |value: String| ("MLX BLAS".to_owned(), value);
     if cfg!(target_os = "macos") {
@@ -152,18 +145,18 @@ pub fn blas() -> Vec<(String, String)> {
     }
     for prefix in ["scipy_", ""] {
         let (Some(config), Some(threads)) = (
-            symbol(&format!("{prefix}openblas_get_config")),
-            symbol(&format!("{prefix}openblas_get_num_threads")),
+            find_symbol(&format!("{prefix}openblas_get_config")),
+            find_symbol(&format!("{prefix}openblas_get_num_threads")),
         ) else {
             continue;
         };
-        // SAFETY: OpenBLAS's documented signatures; the string is static.
+        // SAFETY: these are the signatures in OpenBLAS's documentation, and the string is static.
         let (config, threads) = unsafe {
             let config: extern "C" fn() -> *const c_char = std::mem::transmute(config);
             let threads: extern "C" fn() -> c_int = std::mem::transmute(threads);
             (CStr::from_ptr(config()).to_string_lossy().trim().to_owned(), threads())
         };
-        // "OpenBLAS 0.3.34 NO_AFFINITY … SkylakeX MAX_THREADS=64": the flags say little.
+        // "OpenBLAS 0.3.34 NO_AFFINITY … SkylakeX MAX_THREADS=64": the flags are dropped.
         let words: Vec<_> = config.split_whitespace().collect();
         let core = words.iter().rev().find(|w| !w.contains('=') && !w.contains('_')).unwrap_or(&"");
         let version = words.iter().take(2).copied().collect::<Vec<_>>().join(" ");
@@ -172,7 +165,7 @@ pub fn blas() -> Vec<(String, String)> {
             ("MLX BLAS threads".to_owned(), threads.to_string()),
         ];
     }
-    vec![named("the reference BLAS (slow: no optimised one was found at set-up)".to_owned())]
+    vec![named("the reference BLAS (slow: set-up found no optimized BLAS)".to_owned())]
 }
 
 #[cfg(test)]
@@ -180,7 +173,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn neural_accelerators_came_with_the_m5() {
+    fn neural_accelerators_exist_since_the_m5() {
         for (name, expected) in [
             ("applegpu_g13g", false),
             ("applegpu_g16s", false),
@@ -189,7 +182,7 @@ mod tests {
             ("applegpu_g18p", true),
             ("", false),
         ] {
-            assert_eq!(has_neural_accelerators(name), expected, "{name}");
+            assert_eq!(is_neural_architecture(name), expected, "{name}");
         }
     }
 }

@@ -1,30 +1,27 @@
-//! A model is a value: sizes and choices. Everything else of it follows from them, each in
-//! one place: parameters, fixture, oracle, cost, and both frameworks' networks.
+//! A model as plain data: sizes and options. Parameters, fixture, reference, cost and the networks of both
+//! frameworks follow from it. README.md lists the files.
 //!
-//! | file | what |
-//! | --- | --- |
-//! | `presets.rs` | the two models of the suite, their miniatures, and models that are given |
-//! | `config.rs` | a model read from `config.json`, or from a TOML file in the value's own words |
-//! | `parameters.rs` | names, dims, initial values and order of the parameters |
-//! | `fixture.rs` | seeded inputs, targets and parameters of a case |
-//! | `oracle/` | the same mathematics in f64: one scalar at a time, and in matrix products |
-//!
-//! Letters as everywhere: B batch, N (T) tokens, D width, H heads, F hidden, V vocabulary.
+//! Letters in dimensions: B batch, T tokens, D width, H heads, F feed-forward width, V vocabulary.
 
 pub mod config;
-pub mod fixture;
 pub mod parameters;
 mod presets;
-pub mod reference;
 
 use std::fmt;
 use std::ops::Deref;
 
 use serde::{Deserialize, Serialize};
 
-pub use presets::{CHOICE_MODELS, GPT2, INDICATOR, ModelId};
+pub use presets::{GPT2, INDICATOR, ModelId, OPTION_MODELS};
 
-/// Where a normalisation stands in a block.
+/// A part of a transformer layer that is benchmarked alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Block {
+    Attention,
+    FeedForward,
+}
+
+/// Position of the norms in a transformer layer.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum NormOrder {
@@ -34,13 +31,13 @@ pub enum NormOrder {
     PostNorm,
 }
 
-/// How features are normalised.
+/// Kind of a norm.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum NormKind {
-    /// Layer normalisation with weight and bias (Ba et al. 2016).
+    /// Layer norm with weight and bias (Ba et al. 2016).
     Layer { eps: f64 },
-    /// By the root mean square alone (Zhang and Sennrich 2019), times a weight or nothing.
+    /// RMS norm, with or without a weight (Zhang and Sennrich 2019).
     Rms { eps: f64, weight: bool },
 }
 
@@ -51,13 +48,13 @@ impl NormKind {
         }
     }
 
-    pub fn set_eps(&mut self, to: f64) {
+    pub fn set_eps(&mut self, value: f64) {
         match self {
-            Self::Layer { eps } | Self::Rms { eps, .. } => *eps = to,
+            Self::Layer { eps } | Self::Rms { eps, .. } => *eps = value,
         }
     }
 
-    /// Whether it has a weight, and a bias.
+    /// Returns whether it has a weight, and whether it has a bias.
     pub fn has_weight_and_bias(self) -> (bool, bool) {
         match self {
             Self::Layer { .. } => (true, true),
@@ -66,43 +63,44 @@ impl NormKind {
     }
 }
 
-/// How a token's place enters.
+/// Encoding of token positions.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Position {
-    /// A learned vector [N, D], added to the embedding.
+    /// A learned table [T, D] that is added to the embedding.
     Learned,
-    /// Queries and keys are turned, each feature of a head's first half with its partner in the
-    /// second, by token · base^(−2i/d) (Su et al. 2021; the halves as in GPT-NeoX and Hugging Face).
-    Rotary { theta: f64 },
-    /// Not at all.
+    /// Rotary positions (Su et al. 2021): feature i of the first half of a head and its partner in the second
+    /// half rotate by token · theta^(−2i/d), as in GPT-NeoX and Hugging Face.
+    Rotary {
+        theta: f64,
+    },
     None,
 }
 
-/// Between the two projections of the feed-forward part.
+/// Activation of the feed-forward block.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Activation {
-    /// x·Φ(x) (Hendrycks and Gimpel 2016).
+    /// GELU, x·Φ(x) (Hendrycks and Gimpel 2016).
     Gelu,
-    /// Its tanh approximation, as GPT-2 has it.
+    /// The tanh approximation of GELU, as in GPT-2.
     GeluTanh,
-    /// x·σ(x).
+    /// SiLU, x·σ(x).
     Silu,
     Relu,
     /// The square of ReLU (So et al. 2021).
     ReluSquared,
 }
 
-/// Which projections add a bias.
+/// Biases of the projections.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Biases {
-    /// Of q, k and v.
+    /// Biases of q, k and v.
     pub qkv: bool,
-    /// Of attention's output.
+    /// Bias of the output projection of attention.
     pub out: bool,
-    /// Of the feed-forward part.
+    /// Biases of the feed-forward block.
     pub feed_forward: bool,
 }
 
@@ -111,43 +109,43 @@ impl Biases {
     pub const NONE: Self = Self { qkv: false, out: false, feed_forward: false };
 }
 
-/// What the model reads.
+/// Inputs of a model.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Input {
-    /// `tokens` [B, T], embedded by a table [V, D].
+    /// `tokens` [B, T], which index a table [V, D].
     Tokens,
-    /// `values` [B, N] and `market` [B, features], each through a linear layer.
+    /// `values` [B, T] and `market` [B, features], each with a linear layer.
     Indicator { market: usize },
 }
 
-/// What the model puts out; its loss follows.
+/// Outputs and loss of a model.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Output {
-    /// Logits [B, T, V] by the embedding's transpose; cross-entropy with the next token.
+    /// Logits [B, T, V] from the transpose of the token table, with cross-entropy of the next token.
     Tied,
-    /// The same by a matrix of its own.
+    /// Logits from a separate matrix [V, D], with the same loss.
     Untied,
-    /// BERT's head for masked tokens (Devlin et al. 2018): D → D, activation, norm, then the
-    /// embedding's transpose and a bias; cross-entropy with a token at every place.
+    /// BERT's head for masked tokens (Devlin et al. 2018): D → D, activation, norm, then the transpose of the
+    /// token table and a bias. The loss is cross-entropy with a token at every position.
     MlmHead,
-    /// Two heads D → D/2, ReLU, → 1: selection logits, and weights by softmax over N. Loss:
-    /// BCE with logits + 0.5·MSE(weights, t) + 0.1·mean(σ(selection)).
+    /// Two heads D → D/2, ReLU, → 1: selection logits, and weights with softmax over T. The loss is
+    /// BCE with logits + 0.5·MSE(weights, target) + 0.1·mean(σ(selection)).
     IndicatorHeads,
 }
 
-/// Dropout probability at each place where a training step draws.
+/// Dropout probabilities.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Dropout {
-    /// On what the embedding gives.
+    /// After the embedding.
     pub embedding: f64,
-    /// On attention's weights.
+    /// On the attention weights.
     pub weights: f64,
-    /// On what a part adds to the residual stream.
+    /// On the output of a block, before the residual addition.
     pub residual: f64,
-    /// Inside the feed-forward part.
+    /// Inside the feed-forward block.
     pub hidden: f64,
     /// Inside the output heads.
     pub heads: f64,
@@ -160,7 +158,7 @@ impl Dropout {
         Self { embedding: p, weights: p, residual: p, hidden: p, heads: p }
     }
 
-    /// Every probability.
+    /// Returns every probability.
     pub fn all(&self) -> [f64; 5] {
         [self.embedding, self.weights, self.residual, self.hidden, self.heads]
     }
@@ -176,55 +174,55 @@ impl Default for Dropout {
     }
 }
 
-/// A model's name; it lives as long as the process.
+/// The name of a model, which lives as long as the process.
 type Name = &'static str;
 
-fn name<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Name, D::Error> {
-    Ok(Box::leak(String::deserialize(from)?.into_boxed_str()))
+fn deserialize_name<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Name, D::Error> {
+    Ok(String::deserialize(from)?.leak())
 }
 
-fn yes() -> bool {
+fn default_true() -> bool {
     true
 }
 
-/// Sizes and choices.
+/// Sizes and options of a transformer. README.md describes the fields.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Model {
     /// `[a-z0-9-]+`
-    #[serde(deserialize_with = "name")]
+    #[serde(deserialize_with = "deserialize_name")]
     pub name: Name,
-    /// Tokens N of a sample.
+    /// Tokens T per sample.
     pub tokens: usize,
     pub width: usize,
     pub layers: usize,
     pub heads: usize,
-    /// Heads of keys and values, each shared by as many heads of queries (Ainslie et al. 2023).
+    /// Number of key and value heads. Groups of query heads share one (Ainslie et al. 2023).
     #[serde(default)]
     pub key_value_heads: usize,
     #[serde(default)]
     pub head_width: usize,
     pub ffn_width: usize,
-    /// 0 where it has none.
+    /// Vocabulary V, or 0 without tokens.
     #[serde(default)]
     pub vocabulary: usize,
     pub norm: NormKind,
     pub norm_order: NormOrder,
-    /// Of each head's queries and keys, before they are turned.
+    /// Norm of the queries and keys of each head, before rotary positions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub qk_norm: Option<NormKind>,
-    /// Behind the embedding.
+    /// True if a norm follows the embedding.
     #[serde(default)]
     pub embedding_norm: bool,
-    /// Behind the last block.
-    #[serde(default = "yes")]
+    /// True if a norm follows the last layer.
+    #[serde(default = "default_true")]
     pub final_norm: bool,
     pub position: Position,
-    /// Whether the embedding adds a row that says of which sentence a token is; all are of the first.
+    /// True if the embedding adds BERT's row of the first sentence to every token.
     #[serde(default)]
     pub token_type: bool,
     pub activation: Activation,
-    /// Whether the activation is taken of a projection of its own and multiplies the other (Shazeer
+    /// True for a gated feed-forward block: the activation of a second projection multiplies the first (Shazeer
     /// 2020).
     #[serde(default)]
     pub glu: bool,
@@ -237,7 +235,7 @@ pub struct Model {
 }
 
 impl Model {
-    /// The names of what the model reads, in the fixture's order.
+    /// Returns the names of the inputs and targets, in the order of the fixture.
     pub fn input_names(&self) -> &'static [&'static str] {
         match self.input {
             Input::Tokens => &["tokens", "next"],
@@ -245,7 +243,7 @@ impl Model {
         }
     }
 
-    /// The names of what it puts out.
+    /// Returns the names of the outputs.
     pub fn output_names(&self) -> &'static [&'static str] {
         match self.output {
             Output::Tied | Output::Untied | Output::MlmHead => &["logits"],
@@ -253,12 +251,12 @@ impl Model {
         }
     }
 
-    /// Columns of all queries, and of all keys or values.
+    /// Returns the width of all query heads, and of all key (or value) heads.
     pub fn qkv_widths(&self) -> (usize, usize) {
         (self.heads * self.head_width, self.key_value_heads * self.head_width)
     }
 
-    /// Whether a sample is a row of tokens, whose number an id tells.
+    /// Returns true if a sample is a sequence of tokens. Ids then contain the number of tokens.
     pub fn is_language_model(&self) -> bool {
         self.input == Input::Tokens
     }

@@ -1,22 +1,20 @@
-//! The parameters of a model or a block: names, dims, initial values, and their one order.
+//! The parameters of a model or a block: names, dimensions, initial values and order.
 //!
-//! The oracle and both frameworks hold their own tensors in the structures below, filled
-//! from that order, so they differ in nothing but the calls. Weights are [out, in], as in
-//! both frameworks' linear layers.
+//! The reference and both frameworks store their own tensors in the structures below, filled in the same
+//! order. Weights are [out, in], as in the linear layers of both frameworks.
 
-use super::{Input, Model, NormKind, Output, Position};
-use crate::suite::{Block as Part, Shape};
+use super::{Block, Input, Model, NormKind, Output, Position};
 
-/// How a parameter starts.
+/// Distribution of a parameter's initial values.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Init {
     /// Uniform in ±bound.
     Uniform(f32),
-    /// 1 plus uniform in ±0.1: a norm's scale that a dropped factor can't hide behind.
+    /// 1 plus uniform in ±0.1. With weights of exactly 1, a norm without its weight would pass the checks.
     NearOne,
 }
 
-/// One parameter.
+/// Name, dimensions and initialization of a parameter.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ParameterSpec {
     pub name: String,
@@ -41,6 +39,7 @@ pub struct Linear<T> {
     pub bias: Option<T>,
 }
 
+/// Weight and bias of a norm, each if [`NormKind::has_weight_and_bias`] says so.
 #[derive(Clone, Debug)]
 pub struct Norm<T> {
     pub weight: Option<T>,
@@ -53,12 +52,12 @@ pub struct Attention<T> {
     pub q: Linear<T>,
     pub k: Linear<T>,
     pub v: Linear<T>,
-    /// Of each head's queries, and of its keys.
-    pub norms: Option<[Norm<T>; 2]>,
+    /// Norms of the queries and of the keys of each head.
+    pub qk_norms: Option<[Norm<T>; 2]>,
     pub o: Linear<T>,
 }
 
-/// down(act(up x)), or down(act(gate x)·up x).
+/// down(act(up(x))), or down(act(gate(x))·up(x)) with a gate.
 #[derive(Clone, Debug)]
 pub struct FeedForward<T> {
     pub gate: Option<Linear<T>>,
@@ -66,8 +65,9 @@ pub struct FeedForward<T> {
     pub down: Linear<T>,
 }
 
+/// A transformer layer: an attention block and a feed-forward block.
 #[derive(Clone, Debug)]
-pub struct Block<T> {
+pub struct Layer<T> {
     pub attention: Attention<T>,
     pub norm1: Norm<T>,
     pub feed_forward: FeedForward<T>,
@@ -76,15 +76,15 @@ pub struct Block<T> {
 
 /// D → D/2, ReLU, → 1
 #[derive(Clone, Debug)]
-pub struct Head<T> {
+pub struct IndicatorHead<T> {
     pub hidden: Linear<T>,
     pub out: Linear<T>,
 }
 
-/// What turns the inputs into [B, N, D].
+/// Maps the inputs to [B, T, D].
 #[derive(Clone, Debug)]
 pub enum Embedding<T> {
-    /// [V, D], a tied output's projection too, and what every token's type adds, [D].
+    /// The token table [V, D], which a tied output shares, and the row [D] of BERT's first token type.
     Tokens(T, Option<T>),
     Indicator {
         value: Linear<T>,
@@ -92,65 +92,67 @@ pub enum Embedding<T> {
     },
 }
 
-/// A whole model.
+/// The parameters of a whole model.
 #[derive(Clone, Debug)]
 pub struct Network<T> {
     pub embedding: Embedding<T>,
     pub position: Option<T>,
     pub embedding_norm: Option<Norm<T>>,
-    pub blocks: Vec<Block<T>>,
-    pub norm: Option<Norm<T>>,
-    pub end: OutputHead<T>,
+    pub blocks: Vec<Layer<T>>,
+    pub final_norm: Option<Norm<T>>,
+    pub output: OutputHead<T>,
 }
 
-/// What turns the last block's result into what comes out.
+/// Maps the result of the last layer to the outputs.
 #[derive(Clone, Debug)]
 pub enum OutputHead<T> {
-    /// The table of tokens.
+    /// Uses the token table.
     Tied,
     /// [V, D]
     Untied(T),
-    /// The table of tokens behind a layer of its own, and a bias [V].
-    Masked { dense: Linear<T>, norm: Norm<T>, bias: T },
-    /// Selection and allocation.
-    Heads([Head<T>; 2]),
+    /// BERT's masked-token head: a linear layer, a norm, the token table and a bias [V].
+    MlmHead { dense: Linear<T>, norm: Norm<T>, bias: T },
+    /// The selection head and the allocation head.
+    IndicatorHeads([IndicatorHead<T>; 2]),
 }
 
 impl<T> Network<T> {
-    /// The table of a model of tokens.
+    /// Returns the token table [V, D].
     ///
     /// # Panics
-    /// Of another.
+    /// Panics if the model is not a language model.
     pub fn token_table(&self) -> &T {
         match &self.embedding {
             Embedding::Tokens(table, _) => table,
-            Embedding::Indicator { .. } => panic!("a model of indicators has no table of tokens"),
+            Embedding::Indicator { .. } => panic!("only a language model has a token table"),
         }
     }
 }
 
-/// Hands out what comes next for each parameter; the calls below fix the order.
-pub trait Source {
+/// A source of parameters. The calls in this file fix their order.
+pub trait ParameterSource {
     type Item;
+
+    /// Returns the next parameter.
     fn next(&mut self, name: &str, dims: &[usize], init: Init) -> Self::Item;
 }
 
-/// Takes tensors that already are in the order.
+/// A source that takes tensors from an iterator in the order of the parameters.
 pub struct InOrder<I>(pub I);
 
-impl<I: Iterator> Source for InOrder<I> {
+impl<I: Iterator> ParameterSource for InOrder<I> {
     type Item = I::Item;
 
     fn next(&mut self, name: &str, _: &[usize], _: Init) -> I::Item {
-        self.0.next().unwrap_or_else(|| panic!("no tensor is left for parameter {name}"))
+        self.0.next().unwrap_or_else(|| panic!("parameter {name} has no tensor"))
     }
 }
 
-/// Collects the specifications.
+/// A source that collects the specifications.
 #[derive(Default)]
 struct Specs(Vec<ParameterSpec>);
 
-impl Source for Specs {
+impl ParameterSource for Specs {
     type Item = ();
 
     fn next(&mut self, name: &str, dims: &[usize], init: Init) {
@@ -159,7 +161,13 @@ impl Source for Specs {
 }
 
 impl<T> Linear<T> {
-    fn take(source: &mut impl Source<Item = T>, name: &str, from: usize, to: usize, bias: bool) -> Self {
+    fn take(
+        source: &mut impl ParameterSource<Item = T>,
+        name: &str,
+        from: usize,
+        to: usize,
+        bias: bool,
+    ) -> Self {
         let bound = Init::Uniform(1.0 / (from as f32).sqrt());
         Self {
             weight: source.next(&format!("{name}.weight"), &[to, from], bound),
@@ -169,7 +177,7 @@ impl<T> Linear<T> {
 }
 
 impl<T> Norm<T> {
-    fn take(source: &mut impl Source<Item = T>, name: &str, width: usize, kind: NormKind) -> Self {
+    fn take(source: &mut impl ParameterSource<Item = T>, name: &str, width: usize, kind: NormKind) -> Self {
         let (weight, bias) = kind.has_weight_and_bias();
         Self {
             weight: weight.then(|| source.next(&format!("{name}.weight"), &[width], Init::NearOne)),
@@ -179,7 +187,7 @@ impl<T> Norm<T> {
 }
 
 impl<T> Attention<T> {
-    pub fn take(source: &mut impl Source<Item = T>, name: &str, m: &Model) -> Self {
+    pub fn take(source: &mut impl ParameterSource<Item = T>, name: &str, m: &Model) -> Self {
         let (inner, shared) = m.qkv_widths();
         let mut linear =
             |part: &str, from, to, bias| Linear::take(source, &format!("{name}.{part}"), from, to, bias);
@@ -190,12 +198,12 @@ impl<T> Attention<T> {
         let norms = m.qk_norm.map(|kind| {
             ["q-norm", "k-norm"].map(|part| Norm::take(source, &format!("{name}.{part}"), m.head_width, kind))
         });
-        Self { q, k, v, norms, o }
+        Self { q, k, v, qk_norms: norms, o }
     }
 }
 
 impl<T> FeedForward<T> {
-    pub fn take(source: &mut impl Source<Item = T>, name: &str, m: &Model) -> Self {
+    pub fn take(source: &mut impl ParameterSource<Item = T>, name: &str, m: &Model) -> Self {
         let bias = m.bias.feed_forward;
         let mut linear =
             |part: &str, from, to| Linear::take(source, &format!("{name}.{part}"), from, to, bias);
@@ -207,8 +215,8 @@ impl<T> FeedForward<T> {
     }
 }
 
-impl<T> Block<T> {
-    fn take(source: &mut impl Source<Item = T>, name: &str, m: &Model) -> Self {
+impl<T> Layer<T> {
+    fn take(source: &mut impl ParameterSource<Item = T>, name: &str, m: &Model) -> Self {
         Self {
             attention: Attention::take(source, &format!("{name}.attention"), m),
             norm1: Norm::take(source, &format!("{name}.norm1"), m.width, m.norm),
@@ -218,8 +226,8 @@ impl<T> Block<T> {
     }
 }
 
-impl<T> Head<T> {
-    fn take(source: &mut impl Source<Item = T>, name: &str, width: usize) -> Self {
+impl<T> IndicatorHead<T> {
+    fn take(source: &mut impl ParameterSource<Item = T>, name: &str, width: usize) -> Self {
         Self {
             hidden: Linear::take(source, &format!("{name}.hidden"), width, width / 2, true),
             out: Linear::take(source, &format!("{name}.out"), width / 2, 1, true),
@@ -228,7 +236,7 @@ impl<T> Head<T> {
 }
 
 impl<T> Embedding<T> {
-    fn take(source: &mut impl Source<Item = T>, m: &Model) -> Self {
+    fn take(source: &mut impl ParameterSource<Item = T>, m: &Model) -> Self {
         match m.input {
             Input::Tokens => {
                 let small = Init::Uniform(SMALL);
@@ -243,104 +251,95 @@ impl<T> Embedding<T> {
     }
 }
 
-/// Bound of what tables of tokens and their positions hold, about as GPT-2 starts.
+/// Bound of the initial token and position tables, similar to GPT-2's initialization.
 const SMALL: f32 = 0.05;
 
 impl<T> OutputHead<T> {
-    fn take(source: &mut impl Source<Item = T>, m: &Model) -> Self {
+    fn take(source: &mut impl ParameterSource<Item = T>, m: &Model) -> Self {
         match m.output {
             Output::Tied => Self::Tied,
             Output::Untied => {
                 let bound = Init::Uniform(1.0 / (m.width as f32).sqrt());
                 Self::Untied(source.next("output.weight", &[m.vocabulary, m.width], bound))
             }
-            Output::MlmHead => Self::Masked {
+            Output::MlmHead => Self::MlmHead {
                 dense: Linear::take(source, "output.dense", m.width, m.width, true),
                 norm: Norm::take(source, "output.norm", m.width, m.norm),
                 bias: source.next("output.bias", &[m.vocabulary], Init::Uniform(SMALL)),
             },
-            Output::IndicatorHeads => {
-                Self::Heads(["selection", "allocation"].map(|name| Head::take(source, name, m.width)))
-            }
+            Output::IndicatorHeads => Self::IndicatorHeads(
+                ["selection", "allocation"].map(|name| IndicatorHead::take(source, name, m.width)),
+            ),
         }
     }
 }
 
 impl<T> Network<T> {
-    pub fn take(source: &mut impl Source<Item = T>, m: &Model) -> Self {
+    pub fn take(source: &mut impl ParameterSource<Item = T>, m: &Model) -> Self {
         let position = Init::Uniform(if m.is_language_model() { SMALL } else { 0.5 });
         Self {
             embedding: Embedding::take(source, m),
             position: (m.position == Position::Learned)
                 .then(|| source.next("position", &[m.tokens, m.width], position)),
             embedding_norm: m.embedding_norm.then(|| Norm::take(source, "embedding-norm", m.width, m.norm)),
-            blocks: (0..m.layers).map(|layer| Block::take(source, &format!("blocks.{layer}"), m)).collect(),
-            norm: m.final_norm.then(|| Norm::take(source, "norm", m.width, m.norm)),
-            end: OutputHead::take(source, m),
+            blocks: (0..m.layers).map(|layer| Layer::take(source, &format!("blocks.{layer}"), m)).collect(),
+            final_norm: m.final_norm.then(|| Norm::take(source, "norm", m.width, m.norm)),
+            output: OutputHead::take(source, m),
         }
     }
 }
 
-/// What a shape computes with: a whole model, or a part of its blocks.
+/// The parameters of a model or of one of its blocks.
 #[derive(Clone, Debug)]
-pub enum LayerParams<T> {
+pub enum Parameters<T> {
     Model(Box<Network<T>>),
     Attention(Attention<T>),
     FeedForward(FeedForward<T>),
-    /// The two peaks.
+    /// A peak case has no parameters.
     None,
 }
 
-impl<T> LayerParams<T> {
-    pub fn take(source: &mut impl Source<Item = T>, shape: Shape) -> Self {
-        match shape {
-            Shape::Model { model, .. } => Self::Model(Box::new(Network::take(source, &model))),
-            Shape::Block { part: Part::Attention, model, .. } => {
-                Self::Attention(Attention::take(source, "attention", &model))
-            }
-            Shape::Block { part: Part::FeedForward, model, .. } => {
-                Self::FeedForward(FeedForward::take(source, "feed-forward", &model))
-            }
-            Shape::Square { .. } | Shape::Buffer { .. } => Self::None,
+impl<T> Parameters<T> {
+    /// Takes the parameters of a whole model, or of a single block.
+    pub fn take(source: &mut impl ParameterSource<Item = T>, m: &Model, block: Option<Block>) -> Self {
+        match block {
+            None => Self::Model(Box::new(Network::take(source, m))),
+            Some(Block::Attention) => Self::Attention(Attention::take(source, "attention", m)),
+            Some(Block::FeedForward) => Self::FeedForward(FeedForward::take(source, "feed-forward", m)),
         }
     }
 }
 
-/// The parameters of a shape, in order; empty for the two peaks.
-pub fn parameters(shape: Shape) -> Vec<ParameterSpec> {
+/// Returns the parameters of a model, or of one of its blocks, in order.
+pub fn parameter_specs(m: &Model, block: Option<Block>) -> Vec<ParameterSpec> {
     let mut specs = Specs::default();
-    LayerParams::take(&mut specs, shape);
+    Parameters::take(&mut specs, m, block);
     specs.0
 }
 
-/// How many numbers the parameters of a shape hold.
-pub fn parameter_count(shape: Shape) -> usize {
-    parameters(shape).iter().map(ParameterSpec::len).sum()
+/// Returns the number of parameters (scalars) of a model or of one of its blocks.
+pub fn parameter_count(m: &Model, block: Option<Block>) -> usize {
+    parameter_specs(m, block).iter().map(ParameterSpec::len).sum()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::ModelId;
-
-    fn model(name: &str) -> Shape {
-        Shape::of_model(ModelId::named(name).unwrap(), 8)
-    }
+    use crate::model::{GPT2, INDICATOR, ModelId};
 
     #[test]
-    fn counts_match_those_worked_out_by_hand() {
-        // value 512, market 2 816, position 28 416; a block 263 168 + 525 568 + 1 024;
-        // norm 512; a head 33 025.
+    fn parameter_counts_match_hand_computed_ones() {
+        // value 512, market 2,816, position 28,416; a layer 263,168 + 525,568 + 1,024; norm 512; a head 33,025.
         let indicator = 512 + 2816 + 28416 + 6 * (263168 + 525568 + 1024) + 512 + 2 * 33025;
-        assert_eq!(parameter_count(model("indicator")), indicator);
-        // GPT-2 small: 124 439 808 with 50 257 tokens, and 47 rows more of 768 here.
-        assert_eq!(parameter_count(model("gpt2")), 124_439_808 + 47 * 768);
+        assert_eq!(parameter_count(&INDICATOR, None), indicator);
+        // GPT-2 small has 124,439,808 with 50,257 tokens; the preset has 47 more rows of 768.
+        assert_eq!(parameter_count(&GPT2, None), 124_439_808 + 47 * 768);
     }
 
     #[test]
-    fn names_are_unique() {
+    fn parameter_names_are_unique() {
         for id in ModelId::with_miniatures() {
-            let specs = parameters(Shape::of_model(id, 1));
+            let specs = parameter_specs(&id, None);
             let names: std::collections::HashSet<_> = specs.iter().map(|s| &s.name).collect();
             assert_eq!(names.len(), specs.len());
         }

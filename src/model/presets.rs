@@ -1,11 +1,12 @@
-//! The models of the suite, as values.
+//! The built-in models, and the registry of models of this process.
 
 use std::sync::Mutex;
 
+use anyhow::{Result, ensure};
+
 use super::*;
 
-/// A post-norm encoder over 111 indicator tokens with two heads and a mixed loss; 4.8 M
-/// parameters.
+/// A post-norm encoder over 111 indicator tokens with two output heads and a mixed loss; 4.8 M parameters.
 pub const INDICATOR: Model = Model {
     name: "indicator",
     tokens: 111,
@@ -32,8 +33,7 @@ pub const INDICATOR: Model = Model {
     output: Output::IndicatorHeads,
 };
 
-/// GPT-2 small (Radford et al. 2019) with a vocabulary rounded up to a multiple of 128; 124 M
-/// parameters.
+/// GPT-2 small (Radford et al. 2019), with the vocabulary rounded up to a multiple of 128; 124 M parameters.
 pub const GPT2: Model = Model {
     name: "gpt2",
     tokens: 1024,
@@ -60,10 +60,9 @@ pub const GPT2: Model = Model {
     output: Output::Tied,
 };
 
-/// Choices that neither model makes, at sizes that the oracle can follow: what a file may ask for is
-/// tried in every test, whether or not one is given.
-pub const CHOICE_MODELS: [Model; 3] = [
-    // As Llama and Qwen 2: grouped heads, rotary, gated SiLU, an output of its own, biases of q, k, v.
+/// Miniatures with the options that no built-in model has, so that the tests cover the options of custom models.
+pub const OPTION_MODELS: [Model; 3] = [
+    // Like Llama and Qwen 2: grouped heads, rotary positions, gated SiLU, an untied output, biases of q, k, v.
     Model {
         key_value_heads: 2,
         norm: NormKind::Rms { eps: 1e-5, weight: true },
@@ -74,7 +73,7 @@ pub const CHOICE_MODELS: [Model; 3] = [
         output: Output::Untied,
         ..GPT2.miniature("grouped-tiny", 16)
     },
-    // As nanochat and Qwen 3: norms without weights, norms of queries and keys, squared ReLU.
+    // Like nanochat and Qwen 3: norms without weights, norms of queries and keys, squared ReLU.
     Model {
         norm: NormKind::Rms { eps: 1e-6, weight: false },
         qk_norm: Some(NormKind::Rms { eps: 1e-6, weight: true }),
@@ -84,7 +83,7 @@ pub const CHOICE_MODELS: [Model; 3] = [
         bias: Biases::NONE,
         ..GPT2.miniature("normed-tiny", 16)
     },
-    // As BERT, with its dropout.
+    // Like BERT, with its dropout.
     Model {
         norm_order: NormOrder::PostNorm,
         embedding_norm: true,
@@ -99,7 +98,7 @@ pub const CHOICE_MODELS: [Model; 3] = [
 ];
 
 impl Model {
-    /// The same choices at sizes that the oracle can follow.
+    /// Returns a model with the same options at small sizes.
     const fn miniature(self, name: &'static str, tokens: usize) -> Self {
         let vocabulary = if self.vocabulary > 0 { 64 } else { 0 };
         let key_value_heads = match self.key_value_heads {
@@ -122,67 +121,63 @@ impl Model {
     }
 }
 
-/// Every model that a case can be of, beside those that are given; a full one stands before its
-/// miniature.
+/// The built-in models. Each is followed by its miniature.
 static MODELS: [Model; 4] =
     [INDICATOR, INDICATOR.miniature("indicator-tiny", 8), GPT2, GPT2.miniature("gpt2-tiny", 16)];
 
-/// Models that this process has added; they stay for its life.
+/// Other models of this process. They live as long as the process.
 static INTERNED: Mutex<Vec<&'static Model>> = Mutex::new(Vec::new());
 
-/// Those of a name that ids may use, with the configuration that the name stands for.
+/// Custom models that ids can name.
 static CUSTOM: Mutex<Vec<Model>> = Mutex::new(Vec::new());
 
-/// A model of the list, by its place in it: small, and equal only to itself.
+const UNPOISONED: &str = "no thread panics with the lock";
+
+/// An index into the models of this process.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ModelId(usize);
 
 impl ModelId {
-    /// The full models.
+    /// Returns the built-in models without their miniatures.
     pub fn all() -> impl Iterator<Item = Self> {
         (0..MODELS.len()).step_by(2).map(Self)
     }
 
-    /// All, the miniatures too.
+    /// Returns the built-in models and their miniatures.
     pub fn with_miniatures() -> impl Iterator<Item = Self> {
         (0..MODELS.len()).map(Self)
     }
 
-    /// The suite's own model of a name.
+    /// Returns the built-in model of a name.
     pub fn named(name: &str) -> Option<Self> {
         Self::with_miniatures().find(|id| id.name == name)
     }
 
-    /// A model that was given under a name, at so many tokens.
+    /// Returns the custom model of a name, with this number of tokens per sample.
     pub fn custom(name: &str, tokens: Option<usize>) -> Option<Self> {
-        let model = *CUSTOM.lock().expect("no panic holds it").iter().find(|m| m.name == name)?;
+        let model = *CUSTOM.lock().expect(UNPOISONED).iter().find(|m| m.name == name)?;
         Some(Self::intern(Model { tokens: tokens.unwrap_or(model.tokens), ..model }))
     }
 
-    /// The names of models that were given.
+    /// Returns the names of the custom models.
     pub fn custom_names() -> Vec<&'static str> {
-        CUSTOM.lock().expect("no panic holds it").iter().map(|m| m.name).collect()
+        CUSTOM.lock().expect(UNPOISONED).iter().map(|m| m.name).collect()
     }
 
-    /// Lets ids name a model, at any number of tokens.
+    /// Registers a custom model, so that ids can name it with any number of tokens.
     ///
     /// # Errors
-    /// Where the name stands for another already.
-    pub fn register(model: Model) -> Result<(), String> {
-        let mut given = CUSTOM.lock().expect("no panic holds it");
-        let taken = |known: &&Model| known.name == model.name;
-        let same = |known: &Model| Model { tokens: model.tokens, ..*known } == model;
-        if let Some(known) = given.iter().find(taken) {
-            if same(known) {
-                return Ok(());
-            }
-            return Err(format!(
-                "model '{0}' is another configuration here than there: rename one (the folder of its \
-                 config.json, or `name`)",
+    /// Returns an error if the name belongs to another configuration.
+    pub fn register(model: Model) -> Result<()> {
+        let mut custom = CUSTOM.lock().expect(UNPOISONED);
+        match custom.iter().find(|known| known.name == model.name) {
+            Some(known) => ensure!(
+                Model { tokens: model.tokens, ..*known } == model,
+                "two configurations have the name '{}': rename one (the folder of its config.json, or `name`)",
                 model.name
-            ));
+            ),
+            None => custom.push(model),
         }
-        given.push(model);
         Ok(())
     }
 
@@ -190,25 +185,22 @@ impl ModelId {
         Self(0)
     }
 
-    /// A model that is on no list, for this process.
+    /// Returns the id of a model, which it adds to the models of this process.
     pub fn intern(model: Model) -> Self {
-        let mut added = INTERNED.lock().expect("no panic holds it");
-        let known = added.iter().position(|known| **known == model);
-        Self(
-            MODELS.len()
-                + known.unwrap_or_else(|| {
-                    added.push(Box::leak(Box::new(model)));
-                    added.len() - 1
-                }),
-        )
+        let mut interned = INTERNED.lock().expect(UNPOISONED);
+        let index = interned.iter().position(|known| **known == model).unwrap_or_else(|| {
+            interned.push(Box::leak(Box::new(model)));
+            interned.len() - 1
+        });
+        Self(MODELS.len() + index)
     }
 
-    /// Whether it is one of the suite's own: its blocks are named by their sizes.
+    /// Returns true for a built-in model. Ids name its blocks by their sizes.
     pub fn is_preset(self) -> bool {
         self.0 < MODELS.len()
     }
 
-    /// The same choices at small sizes; itself where it is small.
+    /// Returns the model with the same options at small sizes. A miniature returns itself.
     pub fn miniature(self) -> Self {
         if self.is_miniature() {
             return self;
@@ -216,11 +208,10 @@ impl ModelId {
         if self.is_preset() {
             return Self(self.0 | 1);
         }
-        let name = Box::leak(format!("{}-tiny", self.name).into_boxed_str());
-        Self::intern((*self).miniature(name, MODELS[3].tokens))
+        Self::intern((*self).miniature(format!("{}-tiny", self.name).leak(), MODELS[3].tokens))
     }
 
-    /// Whether the scalar oracle can follow.
+    /// Returns true for models of a miniature's size. Their parity check covers the second training step.
     pub fn is_miniature(self) -> bool {
         self.width <= MODELS[1].width && self.tokens <= MODELS[3].tokens
     }
@@ -230,9 +221,7 @@ impl Deref for ModelId {
     type Target = Model;
 
     fn deref(&self) -> &Model {
-        MODELS
-            .get(self.0)
-            .unwrap_or_else(|| INTERNED.lock().expect("no panic holds it")[self.0 - MODELS.len()])
+        MODELS.get(self.0).unwrap_or_else(|| INTERNED.lock().expect(UNPOISONED)[self.0 - MODELS.len()])
     }
 }
 

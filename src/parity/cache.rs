@@ -1,5 +1,6 @@
-//! What has been proven, so that it need not be again: by the executable, the libraries that it has
-//! loaded, the devices and the settings that decide what they compute.
+//! The cache of passed parity checks.
+//!
+//! Its key covers the executable, its loaded libraries, the devices and the settings that affect results.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -9,44 +10,42 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
-use crate::results::machine::{Machine, loaded_libraries};
-use crate::results::{checksum, executable, lock_file, write_atomic};
+use crate::files::{checksum, executable_checksum, lock_file, write_atomic};
+use crate::process::loaded_libraries;
 use crate::suite::{Case, custom_model};
 
-/// As many executables are remembered; the oldest are forgotten first.
-const MOST: usize = 16;
+/// Number of executables in the cache. The oldest are removed first.
+const MAX_EXECUTABLES: usize = 16;
 
 #[derive(Default, Serialize, Deserialize)]
 struct File {
-    /// Newest last.
-    executables: Vec<Proven>,
+    /// The newest is last.
+    executables: Vec<Executable>,
 }
 
 #[derive(Serialize, Deserialize)]
-struct Proven {
+struct Executable {
     key: String,
-    /// Ids, and how much of what is allowed each took.
+    /// The largest error / tolerance of each case, by id.
     cases: BTreeMap<String, f64>,
 }
 
-/// The memory of one executable on this machine.
+/// The passed checks of one executable on this machine.
 pub struct PassedChecks {
     path: PathBuf,
     key: String,
 }
 
 impl PassedChecks {
-    /// Of the running executable, once its libraries are loaded.
+    /// Opens the cache for the running executable, after it has loaded its libraries. `machine` describes the
+    /// devices, drivers and settings.
     ///
     /// # Errors
-    /// Where the executable can't be read.
-    pub fn open(folder: &Path, machine: &Machine) -> Result<Self> {
-        let mut text = executable()?;
-        let m = machine;
-        // A given model's name may stand for another configuration tomorrow.
-        let _ = write!(text, "{:?}", custom_model::custom_model().map(|given| *given.model));
-        let _ =
-            write!(text, "{:?}", (&m.cpu, m.cores, &m.os, &m.gpus, &m.driver, &m.versions, &m.environment));
+    /// Returns an error if the executable cannot be read.
+    pub fn open(folder: &Path, machine: &str) -> Result<Self> {
+        let mut text = executable_checksum()? + machine;
+        // The name of a custom model may later belong to another configuration.
+        let _ = write!(text, "{:?}", custom_model::custom_model().map(|custom| *custom.model));
         let mut libraries = loaded_libraries();
         libraries.sort();
         for library in libraries {
@@ -55,36 +54,35 @@ impl PassedChecks {
             }
         }
         let key = format!("{:016x}", checksum(text.as_bytes()));
-        Ok(Self { path: folder.join("proofs.json"), key })
+        Ok(Self { path: folder.join("checks.json"), key })
     }
 
-    /// What is remembered; nothing where the file is damaged, which proves all again.
+    /// Reads the cache. A damaged file counts as empty, so everything is checked again.
     fn read(&self) -> File {
         let text = fs::read_to_string(&self.path).unwrap_or_default();
         serde_json::from_str(&text).unwrap_or_default()
     }
 
-    /// How much of what is allowed a case took; None where it has not been proven.
+    /// Returns the largest error / tolerance of a case, or `None` if no passed check is cached.
     pub fn get(&self, case: &Case) -> Option<f64> {
         let file = self.read();
         file.executables.iter().find(|e| e.key == self.key)?.cases.get(&case.to_string()).copied()
     }
 
-    /// Keeps a proof.
+    /// Adds a passed check.
     ///
     /// # Errors
-    /// Where it can't be written.
-    pub fn add(&self, case: &Case, share: f64) -> Result<()> {
-        let _alone = lock_file(&self.path)?;
+    /// Returns an error if the file cannot be written.
+    pub fn add(&self, case: &Case, ratio: f64) -> Result<()> {
+        let _lock = lock_file(&self.path)?;
         let mut file = self.read();
-        let place = file.executables.iter().position(|e| e.key == self.key);
-        let mut own = match place {
-            Some(place) => file.executables.remove(place),
-            None => Proven { key: self.key.clone(), cases: BTreeMap::new() },
+        let mut own = match file.executables.iter().position(|e| e.key == self.key) {
+            Some(index) => file.executables.remove(index),
+            None => Executable { key: self.key.clone(), cases: BTreeMap::new() },
         };
-        own.cases.insert(case.to_string(), share);
+        own.cases.insert(case.to_string(), ratio);
         file.executables.push(own);
-        let old = file.executables.len().saturating_sub(MOST);
+        let old = file.executables.len().saturating_sub(MAX_EXECUTABLES);
         file.executables.drain(..old);
         write_atomic(&self.path, &serde_json::to_string_pretty(&file)?)
     }
@@ -93,57 +91,56 @@ impl PassedChecks {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::results::tests::scratch;
+    use crate::files::tests::scratch;
+
+    fn case(id: &str) -> Case {
+        format!("train-step/{id}").parse().unwrap()
+    }
 
     #[test]
-    fn proofs_of_two_at_once_are_all_kept() {
-        let folder = scratch("proofs-at-once");
-        let batches = 1..=20;
-        let together = std::sync::Barrier::new(2);
-        let case = |side: &str, b: usize| -> Case {
-            format!("train-step/{side}-cpu/f32/indicator-b{b}").parse().unwrap()
-        };
+    fn checks_of_two_threads_are_all_cached() {
+        let folder = scratch("checks-of-two-threads");
+        let open = || PassedChecks::open(&folder, "").unwrap();
+        let case = |side: &str, batch: usize| case(&format!("{side}-cpu/f32/indicator-b{batch}"));
+        let (batches, start) = (1..=20, std::sync::Barrier::new(2));
         std::thread::scope(|scope| {
             for side in ["torch", "mlx"] {
-                let (folder, together, batches) = (&folder, &together, batches.clone());
+                let (open, case, batches, start) = (&open, &case, batches.clone(), &start);
                 scope.spawn(move || {
-                    let proofs = PassedChecks::open(folder, &Machine::default()).unwrap();
-                    together.wait();
-                    for b in batches {
-                        proofs.add(&case(side, b), 0.5).unwrap();
+                    let checks = open();
+                    start.wait();
+                    for batch in batches {
+                        checks.add(&case(side, batch), 0.5).unwrap();
                     }
                 });
             }
         });
-        let proofs = PassedChecks::open(&folder, &Machine::default()).unwrap();
-        for b in batches {
-            assert!(proofs.get(&case("torch", b)).is_some() && proofs.get(&case("mlx", b)).is_some(), "{b}");
+        let checks = open();
+        for batch in batches {
+            for side in ["torch", "mlx"] {
+                assert!(checks.get(&case(side, batch)).is_some(), "{side} {batch}");
+            }
         }
         fs::remove_dir_all(folder).unwrap();
     }
 
     #[test]
-    fn a_proof_is_kept_for_its_executable_and_machine_alone() {
-        let folder = scratch("proofs");
-        let machine = Machine::default();
-        let case: Case = "train-step/torch-cpu/f32/indicator-b16".parse().unwrap();
-        let other: Case = "train-step/torch-cpu/f32/indicator-b1".parse().unwrap();
-        let proofs = PassedChecks::open(&folder, &machine).unwrap();
-        assert!(proofs.get(&case).is_none());
-        proofs.add(&case, 0.5).unwrap();
-        assert!(
-            PassedChecks::open(&folder, &machine).unwrap().get(&case) == Some(0.5)
-                && proofs.get(&other).is_none()
-        );
-        let elsewhere = Machine { driver: "another".to_owned(), ..Machine::default() };
-        let elsewhere = PassedChecks::open(&folder, &elsewhere).unwrap();
-        assert!(elsewhere.get(&case).is_none());
-        elsewhere.add(&other, 0.5).unwrap();
-        assert!(proofs.get(&case).is_some(), "the other's proofs stay");
-        fs::write(&proofs.path, "{").unwrap();
-        assert!(proofs.get(&case).is_none(), "damage proves again");
-        proofs.add(&case, 0.5).unwrap();
-        assert!(proofs.get(&case).is_some());
+    fn a_check_is_cached_for_its_executable_and_machine_only() {
+        let folder = scratch("checks");
+        let [checked, unchecked] = ["torch-cpu/f32/indicator-b16", "torch-cpu/f32/indicator-b1"].map(case);
+        let open = |machine| PassedChecks::open(&folder, machine).unwrap();
+        let checks = open("");
+        assert!(checks.get(&checked).is_none());
+        checks.add(&checked, 0.5).unwrap();
+        assert!(open("").get(&checked) == Some(0.5) && checks.get(&unchecked).is_none());
+        let other = open("another driver");
+        assert!(other.get(&checked).is_none());
+        other.add(&unchecked, 0.5).unwrap();
+        assert!(checks.get(&checked).is_some(), "the check of the first machine is still cached");
+        fs::write(&checks.path, "{").unwrap();
+        assert!(checks.get(&checked).is_none(), "a damaged file counts as empty");
+        checks.add(&checked, 0.5).unwrap();
+        assert!(checks.get(&checked).is_some());
         fs::remove_dir_all(folder).unwrap();
     }
 }

@@ -1,9 +1,9 @@
-//! Proof that a backend computes the same function as the oracle. What is not proven is not timed.
+//! Checks that a backend computes the same function as the f64 reference, before a case is timed.
 //!
-//! [`Prover::prove`] holds a case, at the shape that is timed, against the oracle ([`truth`] says how
-//! near is near enough): two steps of it, and where it draws, dropout as a distribution
-//! ([`dropout`]). [`proofs`] remembers what is proven, [`faults`] is what must be caught,
-//! and [`conformance`] what else a backend must pass.
+//! [`ParityChecker::check_case`] checks two steps of a case at the shape that is timed, within the tolerance of
+//! [`tolerance`]. For cases with dropout it also checks the dropout masks ([`dropout`]). [`cache`] remembers passed
+//! checks, [`fault_injection`] verifies that the checks detect faults, and [`conformance`] has the other tests of a
+//! backend. README.md describes the method.
 
 pub mod cache;
 pub mod conformance;
@@ -15,31 +15,31 @@ use std::fmt;
 
 use anyhow::{Context, Result};
 
-use crate::backend::{Backend, LoadedCase, Sums};
-use crate::model::fixture::{Fixture, Tensor};
+use crate::backend::{Accumulation, Backend, LoadedCase};
+use crate::fixture::{Fixture, Tensor};
 use crate::suite::{Case, Shape, Workload};
-use tolerance::{Expected, ReferenceCache, TensorError};
+use tolerance::{Expected, ReferenceCache, layer_name};
 
-/// What a backend got wrong.
+/// A difference between a backend and the reference.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Mismatch {
     pub case: Case,
-    pub what: String,
+    pub reason: String,
 }
 
 impl Mismatch {
-    fn new(case: Case, what: impl Into<String>) -> Self {
-        Self { case, what: what.into() }
+    fn new(case: Case, reason: impl Into<String>) -> Self {
+        Self { case, reason: reason.into() }
     }
 }
 
 impl fmt::Display for Mismatch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "parity of {} failed: {}", self.case, self.what)
+        write!(f, "parity of {} failed: {}", self.case, self.reason)
     }
 }
 
-/// That ranks hold different numbers where all should hold the same: of which tensor.
+/// The name of a tensor that differs between ranks and should not.
 #[derive(Debug)]
 pub struct RankMismatch(pub String);
 
@@ -51,84 +51,111 @@ impl fmt::Display for RankMismatch {
 
 impl std::error::Error for RankMismatch {}
 
-/// What a check of one case came to: how much of what is allowed the worst tensor took, or
-/// what is wrong.
-pub type Outcome = std::result::Result<f64, Mismatch>;
+/// The result of a parity check: the largest error / tolerance of any tensor, or the mismatch.
+pub type ParityResult = std::result::Result<f64, Mismatch>;
 
-/// Holds backends against the oracle; remembers what the oracle said of the last shape.
+/// Compares backends with the reference. It caches the reference results of the last shape.
 #[derive(Default)]
 pub struct ParityChecker {
-    oracle: ReferenceCache,
+    reference: ReferenceCache,
 }
 
 impl ParityChecker {
-    /// Proves a case at its own shape.
+    /// Checks a case at its own shape.
     ///
     /// # Errors
-    /// Where the backend fails; what it gets wrong is the verdict.
-    pub fn check_case(&mut self, backend: &dyn Backend, case: Case) -> Result<Outcome> {
+    /// Returns an error if the backend fails. A wrong result is a mismatch instead.
+    pub fn check_case(&mut self, backend: &dyn Backend, case: Case) -> Result<ParityResult> {
         let fixture = Fixture::for_parity(case);
-        let verdict = self.check(backend, &fixture, &fixture)?;
-        if verdict.is_err() || !case.dropout().any() {
-            return Ok(verdict);
+        let result = self.check(backend, &fixture, &fixture)?;
+        if result.is_err() || !case.dropout().any() {
+            return Ok(result);
         }
-        Ok(dropout::check(backend, case)?.map_or(verdict, Err))
+        Ok(dropout::check(backend, case)?.map_or(result, Err))
     }
 
-    /// Holds a backend that was given `given` against the truth of `truth`.
-    pub fn check(&mut self, backend: &dyn Backend, truth: &Fixture, given: &Fixture) -> Result<Outcome> {
-        let case = truth.case;
-        // Before the backend's tensors are there: of a large model either fills much of a machine.
+    /// Compares a backend that loads `backend_fixture` with the reference for `fixture`. They only differ in tests.
+    ///
+    /// # Errors
+    /// Returns an error if the backend fails.
+    pub fn check(
+        &mut self,
+        backend: &dyn Backend,
+        fixture: &Fixture,
+        backend_fixture: &Fixture,
+    ) -> Result<ParityResult> {
+        let case = fixture.case;
+        // Runs before the backend loads its tensors, because either needs much memory for a large model.
         if !matches!(case.shape, Shape::Buffer { .. }) {
-            self.oracle.expected(truth, backend.accumulation());
+            self.reference.expected(fixture, backend.accumulation());
         }
-        // What the case before has left cached would stand beside them.
+        // Frees the allocator cache of earlier cases.
         backend.reset_peak_memory()?;
-        let mut prepared = backend.load(given).with_context(|| format!("preparing {case}"))?;
-        self.compare(truth, prepared.as_mut(), backend.accumulation())
+        let loaded = backend.load(backend_fixture);
+        let mut loaded = loaded.with_context(|| format!("{case} could not be loaded"))?;
+        self.compare(fixture, loaded.as_mut(), backend.accumulation())
     }
 
-    /// Holds the first steps of a prepared case against the oracle; `sums` is the backend's
-    /// [`Backend::sums`].
-    pub fn compare(&mut self, truth: &Fixture, prepared: &mut dyn LoadedCase, sums: Sums) -> Result<Outcome> {
-        let case = truth.case;
-        let optimizes = case.workload.optimizes();
-        // Of the optimizer alone nothing but the last is read: a wrong bias correction or moment shows
-        // in three.
+    /// Runs the first steps of a loaded case and compares them with the reference.
+    ///
+    /// # Errors
+    /// Returns an error if the backend fails.
+    pub fn compare(
+        &mut self,
+        fixture: &Fixture,
+        loaded: &mut dyn LoadedCase,
+        accumulation: Accumulation,
+    ) -> Result<ParityResult> {
+        let case = fixture.case;
+        // Only the last update of the optimizer alone is compared, and three show a wrong moment or bias correction.
         let steps = if case.workload == Workload::OptimizerStep { 3 } else { 2 };
         let mut worst = 0.0_f64;
         let mut earlier: Vec<Vec<Tensor>> = Vec::new();
         for index in 0..steps {
-            prepared.step().with_context(|| format!("a step of {case}"))?;
-            let mut found = match prepared.outputs() {
+            loaded.step().with_context(|| format!("a step of {case} failed"))?;
+            let mut results = match loaded.outputs() {
                 Err(error) if error.is::<RankMismatch>() => {
-                    return Ok(Err(Mismatch::new(case, format!("{error}"))));
+                    return Ok(Err(Mismatch::new(case, error.to_string())));
                 }
-                found => found.with_context(|| format!("reading the results of {case}"))?,
+                results => results.with_context(|| format!("the results of {case} could not be read"))?,
             };
             if let Shape::Buffer { .. } = case.shape {
-                return Ok(moved(truth, &found));
+                return Ok(compare_buffer(fixture, &results));
             }
-            // What trains moves, so the oracle of the first step does not hold for the second.
-            let known = (index == 0 || !optimizes).then(|| self.oracle.expected(truth, sums));
-            // The last update holds what went wrong in those before.
-            let updates = optimizes && index + 1 == steps;
-            let judged =
-                known.map_or(Ok(0.0), |known| compare_tensors(case, &known, &found)).and_then(|share| {
-                    Ok(if updates { share.max(updated(truth, &earlier, &found, sums)?) } else { share })
-                });
-            match judged {
-                Ok(share) => worst = worst.max(share),
-                wrong => return Ok(wrong),
+            match self.compare_step(fixture, &earlier, &results, index + 1 == steps, accumulation) {
+                Ok(ratio) => worst = worst.max(ratio),
+                mismatch => return Ok(mismatch),
             }
-            if optimizes {
+            if case.workload.optimizes() {
                 if !is_miniature(case) {
-                    found.retain(|t| t.name.starts_with("grad/"));
+                    results.retain(|t| t.name.starts_with("grad/"));
                 }
-                earlier.push(found);
+                earlier.push(results);
             }
         }
         Ok(Ok(worst))
+    }
+
+    fn compare_step(
+        &mut self,
+        fixture: &Fixture,
+        earlier: &[Vec<Tensor>],
+        results: &[Tensor],
+        last: bool,
+        accumulation: Accumulation,
+    ) -> ParityResult {
+        let optimizes = fixture.case.workload.optimizes();
+        let mut ratio = 0.0_f64;
+        // A step with an optimizer changes the parameters, so these results only apply to the first one.
+        if earlier.is_empty() {
+            let expected = self.reference.expected(fixture, accumulation);
+            ratio = compare_tensors(fixture.case, &expected, results)?;
+        }
+        // The last update contains the errors of those before it.
+        if optimizes && last {
+            ratio = ratio.max(compare_updates(fixture, earlier, results, accumulation)?);
+        }
+        Ok(ratio)
     }
 }
 
@@ -136,82 +163,96 @@ fn is_miniature(case: Case) -> bool {
     case.shape.model().is_some_and(|(model, _)| model.is_miniature())
 }
 
-/// Holds the updates against AdamW on the backend's own gradients, and a second training step against
-/// the parameters that the first one left.
-fn updated(truth: &Fixture, earlier: &[Vec<Tensor>], found: &[Tensor], sums: Sums) -> Outcome {
-    let case = truth.case;
+fn find<'a>(tensors: &'a [Tensor], name: &str) -> Option<&'a Tensor> {
+    tensors.iter().find(|tensor| tensor.name == name)
+}
+
+/// Compares the parameters after the last step with AdamW on the backend's own gradients, and a second training
+/// step with the parameters after the first.
+fn compare_updates(
+    fixture: &Fixture,
+    earlier: &[Vec<Tensor>],
+    results: &[Tensor],
+    accumulation: Accumulation,
+) -> ParityResult {
+    let case = fixture.case;
     let fixed = case.workload == Workload::OptimizerStep;
-    let of = |step: &[Tensor], t: &Tensor| -> Option<usize> {
-        let name = format!("grad/{}", t.name);
-        step.iter().position(|f| f.name == name && f.data.len() == t.data.len())
-    };
     let mut gradients: Vec<Vec<&[f32]>> = Vec::new();
-    for step in earlier.iter().map(Vec::as_slice).chain([found]) {
-        let own = truth.parameters().iter().enumerate().map(|(i, parameter)| {
-            let fixed_one = || Some(&truth.gradients()[i].data[..]);
-            if fixed { fixed_one() } else { Some(&step[of(step, parameter)?].data[..]) }
+    for step in earlier.iter().map(Vec::as_slice).chain([results]) {
+        let own = fixture.parameters().iter().enumerate().map(|(i, parameter)| {
+            if fixed {
+                return Some(&fixture.gradients()[i].data[..]);
+            }
+            let gradient = find(step, &format!("grad/{}", parameter.name))?;
+            (gradient.data.len() == parameter.data.len()).then_some(&gradient.data[..])
         });
         let own: Option<Vec<&[f32]>> = own.collect();
         gradients.push(own.ok_or_else(|| Mismatch::new(case, "a gradient is missing"))?);
     }
     let mut worst = 0.0_f64;
-    for layer in tolerance::tensor_groups(truth.parameters()) {
-        let own: Vec<Vec<&[f32]>> = gradients.iter().map(|step| step[layer.clone()].to_vec()).collect();
-        let parameters = &truth.parameters()[layer];
-        let known = tolerance::expected_update(&truth.adamw, parameters, &own, case.method.precision);
-        worst = worst.max(compare_tensors(case, &known, found)?);
+    let same_layer = |a: &Tensor, b: &Tensor| layer_name(&a.name) == layer_name(&b.name);
+    let mut end = 0;
+    for layer in fixture.parameters().chunk_by(same_layer) {
+        let start = end;
+        end += layer.len();
+        let own: Vec<Vec<&[f32]>> = gradients.iter().map(|step| step[start..end].to_vec()).collect();
+        let expected = tolerance::expected_update(&fixture.adamw, layer, &own, case.method.precision);
+        worst = worst.max(compare_tensors(case, &expected, results)?);
     }
     match earlier {
-        [first] if !fixed => Ok(worst.max(second(truth, first, found, sums)?)),
+        [first] if !fixed => Ok(worst.max(compare_second_step(fixture, first, results, accumulation)?)),
         _ => Ok(worst),
     }
 }
 
-/// The second training step: all of it where the oracle is quick, else that it is another.
-fn second(truth: &Fixture, first: &[Tensor], found: &[Tensor], sums: Sums) -> Outcome {
-    let case = truth.case;
-    for new in found {
-        let old = first.iter().find(|old| old.name == new.name);
-        // Of few numbers some may be the same by chance, or zero.
-        if new.name.starts_with("grad/")
-            && new.data.len() >= 64
-            && old.is_some_and(|old| old.data == new.data)
-        {
-            return Err(Mismatch::new(case, format!("{} is that of the step before", new.name)));
+/// Checks that the second training step differs from the first. At a miniature, it compares the second step with
+/// the reference too.
+fn compare_second_step(
+    fixture: &Fixture,
+    first: &[Tensor],
+    second: &[Tensor],
+    accumulation: Accumulation,
+) -> ParityResult {
+    // Small tensors may be equal by chance, or zero.
+    const MIN_VALUES: usize = 64;
+    let case = fixture.case;
+    let gradients = second.iter().filter(|t| t.name.starts_with("grad/") && t.data.len() >= MIN_VALUES);
+    for new in gradients {
+        if find(first, &new.name).is_some_and(|old| old.data == new.data) {
+            return Err(Mismatch::new(case, format!("{} equals that of the previous step", new.name)));
         }
     }
     if !is_miniature(case) {
         return Ok(0.0);
     }
-    let mut moved = Fixture::for_parity(case);
-    for parameter in truth.parameters() {
+    let mut updated = Fixture::for_parity(case);
+    for parameter in fixture.parameters() {
         let name = format!("param/{}", parameter.name);
-        let now = first.iter().find(|t| t.name == name);
-        let now = now.ok_or_else(|| Mismatch::new(case, format!("{name} is missing")))?;
-        moved.edit_parameter(&parameter.name, |data| data.clone_from(&now.data));
+        let value = find(first, &name).ok_or_else(|| Mismatch::new(case, format!("{name} is missing")))?;
+        updated.edit_parameter(&parameter.name, |data| data.clone_from(&value.data));
     }
-    compare_tensors(case, &ReferenceCache::default().expected(&moved, sums), found)
+    compare_tensors(case, &ReferenceCache::default().expected(&updated, accumulation), second)
 }
 
-/// Whether each tensor is as near the truth as its precision allows; the largest share, or the
-/// first tensor that is not, the worst of them.
-pub fn compare_tensors(case: Case, known: &[Expected], found: &[Tensor]) -> Outcome {
-    let worst =
-        known.iter().map(|tensor| tensor.error_of(found)).max_by(|a, b| a.ratio().total_cmp(&b.ratio()));
-    match worst {
-        Some(judged) if judged.ratio() > 1.0 => Err(Mismatch::new(case, judged.text())),
-        judged => Ok(judged.map_or(0.0, |j: TensorError| j.ratio())),
+/// Compares tensors with their expected values. Returns the largest error / tolerance, or the worst tensor if it
+/// exceeds its tolerance.
+pub fn compare_tensors(case: Case, expected: &[Expected], results: &[Tensor]) -> ParityResult {
+    let errors = expected.iter().map(|tensor| tensor.error(results));
+    match errors.max_by(|a, b| a.ratio().total_cmp(&b.ratio())) {
+        Some(error) if error.ratio() > 1.0 => Err(Mismatch::new(case, error.to_string())),
+        Some(error) => Ok(error.ratio()),
+        None => Ok(0.0),
     }
 }
 
-/// A copy is exact, number by number; a sum over ranks too, of numbers that are made for it.
-fn moved(truth: &Fixture, found: &[Tensor]) -> Outcome {
-    let case = truth.case;
-    let (expected, what): (Vec<f32>, &str) = if case.workload == Workload::AllReduce {
-        (truth.sum_over_ranks(), "out is not the sum of the ranks' buffers")
+/// Compares a buffer with its expected values. A copy is exact. A sum over ranks is exact for the numbers of the
+/// fixture.
+fn compare_buffer(fixture: &Fixture, results: &[Tensor]) -> ParityResult {
+    let (expected, reason): (Vec<f32>, &str) = if fixture.case.workload == Workload::AllReduce {
+        (fixture.sum_over_ranks(), "out is not the sum of the ranks' buffers")
     } else {
-        (truth.input("buffer").data.iter().map(|v| -v).collect(), "out is not the buffer's negation")
+        (fixture.input("buffer").data.iter().map(|v| -v).collect(), "out is not the negation of the buffer")
     };
-    let same = found.first().is_some_and(|out| out.data == expected);
-    if same { Ok(0.0) } else { Err(Mismatch::new(case, what)) }
+    let equal = results.first().is_some_and(|out| out.data == expected);
+    if equal { Ok(0.0) } else { Err(Mismatch::new(fixture.case, reason)) }
 }

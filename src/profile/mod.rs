@@ -9,7 +9,7 @@ use std::path::Path;
 use anyhow::{Context, Result, anyhow, ensure};
 use inferno::{differential, flamegraph};
 
-use crate::results::write_atomic;
+use crate::files::write_atomic;
 
 /// The unit of a stack's weight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

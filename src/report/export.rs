@@ -159,7 +159,7 @@ mod tests {
         );
         assert_eq!(keys(&json["env_effects"][0]), "commit id ratio ratio_ci variables with_ns without_ns");
         let readme = include_str!("../../criterion-baselines/README.md");
-        assert_eq!(keys(&json["interleaved"][0]), "base commit head ratio ratio_ci rounds");
+        assert_eq!(keys(&json["interleaved"][0]), "base base_ns commit head head_ns ratio ratio_ci rounds");
         let parts = [&json["cases"][1], &json["machine"], &json["env_effects"][0], &json["interleaved"][0]];
         let all = parts.map(keys).join(" ");
         for key in all.split(' ') {

@@ -5,12 +5,12 @@ use serde_json::{Map, Value, json};
 
 use super::{export, html, machines, markdown, tests};
 use crate::compare::baseline_level;
+use crate::files::checksum;
 use crate::model::{GPT2, Model};
 use crate::results::baseline::{Baseline, SavedCase, Selection};
 use crate::results::machine::Machine;
 use crate::results::{
-    EnvEffect, InterleavedResult, Record, Results, RunModel, Throughput, VERSION, checksum, printable,
-    validate,
+    EnvEffect, InterleavedResult, Record, Results, RunModel, Throughput, VERSION, printable, validate,
 };
 
 fn record(id: &str) -> Record {

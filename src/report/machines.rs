@@ -52,8 +52,8 @@ pub fn render(machines: &[(String, Results)]) -> String {
             .any(Option::is_some)
             .then(|| std::iter::once(format!("`{case}`")).chain(cells.into_iter().map(or_dash)).collect())
     };
-    let header: Vec<&str> =
-        std::iter::once("case").chain(machines.iter().map(|(name, _)| name.as_str())).collect();
+    let names: Vec<&str> = machines.iter().map(|(name, _)| name.as_str()).collect();
+    let header = format!("case|{}", names.join("|"));
     out + &table(&Table::new("", "", &header, cases.iter().filter_map(row).collect()))
 }
 

@@ -122,7 +122,7 @@ mod tests {
     fn columns_of_numbers_are_aligned_to_the_right() {
         let rows = [["PyTorch|", "9.5"], ["MLX", "1,085"]];
         let rows = rows.iter().map(|row| row.map(str::to_owned).into()).collect();
-        let text = table(&Table::new("", "", &["", "samples/s"], rows));
+        let text = table(&Table::new("", "", "|samples/s", rows));
         let expected = "|           | samples/s |\n| --------- | --------: |\n| PyTorch\\| |       9.5 |\n\
                         | MLX       |     1,085 |\n";
         assert_eq!(text, expected);

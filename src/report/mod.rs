@@ -180,7 +180,8 @@ mod tests {
 
     pub(super) fn interleaved([base, head]: [&str; 2], ratio: f64, ratio_ci: [f64; 2]) -> InterleavedResult {
         let (base, head) = (base.to_owned(), head.to_owned());
-        InterleavedResult { base, head, ratio, ratio_ci, rounds: 3, commit: String::new() }
+        let (base_ns, head_ns) = (Some(500e6), Some(500e6 * ratio));
+        InterleavedResult { base, head, base_ns, head_ns, ratio, ratio_ci, rounds: 3, commit: String::new() }
     }
 
     #[test]

@@ -5,7 +5,6 @@ use super::headline::headlines;
 use super::{all_measured, find_measured, find_record};
 use crate::interference;
 use crate::memory::MALLOC_VARIABLE;
-use crate::model::parameters::parameter_count;
 use crate::results::{Results, Status};
 use crate::suite::{BackendId, Case, Framework, Method, Precision, Workload, cost};
 
@@ -39,7 +38,7 @@ pub fn versions(results: &Results) -> Vec<(String, String)> {
     let measured = all_measured(results);
     let irrelevant = |name: &str| {
         Framework::ALL.iter().any(|framework| {
-            name.starts_with(&format!("{} BLAS", framework.names().0))
+            name.starts_with(&format!("{} BLAS", framework.label()))
                 && !measured
                     .iter()
                     .any(|m| m.case.backend.is_cpu() && m.case.backend.framework() == *framework)
@@ -67,7 +66,7 @@ pub fn model_line(results: &Results) -> Option<String> {
         "{}: {:.1} M parameters, {} layers of width {}, {} heads{kv_heads}; batch {} of {} tokens, {:.3} GFLOP per token \
          in training",
         m.name,
-        parameter_count(shape) as f64 / 1e6,
+        shape.parameter_count() as f64 / 1e6,
         m.layers,
         m.width,
         m.heads,
@@ -99,8 +98,8 @@ pub fn disturbance(results: &Results) -> (bool, String) {
 /// Variables that change no code, and the backend on which each is worth a try.
 const VARIABLES: [(BackendId, &str, &str); 4] = [
     (BackendId::TorchCpu, "OMP_NUM_THREADS", "1"),
-    (BackendId::TorchCpu, MALLOC_VARIABLE, "system"),
-    (BackendId::MlxCpu, MALLOC_VARIABLE, "system"),
+    (BackendId::TorchCpu, MALLOC_VARIABLE, "default"),
+    (BackendId::MlxCpu, MALLOC_VARIABLE, "default"),
     (BackendId::TorchMps, "PYTORCH_MPS_HIGH_WATERMARK_RATIO", "0.0"),
 ];
 
@@ -199,7 +198,7 @@ mod tests {
         let mut results = run(&[(CPU_STEP, 5e8)]);
         let untried = untried_variables(&results);
         assert_eq!(untried.len(), 2, "{untried:?}");
-        assert!(untried[1].contains(&format!("--env {MALLOC_VARIABLE}=system")), "{untried:?}");
+        assert!(untried[1].contains(&format!("--env {MALLOC_VARIABLE}=default")), "{untried:?}");
         assert!(untried[0].contains("--env OMP_NUM_THREADS=1 'train-step/torch-cpu/f32/"), "{untried:?}");
         assert!(not_measured(&results).contains(&untried[0]));
         results.env_effects.push(EnvEffect {

@@ -1,11 +1,10 @@
 //! Scaling over several devices: data-parallel training steps compared with one device of the same run.
 
-use super::format::{digits, or_dash, percent, percent_with_range, time};
-use super::tables::{Table, throughput};
+use super::format::{or_dash, percent, percent_with_range, time};
+use super::tables::{Table, cells, throughput};
 use super::{Measured, Ratio};
 use crate::backend::RankStats;
 use crate::model::ModelId;
-use crate::model::parameters::parameter_count;
 use crate::suite::{BackendId, Case, Method, Shape, Variant};
 
 /// A case on several devices.
@@ -26,7 +25,7 @@ pub struct Scaling<'a> {
 fn single_device_case(case: &Case, batch: usize) -> Option<Case> {
     let (model, _) = case.shape.model()?;
     let variant = if case.method.variant == Variant::Overlap { Variant::Eager } else { case.method.variant };
-    Some(Case { method: Method { variant, ..case.method }, shape: Shape::of_model(model, batch), ..*case })
+    Some(Case { method: Method { variant, ..case.method }, shape: Shape::for_model(model, batch), ..*case })
 }
 
 /// Returns every measured case with several ranks. An all-reduce has no efficiency.
@@ -60,13 +59,9 @@ pub fn table(all: &[Measured<'_>]) -> Table {
         let noisy = !s.step.case.backend.is_cpu()
             && [s.strong, s.weak].into_iter().flatten().any(|share| share.value > ABOVE_LINEAR);
         let remark = if noisy { "above linear scaling: the time of one device is noisy" } else { "" };
-        let mut row = vec![
-            s.step.case.to_string(),
-            s.step.case.shape.ranks().to_string(),
-            s.stats.comm_backend.clone(),
-            time(s.step.median_ns),
-            throughput(&s.step),
-        ];
+        let (case, ranks) = (s.step.case, s.step.case.shape.ranks());
+        let median = time(s.step.median_ns);
+        let mut row = cells([&case, &ranks, &s.stats.comm_backend, &median, &throughput(&s.step)]);
         row.extend([s.strong, s.weak, exposed].map(|share| or_dash(share.map(percent_with_range))));
         row.extend([percent(s.stats.skew), remark.to_owned()]);
         row
@@ -78,18 +73,7 @@ pub fn table(all: &[Measured<'_>]) -> Table {
          process that uses all cores. Exposed communication is the share of the step that disappears without the \
          all-reduce. It is measured interleaved on the same ranks. The rate of an all-reduce is the bus bandwidth of \
          nccl-tests.",
-        &[
-            "case",
-            "devices",
-            "communication",
-            "median",
-            "throughput",
-            "strong-scaling efficiency",
-            "weak-scaling efficiency",
-            "exposed communication",
-            "rank skew",
-            "remarks",
-        ],
+        "case|devices|communication|median|throughput|strong-scaling efficiency|weak-scaling efficiency|exposed communication|rank skew|remarks",
         scalings(all).into_iter().map(row).collect(),
     )
 }
@@ -139,7 +123,7 @@ pub fn by_model(all: &[Measured<'_>]) -> Vec<ModelScaling> {
         *strong = strong.take().or_else(|| speedup(s.strong, format!("{batch} samples in total")));
     }
     models.sort_by_key(|m| {
-        let parameters = parameter_count(Shape::of_model(m.model, 1));
+        let parameters = Shape::for_model(m.model, 1).parameter_count();
         (m.backend, m.ranks, std::cmp::Reverse(parameters))
     });
     models
@@ -148,13 +132,12 @@ pub fn by_model(all: &[Measured<'_>]) -> Vec<ModelScaling> {
 /// Describes the speedup of each model by more GPUs.
 pub fn sentences(all: &[Measured<'_>]) -> Vec<String> {
     let sentence = |model: ModelScaling| {
-        let speedup =
-            |s: Speedup| format!("{} times as fast with {} ({})", digits(s.value), s.batch, s.method);
+        let speedup = |s: Speedup| format!("{:.2} times as fast with {} ({})", s.value, s.batch, s.method);
         let speedups: Vec<String> = model.weak.into_iter().chain(model.strong).map(speedup).collect();
         format!(
             "On {} GPUs, {} trains {} {}, compared with one GPU.",
             model.ranks,
-            model.backend.framework().names().0,
+            model.backend.framework().label(),
             model.model.name,
             speedups.join(" and ")
         )
@@ -226,7 +209,7 @@ mod tests {
         let measured = all_measured(&results);
         let found = scalings(&measured);
         assert!((found[0].strong.unwrap().value - 1.2).abs() < 1e-12 && found[0].weak.is_none());
-        assert!(table(&measured).rows[0][5].starts_with("120.0 %"), "{:?}", table(&measured).rows);
+        assert!(table(&measured).rows[0][4].starts_with("120.0 %"), "{:?}", table(&measured).rows);
     }
 
     #[test]

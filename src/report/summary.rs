@@ -1,7 +1,7 @@
 //! The findings of a run as sentences.
 
 use super::format::{count, digits, megabytes, range, speed};
-use super::headline::{best_pairs, fastest_first, rivals, same_method_pairs};
+use super::headline::{best_pairs, fastest_first, find_eager, rivals, same_method_pairs};
 use super::{Measured, Ratio, Sweep, all_measured, batches, find_measured, scaling};
 use crate::results::{Record, Results};
 use crate::suite::{BackendId, Case, Framework, Method, Precision, Variant, Workload};
@@ -18,6 +18,10 @@ pub struct Comparison<'a> {
     pub steps: [Measured<'a>; 2],
     /// Speed of the first step over the speed of the second, with a 99 % CI if rounds measured it.
     pub speedup: Ratio,
+    /// Median step times of the rounds. If they were not saved, medians of Criterion's samples, which need not
+    /// divide to the speedup.
+    pub times_ns: [f64; 2],
+    pub has_round_times: bool,
     /// Number of interleaved rounds. `None` if the steps were only measured one after the other.
     pub rounds: Option<u64>,
 }
@@ -32,7 +36,14 @@ impl<'a> Comparison<'a> {
             Some(result) => Ratio { value: result.ratio, range: result.ratio_ci },
             None => steps[0].speedup_over(&steps[1]),
         };
-        Some(Self { steps, speedup, rounds: interleaved.map(|result| result.rounds) })
+        let round_times = interleaved.and_then(|result| Some([result.base_ns?, result.head_ns?]));
+        Some(Self {
+            steps,
+            speedup,
+            times_ns: round_times.unwrap_or(steps.map(|step| step.median_ns)),
+            has_round_times: round_times.is_some(),
+            rounds: interleaved.map(|result| result.rounds),
+        })
     }
 
     /// Returns the reason why this comparison allows no conclusion, if there is one.
@@ -76,9 +87,10 @@ impl<'a> Comparison<'a> {
     }
 
     fn sentence(&self, results: &Results) -> String {
-        let [a, b] = self.steps.map(|step| {
-            let speed = speed(step.case.shape, step.median_ns);
-            (step.case.backend.framework().names().0, format!("{speed} with {}", step.case.method))
+        let [a, b] = [0, 1].map(|side| {
+            let Case { backend, method, shape, .. } = self.steps[side].case;
+            let speed = speed(shape, self.times_ns[side]);
+            (backend.framework().label(), format!("{speed} with {method}"))
         });
         let Case { backend, shape, .. } = self.steps[0].case;
         let (device, model) = (backend.device(), shape.model().map_or("", |(model, _)| model.name));
@@ -133,16 +145,16 @@ pub fn answer(results: &Results) -> Vec<String> {
 /// Returns the scope of the answer.
 pub fn limits(results: &Results) -> String {
     let mut text = "The result applies only to this model, batch and machine. ".to_owned();
-    if best_pairs(results).is_empty() && !scaling::sentences(&all_measured(results)).is_empty() {
-        text +=
-            "The steps are single training steps on resident data, with the stated precision and variant.";
-        return text;
+    let pairs = best_pairs(results);
+    if pairs.is_empty() {
+        return text + "It is about single training steps on resident data.";
     }
     text += &format!(
-        "The steps are single training steps of {} on resident data, with parameters in f32.",
+        "It is about single training steps of {} on resident data, with parameters in f32.",
         results.headline()
     );
-    if !results.interleaved.is_empty() {
+    let mut comparisons = pairs.into_iter().filter_map(|pair| Comparison::new(results, pair));
+    if comparisons.any(|comparison| comparison.rounds.is_some() && !comparison.has_round_times) {
         text += " Ratios come from interleaved rounds and speeds from Criterion's samples, so two speeds need not \
                  divide to their ratio.";
     }
@@ -184,31 +196,28 @@ pub fn findings(results: &Results) -> Vec<String> {
     all
 }
 
-/// Reads one definition of a memory peak in bytes.
-type Peak = fn(&Record) -> Option<u64>;
-
 /// Compares the memory of both frameworks' eager f32 steps on each device, by the first metric that both have.
 fn memory_use(results: &Results) -> Vec<String> {
+    type Peak = fn(&Record) -> Option<u64>;
     let metrics: [(&str, Peak); 2] = [
         ("peak of the allocator", |record| record.peak_bytes),
         ("peak RSS of the process", |record| record.rss_peak_bytes),
     ];
-    let (workload, method, shape) = (Workload::TrainStep, EAGER, results.headline());
     let compare = |backends: [BackendId; 2]| {
-        let [a, b] =
-            backends.map(|backend| find_measured(results, &Case { workload, backend, method, shape }));
-        let (a, b) = (a?, b?);
         metrics.iter().find_map(|(metric, peak)| {
-            let mut peaks = [&a, &b].map(|m| (peak(m.record), m.case.backend.framework().names().0));
+            let mut peaks = backends.map(|backend| {
+                let bytes = find_eager(results, backend).and_then(|m| peak(m.record));
+                (bytes, backend.framework().label())
+            });
             peaks.sort();
             let [(Some(less), light), (Some(more), heavy)] = peaks else { return None };
-            let device = a.case.backend.device();
             let sizes = format!("{} and {} ({metric})", megabytes(less), megabytes(more));
-            Some(if (more as f64) < 1.05 * less as f64 {
-                format!("On {device}, {light} and {heavy} need about the same memory: {sizes}.")
+            let relation = if (more as f64) < 1.05 * less as f64 {
+                format!("{light} and {heavy} need about the same memory")
             } else {
-                format!("On {device}, {light} needs less memory than {heavy}: {sizes}.")
-            })
+                format!("{light} needs less memory than {heavy}")
+            };
+            Some(format!("On {}, {relation}: {sizes}.", backends[0].device()))
         })
     };
     rivals().filter_map(compare).collect()
@@ -267,30 +276,23 @@ fn slow_compilers(results: &Results) -> Vec<String> {
 /// Names the fastest batch and method of each model and backend with more than one batch.
 fn best_batches(results: &Results) -> Vec<String> {
     let measured = all_measured(results);
-    let value = |sweep: &Sweep<'_>| sweep.fastest().speed().value;
-    let mut best: Vec<Sweep<'_>> = Vec::new();
-    for sweep in batches(&measured) {
-        match best.iter_mut().find(|other| (other.model, other.backend) == (sweep.model, sweep.backend)) {
-            Some(other) if value(other) < value(&sweep) => *other = sweep,
-            Some(_) => {}
-            None => best.push(sweep),
-        }
-    }
-    let sentence = |sweep: &Sweep<'_>| {
-        let fastest = sweep.fastest();
+    let mut sweeps = batches(&measured);
+    sweeps.sort_by(|a, b| b.fastest().speed().value.total_cmp(&a.fastest().speed().value));
+    let mut seen = Vec::new();
+    sweeps.retain(|sweep| {
+        seen.push((sweep.model, sweep.backend));
+        seen.iter().filter(|key| **key == (sweep.model, sweep.backend)).count() == 1
+    });
+    let sentence = |Sweep { model, backend, method, .. }: &Sweep<'_>, fastest: &Measured<'_>| {
+        let (batch, speed) = (fastest.case.shape.batch(), speed(fastest.case.shape, fastest.median_ns));
         format!(
-            "Among the measured batches, {} trains fastest on {} at batch {} with {}: {}.",
-            sweep.model,
-            sweep.backend,
-            fastest.case.shape.batch(),
-            sweep.method,
-            speed(fastest.case.shape, fastest.median_ns)
+            "Among the measured batches, {model} trains fastest on {backend} at batch {batch} with {method}: {speed}."
         )
     };
-    best.iter().map(sentence).collect()
+    sweeps.iter().map(|sweep| sentence(sweep, sweep.fastest())).collect()
 }
 
-/// Returns the records with a share above `threshold`, the largest first.
+/// Returns the number of records with a share above `threshold`, and the record with the largest one.
 fn above(
     results: &Results,
     share: fn(&Record) -> Option<f64>,
@@ -304,7 +306,7 @@ fn above(
 
 /// Reports cases whose time depends on the allocator.
 fn page_faults(results: &Results) -> Option<String> {
-    let threshold = memory::FAULT_SHARE_THRESHOLD;
+    let threshold = memory::PAGE_FAULT_SHARE_THRESHOLD;
     let (cases, worst, share) = above(results, |record| record.page_fault_share, threshold)?;
     Some(format!(
         "Page faults take over {:.0} % of the time of {}, at most {:.0} % ({}). Such a time depends on earlier \
@@ -353,7 +355,7 @@ mod tests {
             ),
             "{text}"
         );
-        assert!(text.contains("3 interleaved rounds): 32.0 samples/s with f32 and 10.7"), "{text}");
+        assert!(text.contains("3 interleaved rounds): 32.0 samples/s with f32 and 10.3"), "{text}");
         let text = answer_for(Some([0.5, 0.4, 0.625]), 0.0);
         assert!(
             text.contains("MLX trains indicator 2.00 times as fast as PyTorch (99 % CI 1.60 to 2.50"),

@@ -1,5 +1,7 @@
 //! The tables of a run, which every format shows.
 
+use std::fmt::Display;
+
 use super::format::{count, digits, megabytes, or_dash, percent, prefixed, range, significant, speed, time};
 use super::headline::{Headline, headlines};
 use super::{
@@ -8,7 +10,7 @@ use super::{
 };
 use crate::memory;
 use crate::results::{EnvEffect, Record, Results, Status, machine};
-use crate::suite::{Device, Shape, Workload, cost};
+use crate::suite::{Case, Device, Shape, Workload, cost};
 
 /// Title of the table of all cases.
 pub const ALL_CASES: &str = "All cases";
@@ -23,15 +25,14 @@ pub struct Table {
 }
 
 impl Table {
-    /// Creates a table without the columns that are empty in all rows.
-    pub fn new(title: impl Into<String>, note: &str, header: &[&str], mut rows: Vec<Vec<String>>) -> Self {
-        let used: Vec<bool> =
-            (0..header.len()).map(|column| rows.iter().any(|row| !row[column].is_empty())).collect();
-        let header = header.iter().zip(&used).filter(|(_, used)| **used).map(|(name, _)| (*name).to_owned());
-        let header = header.collect();
-        for row in &mut rows {
-            let mut used = used.iter();
-            row.retain(|_| *used.next().expect("a cell per column"));
+    /// Creates a table without the columns that are empty in all rows. `header` is `first|second|…`.
+    pub fn new(title: impl Into<String>, note: &str, header: &str, mut rows: Vec<Vec<String>>) -> Self {
+        let mut header: Vec<String> = header.split('|').map(str::to_owned).collect();
+        for column in (0..header.len()).rev() {
+            if rows.iter().all(|row| row[column].is_empty()) {
+                header.remove(column);
+                rows.iter_mut().for_each(|row| drop(row.remove(column)));
+            }
         }
         Self { title: title.into(), note: note.to_owned(), header, rows }
     }
@@ -52,6 +53,11 @@ fn starts_with_number(cell: &str) -> bool {
     let word = cell.split_whitespace().next().unwrap_or_default().trim_matches('*');
     let number = word.trim_start_matches('±').trim_end_matches('×').replace(',', "");
     number.starts_with(|c: char| c.is_ascii_digit() || c == '-') && number.parse::<f64>().is_ok()
+}
+
+/// Formats the cells of a row.
+pub(super) fn cells<const N: usize>(values: [&dyn Display; N]) -> Vec<String> {
+    values.iter().map(ToString::to_string).collect()
 }
 
 fn training_speed(results: &Results) -> Table {
@@ -76,12 +82,12 @@ fn training_speed(results: &Results) -> Table {
         Some(std::iter::once(row.label.clone()).chain(cells).collect())
     };
     let rows = headlines.iter().filter_map(row).collect();
-    let versus = base.as_ref().map_or_else(String::new, |(label, _)| format!("vs {label}"));
+    let versus = base.as_ref().map_or("", |(label, _)| label.as_str());
     Table::new(
         format!("Training speed, {shape}"),
         "All Opt is the fastest checked variant with parameters in f32. AMP is torch.autocast with bf16, and mixed is f32 \
          master weights with bf16 compute.",
-        &["", rate(shape, 1.0).1, "95 % CI", &versus, "remarks"],
+        &format!("|{}|95 % CI|vs {versus}|remarks", rate(shape, 1.0).1),
         rows,
     )
 }
@@ -97,7 +103,7 @@ fn remarks(record: &Record) -> String {
 fn memory_peaks(results: &Results) -> Table {
     let row = |row: &Headline| {
         let record = find_measured(results, &row.case)?.record;
-        let framework = row.case.backend.framework().names().0;
+        let framework = row.case.backend.framework().label();
         let remark = match record.peak_bytes {
             Some(_) => String::new(),
             None => format!("{framework} has no allocator peak on {}", row.case.backend.device()),
@@ -110,25 +116,20 @@ fn memory_peaks(results: &Results) -> Table {
         format!("Memory of a training step, {}", results.headline()),
         "The two peaks are different metrics and must not be compared: the peak of the framework's allocator, and the peak \
          RSS of the whole process with its libraries.",
-        &["", "allocator peak", "peak RSS", "remarks"],
+        "|allocator peak|peak RSS|remarks",
         headlines(results).iter().filter_map(row).collect(),
     )
 }
 
 fn variants(all: &[Measured<'_>]) -> Table {
     let row = |(m, speedup): (Measured<'_>, f64)| {
-        vec![
-            m.case.backend.to_string(),
-            m.case.shape.to_string(),
-            m.case.method.to_string(),
-            time(m.median_ns),
-            format!("{speedup:.2}×"),
-        ]
+        let Case { backend, shape, method, .. } = m.case;
+        cells([&backend, &shape, &method, &time(m.median_ns), &format!("{speedup:.2}×")])
     };
     Table::new(
         "Variants of the training step",
         "",
-        &["backend", "shape", "method", "median", "vs eager f32"],
+        "backend|shape|method|median|vs eager f32",
         ablation(all).into_iter().map(row).collect(),
     )
 }
@@ -137,19 +138,14 @@ fn env_effects(results: &Results) -> Table {
     let row = |effect: &EnvEffect| {
         let speedup = Ratio { value: effect.ratio, range: effect.ratio_ci }.inverse();
         let [low, high] = speedup.range;
-        vec![
-            effect.variables.clone(),
-            effect.id.clone(),
-            time(effect.without_ns),
-            time(effect.with_ns),
-            format!("{:.2}×", speedup.value),
-            format!("{low:.2} to {high:.2}"),
-        ]
+        let times = [time(effect.without_ns), time(effect.with_ns)];
+        let speedup = [format!("{:.2}×", speedup.value), format!("{low:.2} to {high:.2}")];
+        cells([&effect.variables, &effect.id, &times[0], &times[1], &speedup[0], &speedup[1]])
     };
     Table::new(
         "Effects of environment variables",
         "Each case was measured with and without the variables, interleaved.",
-        &["variables", "case", "without", "with", "speedup", "99 % CI"],
+        "variables|case|without|with|speedup|99 % CI",
         results.env_effects.iter().map(row).collect(),
     )
 }
@@ -158,19 +154,14 @@ fn batch_sizes(all: &[Measured<'_>]) -> Table {
     let row = |sweep: &Sweep<'_>| {
         let speed = |m: &Measured<'_>| format!("{}: {}", m.case.shape.batch(), digits(m.speed().value));
         let fastest = sweep.fastest().case.shape;
-        vec![
-            sweep.model.to_string(),
-            sweep.backend.to_string(),
-            sweep.method.to_string(),
-            sweep.steps.iter().map(speed).collect::<Vec<_>>().join(", "),
-            rate(fastest, 1.0).1.to_owned(),
-            fastest.batch().to_string(),
-        ]
+        let speeds = sweep.steps.iter().map(speed).collect::<Vec<_>>().join(", ");
+        let (unit, batch) = (rate(fastest, 1.0).1, fastest.batch());
+        cells([&sweep.model, &sweep.backend, &sweep.method, &speeds, &unit, &batch])
     };
     Table::new(
         "Training speed by batch",
         "",
-        &["model", "backend", "method", "batch: speed", "unit", "fastest batch"],
+        "model|backend|method|batch: speed|unit|fastest batch",
         batches(all).iter().map(row).collect(),
     )
 }
@@ -209,7 +200,7 @@ fn language_models(results: &Results, all: &[Measured<'_>]) -> Table {
         "Language models",
         "MFU is the model FLOPs utilization per device: TFLOP/s as a share of the dense peak in the GPU's datasheet, or of the \
          best `matmul-peak` of the same backend and precision in this run.",
-        &["case", "median", "tokens/s", "TFLOP/s", "MFU (datasheet)", "MFU (measured peak)"],
+        "case|median|tokens/s|TFLOP/s|MFU (datasheet)|MFU (measured peak)",
         all.iter().filter_map(row).collect(),
     )
 }
@@ -219,16 +210,7 @@ fn all_cases(all: &[Measured<'_>]) -> Table {
         ALL_CASES,
         "Error / tolerance is the largest error in the parity check as a share of its tolerance, at the measured shape. CPU \
          wait is the share of time that runnable threads waited for a core.",
-        &[
-            "case",
-            "median",
-            "95 % CI",
-            "throughput",
-            "samples",
-            "page faults",
-            "error / tolerance",
-            "CPU wait",
-        ],
+        "case|median|95 % CI|throughput|samples|page faults|error / tolerance|CPU wait",
         all.iter().map(case_row).collect(),
     )
 }
@@ -262,7 +244,7 @@ pub(super) fn throughput(m: &Measured<'_>) -> String {
 /// Formats the page faults per step, with their share of the time if it is large.
 fn page_faults(record: &Record) -> Option<String> {
     let faults = record.page_faults?;
-    let share = record.page_fault_share.filter(|share| *share > memory::FAULT_SHARE_THRESHOLD);
+    let share = record.page_fault_share.filter(|share| *share > memory::PAGE_FAULT_SHARE_THRESHOLD);
     let share = share.map_or_else(String::new, |share| format!(" ({:.0} % of the step)", 100.0 * share));
     Some(significant(faults.round(), 1) + &share)
 }
@@ -318,7 +300,7 @@ mod tests {
     fn empty_columns_are_dropped_and_numbers_are_found() {
         let rows = [["a", "1,545", "", "–", "2, NCCL"], ["b", "±0.36 %", "", "1.68×", "3"]];
         let rows = rows.iter().map(|row| row.map(str::to_owned).into()).collect();
-        let table = Table::new("", "", &["name", "x", "remarks", "y", "z"], rows);
+        let table = Table::new("", "", "name|x|remarks|y|z", rows);
         assert_eq!(table.header, ["name", "x", "y", "z"]);
         assert_eq!(table.rows[1], ["b", "±0.36 %", "1.68×", "3"]);
         assert_eq!(table.numeric_columns(), [false, true, true, true]);

@@ -16,6 +16,7 @@ use super::run::{self, ProcessRecord};
 use super::upgrade::{self, VERSION};
 use super::validate;
 use super::{EnvEffect, InterleavedResult, Record, Results, RunModel, Status, deserialize_run_model};
+use crate::files;
 use crate::results;
 use crate::suite::Case;
 
@@ -134,7 +135,7 @@ impl Baseline {
         body.push_str(&format!("\"cases\": [\n{}\n]\n}}\n", lines(&self.cases)?));
         Ok(format!(
             "{{\"format\": \"{FORMAT}\",\n\"version\": {VERSION},\n\"checksum\": \"{:016x}\",\n{body}",
-            results::checksum(body.as_bytes())
+            files::checksum(body.as_bytes())
         ))
     }
 
@@ -155,7 +156,7 @@ impl Baseline {
         ensure!(version > 0, "{place} has no format version: restore it from git, or save it again");
         let body = text.splitn(4, '\n').nth(3).unwrap_or("");
         ensure!(
-            value["checksum"] == format!("{:016x}", results::checksum(body.as_bytes())),
+            value["checksum"] == format!("{:016x}", files::checksum(body.as_bytes())),
             "{place} was changed after it was saved: restore it from git, or save it again"
         );
         upgrade::upgrade(&mut value, version);
@@ -216,7 +217,7 @@ impl Baseline {
             for (file, value) in
                 [("sample", &kept.sample), ("estimates", &kept.estimates), ("benchmark", &kept.benchmark)]
             {
-                results::write_atomic(&folder.join(format!("{file}.json")), &serde_json::to_string(value)?)?;
+                files::write_atomic(&folder.join(format!("{file}.json")), &serde_json::to_string(value)?)?;
             }
         }
         Ok(folders.len())
@@ -352,8 +353,8 @@ pub fn write(root: &Path, name: &str, baseline: &Baseline, report: &str, force: 
     // Both files exist in full before either takes its place.
     let new = |name: &str| folder.join(format!("{name}.new"));
     let place = || -> Result<()> {
-        results::write_atomic(&new("report.md"), report)?;
-        results::write_atomic(&new("baseline.json"), &baseline.render()?)?;
+        files::write_atomic(&new("report.md"), report)?;
+        files::write_atomic(&new("baseline.json"), &baseline.render()?)?;
         for name in ["report.md", "baseline.json"] {
             fs::rename(new(name), folder.join(name))
                 .with_context(|| format!("{} could not be written", folder.join(name).display()))?;
@@ -390,7 +391,7 @@ pub fn remove(folder: &Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::results::tests::scratch;
+    use crate::files::tests::scratch;
 
     fn baseline() -> Baseline {
         let case: Case = "forward/torch-cpu/f32/indicator-b16".parse().unwrap();
@@ -420,6 +421,8 @@ mod tests {
             interleaved: vec![InterleavedResult {
                 base: case.to_string(),
                 head: skipped.to_string(),
+                base_ns: Some(1e6),
+                head_ns: Some(2e6),
                 ratio: 2.0,
                 ratio_ci: [1.5, 2.5],
                 rounds: 3,

@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 use serde::{Deserialize, Serialize};
 
 use crate::suite::custom_model::MachineCapacity;
-use crate::suite::{BackendId, Device, Framework, Precision};
+use crate::suite::{BackendId, Device, Precision};
 
 /// The machine as `results.json` and baselines record it.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -104,6 +104,12 @@ impl Machine {
                 self.versions.push(entry);
             }
         }
+    }
+
+    /// Returns a text that changes if a parity check must run again: the hardware, drivers, versions and settings.
+    pub fn fingerprint(&self) -> String {
+        let m = self;
+        format!("{:?}", (&m.cpu, m.cores, &m.os, &m.gpus, &m.driver, &m.versions, &m.environment))
     }
 
     /// Returns a readable name for the hardware, `[a-z0-9-]+`: the GPU and its count, or the CPU.
@@ -228,7 +234,7 @@ fn environment() -> Vec<(String, String)> {
         "GLIBC_TUNABLES",
         "LD_PRELOAD",
         "DYLD_INSERT_LIBRARIES",
-        "TRANSFORMER_BENCH_HEAP",
+        "TRANSFORMER_BENCH_MALLOC",
         "DNNL_",
         "ONEDNN_",
         "ATEN_",
@@ -242,65 +248,6 @@ fn environment() -> Vec<(String, String)> {
         .collect();
     all.sort();
     all
-}
-
-/// Requests the performance cores of a Mac for this thread and those that it starts (`pthread/qos.h`). Does
-/// nothing on other systems.
-pub fn prefer_fast_cores() {
-    #[cfg(target_os = "macos")]
-    // SAFETY: no pointers.
-    unsafe {
-        libc::pthread_set_qos_class_self_np(libc::qos_class_t::QOS_CLASS_USER_INTERACTIVE, 0);
-    }
-}
-
-/// Returns the paths of the shared libraries that this process has loaded.
-pub fn loaded_libraries() -> Vec<String> {
-    #[cfg(target_os = "macos")]
-    {
-        unsafe extern "C" {
-            fn _dyld_image_count() -> u32;
-            fn _dyld_get_image_name(index: u32) -> *const std::ffi::c_char;
-        }
-        // SAFETY: dyld returns NUL-terminated names, or null past the end.
-        (0..unsafe { _dyld_image_count() })
-            .filter_map(|i| unsafe {
-                let name = _dyld_get_image_name(i);
-                (!name.is_null()).then(|| std::ffi::CStr::from_ptr(name).to_string_lossy().into_owned())
-            })
-            .collect()
-    }
-    #[cfg(not(target_os = "macos"))]
-    {
-        let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
-        let mut all: Vec<String> = maps
-            .lines()
-            .filter_map(|line| line.split_whitespace().nth(5))
-            .filter(|path| path.contains(".so"))
-            .map(str::to_owned)
-            .collect();
-        all.sort();
-        all.dedup();
-        all
-    }
-}
-
-/// Checks that this process has loaded no framework but the measured one. Each framework brings a BLAS, and
-/// the other could bind to its symbols.
-///
-/// # Errors
-/// Returns an error with the path of the foreign library.
-pub fn assert_isolated(framework: Framework) -> Result<()> {
-    let foreign = |name: &str| {
-        Framework::ALL.iter().any(|other| *other != framework && name.starts_with(other.names().1))
-    };
-    let found = loaded_libraries()
-        .into_iter()
-        .find(|path| Path::new(path).file_name().is_some_and(|name| foreign(&name.to_string_lossy())));
-    match found {
-        Some(path) => bail!("this process measures {framework} and has also loaded {path}"),
-        None => Ok(()),
-    }
 }
 
 /// Returns a rate in FLOP/s that the device cannot exceed, or `None` for an unknown GPU. A measured rate above
@@ -390,8 +337,13 @@ mod tests {
         let machine = Machine::read();
         assert!(machine.cores >= 1 && machine.memory_bytes > 1 << 28, "{machine:?}");
         assert!(!machine.cpu.is_empty() && !machine.os.is_empty(), "{machine:?}");
-        assert!(!loaded_libraries().is_empty());
         assert!(crate::memory::resident_bytes() > 1 << 16);
+    }
+
+    #[test]
+    fn another_driver_changes_the_fingerprint() {
+        let other = Machine { driver: "another".to_owned(), ..Machine::default() };
+        assert_ne!(other.fingerprint(), Machine::default().fingerprint());
     }
 
     #[test]
@@ -475,12 +427,6 @@ mod tests {
         machine.gpus.push("NVIDIA H100 80GB HBM3".to_owned());
         assert_eq!(machine.slug(), "h100-80gb-hbm3-x2");
         assert_eq!(Machine::default().slug(), "0-cores");
-    }
-
-    #[test]
-    fn the_library_itself_links_no_framework() {
-        assert_isolated(Framework::Torch).unwrap();
-        assert_isolated(Framework::Mlx).unwrap();
     }
 
     #[test]

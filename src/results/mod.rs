@@ -9,7 +9,6 @@ pub mod upgrade;
 pub mod validate;
 
 use std::fs;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -17,6 +16,7 @@ use serde::de::{DeserializeOwned, Error};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::backend::RankStats;
+use crate::files::{lock_file, write_atomic};
 use crate::interference;
 use crate::model::{Model, ModelId, config};
 use crate::suite::{Case, CustomModel, HEADLINE_SHAPE, Shape, custom_model};
@@ -155,6 +155,12 @@ pub struct InterleavedResult {
     /// Ids of the two cases.
     pub base: String,
     pub head: String,
+    /// Step times of both sides in nanoseconds, from the rounds of the ratio: `head_ns / base_ns` is `ratio`. `None` in
+    /// files of version 2.
+    #[serde(default)]
+    pub base_ns: Option<f64>,
+    #[serde(default)]
+    pub head_ns: Option<f64>,
     /// Step time of head over step time of base, and its 99 % confidence interval.
     pub ratio: f64,
     pub ratio_ci: [f64; 2],
@@ -282,96 +288,13 @@ impl RunModel {
 pub fn deserialize_run_model<'de, D: Deserializer<'de>>(from: D) -> Result<Option<RunModel>, D::Error> {
     let own: Option<RunModel> = Deserialize::deserialize(from)?;
     if let Some(own) = &own {
-        let whole = config::complete(own.configuration).ok() == Some(own.configuration);
+        let whole = config::complete_and_check(own.configuration).ok() == Some(own.configuration);
         if !whole || !(1..=custom_model::MAX_BATCH).contains(&own.batch) {
             return Err(D::Error::custom("the model of this run is not valid"));
         }
         ModelId::register(own.configuration).map_err(D::Error::custom)?;
     }
     Ok(own)
-}
-
-/// Returns the cache folder that all clones share. An empty or relative XDG_CACHE_HOME counts as unset, as in
-/// set-up (XDG base directory specification).
-///
-/// # Errors
-/// Returns an error if neither XDG_CACHE_HOME nor HOME is set.
-pub fn cache_folder() -> Result<PathBuf> {
-    let given = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
-    let base = match given {
-        Some(cache) => cache,
-        None => PathBuf::from(std::env::var_os("HOME").context("neither XDG_CACHE_HOME nor HOME is set")?)
-            .join(".cache"),
-    };
-    Ok(base.join("transformer-bench"))
-}
-
-/// A folder or file that is removed on drop.
-#[derive(Debug)]
-pub struct Scratch(pub PathBuf);
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0).or_else(|_| fs::remove_file(&self.0));
-    }
-}
-
-/// Returns true if a process of this user has the id.
-pub fn is_running(process: i32) -> bool {
-    // SAFETY: signal 0 only asks.
-    unsafe { libc::kill(process, 0) == 0 }
-}
-
-/// FNV-1a, 64 bits, <https://www.rfc-editor.org/rfc/rfc9923>.
-pub fn checksum(bytes: &[u8]) -> u64 {
-    bytes
-        .iter()
-        .fold(0xcbf2_9ce4_8422_2325, |hash, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
-}
-
-/// Returns a checksum of the running program.
-///
-/// # Errors
-/// Returns an error if its file cannot be read.
-pub fn executable() -> Result<String> {
-    let exe = std::env::current_exe()?;
-    let bytes = fs::read(&exe).with_context(|| format!("{} could not be read", exe.display()))?;
-    Ok(format!("{:016x}", checksum(&bytes)))
-}
-
-/// Writes a file atomically, through a temporary file and a rename.
-///
-/// # Errors
-/// Returns an error if the file cannot be written. An older file is then unchanged.
-pub fn write_atomic(path: &Path, text: &str) -> Result<()> {
-    let folder = path.parent().context("a file has a folder")?;
-    let partial = path.with_extension("partial");
-    let write = || -> std::io::Result<()> {
-        fs::create_dir_all(folder)?;
-        let mut file = fs::File::create(&partial)?;
-        file.write_all(text.as_bytes())?;
-        file.sync_all()?;
-        fs::rename(&partial, path)
-    };
-    write().map_err(|error| {
-        let _ = fs::remove_file(&partial);
-        anyhow::anyhow!("{} could not be written: {error}; an older file there is unchanged", path.display())
-    })
-}
-
-/// Takes an exclusive lock for reading, changing and writing `path`. Dropping the result releases it.
-///
-/// # Errors
-/// Returns an error if the lock file cannot be created.
-pub fn lock_file(path: &Path) -> Result<fs::File> {
-    let lock = path.with_extension("lock");
-    let take = || -> std::io::Result<fs::File> {
-        fs::create_dir_all(path.parent().unwrap_or(Path::new(".")))?;
-        let file = fs::File::create(&lock)?;
-        file.lock()?;
-        Ok(file)
-    };
-    take().with_context(|| format!("{} could not be locked", lock.display()))
 }
 
 /// Returns the folder of the last run: TRANSFORMER_BENCH_RESULTS, or `transformer-bench` in Cargo's target
@@ -411,31 +334,13 @@ pub(crate) fn read_json<T: DeserializeOwned>(path: &Path, advice: &str) -> Resul
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
+mod tests {
     use super::*;
-
-    /// Returns a path private to this process that does not exist yet.
-    pub fn scratch(name: &str) -> PathBuf {
-        let folder = std::env::temp_dir().join(format!("transformer-bench-{}-{name}", std::process::id()));
-        let _ = fs::remove_dir_all(&folder);
-        folder
-    }
 
     #[test]
     fn a_reason_is_one_short_line() {
         assert_eq!(one_line("a\n  b\tc "), "a b c");
         let long = one_line(&"é".repeat(1000));
         assert!(long.ends_with("é…") && long.chars().count() == 301, "{long}");
-    }
-
-    #[test]
-    fn a_failed_write_leaves_the_old_file() {
-        let folder = scratch("write");
-        let path = folder.join("a.json");
-        write_atomic(&path, "old").unwrap();
-        fs::create_dir(path.with_extension("partial")).unwrap();
-        assert!(write_atomic(&path, "new").unwrap_err().to_string().contains("untouched"));
-        assert_eq!(fs::read_to_string(&path).unwrap(), "old");
-        fs::remove_dir_all(folder).unwrap();
     }
 }

@@ -9,7 +9,8 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use super::machine::Machine;
-use super::{Record, Results, RunModel, env_effects, interleaved_results, read_json, validate, write_atomic};
+use super::{Record, Results, RunModel, env_effects, interleaved_results, read_json, validate};
+use crate::files::{executable_checksum, write_atomic};
 use crate::suite::{Case, Framework, Set, cases_for, custom_model};
 
 /// The set and filter of a run.
@@ -94,7 +95,7 @@ impl Writer {
         selected: &[Case],
         machine: Machine,
     ) -> Result<Self> {
-        let executable = super::executable()?;
+        let executable = executable_checksum()?;
         let path = part_path(folder, framework, tf32);
         let mut results = Results::new(machine, Vec::new());
         results.model = custom_model::custom_model().map(RunModel::of);
@@ -185,7 +186,7 @@ pub fn command(parts: &[ProcessRecord]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::results::tests::scratch;
+    use crate::files::tests::scratch;
     use crate::results::{EnvEffect, Status, save_env_effects, settings_path};
 
     fn part(framework: Framework, id: &str) -> ProcessRecord {

@@ -61,6 +61,16 @@ const KEYS_OF_IDS: &[&str] = &[
     "title",
 ];
 
+/// Texts of version 2 about malloc, in the versions and environment of a machine and in environment effects.
+const RENAMED_TEXTS: &[(&str, &str)] = &[
+    (r"^heap$", "malloc"),
+    (r"\bfreed memory kept$", "retains freed memory"),
+    (r"\bfreed memory given back at will$", "default policy"),
+    (r"\bTRANSFORMER_BENCH_HEAP\b", "TRANSFORMER_BENCH_MALLOC"),
+    (r"\bMALLOC=system\b", "MALLOC=default"),
+    (r"\bMALLOC=kept\b", "MALLOC=retain"),
+];
+
 /// Translates a parsed file of `version` into the present one.
 pub fn upgrade(file: &mut Value, version: u64) {
     if version < VERSION {
@@ -102,6 +112,7 @@ fn upgrade_value(value: &mut Value, version: u64, key: Option<&str>) {
                 }
                 .to_owned();
             }
+            Some("versions" | "environment" | "setting") => *text = rename_texts(text),
             Some("output") if text == "masked" => *text = "mlm-head".to_owned(),
             _ => {}
         },
@@ -109,14 +120,25 @@ fn upgrade_value(value: &mut Value, version: u64, key: Option<&str>) {
     }
 }
 
+type Replacements = Vec<(Regex, &'static str)>;
+
+fn compile(table: &[(&'static str, &'static str)]) -> Replacements {
+    table.iter().map(|&(old, new)| (Regex::new(old).expect("a constant pattern"), new)).collect()
+}
+
+fn replace(patterns: &Replacements, text: String) -> String {
+    patterns.iter().fold(text, |text, (old, new)| old.replace_all(&text, *new).into_owned())
+}
+
+fn rename_texts(text: &str) -> String {
+    static PATTERNS: Lazy<Replacements> = Lazy::new(|| compile(RENAMED_TEXTS));
+    replace(&PATTERNS, text.to_owned())
+}
+
 /// Returns the present id (or filter) for one of an older version.
 pub fn upgrade_id(id: &str, version: u64) -> String {
-    static PATTERNS: Lazy<Vec<(Regex, &str)>> = Lazy::new(|| {
-        let compile = |&(old, new): &(_, _)| (Regex::new(old).expect("a constant pattern"), new);
-        RENAMED_WORDS.iter().map(compile).collect()
-    });
-    let id = if version < 2 { id_of_version_2(id) } else { id.to_owned() };
-    PATTERNS.iter().fold(id, |id, (old, new)| old.replace_all(&id, *new).into_owned())
+    static PATTERNS: Lazy<Replacements> = Lazy::new(|| compile(RENAMED_WORDS));
+    replace(&PATTERNS, if version < 2 { id_of_version_2(id) } else { id.to_owned() })
 }
 
 fn id_of_version_2(id: &str) -> String {
@@ -177,7 +199,9 @@ mod tests {
     fn fields_of_older_versions_are_translated() {
         let mut file = json!({
             "version": 1,
-            "machine": {"others": 0.5, "vectors": "AVX2"},
+            "machine": {"others": 0.5, "vectors": "AVX2",
+                        "versions": [["heap", "glibc 2.36, freed memory kept"]]},
+            "settings": [{"setting": "TRANSFORMER_BENCH_HEAP=system"}],
             "model": {"configuration": {"hidden": 4, "norm-place": "before", "output": "masked",
                                         "dropout": {"hidden": 0.5}, "position": {"rotary": {"base": 1.0}}}},
             "cases": [{"id": "train-step/torch-cpu/amp/indicator-b16-r2", "precision": "amp",
@@ -187,7 +211,9 @@ mod tests {
         upgrade(&mut file, 1);
         let expected = json!({
             "version": 3,
-            "machine": {"background_load": 0.5, "simd": "AVX2"},
+            "machine": {"background_load": 0.5, "simd": "AVX2",
+                        "versions": [["malloc", "glibc 2.36, retains freed memory"]]},
+            "env_effects": [{"variables": "TRANSFORMER_BENCH_MALLOC=default"}],
             "model": {"configuration": {"ffn-width": 4, "norm-order": "pre-norm", "output": "mlm-head",
                                         "dropout": {"hidden": 0.5}, "position": {"rotary": {"theta": 1.0}}}},
             "cases": [{"id": "train-step/torch-cpu/amp/indicator-b16-dp2", "precision": "amp",

@@ -37,6 +37,12 @@ fn is_ratio(ratio: f64, [low, high]: [f64; 2]) -> bool {
     [ratio, low, high].into_iter().all(is_positive) && low <= ratio && ratio <= high
 }
 
+/// Returns true if the step times divide to the ratio, up to rounding.
+fn times_divide_to_ratio(result: &InterleavedResult) -> bool {
+    let (Some(base), Some(head)) = (result.base_ns, result.head_ns) else { return true };
+    is_positive(base) && is_positive(head) && (head / base / result.ratio - 1.0).abs() < 1e-9
+}
+
 /// Checks the comparisons that are saved with a run.
 ///
 /// # Errors
@@ -52,7 +58,7 @@ pub fn check_comparisons(interleaved: &[InterleavedResult], env_effects: &[EnvEf
     }
     for result in interleaved {
         ensure!(
-            is_ratio(result.ratio, result.ratio_ci),
+            is_ratio(result.ratio, result.ratio_ci) && times_divide_to_ratio(result),
             "{}, interleaved: no ratio with an interval",
             result.base
         );

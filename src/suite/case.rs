@@ -1,4 +1,4 @@
-//! A case, and the id that names it everywhere: `workload/backend/precision/shape`.
+//! A case and its id, `workload/backend/precision/shape`.
 
 use std::fmt;
 use std::str::FromStr;
@@ -9,7 +9,7 @@ use regex::Regex;
 use super::{BackendId, Device, Framework, Method, Shape, Variant, Workload};
 use crate::model::Dropout;
 
-/// One row of the suite.
+/// One benchmark.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Case {
     pub workload: Workload,
@@ -19,20 +19,20 @@ pub struct Case {
 }
 
 impl Case {
-    /// Dropout in force: none outside training.
+    /// Returns the dropout of the case. Only training workloads have dropout.
     pub fn dropout(&self) -> Dropout {
         if self.workload.trains() { self.shape.dropout() } else { Dropout::NONE }
     }
 
-    /// Whether fused kernels compute attention, whose backward pass rounds in another way.
+    /// Returns true if a fused kernel computes attention. Its backward pass rounds differently.
     pub fn fuses_attention(&self) -> bool {
-        let recipe = self.method.variant;
-        // PyTorch compiles a network that is written with it.
-        recipe.uses_sdpa() || (recipe == Variant::Compile && self.backend.framework() == Framework::Torch)
+        let variant = self.method.variant;
+        // The network that PyTorch compiles calls fused attention.
+        variant.uses_sdpa() || (variant == Variant::Compile && self.backend.framework() == Framework::Torch)
     }
 
-    /// What a program in another language needs to build the same step; null where the case has no
-    /// model, or several devices share it.
+    /// Returns a description from which a program in another language can build the same step. It is null for
+    /// peak cases and for several devices.
     pub fn description(&self) -> serde_json::Value {
         let Some((model, batch)) = self.shape.model().filter(|_| self.shape.ranks() == 1) else {
             return serde_json::Value::Null;
@@ -65,23 +65,23 @@ impl FromStr for Case {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let parts: Vec<_> = text.split('/').collect();
-        let [workload, backend, precision, shape] = parts[..] else {
-            return Err(format!("'{text}' is no case id: workload/backend/precision/shape"));
+        let [workload, backend, method, shape] = parts[..] else {
+            return Err(format!("'{text}' is not a case id of the form workload/backend/precision/shape"));
         };
         let mut case = Self {
             workload: workload.parse()?,
             backend: backend.parse()?,
-            method: precision.parse()?,
+            method: method.parse()?,
             shape: shape.parse()?,
         };
-        if let (Some(part), Shape::Model { model, batch, ranks: 1 }) = (case.workload.block(), case.shape)
+        if let Shape::Model { model, batch, ranks: 1 } = case.shape
             && !model.is_preset()
         {
-            case.shape = Shape::Block { part, model, batch };
+            case.shape = Shape::for_workload(case.workload, model, batch);
         }
         let fits = match case.workload {
             workload if workload.block().is_some() => {
-                matches!(case.shape, Shape::Block { part, .. } if Some(part) == workload.block())
+                matches!(case.shape, Shape::Block { block, .. } if Some(block) == workload.block())
             }
             Workload::MatmulPeak => matches!(case.shape, Shape::Square { .. }),
             Workload::CopyPeak => matches!(case.shape, Shape::Buffer { ranks: 1, .. }),
@@ -93,9 +93,12 @@ impl FromStr for Case {
     }
 }
 
-/// A filter over ids.
+/// Parses a filter over ids.
+///
+/// # Errors
+/// Returns an error if it is not a regular expression.
 pub fn parse_filter(text: &str) -> Result<Regex> {
-    Regex::new(text).with_context(|| format!("'{text}' is no regular expression"))
+    Regex::new(text).with_context(|| format!("'{text}' is not a regular expression"))
 }
 
 #[cfg(test)]
@@ -107,12 +110,12 @@ mod tests {
     use crate::suite::{Block, HEADLINE_SHAPE, Precision, Set, cases};
 
     #[test]
-    fn ids_are_short_lower_case_and_unique_and_parse_back() {
+    fn ids_are_short_lower_case_unique_and_parse_to_their_case() {
         for &set in Set::ALL {
             let mut seen = HashSet::new();
             for case in cases(set) {
                 let id = case.to_string();
-                assert!(id.len() < 64, "{id}");
+                assert!(id.len() < 72, "{id}");
                 assert!(
                     id.split('/').all(|part| !part.is_empty()
                         && part.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-')),
@@ -130,14 +133,14 @@ mod tests {
         assert_eq!(case.method, Method::tuned(Precision::Mixed));
         assert_eq!(case.shape, HEADLINE_SHAPE);
         let model = ModelId::indicator();
-        let block = Shape::Block { part: Block::Attention, model, batch: 16 };
+        let block = Shape::Block { block: Block::Attention, model, batch: 16 };
         assert_eq!(block.to_string(), "b16-h8-t111-d32");
-        let gpt2 = Shape::of_model(ModelId::named("gpt2").unwrap(), 8);
+        let gpt2 = Shape::for_model(ModelId::named("gpt2").unwrap(), 8);
         assert_eq!(gpt2.to_string(), "gpt2-b8-t1024");
     }
 
     #[test]
-    fn wrong_ids_are_refused_with_what_is_wrong() {
+    fn a_wrong_id_is_an_error_that_names_the_wrong_part() {
         for (id, word) in [
             ("train-step/torch-cpu/f32", "workload/backend/precision/shape"),
             ("train/torch-cpu/f32/indicator-b16", "unknown workload"),
@@ -150,12 +153,12 @@ mod tests {
             ("train-step/torch-cpu/f32/indicator-b1-t7", "unknown shape"),
             ("train-step/torch-cpu/f32/gpt2-b8-t99", "unknown shape"),
             ("train-step/torch-cpu/f32/n64", "has no shape"),
-            ("train-step/torch-cpu/f32/indicator-b16-dp1", "2 at least"),
-            ("train-step/torch-cpu/f32/indicator-b16-dp3", "can't share a batch of 16"),
+            ("train-step/torch-cpu/f32/indicator-b16-dp1", "at least 2"),
+            ("train-step/torch-cpu/f32/indicator-b16-dp3", "cannot divide a batch of 16"),
             ("forward/torch-cpu/f32/indicator-b16-dp2", "has no shape"),
             ("all-reduce/torch-cpu/f32/1mib", "has no shape"),
             ("copy-peak/torch-cpu/f32/1mib-dp2", "has no shape"),
-            ("matmul-peak/torch-cpu/f32/n64-dp2", "not divided among ranks"),
+            ("matmul-peak/torch-cpu/f32/n64-dp2", "cannot be divided between ranks"),
             ("attention/torch-cpu/f32/b1-h8-t111", "unknown shape"),
             ("attention/torch-cpu/f32/b1-t111-d256-f1024", "has no shape"),
         ] {
@@ -169,8 +172,8 @@ mod tests {
         let readme = include_str!("README.md");
         let mut parts: Vec<String> = Workload::ALL.iter().map(|w| w.to_string()).collect();
         parts.extend(BackendId::ALL.iter().map(|b| b.to_string()));
-        parts.extend(Precision::ALL.iter().map(|c| c.to_string()));
-        parts.extend(Variant::ALL.iter().filter(|&&r| r != Variant::Eager).map(|r| format!("-{r}")));
+        parts.extend(Precision::ALL.iter().map(|p| p.to_string()));
+        parts.extend(Variant::ALL.iter().filter(|&&v| v != Variant::Eager).map(|v| format!("-{v}")));
         parts.extend(ModelId::all().map(|m| m.to_string()));
         for part in parts {
             assert!(readme.contains(&format!("`{part}`")), "src/suite/README.md does not explain {part}");

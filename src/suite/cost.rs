@@ -1,17 +1,14 @@
-//! How much work a case is, counted from its shape.
+//! FLOPs, bytes and memory of a case, computed from its shape.
 //!
-//! Convention: a multiply-add is 2 FLOPs, and only matrix products count, as in
-//! PyTorch's `FlopCounterMode` and the scaling-law literature (Kaplan et al. 2020).
-//! A backward pass counts the products that it needs: two for each product whose
-//! operands both need a gradient, one where only the weight does. Causal attention
-//! counts in full. Bytes are the fewest that must move: each operand read once,
-//! each result written once.
+//! A multiply-add is 2 FLOPs, and only matrix products count, as in PyTorch's `FlopCounterMode` and the
+//! scaling-law literature (Kaplan et al. 2020). The backward pass has two products for each product whose
+//! operands both need a gradient, and one if only the weight does. Causal attention counts in full. Bytes are
+//! the minimum traffic: each operand is read once, and each result is written once.
 
 use super::{Block, Case, Shape, Workload};
-use crate::model::parameters::parameter_count;
 use crate::model::{Input, Model, Output, Position};
 
-/// The unit in which a case's speed is told.
+/// The work of one iteration, in the unit of the case's speed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Work {
     Samples(u64),
@@ -26,7 +23,7 @@ impl Work {
         }
     }
 
-    /// The unit of `amount` over seconds.
+    /// Returns the unit of the speed.
     pub fn unit(self) -> &'static str {
         match self {
             Self::Samples(_) => "samples/s",
@@ -36,7 +33,7 @@ impl Work {
     }
 }
 
-/// What one iteration counts as.
+/// Returns the work of one iteration.
 pub fn work(case: &Case) -> Work {
     match case.workload {
         Workload::Forward | Workload::ForwardBackward | Workload::TrainStep => match case.shape {
@@ -52,21 +49,21 @@ fn linear(rows: usize, from: usize, to: usize) -> u64 {
     2 * (rows * from * to) as u64
 }
 
-/// The projections and the two products of attention over `batch` sequences.
-fn attention(batch: usize, m: &Model) -> u64 {
-    let (rows, (inner, shared)) = (batch * m.tokens, m.qkv_widths());
-    2 * linear(rows, m.width, inner) + 2 * linear(rows, m.width, shared) + 2 * linear(rows, inner, m.tokens)
+/// Returns the FLOPs of the four projections and the two attention products, forward only.
+fn attention_flops(batch: usize, m: &Model) -> u64 {
+    let (rows, (q_width, kv_width)) = (batch * m.tokens, m.qkv_widths());
+    2 * (linear(rows, m.width, q_width) + linear(rows, m.width, kv_width) + linear(rows, q_width, m.tokens))
 }
 
-fn feed_forward(rows: usize, m: &Model) -> u64 {
+fn feed_forward_flops(rows: usize, m: &Model) -> u64 {
     (2 + u64::from(m.glu)) * linear(rows, m.width, m.ffn_width)
 }
 
-/// (forward, backward) of a model.
+/// Returns the FLOPs of the forward and of the backward pass.
 fn model_flops(m: &Model, batch: usize) -> (u64, u64) {
     let rows = batch * m.tokens;
-    let blocks = m.layers as u64 * (attention(batch, m) + feed_forward(rows, m));
-    // Inputs need no gradient, so their products come back once.
+    let blocks = m.layers as u64 * (attention_flops(batch, m) + feed_forward_flops(rows, m));
+    // Inputs need no gradient, so the backward pass of these products is a single product.
     let embedding = match m.input {
         Input::Tokens => 0,
         Input::Indicator { market } => linear(rows, 1, m.width) + linear(batch, market, m.width),
@@ -80,14 +77,14 @@ fn model_flops(m: &Model, batch: usize) -> (u64, u64) {
     (embedding + inner, embedding + 2 * inner)
 }
 
-/// FLOPs of one iteration; 0 where it has no matrix product.
+/// Returns the FLOPs of one iteration. Workloads without a matrix product have 0.
 pub fn flops(case: &Case) -> u64 {
     let (forward, backward) = match case.shape {
         Shape::Model { model, batch, .. } => model_flops(&model, batch),
-        Shape::Block { part, model, batch } => {
-            let forward = match part {
-                Block::Attention => attention(batch, &model),
-                Block::FeedForward => feed_forward(batch * model.tokens, &model),
+        Shape::Block { block, model, batch } => {
+            let forward = match block {
+                Block::Attention => attention_flops(batch, &model),
+                Block::FeedForward => feed_forward_flops(batch * model.tokens, &model),
             };
             (forward, 2 * forward)
         }
@@ -101,14 +98,15 @@ pub fn flops(case: &Case) -> u64 {
     }
 }
 
-/// Bytes that an optimizer step or a copy must move; of an all-reduce what each rank must send, and
-/// receive, if all links carry alike, so that over time it is nccl-tests' bus bandwidth
-/// (github.com/NVIDIA/nccl-tests, doc/PERFORMANCE.md). 0 for other workloads.
+/// Returns the bytes that an optimizer step or a copy must move, and 0 for other workloads.
+///
+/// For an all-reduce, these are the bytes that each rank must send and receive. Divided by the time, they are
+/// the bus bandwidth of nccl-tests (<https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md>).
 pub fn bytes(case: &Case) -> u64 {
     match (case.workload, case.shape) {
-        // Reads parameter, gradient and two moments; writes parameter and moments.
+        // Reads the parameter, its gradient and two moments; writes the parameter and the moments.
         (Workload::OptimizerStep, shape) => {
-            7 * (parameter_count(shape) * case.method.precision.parameter_bytes()) as u64
+            7 * (shape.parameter_count() * case.method.precision.parameter_bytes()) as u64
         }
         (Workload::AllReduce, Shape::Buffer { mib, ranks }) => {
             (((2 * (ranks - 1) * mib) as u64) << 20) / ranks as u64
@@ -118,11 +116,11 @@ pub fn bytes(case: &Case) -> u64 {
     }
 }
 
-/// The fewest bytes that an iteration can move: inputs, parameters and results once each,
-/// gradients written once, and the optimizer's traffic; activations could stay in caches.
+/// Returns the minimum memory traffic of an iteration in bytes: inputs, parameters, results and gradients once
+/// each, and the traffic of the optimizer. Activations could remain in caches.
 pub fn min_bytes(case: &Case) -> u64 {
-    let parameters = parameter_count(case.shape);
-    let ends = match case.shape {
+    let parameters = case.shape.parameter_count();
+    let inputs_and_outputs = match case.shape {
         Shape::Model { model: m, batch, .. } => batch * m.tokens * m.vocabulary.max(2),
         Shape::Block { model: m, batch, .. } => 2 * batch * m.tokens * m.width,
         Shape::Square { n, chain } => (1 + 2 * chain) * n * n,
@@ -134,49 +132,49 @@ pub fn min_bytes(case: &Case) -> u64 {
         workload if workload.trains() => 2,
         _ => 1,
     };
-    ((passes * parameters + ends) * case.method.precision.parameter_bytes()) as u64
+    ((passes * parameters + inputs_and_outputs) * case.method.precision.parameter_bytes()) as u64
 }
 
-/// Numbers that an eager attention layer keeps of a token, its norms among them; turned and
-/// normalised queries and keys are kept once more each.
+/// Returns the activations per token that eager attention saves for the backward pass, including its norms.
+/// Rotary positions and the norm of queries and keys save another copy of both.
 fn attention_activations(m: &Model) -> usize {
-    let placed =
+    let (q_width, kv_width) = m.qkv_widths();
+    let copies =
         usize::from(matches!(m.position, Position::Rotary { .. })) + usize::from(m.qk_norm.is_some());
-    8 * m.width + 3 * m.heads * m.tokens + placed * (m.qkv_widths().0 + m.qkv_widths().1)
+    8 * m.width + 3 * m.heads * m.tokens + copies * (q_width + kv_width)
 }
 
-/// The same of a feed-forward part.
+/// Returns the activations per token that an eager feed-forward block saves.
 fn feed_forward_activations(m: &Model) -> usize {
     (3 + 2 * usize::from(m.glu)) * m.ffn_width
 }
 
-/// A rough need of memory in bytes, to refuse what can't fit before it is tried:
-/// parameters with gradients, moments and the fixture's copy, and the activations
-/// that an eager implementation keeps.
+/// Estimates the memory of a case in bytes, so that a case that cannot fit is refused before it runs: parameters
+/// with gradients, moments and the fixture's copy, and the saved activations of an eager implementation.
 pub fn memory_estimate(case: &Case) -> u64 {
-    let parameters = parameter_count(case.shape) as u64;
+    let parameters = case.shape.parameter_count() as u64;
     let width = case.method.precision.parameter_bytes() as u64;
     let trains = case.workload.trains();
-    // What a layer keeps of each token, and what the output does.
+    // Activations per token of a layer and of the output.
     let (rows, layers, layer, logits) = match case.shape {
-        // Of one rank, which has a device to itself.
+        // One rank, because each rank has its own device.
         Shape::Model { model: m, batch, ranks } => (
             batch / ranks * m.tokens,
             m.layers,
             attention_activations(&m) + feed_forward_activations(&m),
             3 * m.vocabulary,
         ),
-        Shape::Block { part: Block::Attention, model: m, batch } => {
+        Shape::Block { block: Block::Attention, model: m, batch } => {
             (batch * m.tokens, 1, attention_activations(&m), 0)
         }
-        Shape::Block { part: Block::FeedForward, model: m, batch } => {
+        Shape::Block { block: Block::FeedForward, model: m, batch } => {
             (batch * m.tokens, 1, 8 * m.width + feed_forward_activations(&m), 0)
         }
         Shape::Square { n, .. } => return (3 * n * n) as u64 * (width + 4),
         Shape::Buffer { mib, .. } => return (3 * mib as u64) << 20,
     };
-    let kept = (rows * (layer * if trains { layers } else { 1 } + logits)) as u64;
-    let activations = if case.workload == Workload::OptimizerStep { 0 } else { kept * width };
+    let saved = (rows * (layer * if trains { layers } else { 1 } + logits)) as u64;
+    let activations = if case.workload == Workload::OptimizerStep { 0 } else { saved * width };
     parameters * (4 * width + 4) + activations
 }
 
@@ -189,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn flops_match_those_worked_out_by_hand() {
+    fn flops_match_hand_computed_ones() {
         // 4 projections of 1776 × 256 × 256 and 2 products of 16 · 111 × 256 × 111.
         let attention = 4 * 2 * 1776 * 256 * 256 + 2 * 2 * 1776 * 256 * 111;
         assert_eq!(flops(&case("attention/torch-cpu/f32/b16-h8-t111-d32")), attention);
@@ -208,16 +206,16 @@ mod tests {
         assert_eq!(flops(&case("matmul-peak/torch-cpu/f32/n1024")), 2 << 30);
         assert_eq!(flops(&case("matmul-peak/torch-cpu/f32/n1024-x3")), 6 << 30);
 
-        // GPT-2 small: 12 blocks, and the tied projection on 50 304 tokens.
+        // GPT-2 small: 12 layers, and the tied projection to 50,304 tokens.
         let block = 4 * 2 * 8192 * 768 * 768 + 2 * 2 * 8192u64 * 768 * 1024 + 2 * 2 * 8192 * 768 * 3072;
         let gpt2 = 12 * block + 2 * 8192 * 768 * 50304;
         assert_eq!(flops(&case("train-step/torch-cuda/mixed/gpt2-b8-t1024")), 3 * gpt2);
     }
 
     #[test]
-    fn bytes_match_those_worked_out_by_hand() {
+    fn bytes_match_hand_computed_ones() {
         assert_eq!(bytes(&case("copy-peak/mlx-cpu/f32/256mib")), 2 * 256 * 1024 * 1024);
-        // Each of four sends and receives three quarters twice: to add up, and to hand out.
+        // Each of four ranks sends three quarters twice: for the reduce-scatter and for the all-gather.
         assert_eq!(bytes(&case("all-reduce/torch-cuda/f32/64mib-dp4")), 2 * 48 * 1024 * 1024);
         assert_eq!(bytes(&case("optimizer-step/torch-cpu/f32/indicator-b16")), 7 * 4 * 4_836_866);
         assert_eq!(bytes(&case("optimizer-step/torch-cpu/bf16/indicator-b16")), 7 * 2 * 4_836_866);
@@ -231,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn gpt2_training_is_estimated_near_what_it_takes() {
+    fn the_memory_estimate_of_gpt2_training_is_plausible() {
         let need = memory_estimate(&case("train-step/torch-cuda/f32/gpt2-b8-t1024")) as f64 / 1e9;
         assert!((10.0..40.0).contains(&need), "{need} GB");
     }

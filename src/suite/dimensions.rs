@@ -1,4 +1,4 @@
-//! The axes of the suite: each value has an id, and its row says everything of it.
+//! The dimensions of the suite. Each value has an id, and one row defines it.
 
 use std::fmt;
 use std::str::FromStr;
@@ -40,40 +40,40 @@ macro_rules! named {
 }
 
 named! {
-    /// What one iteration does.
+    /// The work of one iteration.
     Workload, "workload", {
-        /// Multi-head self-attention with its four projections, inference.
+        /// Multi-head self-attention with its four projections, forward only.
         Attention => "attention",
-        /// The same with dropout, and the gradients of its input and parameters.
+        /// Attention with dropout, and the gradients of its input and parameters.
         AttentionGrad => "attention-grad",
-        /// Linear, GELU, linear, inference.
+        /// Linear, activation, linear, forward only.
         FeedForward => "feed-forward",
-        /// The same with dropout, and the gradients of its input and parameters.
+        /// The feed-forward block with dropout, and the gradients of its input and parameters.
         FeedForwardGrad => "feed-forward-grad",
-        /// The whole model, inference.
+        /// The whole model, forward only.
         Forward => "forward",
-        /// Loss and every gradient, in training mode.
+        /// Loss and every gradient, with dropout.
         ForwardBackward => "forward-backward",
-        /// AdamW over every parameter of the model, with fixed gradients.
+        /// AdamW over every parameter, with fixed gradients.
         OptimizerStep => "optimizer-step",
         /// Forward, loss, backward and AdamW.
         TrainStep => "train-step",
-        /// A square matrix product: the ceiling for arithmetic.
+        /// A square matrix product: the measured limit of arithmetic.
         MatmulPeak => "matmul-peak",
-        /// Reads a buffer and writes its negation: the ceiling for memory traffic.
+        /// Reads a buffer and writes its negation: the measured limit of memory traffic.
         CopyPeak => "copy-peak",
-        /// Sums a buffer of each rank, which all have then: the ceiling for exchanging gradients.
+        /// Sums a buffer over the ranks: the measured limit of communication.
         AllReduce => "all-reduce",
     }
 }
 
 impl Workload {
-    /// Whether dropout is part of the work.
+    /// Returns true if dropout is part of the work.
     pub fn trains(self) -> bool {
         matches!(self, Self::AttentionGrad | Self::FeedForwardGrad | Self::ForwardBackward | Self::TrainStep)
     }
 
-    /// The part of a block that it runs, where it runs one alone.
+    /// Returns the block that it runs, or `None` if it does not run a single block.
     pub fn block(self) -> Option<Block> {
         match self {
             Self::Attention | Self::AttentionGrad => Some(Block::Attention),
@@ -82,19 +82,19 @@ impl Workload {
         }
     }
 
-    /// Whether AdamW is part of the work.
+    /// Returns true if AdamW is part of the work.
     pub fn optimizes(self) -> bool {
         matches!(self, Self::OptimizerStep | Self::TrainStep)
     }
 
-    /// Whether the shape is a whole model.
+    /// Returns true if the shape is a whole model.
     pub fn takes_model(self) -> bool {
         matches!(self, Self::Forward | Self::ForwardBackward | Self::OptimizerStep | Self::TrainStep)
     }
 }
 
 named! {
-    /// The library that computes.
+    /// A machine-learning library.
     Framework, "framework", {
         Torch => "torch",
         Mlx => "mlx",
@@ -102,17 +102,25 @@ named! {
 }
 
 impl Framework {
-    /// Its name in prose, and how its libraries' file names begin.
-    pub fn names(self) -> (&'static str, &'static str) {
+    /// Returns its name in text.
+    pub fn label(self) -> &'static str {
         match self {
-            Self::Torch => ("PyTorch", "libtorch"),
-            Self::Mlx => ("MLX", "libmlx"),
+            Self::Torch => "PyTorch",
+            Self::Mlx => "MLX",
+        }
+    }
+
+    /// Returns the prefix of the file names of its shared libraries.
+    pub fn library_prefix(self) -> &'static str {
+        match self {
+            Self::Torch => "libtorch",
+            Self::Mlx => "libmlx",
         }
     }
 }
 
 named! {
-    /// Where it computes. Backends on the same device can be compared.
+    /// The hardware that a backend runs on. Only backends on the same device are compared.
     Device, "device", {
         Cpu => "the CPU",
         AppleGpu => "Apple's GPU",
@@ -120,7 +128,7 @@ named! {
     }
 }
 
-/// Defines the backends: a row each of its id, its label, its framework and its device.
+/// Defines the backends, one per row: id, label, framework and device.
 macro_rules! backends {
     ($($variant:ident => $id:literal, $label:literal, $framework:ident, $device:ident;)+) => {
         named! {
@@ -129,7 +137,7 @@ macro_rules! backends {
         }
 
         impl BackendId {
-            /// Its name in tables.
+            /// Returns its name in tables.
             pub fn label(self) -> &'static str {
                 match self { $(Self::$variant => $label,)+ }
             }
@@ -159,31 +167,26 @@ impl BackendId {
         self.device() == Device::Cpu
     }
 
-    /// Its place in the list.
-    pub fn index(self) -> usize {
-        self as usize
-    }
-
-    /// The backends of other frameworks on the same device.
+    /// Returns the backends of other frameworks on the same device.
     pub fn counterparts(self) -> impl Iterator<Item = Self> {
-        let rival = move |b: &Self| b.device() == self.device() && b.framework() != self.framework();
-        Self::ALL.iter().copied().filter(rival)
+        let same_device = move |b: &Self| b.device() == self.device() && b.framework() != self.framework();
+        Self::ALL.iter().copied().filter(same_device)
     }
 }
 
 named! {
     /// The number formats of parameters and arithmetic.
     Precision, "precision", {
-        /// Strict: no TF32 in either framework.
+        /// Strict f32, with TF32 off in both frameworks.
         F32 => "f32",
-        /// f32 storage; matrix products may round their inputs to TF32.
+        /// Stored in f32; matrix products may round their inputs to TF32.
         Tf32 => "tf32",
         /// Parameters, optimizer state and compute in bf16.
         Bf16 => "bf16",
         /// Parameters and compute in f16.
         F16 => "f16",
-        /// f32 master weights and bf16 compute. Every step casts the parameters and inputs to bf16; the
-        /// loss is f32. The same computation in both frameworks.
+        /// f32 master weights and bf16 compute. Every step casts the parameters and inputs to bf16, and the
+        /// loss is f32. Both frameworks do the same computation.
         Mixed => "mixed",
         /// `torch.autocast` with bf16 and f32 parameters: matrix products in bf16; norms, softmax
         /// and the residual stream in f32. PyTorch only.
@@ -192,64 +195,65 @@ named! {
 }
 
 impl Precision {
-    /// Whether parameters and inputs are stored in a 16-bit type.
+    /// Returns true if parameters and inputs are stored in a 16-bit type.
     pub fn is_half(self) -> bool {
         matches!(self, Self::Bf16 | Self::F16)
     }
 
-    /// Whether parameters are f32 and products bf16.
+    /// Returns true if parameters are stored in f32 and matrix products run in bf16.
     pub fn is_mixed_precision(self) -> bool {
         matches!(self, Self::Mixed | Self::Amp)
     }
 
-    /// Bytes of a stored parameter.
+    /// Returns the bytes of a stored parameter.
     pub fn parameter_bytes(self) -> usize {
         if self.is_half() { 2 } else { 4 }
     }
 }
 
 named! {
-    /// How the step is written: eager as a newcomer writes it, with one optimisation, or with all.
+    /// The way a step is written: plain eager code, with one optimization, or with all.
     Variant, "variant", {
-        /// As a newcomer writes it.
+        /// Plain code, operation by operation.
         Eager => "eager",
-        /// Fused attention, and one product for q, k and v where the framework gains by it.
+        /// Fused attention, and a single projection for q, k and v if the framework gains from it.
         Sdpa => "sdpa",
         /// The optimizer in one kernel.
         FusedAdamw => "fused-adamw",
         /// The step recorded as a CUDA graph and replayed.
         CudaGraph => "cudagraph",
-        /// Of several ranks: gradients exchanged in buckets, while the backward pass goes on.
+        /// Data-parallel steps only: gradients are all-reduced in buckets during the backward pass.
         Overlap => "overlap",
         /// The step compiled by the framework's compiler.
         Compile => "compile",
-        /// Everything the framework offers that keeps the mathematics.
+        /// All hand-written optimizations that do not change the result.
         Tuned => "tuned",
     }
 }
 
 impl Variant {
-    /// Whether the network is written with it; a compiler may put it in.
+    /// Returns true if the network calls fused attention. A compiler may insert it in other variants.
     pub fn uses_sdpa(self) -> bool {
         matches!(self, Self::Sdpa | Self::Tuned)
     }
 
+    /// Returns true if the step calls a fused AdamW.
     pub fn uses_fused_adamw(self) -> bool {
         matches!(self, Self::FusedAdamw | Self::Tuned)
     }
 
-    /// Whether ranks exchange gradients in buckets.
+    /// Returns true if ranks all-reduce gradients in buckets during the backward pass.
     pub fn overlaps_communication(self) -> bool {
         matches!(self, Self::Overlap | Self::Tuned)
     }
 
-    /// Whether the step is made once as a whole, where the framework can on the device.
+    /// Returns true if the full step is captured or compiled once, if the framework can do so on the device.
     pub fn captures_full_step(self) -> bool {
         matches!(self, Self::CudaGraph | Self::Compile | Self::Tuned)
     }
 }
 
-/// A number format and a recipe, which an id names behind a hyphen unless it is eager.
+/// A precision with a variant, such as `mixed-tuned`. The id of the eager variant has no suffix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Method {
     pub precision: Precision,
@@ -257,12 +261,12 @@ pub struct Method {
 }
 
 impl Method {
-    pub const fn eager(compute: Precision) -> Self {
-        Self { precision: compute, variant: Variant::Eager }
+    pub const fn eager(precision: Precision) -> Self {
+        Self { precision, variant: Variant::Eager }
     }
 
-    pub const fn tuned(compute: Precision) -> Self {
-        Self { precision: compute, variant: Variant::Tuned }
+    pub const fn tuned(precision: Precision) -> Self {
+        Self { precision, variant: Variant::Tuned }
     }
 }
 
@@ -270,7 +274,7 @@ impl fmt::Display for Method {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.variant {
             Variant::Eager => write!(f, "{}", self.precision),
-            recipe => write!(f, "{}-{recipe}", self.precision),
+            variant => write!(f, "{}-{variant}", self.precision),
         }
     }
 }
@@ -279,26 +283,26 @@ impl FromStr for Method {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let Some((compute, recipe)) = text.split_once('-') else {
+        let Some((precision, variant)) = text.split_once('-') else {
             return Ok(Self::eager(text.parse()?));
         };
-        match recipe.parse()? {
-            Variant::Eager => Err(format!("'{text}': the eager recipe has no suffix")),
-            recipe => Ok(Self { precision: compute.parse()?, variant: recipe }),
+        match variant.parse()? {
+            Variant::Eager => Err(format!("'{text}': the eager variant has no suffix")),
+            variant => Ok(Self { precision: precision.parse()?, variant }),
         }
     }
 }
 
 named! {
-    /// How much of the table a run takes.
+    /// A part of the table of cases.
     Set, "set", {
-        /// Every case at its miniature shape: the suite's own test.
+        /// Every case at its miniature shape, as a test of the suite.
         Smoke => "smoke",
-        /// True widths at batches whose steps are short enough for a comparison to decide.
+        /// Real widths, at batches with steps short enough for a comparison.
         Compare => "compare",
-        /// What the headline table needs, at indicator-b16.
+        /// The cases of the headline table, at `indicator-b16`.
         Quick => "quick",
-        /// Everything.
+        /// Every case.
         Full => "full",
     }
 }

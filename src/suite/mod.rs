@@ -1,13 +1,4 @@
-//! What can be measured.
-//!
-//! | file | what |
-//! | --- | --- |
-//! | `axes.rs` | workloads, frameworks, backends, number formats, recipes |
-//! | `shape.rs` | the sizes that a case runs at |
-//! | `case.rs` | a case and its id |
-//! | `table.rs` | the table of cases |
-//! | `given.rs` | the user's own model in the place of the suite's |
-//! | `cost.rs` | FLOPs, bytes and memory of a case |
+//! The cases of the suite. README.md describes their ids, the sets and the files.
 
 mod case;
 pub mod cost;
@@ -16,8 +7,9 @@ mod dimensions;
 mod shape;
 mod table;
 
+pub use crate::model::Block;
 pub use case::{Case, parse_filter};
 pub use custom_model::CustomModel;
 pub use dimensions::{BackendId, Device, Framework, Method, Precision, Set, Variant, Workload};
-pub use shape::{Block, Shape};
+pub use shape::Shape;
 pub use table::{HEADLINE_BATCH, HEADLINE_SHAPE, cases, cases_for};

@@ -1,34 +1,30 @@
-//! The sizes that a case runs at.
+//! The sizes at which a case runs.
 
 use std::fmt;
 use std::str::FromStr;
 
-use crate::model::{Activation, Dropout, ModelId};
+use super::Workload;
+use crate::model::parameters::{self, ParameterSource, ParameterSpec, Parameters};
+use crate::model::{Activation, Block, Dropout, ModelId};
 
-/// A part of a model's blocks, measured alone.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Block {
-    Attention,
-    FeedForward,
-}
-
+/// The sizes of a case. The examples are ids.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Shape {
-    /// `indicator-b16`, `gpt2-b8-t1024`, `indicator-tiny-b2`; `indicator-b16-dp2` divides that batch
-    /// among two ranks, a device each.
+    /// `indicator-b16`, `gpt2-b8-t1024`, `indicator-tiny-b2`. `indicator-b16-dp2` divides the global batch of 16
+    /// between two ranks, with one device each.
     Model { model: ModelId, batch: usize, ranks: usize },
-    /// `b16-h8-t111-d32` (B, H, T and D per head), with `-causal` for a decoder's;
-    /// `b16-t111-d256-f1024` (B, T, D, F), with `-tanh` for the approximated GELU. A block of a
-    /// model that was given has that model's name: its sizes do not say all of it.
-    Block { part: Block, model: ModelId, batch: usize },
-    /// `n1024`: an n × n product; `n1024-x4` chains four of them.
+    /// `b16-h8-t111-d32` (B, H, T and D per head), with `-causal` for a causal mask; `b16-t111-d256-f1024`
+    /// (B, T, D, F), with `-tanh` for the approximated GELU. A block of a custom model has the name of the
+    /// model instead, because these sizes do not describe all of it.
+    Block { block: Block, model: ModelId, batch: usize },
+    /// `n1024`: an n × n matrix product; `n1024-x4` chains four of them.
     Square { n: usize, chain: usize },
     /// `256mib`: a buffer of 256 MiB; `256mib-dp2`: one on each of two ranks.
     Buffer { mib: usize, ranks: usize },
 }
 
 impl Shape {
-    /// The model that it is of, and its batch.
+    /// Returns the model and its batch, or `None` for a peak case.
     pub fn model(self) -> Option<(ModelId, usize)> {
         match self {
             Self::Model { model, batch, .. } | Self::Block { model, batch, .. } => Some((model, batch)),
@@ -36,7 +32,7 @@ impl Shape {
         }
     }
 
-    /// The processes, a device each, among which it is divided.
+    /// Returns the number of ranks, with one device each.
     pub fn ranks(self) -> usize {
         match self {
             Self::Model { ranks, .. } | Self::Buffer { ranks, .. } => ranks,
@@ -44,27 +40,69 @@ impl Shape {
         }
     }
 
-    /// The same divided among so many; on one device it is the same function.
-    pub fn with_ranks(mut self, among: usize) -> Self {
+    /// Returns the shape with another number of ranks. Blocks and squares have one rank and stay unchanged.
+    pub fn with_ranks(mut self, count: usize) -> Self {
         if let Self::Model { ranks, .. } | Self::Buffer { ranks, .. } = &mut self {
-            *ranks = among;
+            *ranks = count;
         }
         self
     }
 
-    /// A whole model on one device.
-    pub const fn of_model(model: ModelId, batch: usize) -> Self {
+    /// Returns the shape of a whole model on one device.
+    pub const fn for_model(model: ModelId, batch: usize) -> Self {
         Self::Model { model, batch, ranks: 1 }
     }
 
-    /// Samples that go in at once; 1 where it has none.
+    /// Returns the shape of a workload on one device: the block that it runs, or the whole model.
+    pub fn for_workload(workload: Workload, model: ModelId, batch: usize) -> Self {
+        match workload.block() {
+            Some(block) => Self::Block { block, model, batch },
+            None => Self::for_model(model, batch),
+        }
+    }
+
+    /// Returns the number of samples per step, or 1 for a peak case.
     pub fn batch(self) -> usize {
         self.model().map_or(1, |(_, batch)| batch)
     }
 
-    /// Dropout of a training workload at this shape.
+    /// Returns the dropout of a training workload.
     pub fn dropout(self) -> Dropout {
         self.model().map_or(Dropout::NONE, |(model, _)| model.dropout)
+    }
+
+    /// Returns the block, or `None` if the shape is not a block.
+    fn block(self) -> Option<Block> {
+        if let Self::Block { block, .. } = self { Some(block) } else { None }
+    }
+
+    /// Takes the parameters of this shape from `source`.
+    pub fn take_parameters<T>(self, source: &mut impl ParameterSource<Item = T>) -> Parameters<T> {
+        self.model().map_or(Parameters::None, |(model, _)| Parameters::take(source, &model, self.block()))
+    }
+
+    /// Returns the parameters of this shape in order. A peak case has none.
+    pub fn parameter_specs(self) -> Vec<ParameterSpec> {
+        self.model().map_or_else(Vec::new, |(model, _)| parameters::parameter_specs(&model, self.block()))
+    }
+
+    /// Returns the number of parameters (scalars).
+    pub fn parameter_count(self) -> usize {
+        self.parameter_specs().iter().map(ParameterSpec::len).sum()
+    }
+
+    fn parse_data_parallel(text: &str, single: &str, ranks: usize) -> Result<Self, String> {
+        let shape = single.parse::<Self>()?.with_ranks(ranks);
+        match shape {
+            _ if ranks < 2 => {
+                Err(format!("shape '{text}': use at least 2 ranks; '{single}' is for one device"))
+            }
+            Self::Model { batch, .. } if batch % ranks != 0 => {
+                Err(format!("shape '{text}': {ranks} ranks cannot divide a batch of {batch}"))
+            }
+            _ if shape.ranks() == ranks => Ok(shape),
+            _ => Err(format!("shape '{text}': '{single}' cannot be divided between ranks")),
+        }
     }
 }
 
@@ -78,12 +116,12 @@ impl fmt::Display for Shape {
                 write!(f, "{model}-b{batch}-t{}", model.tokens)
             }
             Self::Model { model, batch, .. } => write!(f, "{model}-b{batch}"),
-            Self::Block { model, batch, .. } if !model.is_preset() => Self::of_model(model, batch).fmt(f),
-            Self::Block { part: Block::Attention, model: m, batch } => {
+            Self::Block { model, batch, .. } if !model.is_preset() => Self::for_model(model, batch).fmt(f),
+            Self::Block { block: Block::Attention, model: m, batch } => {
                 let mark = if m.causal { "-causal" } else { "" };
                 write!(f, "b{batch}-h{}-t{}-d{}{mark}", m.heads, m.tokens, m.head_width)
             }
-            Self::Block { part: Block::FeedForward, model: m, batch } => {
+            Self::Block { block: Block::FeedForward, model: m, batch } => {
                 let mark = if m.activation == Activation::GeluTanh { "-tanh" } else { "" };
                 write!(f, "b{batch}-t{}-d{}-f{}{mark}", m.tokens, m.width, m.ffn_width)
             }
@@ -94,24 +132,19 @@ impl fmt::Display for Shape {
     }
 }
 
-/// The number behind a letter: `b16` is 16 of b.
-fn sized(word: &str, letter: char) -> Option<usize> {
+/// Returns the number after a letter: 16 for `b16` and the letter `b`.
+fn size_after(word: &str, letter: char) -> Option<usize> {
     word.strip_prefix(letter)?.parse().ok()
 }
 
-/// Returns the size of a buffer: 16 for `16mib`.
-fn mebibytes(word: &str) -> Option<usize> {
-    word.strip_suffix("mib")?.parse().ok()
-}
-
-/// The model of a name: one of the suite, or one that was given, at so many tokens.
-fn model(name: &str, tokens: Option<usize>) -> Result<ModelId, String> {
-    let small = || ModelId::custom(name.strip_suffix("-tiny")?, None).map(ModelId::miniature);
+/// Finds a built-in model, a custom model at this number of tokens, or the miniature of a custom model.
+fn find_model(name: &str, tokens: Option<usize>) -> Result<ModelId, String> {
+    let miniature = || ModelId::custom(name.strip_suffix("-tiny")?, None).map(ModelId::miniature);
     let tokens = tokens.filter(|t| *t > 0);
-    ModelId::named(name).or_else(|| ModelId::custom(name, tokens)).or_else(small).ok_or_else(|| {
+    ModelId::named(name).or_else(|| ModelId::custom(name, tokens)).or_else(miniature).ok_or_else(|| {
         let known: Vec<&str> =
             ModelId::with_miniatures().map(|m| m.name).chain(ModelId::custom_names()).collect();
-        format!("unknown model '{name}': one of {}, or what TRANSFORMER_BENCH_MODEL names", known.join(", "))
+        format!("unknown model '{name}': use {}, or set TRANSFORMER_BENCH_MODEL", known.join(", "))
     })
 }
 
@@ -119,58 +152,40 @@ impl FromStr for Shape {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        if let Some((one, ranks)) = text.rsplit_once("-dp")
-            && let Ok(ranks) = ranks.parse::<usize>()
+        if let Some((single, ranks)) = text.rsplit_once("-dp")
+            && let Ok(ranks) = ranks.parse()
         {
-            let shape: Self = one.parse()?;
-            return match shape.with_ranks(ranks) {
-                _ if ranks < 2 => Err(format!("shape '{text}': ranks are 2 at least; one device is '{one}'")),
-                Self::Model { batch, .. } if batch % ranks != 0 => {
-                    Err(format!("shape '{text}': {ranks} ranks can't share a batch of {batch} alike"))
-                }
-                divided if divided.ranks() == ranks => Ok(divided),
-                _ => Err(format!("shape '{text}': '{one}' is not divided among ranks")),
-            };
+            return Self::parse_data_parallel(text, single, ranks);
         }
         let words: Vec<&str> = text.split('-').collect();
-        let at_least_one = |n: usize| {
-            if n == 0 { Err(format!("shape '{text}': a size must be at least 1")) } else { Ok(n) }
+        let shape = if let Some(mib) = text.strip_suffix("mib") {
+            mib.parse().ok().map(|mib| Self::Buffer { mib, ranks: 1 })
+        } else if let Some(n) = size_after(words[0], 'n') {
+            let chain = words.get(1).and_then(|word| size_after(word, 'x')).unwrap_or(1);
+            Some(Self::Square { n, chain })
+        } else if let Some(batch) = size_after(words[0], 'b') {
+            // The sizes of a block identify its model.
+            let blocks = [Block::Attention, Block::FeedForward];
+            ModelId::with_miniatures()
+                .flat_map(|model| blocks.map(|block| Self::Block { block, model, batch }))
+                .find(|shape| shape.to_string() == text)
+        } else if let Some(at) = words.iter().rposition(|word| size_after(word, 'b').is_some()) {
+            let tokens = words.get(at + 1).and_then(|word| size_after(word, 't'));
+            let model = find_model(&words[..at].join("-"), tokens)?;
+            size_after(words[at], 'b').map(|batch| Self::for_model(model, batch))
+        } else {
+            None
         };
-        let shape = match words[..] {
-            [n] if sized(n, 'n').is_some() => {
-                Some(Self::Square { n: at_least_one(sized(n, 'n').unwrap_or(0))?, chain: 1 })
-            }
-            [n, x] if sized(n, 'n').is_some() && sized(x, 'x').is_some() => Some(Self::Square {
-                n: at_least_one(sized(n, 'n').unwrap_or(0))?,
-                chain: at_least_one(sized(x, 'x').unwrap_or(0))?,
-            }),
-            [size] if mebibytes(size).is_some() => {
-                Some(Self::Buffer { mib: at_least_one(mebibytes(size).unwrap_or(0))?, ranks: 1 })
-            }
-            [first, ..] if sized(first, 'b').is_some() => {
-                let batch = at_least_one(sized(first, 'b').unwrap_or(0))?;
-                // A block is some model's: its sizes say whose.
-                ModelId::with_miniatures()
-                    .flat_map(|model| {
-                        [Block::Attention, Block::FeedForward].map(|part| Self::Block { part, model, batch })
-                    })
-                    .find(|shape| shape.to_string() == text)
-            }
-            _ => {
-                let place = words.iter().rposition(|word| sized(word, 'b').is_some());
-                let (name, sizes) = words.split_at(place.unwrap_or(words.len()));
-                match sizes.first().and_then(|word| sized(word, 'b')) {
-                    Some(batch) => {
-                        let tokens = sizes.get(1).and_then(|word| sized(word, 't'));
-                        let model = model(&name.join("-"), tokens)?;
-                        Some(Self::of_model(model, at_least_one(batch)?))
-                    }
-                    None => None,
-                }
-            }
+        let Some(shape) = shape.filter(|shape| shape.to_string() == text) else {
+            return Err(format!(
+                "unknown shape '{text}': use for example indicator-b16, gpt2-b8-t1024 or b16-h8-t111-d32"
+            ));
         };
-        shape.filter(|shape| shape.to_string() == text).ok_or_else(|| {
-            format!("unknown shape '{text}': for example indicator-b16, gpt2-b8-t1024, b16-h8-t111-d32")
-        })
+        let smallest = match shape {
+            Self::Model { batch, .. } | Self::Block { batch, .. } => batch,
+            Self::Square { n, chain } => n.min(chain),
+            Self::Buffer { mib, .. } => mib,
+        };
+        if smallest > 0 { Ok(shape) } else { Err(format!("shape '{text}': a size must be at least 1")) }
     }
 }

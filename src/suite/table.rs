@@ -1,61 +1,46 @@
-//! The table of cases: rows to read, and what they mean.
+//! The table of cases.
 
 use super::{BackendId, Case, CustomModel, Framework, Method, Set, Shape, Workload, custom_model};
 use crate::model::ModelId;
 
-/// The batch and shape that the headline tables stand for.
+/// The batch and the shape of the headline tables.
 pub const HEADLINE_BATCH: usize = 16;
-pub const HEADLINE_SHAPE: Shape = Shape::of_model(ModelId::indicator(), HEADLINE_BATCH);
+pub const HEADLINE_SHAPE: Shape = Shape::for_model(ModelId::indicator(), HEADLINE_BATCH);
 
-/// Where a row is measured.
+/// The backends of a row.
 #[derive(Clone, Copy)]
 enum BackendFilter {
     Any,
     Cpu,
     Gpu,
-    /// By one framework alone.
     Only(Framework),
     GpuOnly(Framework),
 }
 
-/// What a row is measured at.
-#[derive(Clone, Copy)]
-enum Sizes {
-    /// Models (or their blocks) and batches.
-    Models(&'static [(&'static str, usize)]),
-    /// Widths of square products.
-    Square(&'static [usize]),
-    /// MiB of a buffer.
-    Buffer(&'static [usize]),
-    /// Models, whole batches and ranks.
-    DataParallel(&'static [(&'static str, usize, usize)]),
-    /// MiB of each rank's buffer, and ranks.
-    AllReduceBuffers(&'static [(usize, usize)]),
-}
-
+/// A product of workloads, backends, shapes and methods.
 struct Row {
     set: Set,
     workloads: &'static [Workload],
-    on: BackendFilter,
-    at: Sizes,
-    /// Ids, apart by spaces.
-    precisions: &'static str,
+    backends: BackendFilter,
+    /// Ids separated by spaces. A workload that runs a block takes it from the model.
+    shapes: &'static str,
+    /// Ids separated by spaces.
+    methods: &'static str,
 }
 
 const fn row(
     set: Set,
     workloads: &'static [Workload],
-    on: BackendFilter,
-    at: Sizes,
-    precisions: &'static str,
+    backends: BackendFilter,
+    shapes: &'static str,
+    methods: &'static str,
 ) -> Row {
-    Row { set, workloads, on, at, precisions }
+    Row { set, workloads, backends, shapes, methods }
 }
 
 use BackendFilter::{Any, Cpu, Gpu, GpuOnly, Only};
 use Framework::{Mlx, Torch};
 use Set::{Compare, Full, Quick, Smoke};
-use Sizes::{AllReduceBuffers, Buffer, DataParallel, Models, Square};
 use Workload::{
     AllReduce, Attention, AttentionGrad, CopyPeak, FeedForward, FeedForwardGrad, Forward, ForwardBackward,
     MatmulPeak, OptimizerStep, TrainStep,
@@ -65,136 +50,96 @@ const INFER: &[Workload] = &[Attention, FeedForward, Forward];
 const GRAD: &[Workload] = &[AttentionGrad, FeedForwardGrad, ForwardBackward];
 const MODEL: &[Workload] =
     &[Attention, AttentionGrad, FeedForward, FeedForwardGrad, Forward, ForwardBackward, OptimizerStep];
-
 const BLOCKS: &[Workload] = &[Attention, AttentionGrad, FeedForward, FeedForwardGrad];
 
-const TINY: Sizes = Models(&[("indicator-tiny", 2), ("gpt2-tiny", 2)]);
-const ONE_TINY: Sizes = Models(&[("indicator-tiny", 2)]);
-const B1: Sizes = Models(&[("indicator", 1)]);
-const B2: Sizes = Models(&[("indicator", 2)]);
-const B16: Sizes = Models(&[("indicator", 16)]);
-const GPT2_B8: Sizes = Models(&[("gpt2", 8)]);
-const ALL_MODELS: Sizes =
-    Models(&[("indicator", 1), ("indicator", 16), ("indicator", 64), ("indicator", 256), ("gpt2", 8)]);
-// The sweep over batches.
-const SWEEP: Sizes = Models(&[
-    ("indicator", 1),
-    ("indicator", 4),
-    ("indicator", 16),
-    ("indicator", 64),
-    ("indicator", 256),
-    ("gpt2", 8),
-]);
-const BOTH_MODELS: Sizes = Models(&[("indicator", 16), ("gpt2", 8)]);
-
-/// The same batch on more devices, and the same batch a device.
-const DP2: Sizes = DataParallel(&[("indicator", 16, 2), ("indicator", 32, 2)]);
-const SCALING: Sizes = DataParallel(&[
-    ("indicator", 16, 2),
-    ("indicator", 32, 2),
-    ("indicator", 512, 2),
-    ("gpt2", 32, 2),
-    ("gpt2", 64, 2),
-    ("indicator", 16, 4),
-    ("indicator", 64, 4),
-    ("indicator", 1024, 4),
-    ("gpt2", 128, 4),
-    ("indicator", 16, 8),
-    ("indicator", 128, 8),
-    ("indicator", 2048, 8),
-    ("gpt2", 256, 8),
-]);
-// The gradients of the indicator and of GPT-2 in f32, and sizes about them.
-const BUFFERS: Sizes = AllReduceBuffers(&[
-    (1, 2),
-    (18, 2),
-    (475, 2),
-    (1024, 2),
-    (1, 4),
-    (18, 4),
-    (475, 4),
-    (1024, 4),
-    (1, 8),
-    (18, 8),
-    (475, 8),
-    (1024, 8),
-]);
+const TINY: &str = "indicator-tiny-b2 gpt2-tiny-b2-t16";
+const BATCHES: &str = "indicator-b1 indicator-b16 indicator-b64 indicator-b256 gpt2-b8-t1024";
+/// The batches of training steps.
+const SWEEP: &str = "indicator-b1 indicator-b4 indicator-b16 indicator-b64 indicator-b256 gpt2-b8-t1024";
+/// An unchanged global batch (strong scaling), and an unchanged batch per device (weak scaling).
+const DP2: &str = "indicator-b16-dp2 indicator-b32-dp2";
+const SCALING: &str = "indicator-b16-dp2 indicator-b32-dp2 indicator-b512-dp2 gpt2-b32-t1024-dp2 gpt2-b64-t1024-dp2 \
+     indicator-b16-dp4 indicator-b64-dp4 indicator-b1024-dp4 gpt2-b128-t1024-dp4 \
+     indicator-b16-dp8 indicator-b128-dp8 indicator-b2048-dp8 gpt2-b256-t1024-dp8";
+/// 18 MiB and 475 MiB are the f32 gradients of the indicator and of GPT-2.
+const BUFFERS: &str = "1mib-dp2 18mib-dp2 475mib-dp2 1024mib-dp2 1mib-dp4 18mib-dp4 475mib-dp4 1024mib-dp4 \
+     1mib-dp8 18mib-dp8 475mib-dp8 1024mib-dp8";
 
 const STORED: &str = "f32 bf16 f16";
 const MIXED: &str = "mixed f32-tuned bf16-tuned mixed-tuned";
 const TF32: &str = "tf32 tf32-tuned";
-/// What each optimisation brings alone.
+/// One optimization each.
 const SINGLE: &str = "f32-sdpa f32-fused-adamw mixed-sdpa mixed-fused-adamw";
 
 #[rustfmt::skip]
 const TABLE: &[Row] = &[
-    // Every case at its miniature: the suite's own test.
-    row(Smoke, MODEL,         Any,       TINY,                        STORED),
-    row(Smoke, &[TrainStep],  Any,       TINY,                        STORED),
-    row(Smoke, GRAD,          Any,       TINY,                        MIXED),
-    row(Smoke, &[TrainStep],  Any,       TINY,                        MIXED),
-    row(Smoke, GRAD,          Only(Torch), TINY,                        "amp"),
-    row(Smoke, &[TrainStep],  Only(Torch), TINY,                        "amp"),
-    row(Smoke, &[TrainStep],  Any,       TINY,                        TF32),
-    row(Smoke, &[TrainStep],  Any,       TINY,                        SINGLE),
-    row(Smoke, &[TrainStep],  Only(Torch), TINY,                        "f32-cudagraph mixed-cudagraph"),
-    row(Smoke, &[TrainStep],  Only(Mlx),   TINY,                        "f32-compile mixed-compile"),
-    // Its code takes half a minute a case to make.
-    row(Smoke, &[TrainStep],  Only(Torch), ONE_TINY,                    "f32-compile"),
-    row(Smoke, &[MatmulPeak], Any,       Square(&[64]),               "f32 tf32 bf16 f16"),
-    row(Smoke, &[CopyPeak],   Any,       Buffer(&[1]),                STORED),
-    row(Smoke, &[TrainStep],  Any,       DataParallel(&[("indicator-tiny", 2, 2)]), "f32 f32-overlap f32-tuned mixed-overlap"),
-    row(Smoke, &[AllReduce],  Any,       AllReduceBuffers(&[(1, 2)]),           "f32"),
-    // True widths, and steps of which a comparison sees hundreds within a minute.
-    row(Compare, MODEL,        Cpu,       B1,                          "f32"),
-    row(Compare, &[TrainStep], Cpu,       B1,                          "f32 f32-tuned"),
-    row(Compare, BLOCKS,       Cpu,       B2,                          "f32"),
-    row(Compare, MODEL,        Gpu,       B16,                         "f32"),
-    row(Compare, &[TrainStep], Gpu,       B16,                         "f32 f32-tuned mixed mixed-tuned bf16-tuned"),
-    // What the headline tables need.
-    row(Quick, MODEL,         Any,       B16,                         "f32"),
-    row(Quick, &[TrainStep],  Any,       B16,                         "f32 f32-tuned"),
-    // MLX has no bf16 arithmetic on a CPU: a step took 13 s on two cores.
-    row(Quick, &[TrainStep],  Only(Torch), B16,                         "mixed mixed-tuned amp"),
-    row(Quick, &[TrainStep],  Gpu,       B16,                         "mixed mixed-tuned bf16 bf16-tuned"),
-    row(Quick, &[TrainStep],  Only(Torch), B16,                         "f32-compile mixed-compile"),
-    // In f32 it takes long and answers nothing quickly.
-    row(Quick, &[TrainStep],  Gpu,       GPT2_B8,                     "bf16 bf16-tuned mixed mixed-tuned"),
-    row(Quick, &[MatmulPeak], Cpu,       Square(&[1024]),             "f32"),
-    row(Quick, &[MatmulPeak], Gpu,       Square(&[8192]),             "f32 bf16"),
-    row(Quick, &[CopyPeak],   Cpu,       Buffer(&[256]),              "f32"),
-    row(Quick, &[CopyPeak],   Gpu,       Buffer(&[1024]),             "f32"),
-    row(Quick, &[TrainStep],  Gpu,       DP2,                         "f32 f32-tuned mixed-tuned bf16-tuned"),
-    row(Quick, &[AllReduce],  Any,       AllReduceBuffers(&[(18, 2)]),          "f32"),
-    // Everything.
-    row(Full,  INFER,         Any,       ALL_MODELS,                         STORED),
-    row(Full,  GRAD,          Any,       ALL_MODELS,                         STORED),
-    row(Full,  GRAD,          Any,       ALL_MODELS,                         MIXED),
-    row(Full,  GRAD,          Only(Torch), ALL_MODELS,                         "amp"),
+    // Every case at its miniature.
+    row(Smoke,   MODEL,            Any,            TINY,                          STORED),
+    row(Smoke,   &[TrainStep],     Any,            TINY,                          STORED),
+    row(Smoke,   GRAD,             Any,            TINY,                          MIXED),
+    row(Smoke,   &[TrainStep],     Any,            TINY,                          MIXED),
+    row(Smoke,   GRAD,             Only(Torch),    TINY,                          "amp"),
+    row(Smoke,   &[TrainStep],     Only(Torch),    TINY,                          "amp"),
+    row(Smoke,   &[TrainStep],     Any,            TINY,                          TF32),
+    row(Smoke,   &[TrainStep],     Any,            TINY,                          SINGLE),
+    row(Smoke,   &[TrainStep],     Only(Torch),    TINY,                          "f32-cudagraph mixed-cudagraph"),
+    row(Smoke,   &[TrainStep],     Only(Mlx),      TINY,                          "f32-compile mixed-compile"),
+    // The compiler takes half a minute per case.
+    row(Smoke,   &[TrainStep],     Only(Torch),    "indicator-tiny-b2",           "f32-compile"),
+    row(Smoke,   &[MatmulPeak],    Any,            "n64",                         "f32 tf32 bf16 f16"),
+    row(Smoke,   &[CopyPeak],      Any,            "1mib",                        STORED),
+    row(Smoke,   &[TrainStep],     Any,            "indicator-tiny-b2-dp2",       "f32 f32-overlap f32-tuned mixed-overlap"),
+    row(Smoke,   &[AllReduce],     Any,            "1mib-dp2",                    "f32"),
+    // Real widths, and steps so short that a comparison has hundreds of them within a minute.
+    row(Compare, MODEL,            Cpu,            "indicator-b1",                "f32"),
+    row(Compare, &[TrainStep],     Cpu,            "indicator-b1",                "f32 f32-tuned"),
+    row(Compare, BLOCKS,           Cpu,            "indicator-b2",                "f32"),
+    row(Compare, MODEL,            Gpu,            "indicator-b16",               "f32"),
+    row(Compare, &[TrainStep],     Gpu,            "indicator-b16",               "f32 f32-tuned mixed mixed-tuned bf16-tuned"),
+    // The cases of the headline tables.
+    row(Quick,   MODEL,            Any,            "indicator-b16",               "f32"),
+    row(Quick,   &[TrainStep],     Any,            "indicator-b16",               "f32 f32-tuned"),
+    // MLX has no bf16 arithmetic on a CPU, where a step took 13 s on two cores.
+    row(Quick,   &[TrainStep],     Only(Torch),    "indicator-b16",               "mixed mixed-tuned amp"),
+    row(Quick,   &[TrainStep],     Gpu,            "indicator-b16",               "mixed mixed-tuned bf16 bf16-tuned"),
+    row(Quick,   &[TrainStep],     Only(Torch),    "indicator-b16",               "f32-compile mixed-compile"),
+    // f32 takes long and is not needed for the headline.
+    row(Quick,   &[TrainStep],     Gpu,            "gpt2-b8-t1024",               "bf16 bf16-tuned mixed mixed-tuned"),
+    row(Quick,   &[MatmulPeak],    Cpu,            "n1024",                       "f32"),
+    row(Quick,   &[MatmulPeak],    Gpu,            "n8192",                       "f32 bf16"),
+    row(Quick,   &[CopyPeak],      Cpu,            "256mib",                      "f32"),
+    row(Quick,   &[CopyPeak],      Gpu,            "1024mib",                     "f32"),
+    row(Quick,   &[TrainStep],     Gpu,            DP2,                           "f32 f32-tuned mixed-tuned bf16-tuned"),
+    row(Quick,   &[AllReduce],     Any,            "18mib-dp2",                   "f32"),
+    // Every case.
+    row(Full,    INFER,            Any,            BATCHES,                       STORED),
+    row(Full,    GRAD,             Any,            BATCHES,                       STORED),
+    row(Full,    GRAD,             Any,            BATCHES,                       MIXED),
+    row(Full,    GRAD,             Only(Torch),    BATCHES,                       "amp"),
     // The optimizer's work does not depend on the batch.
-    row(Full,  &[OptimizerStep], Any,    BOTH_MODELS,                        STORED),
-    row(Full,  &[TrainStep],  Any,       SWEEP,                       STORED),
-    row(Full,  &[TrainStep],  Any,       SWEEP,                       MIXED),
-    row(Full,  &[TrainStep],  Any,       SWEEP,                       TF32),
-    row(Full,  &[TrainStep],  Only(Torch), SWEEP,                       "amp"),
-    row(Full,  &[TrainStep],  Any,       B16,                         SINGLE),
-    row(Full,  &[TrainStep],  Only(Torch), B16,                         "f32-cudagraph mixed-cudagraph"),
-    row(Full,  &[TrainStep],  Only(Mlx),   B16,                         "f32-compile mixed-compile"),
-    row(Full,  &[TrainStep],  Only(Torch), ALL_MODELS,                         "f32-compile bf16-compile mixed-compile tf32-compile"),
-    row(Full,  GRAD,          Only(Torch), B16,                         "f32-compile mixed-compile"),
-    row(Full,  &[Forward],    Only(Torch), B16,                         "f32-compile mixed-compile"),
-    row(Full,  &[MatmulPeak], Cpu,       Square(&[1024, 2048]),       "f32 tf32 bf16 f16"),
-    row(Full,  &[MatmulPeak], Gpu,       Square(&[1024, 4096, 8192]), "f32 tf32 bf16 f16"),
-    row(Full,  &[CopyPeak],   Cpu,       Buffer(&[256]),              STORED),
-    row(Full,  &[CopyPeak],   Gpu,       Buffer(&[1024]),             STORED),
-    row(Full,  &[TrainStep],  Cpu,       DP2,                         "f32 f32-overlap f32-tuned"),
-    row(Full,  &[TrainStep],  Gpu,       SCALING,                        "f32 f32-overlap f32-tuned bf16 bf16-overlap bf16-tuned mixed-tuned"),
-    row(Full,  &[TrainStep],  Only(Torch), DP2,                         "f32-compile mixed-compile"),
-    row(Full,  &[TrainStep],  GpuOnly(Torch), SCALING,                     "bf16-compile"),
-    row(Full,  &[TrainStep],  GpuOnly(Torch), Models(&[("gpt2", 32)]),  "bf16-compile"),
-    row(Full,  &[TrainStep],  Gpu,       Models(&[("gpt2", 32)]),     "f32 f32-tuned bf16 bf16-tuned mixed-tuned"),
-    row(Full,  &[AllReduce],  Cpu,       AllReduceBuffers(&[(1, 2), (18, 2)]),  "f32"),
-    row(Full,  &[AllReduce],  Gpu,       BUFFERS,                      "f32"),
+    row(Full,    &[OptimizerStep], Any,            "indicator-b16 gpt2-b8-t1024", STORED),
+    row(Full,    &[TrainStep],     Any,            SWEEP,                         STORED),
+    row(Full,    &[TrainStep],     Any,            SWEEP,                         MIXED),
+    row(Full,    &[TrainStep],     Any,            SWEEP,                         TF32),
+    row(Full,    &[TrainStep],     Only(Torch),    SWEEP,                         "amp"),
+    row(Full,    &[TrainStep],     Any,            "indicator-b16",               SINGLE),
+    row(Full,    &[TrainStep],     Only(Torch),    "indicator-b16",               "f32-cudagraph mixed-cudagraph"),
+    row(Full,    &[TrainStep],     Only(Mlx),      "indicator-b16",               "f32-compile mixed-compile"),
+    row(Full,    &[TrainStep],     Only(Torch),    BATCHES,                       "f32-compile bf16-compile mixed-compile tf32-compile"),
+    row(Full,    GRAD,             Only(Torch),    "indicator-b16",               "f32-compile mixed-compile"),
+    row(Full,    &[Forward],       Only(Torch),    "indicator-b16",               "f32-compile mixed-compile"),
+    row(Full,    &[MatmulPeak],    Cpu,            "n1024 n2048",                 "f32 tf32 bf16 f16"),
+    row(Full,    &[MatmulPeak],    Gpu,            "n1024 n4096 n8192",           "f32 tf32 bf16 f16"),
+    row(Full,    &[CopyPeak],      Cpu,            "256mib",                      STORED),
+    row(Full,    &[CopyPeak],      Gpu,            "1024mib",                     STORED),
+    row(Full,    &[TrainStep],     Cpu,            DP2,                           "f32 f32-overlap f32-tuned"),
+    row(Full,    &[TrainStep],     Gpu,            SCALING,                       "f32 f32-overlap f32-tuned bf16 bf16-overlap bf16-tuned mixed-tuned"),
+    row(Full,    &[TrainStep],     Only(Torch),    DP2,                           "f32-compile mixed-compile"),
+    row(Full,    &[TrainStep],     GpuOnly(Torch), SCALING,                       "bf16-compile"),
+    row(Full,    &[TrainStep],     GpuOnly(Torch), "gpt2-b32-t1024",              "bf16-compile"),
+    row(Full,    &[TrainStep],     Gpu,            "gpt2-b32-t1024",              "f32 f32-tuned bf16 bf16-tuned mixed-tuned"),
+    row(Full,    &[AllReduce],     Cpu,            "1mib-dp2 18mib-dp2",          "f32"),
+    row(Full,    &[AllReduce],     Gpu,            BUFFERS,                       "f32"),
 ];
 
 impl BackendFilter {
@@ -209,78 +154,49 @@ impl BackendFilter {
     }
 }
 
-impl Sizes {
-    fn shapes(self, workload: Workload, given: Option<CustomModel>) -> Vec<Shape> {
-        let of_a_model = |&(name, batch): &(&str, usize)| {
-            let own = ModelId::named(name).unwrap_or_else(|| panic!("the table names no model '{name}'"));
-            let (model, batch) = match given {
-                // A model that is given stands in the indicator's place, and its batch in that of 16.
-                Some(given) if own.miniature() == ModelId::indicator().miniature() => {
-                    if own.is_miniature() {
-                        (given.model.miniature(), batch)
-                    } else {
-                        (given.model, (given.batch * batch).div_ceil(HEADLINE_BATCH))
-                    }
-                }
-                Some(_) => return None,
-                None => (own, batch),
-            };
-            Some(match workload.block() {
-                Some(part) => Shape::Block { part, model, batch },
-                None => Shape::of_model(model, batch),
-            })
-        };
-        let mut all: Vec<Shape> = match self {
-            Self::Models(list) => list.iter().filter_map(of_a_model).collect(),
-            Self::Square(list) => list.iter().map(|&n| Shape::Square { n, chain: 1 }).collect(),
-            Self::Buffer(list) => list.iter().map(|&mib| Shape::Buffer { mib, ranks: 1 }).collect(),
-            Self::AllReduceBuffers(list) => {
-                list.iter().map(|&(mib, ranks)| Shape::Buffer { mib, ranks }).collect()
-            }
-            Self::DataParallel(list) => {
-                let divided = |&(name, batch, ranks)| Some(of_a_model(&(name, batch))?.with_ranks(ranks));
-                // The batch of a given model may not divide.
-                let fits = |shape: &Shape| shape.batch().is_multiple_of(shape.ranks());
-                list.iter().filter_map(divided).filter(fits).collect()
-            }
-        };
-        all.dedup();
-        all
-    }
+/// Returns the shape of a row for a workload. A custom model replaces the indicator, and its batch replaces 16.
+/// Returns `None` if the row has no case for the custom model.
+fn shape_for(workload: Workload, shape: Shape, custom: Option<CustomModel>) -> Option<Shape> {
+    let Shape::Model { model, batch, ranks } = shape else { return Some(shape) };
+    let (model, batch) = match custom {
+        None => (model, batch),
+        Some(_) if model.miniature() != ModelId::indicator().miniature() => return None,
+        Some(custom) if model.is_miniature() => (custom.model.miniature(), batch),
+        Some(custom) => (custom.model, (custom.batch * batch).div_ceil(HEADLINE_BATCH)),
+    };
+    // The ranks may not divide the batch of a custom model.
+    let divisible = batch.is_multiple_of(ranks);
+    divisible.then(|| Shape::for_workload(workload, model, batch).with_ranks(ranks))
 }
 
-/// The cases of a set, in the order in which they run: by workload, backend, the rows' shapes,
-/// and precision. Every backend is listed whether or not this machine has it.
+/// Returns the cases of a set in the order in which they run: by workload, backend, shape and method. The list
+/// does not depend on the backends that this machine has.
 pub fn cases(set: Set) -> Vec<Case> {
     cases_for(set, custom_model::custom_model())
 }
 
-/// The same, with a model that is given in place of the suite's own.
-pub fn cases_for(set: Set, given: Option<CustomModel>) -> Vec<Case> {
+/// Returns the cases of a set with a custom model instead of the built-in ones.
+pub fn cases_for(set: Set, custom: Option<CustomModel>) -> Vec<Case> {
     let mut all = Vec::new();
     for &workload in Workload::ALL {
         let rows: Vec<&Row> =
             TABLE.iter().filter(|r| r.set == set && r.workloads.contains(&workload)).collect();
         for &backend in BackendId::ALL {
-            let mut found: Vec<(Shape, Vec<Method>)> = Vec::new();
-            for row in rows.iter().filter(|r| r.on.accepts(backend)) {
-                for shape in row.at.shapes(workload, given) {
-                    let precisions = row.precisions.split(' ').map(|id| id.parse().expect("the table's own"));
-                    match found.iter_mut().find(|(known, _)| *known == shape) {
-                        Some((_, list)) => list.extend(precisions),
-                        None => found.push((shape, precisions.collect())),
+            let mut by_shape: Vec<(Shape, Vec<Method>)> = Vec::new();
+            for row in rows.iter().filter(|r| r.backends.accepts(backend)) {
+                let shapes = row.shapes.split(' ').map(|id| id.parse().expect("a shape of the table"));
+                for shape in shapes.filter_map(|shape| shape_for(workload, shape, custom)) {
+                    let methods = row.methods.split(' ').map(|id| id.parse().expect("a method of the table"));
+                    match by_shape.iter_mut().find(|(known, _)| *known == shape) {
+                        Some((_, known)) => known.extend(methods),
+                        None => by_shape.push((shape, methods.collect())),
                     }
                 }
             }
-            for (shape, mut precisions) in found {
-                precisions.sort();
-                precisions.dedup();
-                all.extend(precisions.into_iter().map(|precision| Case {
-                    workload,
-                    backend,
-                    method: precision,
-                    shape,
-                }));
+            for (shape, mut methods) in by_shape {
+                methods.sort();
+                methods.dedup();
+                all.extend(methods.into_iter().map(|method| Case { workload, backend, method, shape }));
             }
         }
     }
@@ -293,43 +209,41 @@ mod tests {
     use crate::suite::{Precision, Variant};
 
     #[test]
-    fn the_table_has_every_precision_recipe_and_model() {
+    fn the_table_has_every_precision_variant_and_model() {
         let full = cases(Full);
-        for &compute in Precision::ALL {
-            assert!(full.iter().any(|c| c.method.precision == compute), "no case in {compute}");
+        for &precision in Precision::ALL {
+            assert!(full.iter().any(|c| c.method.precision == precision), "no case in {precision}");
         }
-        for &recipe in Variant::ALL {
-            assert!(full.iter().any(|c| c.method.variant == recipe), "no case of {recipe}");
+        for &variant in Variant::ALL {
+            assert!(full.iter().any(|c| c.method.variant == variant), "no case of {variant}");
         }
         for model in ModelId::all() {
-            assert!(
-                full.iter().any(|c| c.shape.model().is_some_and(|(m, _)| m == model)),
-                "no case of {model}"
-            );
+            let has_model = |c: &Case| c.shape.model().is_some_and(|(m, _)| m == model);
+            assert!(full.iter().any(has_model), "no case of {model}");
         }
     }
 
     #[test]
-    fn a_given_model_stands_in_the_place_of_the_suites_own() {
+    fn a_custom_model_replaces_the_built_in_ones() {
         let model = ModelId::intern(crate::model::Model { name: "mine", ..*ModelId::named("gpt2").unwrap() });
+        let custom = Some(CustomModel { model, batch: 4 });
         for &set in Set::ALL {
-            let all = cases_for(set, Some(CustomModel { model, batch: 4 }));
-            let of_a_model = || all.iter().filter_map(|c| c.shape.model());
-            assert!(of_a_model().all(|(m, _)| m == model || m == model.miniature()));
+            let all = cases_for(set, custom);
+            let mut models = all.iter().filter_map(|c| c.shape.model());
+            assert!(models.all(|(m, _)| m == model || m == model.miniature()));
             for &workload in Workload::ALL.iter().filter(|w| set != Compare || w.trains()) {
                 assert!(all.iter().any(|c| c.workload == workload), "{set} has no {workload}");
             }
         }
-        let full = cases_for(Full, Some(CustomModel { model, batch: 4 }));
-        let alone = full.iter().filter(|c| c.shape.ranks() == 1);
-        let mut batches: Vec<usize> = alone.filter_map(|c| c.shape.model()).map(|(_, b)| b).collect();
-        batches.sort_unstable();
-        batches.dedup();
-        assert_eq!(batches, [1, 4, 16, 64]);
+        let full = cases_for(Full, custom);
+        let single = full.iter().filter(|c| c.shape.ranks() == 1);
+        let batches: std::collections::BTreeSet<usize> =
+            single.filter_map(|c| c.shape.model()).map(|(_, batch)| batch).collect();
+        assert_eq!(Vec::from_iter(batches), [1, 4, 16, 64]);
     }
 
     #[test]
-    fn quick_covers_every_workload_on_every_backend() {
+    fn quick_has_every_workload_on_every_backend() {
         let quick = cases(Quick);
         for &workload in Workload::ALL {
             for &backend in BackendId::ALL {

@@ -4,7 +4,7 @@ fn main() {
     println!("cargo::rerun-if-changed=native");
     println!("cargo::rerun-if-env-changed=LIBTORCH");
     let Some(libtorch) = std::env::var_os("LIBTORCH") else {
-        println!("cargo::error=the frameworks are not set up: run ./scripts/setup once, then this again");
+        println!("cargo::error=the frameworks are not set up: run ./scripts/setup, then build again");
         return;
     };
     let libtorch = std::path::Path::new(&libtorch);
@@ -18,11 +18,8 @@ fn main() {
         .include("native")
         .include(&include)
         .include(include.join("torch/csrc/api/include"))
-        .file("native/extension.cpp")
-        .file("native/graph.cpp")
-        .file("native/package.cpp")
-        .file("native/ranks.cpp");
-    // Which Python compiles steps is set-up's to know, and the executable's to keep.
+        .files(["distributed", "extension", "graph", "package"].map(|name| format!("native/{name}.cpp")));
+    // The executable contains set-up's choice of Python, which runs TorchInductor.
     for name in ["PYTHON", "PYTHONPATH", "NO_INDUCTOR"] {
         let name = format!("TRANSFORMER_BENCH_{name}");
         println!("cargo::rerun-if-env-changed={name}");
@@ -36,7 +33,9 @@ fn main() {
                 println!("cargo::rustc-link-lib=c10_cuda");
             }
             None => {
-                println!("cargo::warning=no CUDA headers: built without CUDA graphs; run ./scripts/setup")
+                println!(
+                    "cargo::warning=built without CUDA graphs, because CUDA headers are missing: run ./scripts/setup"
+                )
             }
         }
     }

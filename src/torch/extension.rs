@@ -1,4 +1,4 @@
-//! The safe side of `native/`.
+//! Safe wrappers of the C++ functions in `native/`.
 
 use std::cell::Cell;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
@@ -7,27 +7,12 @@ use std::panic::{self, AssertUnwindSafe};
 use std::path::Path;
 use std::sync::Once;
 
-use anyhow::{Context, Result, anyhow};
-use tch::{Device, Tensor};
-use transformer_bench::model::fixture::AdamW;
+use anyhow::{Context, Result, anyhow, bail};
+use tch::{Device, Kind, Tensor};
+use transformer_bench::fixture::AdamW;
 
-/// A tensor as libtorch's C++ side sees it.
-pub type Raw = *mut c_void;
-
-#[repr(C)]
-struct Setting {
-    lr: f64,
-    beta1: f64,
-    beta2: f64,
-    eps: f64,
-    weight_decay: f64,
-}
-
-impl From<&AdamW> for Setting {
-    fn from(s: &AdamW) -> Self {
-        Self { lr: s.lr, beta1: s.beta1, beta2: s.beta2, eps: s.eps, weight_decay: s.weight_decay }
-    }
-}
+/// Pointer to a C++ `at::Tensor`.
+pub type RawTensor = *mut c_void;
 
 unsafe extern "C" {
     fn tb_last_error() -> *const c_char;
@@ -37,27 +22,32 @@ unsafe extern "C" {
     fn tb_allow_tf32(allow: bool) -> c_int;
     fn tb_autocast_begin(device: c_int) -> c_int;
     fn tb_autocast_end(device: c_int) -> c_int;
-    fn tb_copy(to: *const Raw, from: *const Raw, count: usize) -> c_int;
-    fn tb_gradients(root: Raw, upstream: Raw, inputs: *const Raw, count: usize, gradients: *mut Raw)
-    -> c_int;
+    fn tb_foreach_copy(to: *const RawTensor, from: *const RawTensor, count: usize) -> c_int;
+    fn tb_grad(
+        output: RawTensor,
+        upstream: RawTensor,
+        inputs: *const RawTensor,
+        count: usize,
+        gradients: *mut RawTensor,
+    ) -> c_int;
     fn tb_adamw(
-        parameters: *const Raw,
-        gradients: *const Raw,
-        first: *const Raw,
-        second: *const Raw,
+        parameters: *const RawTensor,
+        gradients: *const RawTensor,
+        first: *const RawTensor,
+        second: *const RawTensor,
         count: usize,
         step: i64,
-        setting: Setting,
+        options: AdamW,
         foreach: bool,
     ) -> c_int;
     fn tb_fused_adamw(
-        parameters: *const Raw,
-        gradients: *const Raw,
-        first: *const Raw,
-        second: *const Raw,
-        steps: *const Raw,
+        parameters: *const RawTensor,
+        gradients: *const RawTensor,
+        first: *const RawTensor,
+        second: *const RawTensor,
+        steps: *const RawTensor,
         count: usize,
-        setting: Setting,
+        options: AdamW,
     ) -> c_int;
     fn tb_graph_new(out: *mut *mut c_void) -> c_int;
     fn tb_graph_free(graph: *mut c_void);
@@ -75,32 +65,34 @@ unsafe extern "C" {
     fn tb_package_free(package: *mut c_void);
     fn tb_package_run(
         package: *mut c_void,
-        inputs: *const Raw,
+        inputs: *const RawTensor,
         count: usize,
-        results: *mut Raw,
+        results: *mut RawTensor,
         expected: usize,
     ) -> c_int;
-    fn tb_drop_workspaces() -> c_int;
+    fn tb_clear_cublas_workspaces() -> c_int;
     fn tb_peak_memory(device: c_int, bytes: *mut u64) -> c_int;
     fn tb_reset_peak_memory(device: c_int) -> c_int;
     fn tb_memory_total(device: c_int, bytes: *mut u64) -> c_int;
 }
 
-pub fn checked(status: c_int) -> Result<()> {
+/// Converts the status of a C++ function.
+pub fn check_status(status: c_int) -> Result<()> {
     if status == 0 {
         return Ok(());
     }
-    // SAFETY: a NUL-terminated string that lives until this thread's next failing call.
+    // SAFETY: a NUL-terminated string that is valid until the next failing call of this thread.
     let reason = unsafe { CStr::from_ptr(tb_last_error()) }.to_string_lossy();
     Err(anyhow!("{}", first_line(&reason)))
 }
 
-/// libtorch's messages go on with pages of C++ frames.
+/// Returns the first line of a message of libtorch. The others are a C++ stack trace.
 fn first_line(text: &str) -> String {
     text.lines().next().unwrap_or("libtorch gave no reason").to_owned()
 }
 
-fn code(device: Device) -> c_int {
+/// Returns the number of a device in the C++ functions.
+fn device_code(device: Device) -> c_int {
     match device {
         Device::Mps => 1,
         Device::Cuda(_) => 2,
@@ -108,28 +100,37 @@ fn code(device: Device) -> c_int {
     }
 }
 
-pub fn raw(tensors: &[Tensor]) -> Vec<Raw> {
-    tensors.iter().map(|t| t.as_ptr().cast_mut().cast()).collect()
+pub fn as_raw(tensor: &Tensor) -> RawTensor {
+    tensor.as_ptr().cast_mut().cast()
 }
 
-/// What libtorch gave: owned tensors, each taken once.
-pub fn owned(tensors: Vec<Raw>) -> Vec<Tensor> {
-    // SAFETY: the caller has them from a call that succeeded, which made each anew.
-    tensors.into_iter().map(|t| unsafe { Tensor::from_ptr(t.cast()) }).collect()
+pub fn as_raw_list(tensors: &[Tensor]) -> Vec<RawTensor> {
+    tensors.iter().map(as_raw).collect()
 }
 
-/// tch's plain methods panic on libtorch's errors, such as running out of memory;
-/// here those become errors, without the panic's own message.
-pub fn caught<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
+/// Returns the tensors that `call` writes to `count` slots. It writes new tensors, and returns the status.
+pub fn returned(count: usize, call: impl FnOnce(*mut RawTensor) -> c_int) -> Result<Vec<Tensor>> {
+    let mut out: Vec<RawTensor> = vec![std::ptr::null_mut(); count];
+    check_status(call(out.as_mut_ptr()))?;
+    // SAFETY: the successful call has written a new tensor to each slot. Each is taken once.
+    Ok(out.into_iter().map(|tensor| unsafe { Tensor::from_ptr(tensor.cast()) }).collect())
+}
+
+/// Runs `body` and turns its panics into errors, without the message of the panic hook. The methods of tch panic on
+/// errors of libtorch, such as running out of memory.
+///
+/// # Errors
+/// Returns the error of `body`, or the message of the panic.
+pub fn catch_panics<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
     thread_local! {
         static QUIET: Cell<bool> = const { Cell::new(false) };
     }
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {
-        let usual = panic::take_hook();
+        let default_hook = panic::take_hook();
         panic::set_hook(Box::new(move |info| {
             if !QUIET.get() {
-                usual(info);
+                default_hook(info);
             }
         }));
     });
@@ -142,18 +143,20 @@ pub fn caught<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
             .map(String::as_str)
             .or_else(|| payload.downcast_ref::<&str>().copied())
             .unwrap_or("libtorch gave no reason");
-        // tch wraps the message as `Torch("…")`, with escaped line ends.
+        // tch formats the message as `Torch("…")`, with escaped line ends.
         let text = text.split_once("Torch(\"").map_or(text, |(_, inner)| inner);
         Err(anyhow!("{}", first_line(text.split("\\n").next().unwrap_or(text))))
     })
 }
 
-/// Loads libtorch's CUDA part, which registers the device. A program links only the
-/// CPU part, so that it runs where there is no CUDA.
-pub fn load_cuda() -> Result<(), String> {
-    let name = CString::new("libtorch_cuda.so").expect("no NUL");
-    // SAFETY: loads a library whose initialisers only register kernels.
-    let handle = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
+/// Loads libtorch_cuda, which registers the device. The program links only the CPU library, so that it also runs on
+/// machines without CUDA.
+///
+/// # Errors
+/// Returns the reason if the library is missing or does not load.
+pub fn load_cuda() -> Result<()> {
+    // SAFETY: loads a library whose initializers only register kernels.
+    let handle = unsafe { libc::dlopen(c"libtorch_cuda.so".as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
     if !handle.is_null() {
         return Ok(());
     }
@@ -162,13 +165,13 @@ pub fn load_cuda() -> Result<(), String> {
     let reason = if reason.is_null() {
         String::new()
     } else {
-        // SAFETY: checked above.
+        // SAFETY: the pointer is not null.
         unsafe { CStr::from_ptr(reason) }.to_string_lossy().into_owned()
     };
     if reason.starts_with("libtorch_cuda.so:") {
-        return Err("this libtorch is a CPU build (no NVIDIA driver when scripts/setup ran)".to_owned());
+        bail!("this libtorch is a CPU build (no NVIDIA driver when scripts/setup ran)");
     }
-    Err(format!("libtorch's CUDA part does not load: {}", first_line(&reason)))
+    bail!("libtorch_cuda does not load: {}", first_line(&reason))
 }
 
 pub fn version() -> String {
@@ -176,9 +179,9 @@ pub fn version() -> String {
     unsafe { CStr::from_ptr(tb_version()) }.to_string_lossy().into_owned()
 }
 
-/// What of libtorch's build a reader of the figures needs: BLAS and instruction set.
+/// Returns the BLAS and the instruction set of libtorch, for the report.
 pub fn configuration() -> Vec<(String, String)> {
-    // SAFETY: a string that lives until this thread's next call.
+    // SAFETY: a string that is valid until the next call of this thread.
     let text = unsafe { CStr::from_ptr(tb_configuration()) }.to_string_lossy().into_owned();
     let mut all = Vec::new();
     if let Some((_, rest)) = text.split_once("CPU capability: ") {
@@ -197,131 +200,103 @@ pub fn configuration() -> Vec<(String, String)> {
 
 pub fn synchronize(device: Device) -> Result<()> {
     // SAFETY: no pointers.
-    checked(unsafe { tb_synchronize(code(device)) })
+    check_status(unsafe { tb_synchronize(device_code(device)) })
 }
 
-/// Pins whether f32 products may use TF32: never left to a default.
+/// Sets whether f32 matrix products may use TF32, instead of relying on a default.
 pub fn allow_tf32(allow: bool) -> Result<()> {
     // SAFETY: no pointers.
-    checked(unsafe { tb_allow_tf32(allow) })
+    check_status(unsafe { tb_allow_tf32(allow) })
 }
 
-/// Runs `body` under the device's autocast to bf16.
-pub fn autocast<T>(device: Device, on: bool, body: impl FnOnce() -> T) -> Result<T> {
-    if !on {
-        return Ok(body());
-    }
+/// Runs `body`, under `torch.autocast` with bf16 if `enabled`.
+pub fn autocast<T>(device: Device, enabled: bool, body: impl FnOnce() -> T) -> Result<T> {
     struct End(c_int);
     impl Drop for End {
         fn drop(&mut self) {
-            // SAFETY: no pointers; pairs with the begin below, also when `body` panics.
+            // SAFETY: no pointers. It matches the begin below, also if `body` panics.
             unsafe { tb_autocast_end(self.0) };
         }
     }
+    if !enabled {
+        return Ok(body());
+    }
     // SAFETY: no pointers.
-    checked(unsafe { tb_autocast_begin(code(device)) })?;
-    let _end = End(code(device));
+    check_status(unsafe { tb_autocast_begin(device_code(device)) })?;
+    let _end = End(device_code(device));
     Ok(body())
 }
 
-/// Copies values pairwise, converting where the types differ; records no gradient.
-pub fn copy(to: &[Tensor], from: &[Tensor]) -> Result<()> {
+/// Copies tensors pairwise without autograd, and converts their types.
+pub fn foreach_copy(to: &[Tensor], from: &[Tensor]) -> Result<()> {
     assert_eq!(to.len(), from.len());
-    // SAFETY: two lists of equally many live tensors.
-    checked(unsafe { tb_copy(raw(to).as_ptr(), raw(from).as_ptr(), to.len()) })
+    // SAFETY: two lists of `to.len()` live tensors.
+    check_status(unsafe { tb_foreach_copy(as_raw_list(to).as_ptr(), as_raw_list(from).as_ptr(), to.len()) })
 }
 
-/// d(root)/d(inputs); `upstream` arrives at the root, or 1 where it is a scalar.
-pub fn gradients(root: &Tensor, upstream: Option<&Tensor>, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
-    let mut out: Vec<Raw> = vec![std::ptr::null_mut(); inputs.len()];
-    let from = upstream.map_or(std::ptr::null_mut(), |t| t.as_ptr().cast_mut().cast());
-    // SAFETY: all tensors outlive the call; on success every slot holds an owned tensor.
-    checked(unsafe {
-        tb_gradients(
-            root.as_ptr().cast_mut().cast(),
-            from,
-            raw(inputs).as_ptr(),
-            inputs.len(),
-            out.as_mut_ptr(),
-        )
-    })?;
-    Ok(owned(out))
+/// Returns the gradients of `output` with respect to `inputs`. `upstream` is the gradient of `output`, or `None` for 1.
+pub fn grad(output: &Tensor, upstream: Option<&Tensor>, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
+    let upstream = upstream.map_or(std::ptr::null_mut(), as_raw);
+    let raw = as_raw_list(inputs);
+    // SAFETY: all tensors outlive the call, and `out` has a slot per input.
+    returned(raw.len(), |out| unsafe { tb_grad(as_raw(output), upstream, raw.as_ptr(), raw.len(), out) })
 }
 
-/// Moments of AdamW, in the parameters' own type, as torch.optim keeps them.
-pub struct Moments {
+/// State of AdamW in the type of the parameters, as in torch.optim.
+pub struct AdamWState {
     first: Vec<Tensor>,
     second: Vec<Tensor>,
     step: i64,
-    /// The fused kernel counts on the device.
+    /// Step counters on the device, for the fused kernel.
     device_steps: Option<Vec<Tensor>>,
 }
 
-impl Moments {
+impl AdamWState {
     pub fn new(parameters: &[Tensor], fused: bool) -> Self {
         let zeros = || parameters.iter().map(|p| p.detach().zeros_like()).collect();
-        let device_steps = fused.then(|| {
-            parameters.iter().map(|p| Tensor::zeros([1i64; 0], (tch::Kind::Float, p.device()))).collect()
-        });
+        let counter = |p: &Tensor| Tensor::zeros([1i64; 0], (Kind::Float, p.device()));
+        let device_steps = fused.then(|| parameters.iter().map(counter).collect());
         Self { first: zeros(), second: zeros(), step: 0, device_steps }
     }
 
-    /// Everything that a step changes beside the parameters.
-    pub fn state(&self) -> Vec<Tensor> {
+    /// Returns the tensors that a step changes, except the parameters.
+    pub fn tensors(&self) -> Vec<Tensor> {
         let steps = self.device_steps.iter().flatten();
         self.first.iter().chain(&self.second).chain(steps).map(Tensor::shallow_clone).collect()
     }
 
-    /// Counts from the first step again; the tensors are the caller's to put back.
-    pub fn restart(&mut self) {
+    /// Resets the step counter on the host. The caller restores the tensors.
+    pub fn reset_step_count(&mut self) {
         self.step = 0;
     }
 
-    /// One AdamW step in place.
-    pub fn apply(&mut self, setting: &AdamW, parameters: &[Tensor], gradients: &[Tensor]) -> Result<()> {
+    /// Updates the parameters in place.
+    pub fn step(&mut self, options: &AdamW, parameters: &[Tensor], gradients: &[Tensor]) -> Result<()> {
         let count = parameters.len();
         assert_eq!(count, gradients.len());
-        let (p, g) = (raw(parameters), raw(gradients));
-        let (m, v) = (raw(&self.first), raw(&self.second));
+        let [p, g, m, v] = [parameters, gradients, &self.first, &self.second].map(as_raw_list);
+        let (p, g, m, v) = (p.as_ptr(), g.as_ptr(), m.as_ptr(), v.as_ptr());
         self.step += 1;
-        // SAFETY: four lists of `count` live tensors, and a fifth for the fused kernel.
-        checked(unsafe {
+        // As in torch.optim, the default on an accelerator is the `_foreach_` implementation.
+        let foreach = parameters.first().is_some_and(|p| p.device() != Device::Cpu);
+        // SAFETY: lists of `count` live tensors.
+        check_status(unsafe {
             match &self.device_steps {
-                Some(steps) => tb_fused_adamw(
-                    p.as_ptr(),
-                    g.as_ptr(),
-                    m.as_ptr(),
-                    v.as_ptr(),
-                    raw(steps).as_ptr(),
-                    count,
-                    setting.into(),
-                ),
-                None => {
-                    let foreach = parameters.first().is_some_and(|p| p.device() != Device::Cpu);
-                    tb_adamw(
-                        p.as_ptr(),
-                        g.as_ptr(),
-                        m.as_ptr(),
-                        v.as_ptr(),
-                        count,
-                        self.step,
-                        setting.into(),
-                        foreach,
-                    )
-                }
+                Some(steps) => tb_fused_adamw(p, g, m, v, as_raw_list(steps).as_ptr(), count, *options),
+                None => tb_adamw(p, g, m, v, count, self.step, *options, foreach),
             }
         })
     }
 }
 
-/// Code that AOTInductor made, loaded.
-pub struct Package(*mut c_void);
+/// A loaded AOTInductor package.
+pub struct PackageRunner(*mut c_void);
 
-impl Package {
-    /// Loads `library`, which finds what it needs beside itself.
+impl PackageRunner {
+    /// Loads the library of a package. The files that it needs are in the same folder.
     pub fn load(library: &Path, device: Device) -> Result<Self> {
-        let text = |path: &Path| CString::new(path.as_os_str().as_bytes()).context("a path holds a NUL");
-        let folder = library.parent().context("a library lies in a folder")?;
+        let text = |path: &Path| CString::new(path.as_os_str().as_bytes()).context("a path contains NUL");
+        let folder = library.parent().context("a library has a folder")?;
         let (library, folder) = (text(library)?, text(folder)?);
         let device = match device {
             Device::Mps => c"mps",
@@ -329,107 +304,107 @@ impl Package {
             _ => c"cpu",
         };
         let mut handle = std::ptr::null_mut();
-        // SAFETY: three strings that outlive the call; writes one pointer, owned by the value made here.
-        checked(unsafe { tb_package_load(library.as_ptr(), device.as_ptr(), folder.as_ptr(), &mut handle) })?;
+        // SAFETY: the strings outlive the call. It writes a pointer, which the value owns.
+        check_status(unsafe {
+            tb_package_load(library.as_ptr(), device.as_ptr(), folder.as_ptr(), &mut handle)
+        })?;
         Ok(Self(handle))
     }
 
-    /// Runs it; what it changes in place are its inputs.
+    /// Runs the package, which may change its inputs in place. Returns `expected` tensors.
     pub fn run(&self, inputs: &[Tensor], expected: usize) -> Result<Vec<Tensor>> {
-        let mut out: Vec<Raw> = vec![std::ptr::null_mut(); expected];
-        // SAFETY: the handle is live, all tensors outlive the call; on success every slot holds an owned
-        // tensor.
-        checked(unsafe {
-            tb_package_run(self.0, raw(inputs).as_ptr(), inputs.len(), out.as_mut_ptr(), expected)
-        })?;
-        Ok(owned(out))
+        let raw = as_raw_list(inputs);
+        // SAFETY: the handle is live, all tensors outlive the call, and `out` has `expected` slots.
+        returned(expected, |out| unsafe { tb_package_run(self.0, raw.as_ptr(), raw.len(), out, expected) })
     }
 }
 
-impl Drop for Package {
+impl Drop for PackageRunner {
     fn drop(&mut self) {
-        // SAFETY: owned, freed once.
+        // SAFETY: the value owns the pointer and frees it once.
         unsafe { tb_package_free(self.0) };
     }
 }
 
-/// A recorded CUDA graph.
+/// A captured CUDA graph.
 pub struct Graph(*mut c_void);
 
-/// Steps before a recording: cuBLAS and the allocator settle in the first.
-const WARM_UP: usize = 3;
+/// Steps before a capture, in which cuBLAS and the allocator initialize.
+const WARM_UP_STEPS: usize = 3;
 
 impl Graph {
-    /// Runs a step a few times and records `body`. What the former changes in `state` is put back, so that
-    /// the first replay is the first step.
-    pub fn of_step(
+    /// Runs `step` as a warm-up, restores the tensors of `state`, and captures `body`. The first replay is therefore
+    /// the first step.
+    pub fn capture_step(
         state: Vec<Tensor>,
         mut step: impl FnMut() -> Result<()>,
         body: impl FnOnce() -> Result<()>,
     ) -> Result<Self> {
-        let before: Vec<Tensor> = state.iter().map(Tensor::copy).collect();
+        let initial: Vec<Tensor> = state.iter().map(Tensor::copy).collect();
         let warm_up = || {
-            (0..WARM_UP).try_for_each(|_| step())?;
-            tch::no_grad(|| state.into_iter().zip(&before).for_each(|(mut now, before)| now.copy_(before)));
+            (0..WARM_UP_STEPS).try_for_each(|_| step())?;
+            tch::no_grad(|| {
+                state.into_iter().zip(&initial).for_each(|(mut now, initial)| now.copy_(initial))
+            });
             Ok(())
         };
-        Self::record(warm_up, body)
+        Self::capture(warm_up, body)
     }
 
-    /// Runs `warm_up` and then records `body` on a stream of their own.
-    fn record(warm_up: impl FnOnce() -> Result<()>, body: impl FnOnce() -> Result<()>) -> Result<Self> {
+    /// Runs `warm_up` and captures `body` on a side stream.
+    fn capture(warm_up: impl FnOnce() -> Result<()>, body: impl FnOnce() -> Result<()>) -> Result<Self> {
         let mut handle = std::ptr::null_mut();
-        // SAFETY: writes one pointer, owned by the value made here.
-        checked(unsafe { tb_graph_new(&mut handle) })?;
+        // SAFETY: the call writes a pointer, which the value owns.
+        check_status(unsafe { tb_graph_new(&mut handle) })?;
         let graph = Self(handle);
         // SAFETY (here and below): the handle is live.
-        checked(unsafe { tb_graph_enter(graph.0) })?;
-        let recorded = warm_up().and_then(|()| {
-            checked(unsafe { tb_graph_begin(graph.0) })?;
-            let done = caught(body);
-            // Ended also after a failure: nothing else runs during a recording.
-            let ended = checked(unsafe { tb_graph_end(graph.0) });
+        check_status(unsafe { tb_graph_enter(graph.0) })?;
+        let captured = warm_up().and_then(|()| {
+            check_status(unsafe { tb_graph_begin(graph.0) })?;
+            let done = catch_panics(body);
+            // The capture ends even if `body` failed, because most CUDA calls fail during a capture.
+            let ended = check_status(unsafe { tb_graph_end(graph.0) });
             done.and(ended)
         });
-        let left = checked(unsafe { tb_graph_leave(graph.0) });
-        recorded.and(left).map(|()| graph)
+        let left = check_status(unsafe { tb_graph_leave(graph.0) });
+        captured.and(left).map(|()| graph)
     }
 
     pub fn replay(&self) -> Result<()> {
         // SAFETY: the handle is live.
-        checked(unsafe { tb_graph_replay(self.0) })
+        check_status(unsafe { tb_graph_replay(self.0) })
     }
 }
 
 impl Drop for Graph {
     fn drop(&mut self) {
-        // SAFETY: owned, freed once.
+        // SAFETY: the value owns the pointer and frees it once.
         unsafe { tb_graph_free(self.0) };
     }
 }
 
-fn bytes(read: impl FnOnce(*mut u64) -> c_int) -> Option<u64> {
-    let mut value = 0;
-    (read(&mut value) == 0).then_some(value)
+/// Returns the bytes that `read` writes, or `None` for the CPU or if it fails.
+fn read_bytes(device: Device, read: unsafe extern "C" fn(c_int, *mut u64) -> c_int) -> Option<u64> {
+    let mut bytes = 0;
+    // SAFETY: the call writes one integer.
+    (device != Device::Cpu && unsafe { read(device_code(device), &mut bytes) } == 0).then_some(bytes)
 }
 
-/// None on the CPU, and where the device's allocator keeps no statistics.
+/// Returns the peak of the caching allocator in bytes. Returns `None` if the device does not have one.
 pub fn peak_memory(device: Device) -> Option<u64> {
-    // SAFETY: writes one integer.
-    (device != Device::Cpu).then(|| bytes(|to| unsafe { tb_peak_memory(code(device), to) })).flatten()
+    read_bytes(device, tb_peak_memory)
 }
 
 pub fn reset_peak_memory(device: Device) {
     if device != Device::Cpu {
-        // SAFETY: no pointers. A device without statistics has nothing to reset.
+        // SAFETY: no pointers. Devices without statistics need no reset, so the status is ignored.
         unsafe {
-            tb_drop_workspaces();
-            tb_reset_peak_memory(code(device));
+            tb_clear_cublas_workspaces();
+            tb_reset_peak_memory(device_code(device));
         }
     }
 }
 
 pub fn memory_total(device: Device) -> Option<u64> {
-    // SAFETY: writes one integer.
-    (device != Device::Cpu).then(|| bytes(|to| unsafe { tb_memory_total(code(device), to) })).flatten()
+    read_bytes(device, tb_memory_total)
 }

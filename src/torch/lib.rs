@@ -1,25 +1,23 @@
 //! The PyTorch backends: libtorch through `tch` on CPU, MPS and CUDA.
 //!
-//! `extension` wraps what tch lacks, `net` is the network, `leaves` its parameters, `step` the workloads.
-//! `ranks` is what several processes exchange; `compiled` runs them as TorchInductor compiles them, in `packages` that `inductor/` makes.
+//! `network` is the model, `params` its parameters, and `step` the workloads. `compiled_step` runs the packages that
+//! `inductor` builds. `distributed` connects ranks, and `extension` wraps C++ functions that tch lacks.
 
-mod compiled;
+mod compiled_step;
 mod distributed;
 mod extension;
+mod inductor;
 mod network;
-mod packages;
 mod params;
 mod step;
 
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor};
-use transformer_bench::backend::{
-    self, Backend, Backends, Environment, LoadedCase, Sums, Unsupported, failure_message,
-};
-use transformer_bench::model::fixture::Fixture;
-use transformer_bench::suite::{self, BackendId, Case, Precision, Variant};
+use transformer_bench::backend::{self, Accumulation, Backend, Backends, EnvVars, LoadedCase, Unsupported};
+use transformer_bench::fixture::Fixture;
+use transformer_bench::suite::{BackendId, Case, Method, Precision, Variant};
 
 /// PyTorch on one device.
 struct Torch {
@@ -27,49 +25,43 @@ struct Torch {
     device: Device,
 }
 
-/// Finds the devices that this libtorch and this machine offer.
+/// Detects the devices of this machine that this libtorch supports.
 pub fn find() -> Backends {
     let mut found = Backends::default();
-    let mut offer = |id, device, missing: Option<String>| match missing {
-        None => found.available.push(Box::new(Torch { id, device })),
-        Some(reason) => found.add_unavailable(id, reason),
-    };
-    offer(BackendId::TorchCpu, Device::Cpu, None);
-    offer(BackendId::TorchMps, Device::Mps, mps_missing());
-    offer(BackendId::TorchCuda, Device::Cuda(0), cuda_missing());
+    for (id, device) in [
+        (BackendId::TorchCpu, Device::Cpu),
+        (BackendId::TorchMps, Device::Mps),
+        (BackendId::TorchCuda, Device::Cuda(0)),
+    ] {
+        found.add(Torch { id, device }, check_available(id, device));
+    }
     found
 }
 
-fn mps_missing() -> Option<String> {
-    if let Some(reason) = backend::unsupported_reason(suite::Device::AppleGpu) {
-        return Some(reason.to_owned());
+/// Checks that this machine has a device, and that it works.
+///
+/// # Errors
+/// Returns the reason if it does not.
+fn check_available(id: BackendId, device: Device) -> Result<()> {
+    backend::check_system(id.device())?;
+    match device {
+        Device::Mps => ensure!(tch::utils::has_mps(), "libtorch finds no MPS device on this Mac"),
+        Device::Cuda(_) => {
+            extension::load_cuda()?;
+            ensure!(tch::Cuda::is_available(), "libtorch finds no NVIDIA GPU with a working driver");
+        }
+        _ => return Ok(()),
     }
-    if !tch::utils::has_mps() {
-        return Some("this Mac offers libtorch no MPS device".to_owned());
-    }
-    computes(Device::Mps).err().map(|error| failure_message(&error))
+    check_computes(device)
 }
 
-fn cuda_missing() -> Option<String> {
-    if let Some(reason) = backend::unsupported_reason(suite::Device::NvidiaGpu) {
-        return Some(reason.to_owned());
-    }
-    if let Err(reason) = extension::load_cuda() {
-        return Some(reason);
-    }
-    if !tch::Cuda::is_available() {
-        return Some("libtorch sees no NVIDIA GPU with a working driver".to_owned());
-    }
-    computes(Device::Cuda(0)).err().map(|error| failure_message(&error))
-}
-
-/// Whether a device gets a small product right.
-fn computes(device: Device) -> Result<()> {
-    extension::caught(|| {
-        let side = backend::SANITY_WIDTH as i64;
-        let x = Tensor::from_slice(&backend::sanity_matrix()).view([side, side]).to_device(device);
-        let product = x.matmul(&x).to_device(Device::Cpu).view([-1]);
-        backend::check_sanity_product(&Vec::<f32>::try_from(product)?)
+/// Checks that a device computes a small matrix product correctly.
+fn check_computes(device: Device) -> Result<()> {
+    backend::check_sanity_product(|x, n| {
+        extension::catch_panics(|| {
+            let x = Tensor::from_slice(x).view([i64::from(n); 2]).to_device(device);
+            Ok(Vec::try_from(x.matmul(&x).to_device(Device::Cpu).view([-1]))?)
+        })
     })
 }
 
@@ -88,43 +80,45 @@ impl Backend for Torch {
     }
 
     fn supports(&self, case: &Case) -> Result<(), Unsupported> {
-        let compute = case.method.precision;
-        let no = |reason: &str| Err(Unsupported(reason.to_owned()));
         backend::check_supported(case)?;
-        match case.method.variant {
-            Variant::CudaGraph if self.id != BackendId::TorchCuda => {
-                return no("a graph is recorded on CUDA alone");
-            }
-            Variant::Compile if !compiled::offers(case.workload) => {
-                return no("steps and blocks with gradients, and forward, are what is compiled");
-            }
-            Variant::Compile => {
-                if let Some(reason) = packages::missing() {
-                    return no(&reason);
-                }
-            }
-            _ => {}
+        let (Method { precision, variant }, cuda) = (case.method, self.id == BackendId::TorchCuda);
+        if variant == Variant::Compile {
+            inductor::check_supported(case.workload)?;
         }
-        if compute == Precision::Amp && case.method.variant.captures_full_step() {
-            return no("torch.autocast casts at every operation; a captured step casts once, as mixed does");
-        }
-        if compute == Precision::Tf32 && self.id != BackendId::TorchCuda {
-            return no("TF32 is a format of NVIDIA's tensor cores");
-        }
-        Ok(())
+        let reason = match (precision, variant) {
+            (_, Variant::CudaGraph) if !cuda => "CUDA graphs need CUDA",
+            (Precision::Amp, _) if variant.captures_full_step() => {
+                "torch.autocast casts in every operation, but a captured step casts once, as mixed does"
+            }
+            (Precision::Tf32, _) if !cuda => "TF32 is a format of NVIDIA's tensor cores",
+            _ => return Ok(()),
+        };
+        Err(Unsupported(reason.to_owned()))
     }
 
     fn load(&self, fixture: &Fixture) -> Result<Box<dyn LoadedCase>> {
-        extension::allow_tf32(fixture.case.method.precision == Precision::Tf32)?;
+        let Method { precision, variant } = fixture.case.method;
+        extension::allow_tf32(precision == Precision::Tf32)?;
         tch::manual_seed(1 + fixture.rank() as i64);
-        extension::caught(|| {
-            Ok(match fixture.case.method.variant {
-                Variant::Compile => {
-                    Box::new(compiled::Compiled::new(self.device, fixture)?) as Box<dyn LoadedCase>
-                }
-                _ => Box::new(step::Step::new(self.device, fixture)?),
+        extension::catch_panics(|| {
+            Ok(match variant {
+                Variant::Compile => Box::new(compiled_step::CompiledStep::new(self.device, fixture)?),
+                _ => Box::new(step::Step::new(self.device, fixture)?) as Box<dyn LoadedCase>,
             })
         })
+    }
+
+    fn is_precompiled(&self, variant: Variant) -> bool {
+        variant == Variant::Compile
+    }
+
+    fn needs_compile(&self, case: &Case) -> bool {
+        self.is_precompiled(case.method.variant)
+            && inductor::packages_for(case).iter().any(|package| !package.is_built())
+    }
+
+    fn compile(&self, case: &Case) -> Result<()> {
+        inductor::build_all(&inductor::packages_for(case))
     }
 
     fn devices(&self) -> (usize, &'static str) {
@@ -136,36 +130,24 @@ impl Backend for Torch {
     }
 
     fn comm_backend(&self) -> &'static str {
-        distributed::engine(self.id)
+        distributed::comm_backend(self.id)
     }
 
-    fn rendezvous_env(&self, ranks: usize, folder: &Path) -> Result<Vec<Environment>> {
-        Ok(distributed::meeting(self.id, ranks, folder))
+    fn rendezvous_env(&self, ranks: usize, folder: &Path) -> Result<Vec<EnvVars>> {
+        Ok(distributed::rendezvous_env(self.id, ranks, folder))
     }
 
     fn all_reduce_sum(&self, values: &[f32]) -> Result<Vec<f32>> {
-        distributed::sum(values)
+        distributed::all_reduce_sum(values)
     }
 
-    fn is_precompiled(&self, recipe: Variant) -> bool {
-        recipe == Variant::Compile
-    }
-
-    fn needs_compile(&self, case: &Case) -> bool {
-        self.is_precompiled(case.method.variant) && packages::of(case).iter().any(|package| !package.there())
-    }
-
-    fn compile(&self, case: &Case) -> Result<()> {
-        packages::make(&packages::of(case))
-    }
-
-    /// The CPU's layer norm adds up its gradients in bf16 (measured: over 1,776 rows they are off by 15
-    /// to 20 % of their norm); CUDA's in f32. What MPS does is not known, so the most is allowed.
-    fn accumulation(&self) -> Sums {
+    /// On the CPU, the gradients of layer norm accumulate in bf16. Over 1,776 rows, their error was 15 to 20 % of their
+    /// norm. CUDA accumulates in f32. The accumulation type of MPS is unknown, so MPS gets the largest tolerance.
+    fn accumulation(&self) -> Accumulation {
         match self.id {
-            BackendId::TorchCpu => Sums::NarrowInNorms,
-            BackendId::TorchCuda => Sums::Wide,
-            _ => Sums::Narrow,
+            BackendId::TorchCpu => Accumulation::NarrowInNorms,
+            BackendId::TorchCuda => Accumulation::Wide,
+            _ => Accumulation::Narrow,
         }
     }
 
@@ -187,9 +169,9 @@ impl Backend for Torch {
     }
 }
 
-/// The type in which a precision stores parameters.
-fn kind(compute: Precision) -> Kind {
-    match compute {
+/// Returns the type in which a precision stores parameters.
+fn kind(precision: Precision) -> Kind {
+    match precision {
         Precision::Bf16 => Kind::BFloat16,
         Precision::F16 => Kind::Half,
         Precision::F32 | Precision::Tf32 | Precision::Mixed | Precision::Amp => Kind::Float,
@@ -201,14 +183,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_device_that_fails_is_absent_with_its_reason() {
-        computes(Device::Cpu).unwrap();
+    fn a_device_that_fails_is_unavailable_with_a_reason() {
+        check_computes(Device::Cpu).unwrap();
         if cfg!(target_os = "macos") {
             println!("skipped: this system has an MPS device");
             return;
         }
-        let reason = failure_message(&computes(Device::Mps).unwrap_err());
-        assert!(reason.contains("can't compute") && reason.to_lowercase().contains("mps"), "{reason}");
+        let reason = format!("{:#}", check_computes(Device::Mps).unwrap_err());
+        assert!(reason.contains("cannot compute") && reason.to_lowercase().contains("mps"), "{reason}");
         assert!(!reason.contains('\n'), "{reason}");
     }
 }

@@ -1,106 +1,131 @@
-//! Parameters as leaves of the tape: how they are packed, loaded and read back.
+//! Loading of inputs and parameters, and reading of results.
+//!
+//! Parameters are leaf tensors of autograd. A leaf can pack several parameters.
 
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
-use transformer_bench::model::fixture::Tensor as Named;
-use transformer_bench::model::parameters::{InOrder, LayerParams, parameters};
-use transformer_bench::suite::Shape;
+use transformer_bench::backend::result_names;
+use transformer_bench::fixture::{Fixture, Tensor as Named};
+use transformer_bench::model::parameters::{InOrder, Parameters};
+use transformer_bench::suite::{Case, Shape};
 
-/// Where a parameter lies: whole in its own leaf, or some rows of a packed one.
-struct Place {
-    name: String,
-    dims: Vec<usize>,
-    leaf: usize,
-    row: i64,
-    packed: bool,
-}
-
-/// The places of all parameters, in their order.
-pub struct Places(Vec<Place>);
-
-pub fn load(named: &Named, device: Device, kind: Kind) -> Tensor {
+fn load(named: &Named, device: Device, kind: Kind) -> Tensor {
     let dims: Vec<i64> = named.dims.iter().map(|&d| d as i64).collect();
     Tensor::from_slice(&named.data).view(dims.as_slice()).to_device(device).to_kind(kind)
 }
 
-/// A tensor as f32 on the host.
-pub fn read(name: String, dims: &[usize], tensor: &Tensor) -> Result<Named> {
+/// Loads the inputs of a case: token ids as int64, inputs of the loss as f32, and the others as `kind`.
+pub fn load_inputs(fixture: &Fixture, device: Device, kind: Kind) -> Vec<Tensor> {
+    let kind_of = |name: &str| match name {
+        "tokens" | "next" => Kind::Int64,
+        // The loss is in f32 for every precision.
+        "usefulness" => Kind::Float,
+        _ => kind,
+    };
+    fixture.inputs().iter().map(|named| load(named, device, kind_of(&named.name))).collect()
+}
+
+/// Copies a tensor to the host as f32.
+fn read(name: String, tensor: &Tensor) -> Result<Named> {
+    let dims = tensor.size().iter().map(|&d| d as usize).collect();
     let flat = tensor.detach().to_device(Device::Cpu).to_kind(Kind::Float).contiguous().view([-1]);
-    Ok(Named { name, dims: dims.to_vec(), data: Vec::<f32>::try_from(flat)? })
+    Ok(Named { name, dims, data: Vec::<f32>::try_from(flat)? })
 }
 
-pub fn dims(tensor: &Tensor) -> Vec<usize> {
-    tensor.size().iter().map(|&d| d as usize).collect()
-}
-
-/// The leaf that q, k and v of one attention share, where `name` is of one of them.
-fn shared(name: &str) -> Option<String> {
+/// Returns the name of the packed leaf if `name` is the weight or bias of q, k or v.
+fn packed_name(name: &str) -> Option<String> {
     let (head, kind) = name.rsplit_once('.')?;
     let (owner, letter) = head.rsplit_once('.').unwrap_or(("", head));
     (owner.ends_with("attention") && matches!(letter, "q" | "k" | "v")).then(|| format!("{owner}.qkv.{kind}"))
 }
 
-/// The names of the leaves that [`pack`] makes with `fused`.
-pub fn packed_names(shape: Shape) -> Vec<String> {
-    let mut names: Vec<String> = Vec::new();
-    for spec in parameters(shape) {
-        let name = shared(&spec.name).unwrap_or(spec.name);
-        if !names.contains(&name) {
-            names.push(name);
-        }
-    }
-    names
+/// Location of a parameter: rows of a leaf.
+struct Location {
+    name: String,
+    leaf: usize,
+    first_row: i64,
+    rows: i64,
 }
 
-/// Loads tensors that follow the parameters' order. With `fused`, the rows of q, k and v
-/// of one attention share a leaf, so that one product projects all three.
-pub fn pack(all: &[Named], device: Device, kind: Kind, fused: bool) -> (Vec<Tensor>, Places) {
-    let mut leaves: Vec<Vec<Tensor>> = Vec::new();
-    let mut packs: Vec<(String, usize)> = Vec::new();
-    let mut places = Vec::new();
-    for named in all {
-        let pack = shared(&named.name).filter(|_| fused);
-        let known = pack.as_ref().and_then(|p| packs.iter().find(|(n, _)| n == p)).map(|&(_, leaf)| leaf);
-        let leaf = known.unwrap_or(leaves.len());
-        if known.is_none() {
-            leaves.push(Vec::new());
-            packs.extend(pack.clone().map(|name| (name, leaf)));
-        }
-        let row = leaves[leaf].iter().map(|t| t.size()[0]).sum();
-        leaves[leaf].push(load(named, device, kind));
-        places.push(Place {
-            name: named.name.clone(),
-            dims: named.dims.clone(),
-            leaf,
-            row,
-            packed: pack.is_some(),
-        });
-    }
-    let joined =
-        |mut parts: Vec<Tensor>| if parts.len() == 1 { parts.remove(0) } else { Tensor::cat(&parts, 0) };
-    (leaves.into_iter().map(joined).collect(), Places(places))
+/// Locations of all parameters, in order.
+pub struct ParameterLayout {
+    leaf_names: Vec<String>,
+    locations: Vec<Location>,
 }
 
-impl Places {
-    /// What the shape computes with, from the leaves or from copies of them.
-    pub fn parts(&self, shape: Shape, leaves: &[Tensor]) -> LayerParams<Tensor> {
-        let tensors = self.0.iter().map(|place| leaves[place.leaf].shallow_clone());
-        LayerParams::take(&mut InOrder(tensors), shape)
+impl ParameterLayout {
+    /// Returns the layout of a shape's parameters. With `packed`, q, k and v of an attention block share a leaf, so that
+    /// one matrix product projects all three.
+    pub fn new(shape: Shape, packed: bool) -> Self {
+        let mut layout = Self { leaf_names: Vec::new(), locations: Vec::new() };
+        for spec in shape.parameter_specs() {
+            let leaf_name = packed_name(&spec.name).filter(|_| packed).unwrap_or_else(|| spec.name.clone());
+            let known = layout.leaf_names.iter().position(|name| *name == leaf_name);
+            let leaf = known.unwrap_or_else(|| {
+                layout.leaf_names.push(leaf_name);
+                layout.leaf_names.len() - 1
+            });
+            let first_row = layout.locations.iter().filter(|l| l.leaf == leaf).map(|l| l.rows).sum();
+            layout.locations.push(Location { name: spec.name, leaf, first_row, rows: spec.dims[0] as i64 });
+        }
+        layout
     }
 
-    /// What belongs to each parameter, named `prefix/<parameter>`.
-    pub fn read(&self, prefix: &str, leaves: &[Tensor]) -> Result<Vec<Named>> {
-        self.0
-            .iter()
-            .map(|place| {
-                let leaf = &leaves[place.leaf];
-                let rows = if place.packed {
-                    leaf.narrow(0, place.row, place.dims[0] as i64)
-                } else {
-                    leaf.shallow_clone()
-                };
-                read(format!("{prefix}/{}", place.name), &place.dims, &rows)
-            })
-            .collect()
+    pub fn leaf_names(&self) -> &[String] {
+        &self.leaf_names
+    }
+
+    /// Loads a list with one tensor per parameter, in order, as leaves.
+    pub fn load(&self, tensors: &[Named], device: Device, kind: Kind) -> Vec<Tensor> {
+        let leaf = |leaf: usize| {
+            let parts = self.locations.iter().zip(tensors).filter(|(location, _)| location.leaf == leaf);
+            let mut parts: Vec<Tensor> = parts.map(|(_, named)| load(named, device, kind)).collect();
+            if parts.len() == 1 { parts.remove(0) } else { Tensor::cat(&parts, 0) }
+        };
+        (0..self.leaf_names.len()).map(leaf).collect()
+    }
+
+    /// Returns the parameters of the network. Each of q, k and v is the whole leaf if they are packed.
+    pub fn network_parameters(&self, shape: Shape, leaves: &[Tensor]) -> Parameters<Tensor> {
+        let tensors = self.locations.iter().map(|location| leaves[location.leaf].shallow_clone());
+        shape.take_parameters(&mut InOrder(tensors))
+    }
+
+    /// Reads the results of a step, the gradients of the leaves, and the updated leaves. The last two can be empty.
+    pub fn read_outputs(
+        &self,
+        case: &Case,
+        results: &[Tensor],
+        gradients: &[Tensor],
+        updated: &[Tensor],
+    ) -> Result<Vec<Named>> {
+        let names = result_names(case).iter().map(|name| (*name).to_owned());
+        let mut all = names.zip(results).map(|(name, t)| read(name, t)).collect::<Result<Vec<_>>>()?;
+        for (prefix, leaves) in [("grad", gradients), ("param", updated)] {
+            for location in self.locations.iter().filter(|_| !leaves.is_empty()) {
+                let rows = leaves[location.leaf].narrow(0, location.first_row, location.rows);
+                all.push(read(format!("{prefix}/{}", location.name), &rows)?);
+            }
+        }
+        Ok(all)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn packed_leaves_have_the_names_of_the_compiled_network() {
+        let case: Case = "train-step/torch-cpu/f32-compile/indicator-tiny-b2".parse().unwrap();
+        let fixture = Fixture::new(case);
+        let layout = ParameterLayout::new(case.shape, true);
+        let leaves = layout.load(fixture.parameters(), Device::Cpu, Kind::Float);
+        assert_eq!(layout.leaf_names().len(), leaves.len());
+        assert!(
+            layout.leaf_names().contains(&"blocks.0.attention.qkv.weight".to_owned()),
+            "{:?}",
+            layout.leaf_names
+        );
     }
 }

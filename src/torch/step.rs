@@ -1,66 +1,54 @@
-//! The workloads in tch: what one iteration runs, and what it leaves for parity.
+//! The workloads as eager steps, or as steps that a CUDA graph replays.
+
+use std::cell::RefCell;
 
 use anyhow::{Context, Result};
 use tch::{Device, Kind, Tensor};
 use transformer_bench::backend::LoadedCase;
+use transformer_bench::fixture::{AdamW, Fixture, Tensor as Named};
 use transformer_bench::model::ModelId;
-use transformer_bench::model::fixture::{AdamW, Fixture, Tensor as Named};
-use transformer_bench::model::parameters::LayerParams;
+use transformer_bench::model::parameters::Parameters;
 use transformer_bench::suite::{Case, Precision, Shape, Workload};
 
-use crate::distributed::{self, Exchange, Sizes};
-use crate::extension::{self, Graph, Moments};
+use crate::distributed::{self, BucketSizes, GradientSync};
+use crate::extension::{self, AdamWState, Graph};
 use crate::network::{self, Layers};
-use crate::params::{self, Places};
+use crate::params::{self, ParameterLayout};
 
 /// A case on a device.
 pub struct Step {
     case: Case,
     device: Device,
     layers: Layers,
-    parts: LayerParams<Tensor>,
+    parameters: Parameters<Tensor>,
     inputs: Vec<Tensor>,
-    /// The tensors that the optimizer moves, and that gradients are taken by.
+    /// Leaf tensors of the parameters, which the optimizer updates.
     leaves: Vec<Tensor>,
-    /// Under amp where the whole step is optimised: bf16 copies of the leaves that every step
-    /// fills with one call; the network computes with them, and gradients are taken by them.
-    /// The eager way casts each leaf on the tape.
-    copies: Vec<Tensor>,
-    places: Places,
+    /// For precision `mixed` in a variant that captures the full step: bf16 copies of the leaves. One call per step
+    /// updates them, and gradients are with respect to them. An eager step casts each leaf under autograd instead.
+    bf16_leaves: Vec<Tensor>,
+    layout: ParameterLayout,
     adamw: AdamW,
-    moments: Option<Moments>,
+    adamw_state: Option<AdamWState>,
     fixed_gradients: Vec<Tensor>,
-    /// The last step's results.
+    /// Results of the last step, named by [`transformer_bench::backend::result_names`].
     results: Vec<Tensor>,
+    /// Gradients of the leaves in the last step.
     gradients: Vec<Tensor>,
-    exchange: Exchange,
-    /// The step as one launch, where the recipe and the device have it.
+    gradient_sync: GradientSync,
+    /// The captured step, if the variant and the device have one.
     graph: Option<Graph>,
 }
 
-pub fn inputs(fixture: &Fixture, device: Device, kind: Kind) -> Vec<Tensor> {
-    let kind_of = |name: &str| match name {
-        "tokens" | "next" => Kind::Int64,
-        // The loss is in f32.
-        "usefulness" => Kind::Float,
-        _ => kind,
-    };
-    fixture.inputs().iter().map(|named| params::load(named, device, kind_of(&named.name))).collect()
-}
-
-/// How the layers are written.
 fn layers(fixture: &Fixture, device: Device) -> Layers {
-    let Case { method: precision, shape, .. } = fixture.case;
-    let kind = if precision.precision == Precision::Mixed {
-        Kind::BFloat16
-    } else {
-        crate::kind(precision.precision)
-    };
+    let Case { method, shape, .. } = fixture.case;
+    let mixed = method.precision == Precision::Mixed;
+    let kind = if mixed { Kind::BFloat16 } else { crate::kind(method.precision) };
     let model = shape.model().map_or(ModelId::indicator(), |(model, _)| model);
     Layers {
         model,
-        turns: network::turns(&model, device, kind),
-        fused: precision.variant.uses_sdpa(),
+        rope_cache: network::rope_cache(&model, device, kind),
+        fused: method.variant.uses_sdpa(),
         dropout: fixture.dropout,
     }
 }
@@ -68,148 +56,144 @@ fn layers(fixture: &Fixture, device: Device) -> Layers {
 impl Step {
     pub fn new(device: Device, fixture: &Fixture) -> Result<Self> {
         let case = fixture.case;
-        let recipe = case.method.variant;
+        let (workload, variant) = (case.workload, case.method.variant);
         let kind = crate::kind(case.method.precision);
-        let train = case.workload.trains();
-        let recorded = recipe.captures_full_step() && matches!(device, Device::Cuda(_));
-        let inputs = inputs(fixture, device, kind);
+        let trains = workload.trains();
+        let captured = variant.captures_full_step() && matches!(device, Device::Cuda(_));
+        let inputs = params::load_inputs(fixture, device, kind);
         let layers = layers(fixture, device);
 
-        let (leaves, places) = params::pack(fixture.parameters(), device, kind, layers.fused);
-        let leaves: Vec<Tensor> = leaves.into_iter().map(|t| t.set_requires_grad(train)).collect();
-        let copied = case.method.precision == Precision::Mixed && recipe.captures_full_step();
-        let copy = |l: &Tensor| l.detach().to_kind(Kind::BFloat16).set_requires_grad(train);
-        let copies: Vec<Tensor> = leaves.iter().filter(|_| copied).map(copy).collect();
-        let parts = places.parts(case.shape, if copied { &copies } else { &leaves });
-        let moments = case.workload.optimizes().then(|| Moments::new(&leaves, recipe.uses_fused_adamw()));
-        let fixed_gradients = match case.workload {
-            Workload::OptimizerStep => params::pack(fixture.gradients(), device, kind, layers.fused).0,
+        let layout = ParameterLayout::new(case.shape, layers.fused);
+        let leaves = layout.load(fixture.parameters(), device, kind).into_iter();
+        let leaves: Vec<Tensor> = leaves.map(|leaf| leaf.set_requires_grad(trains)).collect();
+        let copied = case.method.precision == Precision::Mixed && variant.captures_full_step();
+        let copy = |leaf: &Tensor| leaf.detach().to_kind(Kind::BFloat16).set_requires_grad(trains);
+        let bf16_leaves: Vec<Tensor> = leaves.iter().filter(|_| copied).map(copy).collect();
+        let parameters = layout.network_parameters(case.shape, if copied { &bf16_leaves } else { &leaves });
+        let adamw_state = workload.optimizes().then(|| AdamWState::new(&leaves, variant.uses_fused_adamw()));
+        let fixed_gradients = match workload {
+            Workload::OptimizerStep => layout.load(fixture.gradients(), device, kind),
             _ => Vec::new(),
         };
         let mut step = Self {
             case,
             device,
             layers,
-            parts,
+            parameters,
             inputs,
             leaves,
-            copies,
-            places,
+            bf16_leaves,
+            layout,
             adamw: fixture.adamw,
-            moments,
+            adamw_state,
             fixed_gradients,
             results: Vec::new(),
             gradients: Vec::new(),
-            exchange: Exchange::None,
+            gradient_sync: GradientSync::Disabled,
             graph: None,
         };
         if case.shape.ranks() > 1 {
-            let sizes = if recorded { Sizes::recorded(step.computes()) } else { Sizes::DDP };
-            let sizes = (recipe.overlaps_communication() && train).then_some(sizes);
-            step.exchange = Exchange::new(device, step.computes(), sizes, fixture.silent)?;
+            let leaves = step.compute_leaves();
+            let sizes = if captured { BucketSizes::for_graph(leaves) } else { BucketSizes::DDP };
+            let sizes = (variant.overlaps_communication() && trains).then_some(sizes);
+            step.gradient_sync = GradientSync::new(device, leaves, sizes, fixture.no_sync)?;
         }
-        if case.workload == Workload::AllReduce {
-            step.results = vec![step.inputs[0].copy()];
+        match workload {
+            Workload::AllReduce => step.results = vec![step.inputs[0].copy()],
+            // The destination is allocated before the timing, as a caching allocator would.
+            Workload::CopyPeak => step.results = vec![step.inputs[0].empty_like()],
+            Workload::AttentionGrad | Workload::FeedForwardGrad => {
+                step.inputs[0] = step.inputs[0].set_requires_grad(true);
+            }
+            _ => {}
         }
-        if let Workload::CopyPeak = case.workload {
-            // The destination exists before the clock runs, as a caching allocator's would.
-            step.results = vec![step.inputs[0].empty_like()];
-        }
-        if train && !case.workload.takes_model() {
-            step.inputs[0] = step.inputs[0].set_requires_grad(true);
-        }
-        if recorded {
-            step.graph = Some(step.record().context("recording the step as a CUDA graph")?);
+        if captured {
+            step.graph = Some(step.capture().context("capturing the step as a CUDA graph")?);
         }
         extension::synchronize(device)?;
         Ok(step)
     }
 
-    /// Records the step.
-    fn record(&mut self) -> Result<Graph> {
+    /// Captures the step as a CUDA graph.
+    fn capture(&mut self) -> Result<Graph> {
         let state = self.leaves.iter().map(Tensor::detach);
-        let state = state.chain(self.moments.iter().flat_map(Moments::state)).collect();
-        let this = std::cell::RefCell::new(self);
-        Graph::of_step(
+        let state = state.chain(self.adamw_state.iter().flat_map(AdamWState::tensors)).collect();
+        let this = RefCell::new(self);
+        Graph::capture_step(
             state,
+            || this.borrow_mut().run(),
             || {
                 let mut this = this.borrow_mut();
-                this.passes()?;
-                this.update()
-            },
-            || {
-                let mut this = this.borrow_mut();
-                if let Some(moments) = &mut this.moments {
-                    moments.restart();
+                if let Some(state) = &mut this.adamw_state {
+                    state.reset_step_count();
                 }
-                this.passes()?;
-                if this.records_update() { this.update() } else { Ok(()) }
+                this.run_workload()?;
+                if this.captures_optimizer() { this.run_optimizer() } else { Ok(()) }
             },
         )
     }
 
-    /// The eager optimizer counts its steps on the host, so a recording would repeat the
-    /// first for ever: it runs behind the replay.
-    fn records_update(&self) -> bool {
+    /// Returns true if the graph includes the optimizer. The eager optimizer counts its steps on the host, so a graph
+    /// would repeat the first step. It runs after the replay instead.
+    fn captures_optimizer(&self) -> bool {
         self.case.method.variant.uses_fused_adamw()
     }
 
-    fn amp(&self) -> bool {
+    fn is_mixed(&self) -> bool {
         self.case.method.precision == Precision::Mixed
     }
 
-    /// The inputs in the type that the network computes in; what the loss alone reads stays.
-    fn narrowed(&self) -> Vec<Tensor> {
-        let narrow = |(i, input): (usize, &Tensor)| {
-            let computed = self.amp() && i < 2 && input.kind() == Kind::Float;
-            if computed { input.to_kind(Kind::BFloat16) } else { input.shallow_clone() }
-        };
-        self.inputs.iter().enumerate().map(narrow).collect()
+    /// Returns the leaves that the network computes with, and that gradients are with respect to.
+    fn compute_leaves(&self) -> &[Tensor] {
+        if self.bf16_leaves.is_empty() { &self.leaves } else { &self.bf16_leaves }
     }
 
-    /// What gradients are taken by, beside the inputs.
-    fn computes(&self) -> &[Tensor] {
-        if self.copies.is_empty() { &self.leaves } else { &self.copies }
+    /// Runs the forward pass, under autocast in precision `amp`. Returns the outputs.
+    fn forward(&self) -> Result<Vec<Tensor>> {
+        extension::autocast(self.device, self.case.method.precision == Precision::Amp, || {
+            if !self.is_mixed() {
+                return self.forward_from(&self.inputs);
+            }
+            // The third input belongs to the loss and keeps its type.
+            let cast = |(i, input): (usize, &Tensor)| {
+                let casts = i < 2 && input.kind() == Kind::Float;
+                if casts { input.to_kind(Kind::BFloat16) } else { input.shallow_clone() }
+            };
+            self.forward_from(&self.inputs.iter().enumerate().map(cast).collect::<Vec<_>>())
+        })
     }
 
-    /// What the case puts out.
-    fn forward(&self) -> Vec<Tensor> {
-        if self.amp() { self.forward_of(&self.narrowed()) } else { self.forward_of(&self.inputs) }
-    }
-
-    fn forward_of(&self, inputs: &[Tensor]) -> Vec<Tensor> {
-        match (&self.parts, self.case.shape) {
-            (LayerParams::Model(network), _) => self.layers.model(inputs, network),
-            (LayerParams::Attention(layer), _) => vec![self.layers.attention(&inputs[0], layer)],
-            (LayerParams::FeedForward(layer), _) => vec![self.layers.feed_forward(&inputs[0], layer)],
-            (LayerParams::None, Shape::Square { chain, .. }) => {
+    fn forward_from(&self, inputs: &[Tensor]) -> Vec<Tensor> {
+        match (&self.parameters, self.case.shape) {
+            (Parameters::Model(network), _) => self.layers.model(inputs, network),
+            (Parameters::Attention(attention), _) => vec![self.layers.attention(&inputs[0], attention)],
+            (Parameters::FeedForward(block), _) => vec![self.layers.feed_forward(&inputs[0], block)],
+            (Parameters::None, Shape::Square { chain, .. }) => {
                 let first = inputs[0].matmul(&inputs[1]);
                 vec![(1..chain).fold(first, |product, _| inputs[0].matmul(&product))]
             }
-            (LayerParams::None, _) => unreachable!("a copy has no forward pass"),
+            (Parameters::None, _) => unreachable!("a copy has no forward pass"),
         }
     }
 
-    /// Forward pass and loss, which is in f32 whatever the model computes in.
-    fn loss(&self) -> Result<Tensor> {
-        let out = self.forwarding(|| self.forward())?;
-        Ok(network::loss(&self.layers.model, &out, &self.inputs))
+    /// Runs a step.
+    fn run(&mut self) -> Result<()> {
+        self.run_workload()?;
+        self.run_optimizer()
     }
 
-    /// Runs `body` under autocast where the precision is that.
-    fn forwarding<T>(&self, body: impl FnOnce() -> T) -> Result<T> {
-        extension::autocast(self.device, self.case.method.precision == Precision::Amp, body)
-    }
-
-    /// One iteration without its optimizer.
-    fn passes(&mut self) -> Result<()> {
-        // What the last step left is freed first, as a training loop's variables are.
+    /// Runs a step without its optimizer.
+    fn run_workload(&mut self) -> Result<()> {
+        // The tensors of the last step are freed first, as in a training loop. Two workloads reuse their result.
         self.gradients.clear();
-        if !self.copies.is_empty() {
-            extension::copy(&self.copies, &self.leaves)?;
-        } else if self.amp() {
+        if !matches!(self.case.workload, Workload::CopyPeak | Workload::AllReduce) {
+            self.results.clear();
+        }
+        if !self.bf16_leaves.is_empty() {
+            extension::foreach_copy(&self.bf16_leaves, &self.leaves)?;
+        } else if self.is_mixed() {
             let casts: Vec<Tensor> = self.leaves.iter().map(|l| l.to_kind(Kind::BFloat16)).collect();
-            self.parts = self.places.parts(self.case.shape, &casts);
+            self.parameters = self.layout.network_parameters(self.case.shape, &casts);
         }
         match self.case.workload {
             Workload::CopyPeak => {
@@ -217,20 +201,20 @@ impl Step {
             }
             Workload::AllReduce => distributed::all_reduce(&self.results[0], 1)?,
             Workload::Forward | Workload::Attention | Workload::FeedForward | Workload::MatmulPeak => {
-                self.results.clear();
-                self.results = tch::no_grad(|| self.forwarding(|| self.forward()))?;
+                self.results = tch::no_grad(|| self.forward())?;
             }
             Workload::AttentionGrad | Workload::FeedForwardGrad => {
-                let out = self.forwarding(|| self.forward())?;
-                let inputs: Vec<Tensor> =
-                    self.inputs[..1].iter().chain(self.computes()).map(Tensor::shallow_clone).collect();
-                let upstream = self.inputs[1].to_kind(out[0].kind());
-                self.gradients = extension::gradients(&out[0], Some(&upstream), &inputs)?;
+                let out = self.forward()?.remove(0);
+                let upstream = self.inputs[1].to_kind(out.kind());
+                let inputs = self.inputs[..1].iter().chain(self.compute_leaves());
+                let inputs: Vec<Tensor> = inputs.map(Tensor::shallow_clone).collect();
+                self.results = extension::grad(&out, Some(&upstream), &inputs)?;
+                self.gradients = self.results.split_off(1);
             }
             Workload::ForwardBackward | Workload::TrainStep => {
-                let loss = self.loss()?;
-                let own = extension::gradients(&loss, None, self.computes())?;
-                self.gradients = self.exchange.finish(own)?;
+                let loss = network::loss(&self.layers.model, &self.forward()?, &self.inputs);
+                let gradients = extension::grad(&loss, None, self.compute_leaves())?;
+                self.gradients = self.gradient_sync.finish_backward(gradients)?;
                 self.results = vec![loss.detach()];
             }
             Workload::OptimizerStep => {}
@@ -238,23 +222,14 @@ impl Step {
         Ok(())
     }
 
-    /// The optimizer's part, where the workload has one.
-    fn update(&mut self) -> Result<()> {
-        let Some(moments) = &mut self.moments else { return Ok(()) };
+    /// Runs the optimizer, if the workload has one.
+    fn run_optimizer(&mut self) -> Result<()> {
+        let Some(state) = &mut self.adamw_state else { return Ok(()) };
         let gradients = match self.case.workload {
             Workload::OptimizerStep => &self.fixed_gradients,
             _ => &self.gradients,
         };
-        moments.apply(&self.adamw, &self.leaves, gradients)
-    }
-
-    /// The names of the results.
-    fn names(&self) -> &'static [&'static str] {
-        match (&self.parts, self.case.workload) {
-            (_, Workload::ForwardBackward | Workload::TrainStep) => &["loss"],
-            (LayerParams::Model(_), _) => self.layers.model.output_names(),
-            _ => &["out"],
-        }
+        state.step(&self.adamw, &self.leaves, gradients)
     }
 }
 
@@ -263,47 +238,27 @@ impl LoadedCase for Step {
         match &self.graph {
             Some(graph) => {
                 graph.replay()?;
-                if !self.records_update() {
-                    self.update()?;
+                if !self.captures_optimizer() {
+                    self.run_optimizer()?;
                 }
             }
-            None => extension::caught(|| self.passes().and_then(|()| self.update()))?,
+            None => extension::catch_panics(|| self.run())?,
         }
         extension::synchronize(self.device)
     }
 
-    /// An all-reduce, a ceiling, is timed as nccl-tests times it.
+    /// Runs all-reduces without waiting between them, as nccl-tests does.
     fn run_pipelined(&mut self, steps: u64) -> Result<bool> {
         if self.case.workload != Workload::AllReduce {
             return Ok(false);
         }
-        extension::caught(|| distributed::all_reduce(&self.results[0], steps))?;
+        extension::catch_panics(|| distributed::all_reduce(&self.results[0], steps))?;
         extension::synchronize(self.device)?;
         Ok(true)
     }
 
     fn outputs(&mut self) -> Result<Vec<Named>> {
-        let mut all = Vec::new();
-        for (name, tensor) in self.names().iter().zip(&self.results) {
-            all.push(params::read((*name).to_owned(), &params::dims(tensor), tensor)?);
-        }
-        match self.case.workload {
-            Workload::AttentionGrad | Workload::FeedForwardGrad => {
-                all.push(params::read(
-                    "grad/x".to_owned(),
-                    &params::dims(&self.inputs[0]),
-                    &self.gradients[0],
-                )?);
-                all.extend(self.places.read("grad", &self.gradients[1..])?);
-            }
-            Workload::ForwardBackward | Workload::TrainStep => {
-                all.extend(self.places.read("grad", &self.gradients)?);
-            }
-            _ => {}
-        }
-        if self.moments.is_some() {
-            all.extend(self.places.read("param", &self.leaves)?);
-        }
-        Ok(all)
+        let updated: &[Tensor] = if self.adamw_state.is_some() { &self.leaves } else { &[] };
+        self.layout.read_outputs(&self.case, &self.results, &self.gradients, updated)
     }
 }

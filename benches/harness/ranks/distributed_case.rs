@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use transformer_bench::backend::{LoadedCase, RankStats};
-use transformer_bench::model::fixture::Tensor;
+use transformer_bench::files::Scratch;
+use transformer_bench::fixture::Tensor;
 use transformer_bench::parity::RankMismatch;
-use transformer_bench::results::Scratch;
 use transformer_bench::statistics::{median, sorted};
 use transformer_bench::suite::{Case, Workload};
 

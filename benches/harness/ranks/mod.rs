@@ -16,10 +16,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context, Result};
 use transformer_bench::backend::{
-    Backend, Backends, Environment, LoadedCase, Rank, Sums, Unsupported, visible_gpu,
+    Accumulation, Backend, Backends, EnvVars, LoadedCase, Rank, Unsupported, visible_gpu,
 };
-use transformer_bench::model::fixture::Fixture;
-use transformer_bench::results::Scratch;
+use transformer_bench::files::Scratch;
+use transformer_bench::fixture::Fixture;
 use transformer_bench::suite::{BackendId, Case, Variant};
 
 use controller::Controller;
@@ -99,13 +99,13 @@ impl Backend for DistributedBackend {
         fn compile(&self, case: &Case) -> Result<()>;
         fn devices(&self) -> (usize, &'static str);
         fn comm_backend(&self) -> &'static str;
-        fn rendezvous_env(&self, ranks: usize, folder: &Path) -> Result<Vec<Environment>>;
+        fn rendezvous_env(&self, ranks: usize, folder: &Path) -> Result<Vec<EnvVars>>;
         fn all_reduce_sum(&self, values: &[f32]) -> Result<Vec<f32>>;
-        fn accumulation(&self) -> Sums;
+        fn accumulation(&self) -> Accumulation;
         fn synchronize(&self) -> Result<()>;
         fn memory_total(&self) -> Option<u64>;
         fn reset_peak_memory(&self) -> Result<()>;
         fn peak_memory(&self) -> Option<u64>;
-        fn capture(&self, path: &Path, body: &mut dyn FnMut() -> Result<()>) -> Result<()>;
+        fn capture_gpu_trace(&self, path: &Path, body: &mut dyn FnMut() -> Result<()>) -> Result<()>;
     }
 }

@@ -20,11 +20,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use transformer_bench::backend::{Backend, Backends, LoadedCase, Rank};
+use transformer_bench::files::checksum;
+use transformer_bench::fixture::{Fixture, Tensor};
 use transformer_bench::interference::CpuUsage;
 use transformer_bench::memory;
-use transformer_bench::model::fixture::{Fixture, Tensor};
 use transformer_bench::profile::gpu;
-use transformer_bench::results::checksum;
 use transformer_bench::suite::{Case, Device};
 
 use super::super::profiler::{self, Sampler};
@@ -94,7 +94,7 @@ impl RankWorker {
 
     fn fixture(&self, case: Case, parity: bool) -> Fixture {
         let mut fixture = if parity { Fixture::for_parity(case) } else { Fixture::new(case) };
-        fixture.silent = parity && self.fault == "no-sync";
+        fixture.no_sync = parity && self.fault == "no-sync";
         fixture.for_rank(if self.fault == "same" { 0 } else { self.rank.index })
     }
 
@@ -135,7 +135,7 @@ impl RankWorker {
         let case = self.case.context(NO_CASE)?;
         if no_sync && self.loaded_without_sync.is_none() {
             let mut fixture = self.fixture(case, false);
-            fixture.silent = true;
+            fixture.no_sync = true;
             self.loaded_without_sync = Some(self.backend.load(&fixture)?);
         }
         // A barrier: all ranks begin at the same time.

@@ -19,6 +19,7 @@ use transformer_bench::compare::decision::{Rule, THRESHOLD, Verdict};
 use transformer_bench::compare::rounds::{self, Row};
 use transformer_bench::compare::signals::{self, check_interrupted};
 use transformer_bench::compare::worker::{Side, Threads, Worker};
+use transformer_bench::files;
 use transformer_bench::report::publish;
 use transformer_bench::results;
 use transformer_bench::results::machine::Machine;
@@ -193,7 +194,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let page = Path::new("src/compare/README.md");
     let text =
         std::fs::read_to_string(page).with_context(|| format!("{} could not be read", page.display()))?;
-    results::write_atomic(page, &publish::replace_block(&text, name, &table)?)
+    files::write_atomic(page, &publish::replace_block(&text, name, &table)?)
 }
 
 /// Runs scenarios in a cycle until the time is over.
@@ -268,7 +269,7 @@ fn record_noise(side: &Side, cases: &[Case], path: &Path) -> Result<()> {
             text.push_str(&format!("{}\n", line.join(" ")));
         }
     }
-    results::write_atomic(path, &text)
+    files::write_atomic(path, &text)
 }
 
 /// Compares the side with a slowed copy of itself.

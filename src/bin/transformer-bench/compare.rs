@@ -11,6 +11,7 @@ use transformer_bench::compare::decision::{THRESHOLD, Verdict};
 use transformer_bench::compare::revisions::{self, Source, Spec};
 use transformer_bench::compare::rounds::{self, Row};
 use transformer_bench::compare::worker::{self, CheckOutcome, Side, Threads, Worker};
+use transformer_bench::files;
 use transformer_bench::results;
 use transformer_bench::results::machine::Machine;
 use transformer_bench::suite::{BackendId, Case, Framework, Set, parse_filter};
@@ -149,7 +150,7 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
         let effects = report.env_effects(&arguments.variables(), &Machine::read().commit);
         results::save_env_effects(&folder, effects)?;
     }
-    results::write_atomic(&folder.join("comparison.json"), &serde_json::to_string_pretty(&report.json())?)?;
+    files::write_atomic(&folder.join("comparison.json"), &serde_json::to_string_pretty(&report.json())?)?;
     Ok(code)
 }
 

@@ -52,6 +52,7 @@ pub fn compare_with_baseline(
 ) -> Result<Report> {
     ensure!(arguments.backends.is_none(), "--backends compares two backends of one side, without a baseline");
     let base = load(name)?;
+    check_model(&base)?;
     let mut side = revisions::build(head, &print_progress)?;
     side.environment = arguments.env.clone();
     let machine = machine_of(&side, &base)?;
@@ -81,6 +82,15 @@ pub fn compare_with_baseline(
     Ok(Report::new(names, lines, notes, arguments.threshold, start.elapsed()))
 }
 
+/// Checks that this process and a baseline measure the same model.
+fn check_model(base: &Baseline) -> Result<()> {
+    match &base.model {
+        model if model.as_ref().map(RunModel::custom_model) == custom_model::custom_model() => Ok(()),
+        Some(own) => bail!("the baseline measured {}: set {}", own.configuration.name, own.variables()),
+        None => bail!("the baseline measured the built-in models: unset {}", custom_model::MODEL_VARIABLE),
+    }
+}
+
 /// Returns the machine as the executables of a side see it, for the baseline's frameworks.
 fn machine_of(side: &Side, base: &Baseline) -> Result<Machine> {
     let mut machine: Option<Machine> = None;
@@ -105,14 +115,6 @@ fn shared_cases(
     side: &Side,
     until: Instant,
 ) -> Result<(Vec<Case>, Vec<Line>)> {
-    if base.model.as_ref().map(RunModel::custom_model) != custom_model::custom_model() {
-        match &base.model {
-            Some(own) => bail!("the baseline measured {}: set {}", own.configuration.name, own.variables()),
-            None => {
-                bail!("the baseline measured the built-in models: unset {}", custom_model::MODEL_VARIABLE)
-            }
-        }
-    }
     // The baseline decides which cases are compared. Its largest set may add new ones.
     let filter = parse_filter(&spec.filter)?;
     let sets = base.selections.iter().filter_map(|selection| selection.set.parse::<Set>().ok());

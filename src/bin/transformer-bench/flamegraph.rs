@@ -11,6 +11,7 @@ use transformer_bench::compare::decision::Verdict;
 use transformer_bench::compare::revisions;
 use transformer_bench::compare::signals::check_interrupted;
 use transformer_bench::compare::worker::Side;
+use transformer_bench::files;
 use transformer_bench::profile::{Profile, Unit};
 use transformer_bench::results::{self, Status};
 use transformer_bench::suite::{Case, Set, cases, parse_filter};
@@ -67,7 +68,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
                 let before = before.with_context(|| format!("{} has no such profile", base.name))?;
                 let picture = folder.join(format!("{name}-diff.svg"));
                 let title = format!("{case} since {}", base.name);
-                results::write_atomic(&picture, &found.diff_svg(&before, &title, unit)?)?;
+                files::write_atomic(&picture, &found.diff_svg(&before, &title, unit)?)?;
                 pictures.push_str(&format!("{}\n", picture.display()));
             }
         }

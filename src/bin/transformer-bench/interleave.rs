@@ -64,10 +64,13 @@ pub fn measure(side: &Side, time_limit: Duration) -> Result<()> {
         rows.extend(row);
     }
     let result = |row: &Row| -> Option<InterleavedResult> {
+        let times = row.test.step_times()?;
         let estimate = row.estimate().filter(|_| row.test.rounds() >= rounds::MIN_ROUNDS)?;
         estimate.ci.iter().all(|c| c.is_finite()).then(|| InterleavedResult {
             base: row.base.to_string(),
             head: row.head.to_string(),
+            base_ns: Some(1e9 * times[0]),
+            head_ns: Some(1e9 * times[1]),
             ratio: estimate.ratio,
             ratio_ci: estimate.ci,
             rounds: row.test.rounds() as u64,

@@ -4,8 +4,8 @@ use std::path::Path;
 
 use anyhow::{Result, bail};
 use clap::Args;
+use transformer_bench::files;
 use transformer_bench::report::publish;
-use transformer_bench::results;
 
 /// Writes the generated blocks and pictures of README.md and criterion-baselines/README.md.
 ///
@@ -28,7 +28,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         }
         differ.push(path.display().to_string());
         if !arguments.check {
-            results::write_atomic(&path, &text)?;
+            files::write_atomic(&path, &text)?;
         }
     }
     let list = differ.join(", ");

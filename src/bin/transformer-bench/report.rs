@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use clap::Args;
+use transformer_bench::files;
 use transformer_bench::report::{export, html, machines, markdown};
 use transformer_bench::results::baseline::{self, Baseline};
 use transformer_bench::results::machine::Machine;
@@ -74,7 +75,7 @@ fn write(folder: &Path, results: &Results, timings: &dyn Fn(&str) -> Vec<f64>, c
         ("report.html", html::render(results, timings, command)?),
     ];
     for (name, content) in &files {
-        results::write_atomic(&folder.join(name), content)?;
+        files::write_atomic(&folder.join(name), content)?;
     }
     let names = files.map(|(name, _)| name).join(", ");
     super::show(&format!("{text}\nWritten to {}: {names}\n", folder.display()))

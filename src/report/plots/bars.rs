@@ -4,11 +4,11 @@ use anyhow::Result;
 use plotters::prelude::*;
 
 use super::{
-    BACKWARD, EXPOSED, FORWARD, Key, LARGE, OPTIMIZER, OTHER, Plot, WIDTH, color, draw_for_page, draw_legend,
-    draw_text, plot_error,
+    BACKWARD, EXPOSED, FORWARD, INK, Key, LARGE, OPTIMIZER, OTHER, Plot, WIDTH, color, draw_for_page,
+    draw_legend, draw_text, plot_error,
 };
 use crate::report::format::{percent, speed, time};
-use crate::report::headline::headlines;
+use crate::report::headline::{Headline, headlines};
 use crate::report::{Measured, find_measured, scaling};
 use crate::results::Results;
 use crate::suite::{BackendId, Case, Method, Precision, Shape, Workload};
@@ -32,19 +32,22 @@ impl Bar {
     }
 }
 
-/// Draws bars below each other, with a legend above them if there are keys.
-fn draw_bars(bars: &[Bar], keys: &[Key]) -> Result<String> {
+/// Draws bars below each other, with a legend above them if there are keys. Returns `None` without bars.
+fn plot_bars(title: String, note: String, bars: &[Bar], keys: &[Key]) -> Result<Option<Plot>> {
+    if bars.is_empty() {
+        return Ok(None);
+    }
     let first = if keys.is_empty() { 4 } else { 28 };
     let longest = bars.iter().map(Bar::end).fold(0.0, f64::max);
     // Room for the notes is on the right.
     let (left, right) = (4, WIDTH as i32 - 150);
     let scale = |value: f64| left + (f64::from(right - left) * value / longest) as i32;
-    draw_for_page((first + bars.len() as i32 * BAR_HEIGHT) as u32, |area| {
+    let svg = draw_for_page((first + bars.len() as i32 * BAR_HEIGHT) as u32, |area| {
         draw_legend(area, keys, 4)?;
         for (index, bar) in bars.iter().enumerate() {
             let line = first + index as i32 * BAR_HEIGHT;
             let (upper, lower) = (line + 20, line + 37);
-            draw_text(area, &bar.label, (left, line), LARGE, super::INK)?;
+            draw_text(area, &bar.label, (left, line), LARGE, INK)?;
             let mut from = 0.0;
             for &(length, color) in &bar.segments {
                 let corners = [(scale(from), upper), (scale(from + length), lower)];
@@ -55,10 +58,11 @@ fn draw_bars(bars: &[Bar], keys: &[Key]) -> Result<String> {
                 let line = interval.map(|end| (scale(end), (upper + lower) / 2)).to_vec();
                 area.draw(&PathElement::new(line, BLACK.stroke_width(2))).map_err(plot_error)?;
             }
-            draw_text(area, &bar.note, (scale(bar.end()) + 6, upper), LARGE, super::INK)?;
+            draw_text(area, &bar.note, (scale(bar.end()) + 6, upper), LARGE, INK)?;
         }
         Ok(())
-    })
+    })?;
+    Ok(Some(Plot { title, note, svg }))
 }
 
 /// Draws the training speed of every measured headline row, the first plot of the page.
@@ -67,7 +71,7 @@ fn draw_bars(bars: &[Bar], keys: &[Key]) -> Result<String> {
 /// Returns an error if the plot cannot be drawn.
 pub fn training(results: &Results) -> Result<Option<Plot>> {
     let shape = results.headline();
-    let bar = |row: crate::report::headline::Headline| {
+    let bar = |row: Headline| {
         let m = find_measured(results, &row.case)?;
         Some(Bar {
             label: row.label,
@@ -77,16 +81,10 @@ pub fn training(results: &Results) -> Result<Option<Plot>> {
         })
     };
     let bars: Vec<Bar> = headlines(results).into_iter().filter_map(bar).collect();
-    if bars.is_empty() {
-        return Ok(None);
-    }
-    Ok(Some(Plot {
-        title: format!("Training speed, {shape}"),
-        note: format!(
-            "Higher is better. The lines are 95 % CIs. To repeat: ./scripts/bench 'train-step/.*/{shape}$'"
-        ),
-        svg: draw_bars(&bars, &[])?,
-    }))
+    let note = format!(
+        "Higher is better. The lines are 95 % CIs. To repeat: ./scripts/bench 'train-step/.*/{shape}$'"
+    );
+    plot_bars(format!("Training speed, {shape}"), note, &bars, &[])
 }
 
 /// Draws the step times of each workload and shape.
@@ -100,7 +98,8 @@ pub(super) fn step_times(all: &[Measured<'_>]) -> Result<Vec<Plot>> {
         }
     }
     groups.sort_by_key(|(workload, _)| *workload);
-    let plot = |(workload, shape): (Workload, Shape)| {
+    let mut plots = Vec::new();
+    for (workload, shape) in groups {
         let group = all.iter().filter(|m| (m.case.workload, m.case.shape) == (workload, shape));
         let bar = |m: &Measured<'_>| Bar {
             label: format!("{} {}", m.case.backend, m.case.method),
@@ -108,15 +107,17 @@ pub(super) fn step_times(all: &[Measured<'_>]) -> Result<Vec<Plot>> {
             interval: Some(m.ci_ns),
             note: time(m.median_ns),
         };
-        Ok(Plot {
-            title: format!("{workload}, {shape}"),
-            note: format!(
-                "Step time: lower is better. The lines are 95 % CIs. To repeat: ./scripts/bench '{workload}/.*/{shape}'"
-            ),
-            svg: draw_bars(&group.map(bar).collect::<Vec<_>>(), &[])?,
-        })
-    };
-    groups.into_iter().map(plot).collect()
+        let note = format!(
+            "Step time: lower is better. The lines are 95 % CIs. To repeat: ./scripts/bench '{workload}/.*/{shape}'"
+        );
+        plots.extend(plot_bars(
+            format!("{workload}, {shape}"),
+            note,
+            &group.map(bar).collect::<Vec<_>>(),
+            &[],
+        )?);
+    }
+    Ok(plots)
 }
 
 /// Draws the phases of an f32 training step, from the workloads that run parts of it.
@@ -145,17 +146,11 @@ pub(super) fn phases(all: &[Measured<'_>], shape: Shape) -> Result<Option<Plot>>
         })
     };
     let bars: Vec<Bar> = BackendId::ALL.iter().filter_map(bar).collect();
-    if bars.is_empty() {
-        return Ok(None);
-    }
-    Ok(Some(Plot {
-        title: format!("Phases of a training step, {shape}"),
-        note: format!(
-            "Backward is the time of forward-backward minus forward, and forward runs without dropout. Each workload is \
-             measured separately, so the parts need not add up. To repeat: ./scripts/bench '/f32/{shape}'"
-        ),
-        svg: draw_bars(&bars, &keys)?,
-    }))
+    let note = format!(
+        "Backward is the time of forward-backward minus forward, and forward runs without dropout. Each workload is \
+         measured separately, so the parts need not add up. To repeat: ./scripts/bench '/f32/{shape}'"
+    );
+    plot_bars(format!("Phases of a training step, {shape}"), note, &bars, &keys)
 }
 
 /// Draws the data-parallel training steps with their exposed communication.
@@ -174,14 +169,7 @@ pub(super) fn data_parallel(all: &[Measured<'_>]) -> Result<Option<Plot>> {
     let scalings = scaling::scalings(all);
     let steps = scalings.iter().filter(|s| s.step.case.workload == Workload::TrainStep);
     let bars: Vec<Bar> = steps.map(bar).collect();
-    if bars.is_empty() {
-        return Ok(None);
-    }
-    Ok(Some(Plot {
-        title: "Data-parallel training steps".to_owned(),
-        note: "Each bar is one step, with its time and its scaling efficiency (weak, or else strong). To repeat: \
-               ./scripts/bench --full 'train-step/.*/indicator-b'"
-            .to_owned(),
-        svg: draw_bars(&bars, &[EXPOSED])?,
-    }))
+    let note = "Each bar is one step, with its time and its scaling efficiency (weak, or else strong). To repeat: \
+                ./scripts/bench --full 'train-step/.*/indicator-b'";
+    plot_bars("Data-parallel training steps".to_owned(), note.to_owned(), &bars, &[EXPOSED])
 }

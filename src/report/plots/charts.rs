@@ -8,7 +8,7 @@ use plotters::coord::combinators::WithKeyPoints;
 use plotters::prelude::*;
 
 use super::{Area, FONT, INK, LARGE, Plot, SMALL, WIDTH, color, draw_for_page, draw_text, plot_error};
-use crate::report::format::digits;
+use crate::report::format::{digits, significant};
 use crate::report::{Measured, Sweep, batches, measured_peak, rate};
 use crate::suite::{BackendId, Precision, Shape, Workload, cost};
 
@@ -26,12 +26,12 @@ fn log_axis(range: Range<f64>) -> Axis {
     range.log_scale().with_key_points(marks)
 }
 
-/// Formats the number of a mark: `0.05`, `2`, `500`.
+/// Formats the number of a mark: `0.05`, `2`, `5,000`.
 fn mark_text(value: f64) -> String {
-    format!("{}", format!("{value:.0e}").parse::<f64>().unwrap_or(value))
+    significant(value, 1)
 }
 
-/// Draws axes over decimal logarithms. Labels are the numbers themselves, and those of y are in units of `y_unit`.
+/// Draws logarithmic axes. The labels of y are in units of `y_unit`.
 fn draw_axes<'a, 'b>(
     area: &'b Area<'a>,
     x: Range<f64>,
@@ -284,7 +284,7 @@ mod tests {
         };
         assert_eq!(marks(8.0..158.0), ["10", "20", "50", "100"]);
         assert_eq!(marks(0.04..1.25), ["0.05", "0.1", "0.2", "0.5", "1"]);
-        assert_eq!(marks(3.2..16e3), ["10", "100", "1000", "10000"]);
+        assert_eq!(marks(3.2..16e3), ["10", "100", "1,000", "10,000"]);
     }
 
     #[test]

@@ -6,14 +6,13 @@ use anyhow::{Context, Result};
 
 use super::PublishedBaseline;
 use super::python::{self, PythonResult};
-use crate::model::parameters::parameter_count;
 use crate::report::format::{digits, percent, significant};
 use crate::report::markdown::table;
 use crate::report::scaling::{self, ModelScaling, Speedup};
 use crate::report::summary::Comparison;
-use crate::report::tables::{self, Table};
-use crate::report::{Measured, Ratio, all_measured};
-use crate::suite::HEADLINE_SHAPE;
+use crate::report::tables::{self, Table, cells};
+use crate::report::{Ratio, all_measured, rate};
+use crate::suite::{Case, HEADLINE_SHAPE};
 
 /// A comparison of both frameworks on a device of a published baseline.
 pub struct Answer<'a> {
@@ -28,7 +27,7 @@ impl Answer<'_> {
 
     /// States the result in one clause.
     pub fn sentence(&self) -> String {
-        let names = self.comparison.steps.map(|step| step.case.backend.framework().names().0);
+        let names = self.comparison.steps.map(|step| step.case.backend.framework().label());
         let Some((first, speedup)) = self.comparison.winner() else {
             return format!("neither framework is clearly faster on {}", self.device());
         };
@@ -37,16 +36,17 @@ impl Answer<'_> {
     }
 
     fn row(&self) -> Vec<String> {
-        let [torch, mlx] = self.comparison.steps;
-        let speed = |m: Measured<'_>| format!("{} (`{}`)", digits(m.speed().value), m.case.method);
+        let [torch, mlx] = self.comparison.steps.map(|step| step.case);
+        let [torch_ns, mlx_ns] = self.comparison.times_ns;
+        let speed = |case: Case, ns| format!("{} (`{}`)", digits(rate(case.shape, ns).0), case.method);
         let Ratio { value, range } = self.comparison.speedup;
         let [ratio, low, high] = [value, range[0], range[1]].map(|number| significant(number, 2));
         let mark = if self.comparison.winner().is_some() { "**" } else { "" };
         let separate = if self.comparison.rounds.is_none() { ", not interleaved" } else { "" };
         vec![
             format!("[{}](criterion-baselines/{}/report.md)", self.device(), self.baseline.name),
-            speed(torch),
-            speed(mlx),
+            speed(torch, torch_ns),
+            speed(mlx, mlx_ns),
             format!("{mark}{ratio}×{mark} ({low} to {high}{separate})"),
         ]
     }
@@ -72,21 +72,31 @@ pub fn answer(answers: &[Answer<'_>]) -> Result<String> {
         let missing = "Apple silicon: no results yet ([send yours](CONTRIBUTING.md#send-results))";
         rows.push([missing, "–", "–", "–"].map(str::to_owned).into());
     }
-    let header = ["machine", "PyTorch, samples/s", "MLX, samples/s", "PyTorch speed / MLX speed (99 % CI)"];
+    let header = "machine|PyTorch, samples/s|MLX, samples/s|PyTorch speed / MLX speed (99 % CI)";
     let text = picture_text(answers);
+    let (subject, restriction) = if answers.iter().all(|answer| answer.comparison.has_round_times) {
+        ("Speeds and ratios come from", ".")
+    } else {
+        (
+            "The ratios come from",
+            ", and the speeds come from Criterion's samples of the same run. Therefore the two speeds of a row need not \
+             divide to its ratio.",
+        )
+    };
     Ok(format!(
         "The table shows the training speed of `{}`, a {:.1} M-parameter {}, at batch {batch} × {} tokens. It compares the \
          fastest variant of each framework that stores its parameters in f32.\n\n{}\n\
-         The ratios come from {} interleaved rounds of fresh processes, and the speeds come from Criterion's samples of the \
-         same run. Therefore the two speeds of a row need not divide to its ratio. The runs are from {}.\n\n\
+         {} {} interleaved rounds of fresh processes{} The runs are from {}.\n\n\
          <picture><source media=\"(prefers-color-scheme: dark)\" srcset=\"criterion-baselines/answer-dark.svg\">\
          <img src=\"criterion-baselines/answer-light.svg\" alt=\"{text}\"></picture>\n",
         model.name,
-        parameter_count(HEADLINE_SHAPE) as f64 / 1e6,
+        HEADLINE_SHAPE.parameter_count() as f64 / 1e6,
         if model.causal { "decoder" } else { "encoder" },
         model.tokens,
-        table(&Table::new("", "", &header, rows)),
+        table(&Table::new("", "", header, rows)),
+        subject,
         list_different(answers.iter().filter_map(|answer| answer.comparison.rounds), " or "),
+        restriction,
         list_different(answers.iter().map(|answer| &answer.baseline.results.machine.date), " and "),
     ))
 }
@@ -117,7 +127,7 @@ fn scaling_table(baseline: &PublishedBaseline) -> String {
         )
     };
     let row = |model: ModelScaling| {
-        let name = format!("`{}`, {}", model.model.name, model.backend.framework().names().0);
+        let name = format!("`{}`, {}", model.model.name, model.backend.framework().label());
         vec![name, cell(model.weak), cell(model.strong)]
     };
     let rows: Vec<Vec<String>> = scaling::by_model(&measured).into_iter().map(row).collect();
@@ -129,7 +139,7 @@ fn scaling_table(baseline: &PublishedBaseline) -> String {
         baseline.hardware(),
         baseline.name
     );
-    let header = [&link, "weak scaling: speedup (efficiency)", "strong scaling: speedup (efficiency)"];
+    let header = format!("{link}|weak scaling: speedup (efficiency)|strong scaling: speedup (efficiency)");
     table(&Table::new("", "", &header, rows))
 }
 
@@ -159,17 +169,12 @@ pub fn training_speeds(all: &[PublishedBaseline]) -> Result<String> {
 pub fn baselines(all: &[PublishedBaseline]) -> String {
     let row = |baseline: &PublishedBaseline| {
         let m = &baseline.results.machine;
-        vec![
-            format!("`{}`", baseline.name),
-            baseline.hardware(),
-            if m.date.is_empty() { "–".to_owned() } else { m.date.clone() },
-            m.commit.clone(),
-            all_measured(&baseline.results).len().to_string(),
-            baseline.results.interleaved.len().to_string(),
-        ]
+        let (name, date) = (format!("`{}`", baseline.name), if m.date.is_empty() { "–" } else { &m.date });
+        let counts = [all_measured(&baseline.results).len(), baseline.results.interleaved.len()];
+        cells([&name, &baseline.hardware(), &date, &m.commit, &counts[0], &counts[1]])
     };
-    let header = ["baseline", "machine", "date", "commit", "cases", "interleaved"];
-    table(&Table::new("", "", &header, all.iter().map(row).collect()))
+    let header = "baseline|machine|date|commit|cases|interleaved";
+    table(&Table::new("", "", header, all.iter().map(row).collect()))
 }
 
 /// Returns the results of the Python counterparts, a table per machine.
@@ -184,7 +189,7 @@ pub fn python_results(root: &Path) -> Result<String> {
         let rows: Vec<Vec<String>> = python::read(&folder)?.iter().map(PythonResult::row).collect();
         if !rows.is_empty() {
             let name = folder.file_name().unwrap_or_default().to_string_lossy();
-            let table = table(&Table::new("", "", &PythonResult::HEADER, rows));
+            let table = table(&Table::new("", "", PythonResult::HEADER, rows));
             blocks.push(format!("`{name}`:\n\n{table}"));
         }
     }

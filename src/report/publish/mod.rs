@@ -143,7 +143,7 @@ pub fn files(root: &Path) -> Result<Vec<(PathBuf, String)>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::results::tests::scratch;
+    use crate::files::tests::scratch;
 
     #[test]
     fn every_generated_file_agrees_with_the_baselines() {

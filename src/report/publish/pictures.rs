@@ -5,11 +5,12 @@ use plotters::prelude::*;
 
 use super::blocks::{Answer, picture_text};
 use crate::compare::decision::THRESHOLD;
-use crate::report::Measured;
 use crate::report::format::digits;
 use crate::report::headline::find_eager;
 use crate::report::plots::{INK, LARGE, SMALL, draw_legend, draw_svg, draw_text, plot_error};
-use crate::suite::{Framework, HEADLINE_SHAPE, Variant};
+use crate::report::rate;
+use crate::report::summary::Comparison;
+use crate::suite::{Case, Framework, HEADLINE_SHAPE, Variant};
 
 /// The colors of a picture on a light or dark page.
 pub struct Palette {
@@ -30,8 +31,7 @@ pub fn answer(answers: &[Answer<'_>], palette: &Palette) -> Result<String> {
     const HEADER: i32 = 24;
     const PITCH: i32 = 21;
     const BAR: i32 = 15;
-    let panels: Vec<(String, Vec<Measured<'_>>)> =
-        answers.iter().map(|answer| (answer.device(), panel(answer))).collect();
+    let panels: Vec<_> = answers.iter().map(|answer| (answer.device(), bars(answer))).collect();
     let height: i32 = panels.iter().map(|(_, bars)| 32 + bars.len() as i32 * PITCH).sum();
     let size = (WIDTH as u32, (HEADER + height) as u32);
     let title = format!("Training {HEADLINE_SHAPE}: samples/s, higher is better, one scale per machine");
@@ -41,13 +41,13 @@ pub fn answer(answers: &[Answer<'_>], palette: &Palette) -> Result<String> {
         for (device, bars) in &panels {
             draw_text(area, device, (4, top + 8), LARGE, palette.ink)?;
             top += 32;
-            let longest = bars.iter().map(|bar| bar.speed().value).fold(0.0, f64::max);
-            for bar in bars {
-                let (framework, speed) = (bar.case.backend.framework(), bar.speed().value);
+            let longest = bars.iter().map(|bar| bar.1).fold(0.0, f64::max);
+            for &(case, speed) in bars {
+                let framework = case.backend.framework();
                 let color = if framework == Framework::Torch { palette.torch } else { palette.mlx };
                 let (left, length) = (200, (270.0 * speed / longest) as i32);
-                let eager = if bar.case.method.variant == Variant::Eager { "eager " } else { "" };
-                let label = format!("{}, {eager}{}", framework.names().0, bar.case.method);
+                let eager = if case.method.variant == Variant::Eager { "eager " } else { "" };
+                let label = format!("{}, {eager}{}", framework.label(), case.method);
                 draw_text(area, &label, (16, top), SMALL, palette.ink)?;
                 let corners = [(left, top - 2), (left + length.max(1), top - 2 + BAR)];
                 area.draw(&Rectangle::new(corners, color.filled())).map_err(plot_error)?;
@@ -62,13 +62,22 @@ pub fn answer(answers: &[Answer<'_>], palette: &Palette) -> Result<String> {
     Ok(svg.replacen('>', &format!(" role=\"img\">\n<title>{title}</title>\n<desc>{text}.</desc>"), 1))
 }
 
-/// Returns the eager and the fastest step of each framework.
-fn panel<'a>(answer: &Answer<'a>) -> Vec<Measured<'a>> {
-    let mut bars = Vec::new();
-    for step in answer.comparison.steps {
-        let eager = find_eager(&answer.baseline.results, step.case.backend);
-        bars.extend(eager.filter(|eager| eager.case != step.case));
-        bars.push(step);
+/// Returns the eager and the fastest step of each framework, with their speeds.
+fn bars(answer: &Answer<'_>) -> Vec<(Case, f64)> {
+    let results = &answer.baseline.results;
+    let eager = answer.comparison.steps.map(|step| find_eager(results, step.case.backend));
+    let eager = match eager {
+        [Some(torch), Some(mlx)] => Comparison::new(results, [torch.case, mlx.case]),
+        _ => None,
+    };
+    let mut bars: Vec<(Case, f64)> = Vec::new();
+    for side in 0..2 {
+        for comparison in eager.iter().chain([&answer.comparison]) {
+            let case = comparison.steps[side].case;
+            if bars.iter().all(|(other, _)| *other != case) {
+                bars.push((case, rate(case.shape, comparison.times_ns[side]).0));
+            }
+        }
     }
     bars
 }

@@ -6,7 +6,8 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 
-use crate::report::format::{digits, range};
+use crate::report::format::digits;
+use crate::report::tables::cells;
 use crate::results::upgrade::upgrade_id;
 use crate::suite::Case;
 
@@ -15,7 +16,7 @@ use crate::suite::Case;
 pub struct PythonResult {
     pub date: String,
     pub case: String,
-    /// How the Python step is written: `eager`, `torch.compile, reduce-overhead`, …
+    /// Variant of the Python step: `eager`, `torch.compile, reduce-overhead`, …
     pub python: String,
     #[serde(alias = "ours_ms")]
     pub suite_ms: f64,
@@ -28,20 +29,15 @@ pub struct PythonResult {
 }
 
 impl PythonResult {
-    pub const HEADER: [&str; 6] =
-        ["case", "Python version", "this suite, ms", "Python, ms", "ratio (quartiles)", "date"];
+    pub const HEADER: &str = "case|Python counterpart|this suite, ms|Python, ms|ratio (quartiles)|date";
 
     /// Returns the cells of a row below [`Self::HEADER`].
     pub fn row(&self) -> Vec<String> {
-        let interval = self.low.zip(self.high).map(|(low, high)| format!(" ({})", range([low, high])));
-        vec![
-            format!("`{}`", self.case),
-            self.python.clone(),
-            digits(self.suite_ms),
-            digits(self.python_ms),
-            digits(self.ratio) + &interval.unwrap_or_default(),
-            self.date.clone(),
-        ]
+        let quartiles = self.low.zip(self.high).map(|(low, high)| format!(" ({low:.2} to {high:.2})"));
+        let ratio = format!("{:.2}{}", self.ratio, quartiles.unwrap_or_default());
+        let case = format!("`{}`", self.case);
+        let [suite, python] = [self.suite_ms, self.python_ms].map(digits);
+        cells([&case, &self.python, &suite, &python, &ratio, &self.date])
     }
 }
 
@@ -90,8 +86,8 @@ mod tests {
         let old = rows("ours_ms", "amp");
         assert_eq!(old, rows("suite_ms", "mixed"));
         let id = "`train-step/torch-cpu/mixed/indicator-b16`";
-        assert_eq!(old[0], [id, "eager", "445", "485", "0.897 (0.875 to 0.947)", "2026-11-25"]);
-        assert_eq!(old[1][2..5], ["1,340", "1,388", "0.967"]);
+        assert_eq!(old[0], [id, "eager", "445", "485", "0.90 (0.88 to 0.95)", "2026-11-25"]);
+        assert_eq!(old[1][2..5], ["1,340", "1,388", "0.97"]);
         assert!(parse("date,case,python,suite_ms,python_ms,ratio,low,high\n,x,,1,1,1,,\n").is_err());
     }
 }

@@ -1,9 +1,8 @@
-// What tch does not wrap: device-independent synchronisation and memory statistics,
-// autocast with a device and a type, matmul precision, gradients from a given upstream
-// gradient, and AdamW as torch.optim writes it. This file serves every device: all of it is
-// in libtorch_cpu, which reaches CUDA and MPS through their hooks.
+// Functions that tch does not wrap: synchronization and memory statistics for any device, autocast,
+// matmul precision, gradients with an upstream gradient, and AdamW as in torch.optim. They are all in
+// libtorch_cpu, which reaches CUDA and MPS through their hooks.
 //
-// Every function returns 0, or -1 with the reason in tb_last_error().
+// Functions that return int return 0, or -1 with the reason in tb_last_error().
 
 #include <ATen/ATen.h>
 #include <ATen/Context.h>
@@ -35,7 +34,7 @@ c10::DeviceType device_type(int device) {
 
 using Stat = c10::CachingAllocator::StatType;
 
-// The gradients in the parameters' type, converted in one launch where they are not.
+// Returns the gradients in the type of the parameters. One launch converts all of them if the types differ.
 std::vector<at::Tensor> in_type_of(const std::vector<at::Tensor>& parameters,
                                    std::vector<at::Tensor> gradients) {
   if (gradients.empty() || gradients[0].scalar_type() == parameters[0].scalar_type()) return gradients;
@@ -49,7 +48,8 @@ std::vector<at::Tensor> in_type_of(const std::vector<at::Tensor>& parameters,
 
 extern "C" {
 
-struct tb_adamw_setting {
+// The same fields as `AdamW` in src/fixture.rs.
+struct tb_adamw_options {
   double lr, beta1, beta2, eps, weight_decay;
 };
 
@@ -57,7 +57,7 @@ const char* tb_last_error() { return last_error.c_str(); }
 
 const char* tb_version() { return TORCH_VERSION; }
 
-// libtorch's own account of its BLAS, instruction set and threads.
+// Returns libtorch's description of its BLAS, instruction set and threads.
 const char* tb_configuration() {
   static thread_local std::string text;
   text = at::show_config() + "\nCPU capability: " + at::get_cpu_capability();
@@ -71,7 +71,7 @@ int tb_synchronize(int device) {
   });
 }
 
-// Whether products of f32 matrices may round their inputs to TF32.
+// Sets whether products of f32 matrices may round their inputs to TF32.
 int tb_allow_tf32(bool allow) {
   return guarded([&] {
     at::globalContext().setFloat32MatmulPrecision(allow ? "high" : "highest");
@@ -88,7 +88,7 @@ int tb_autocast_begin(int device) {
   });
 }
 
-// Also drops the casted copies of the parameters, which live for one step.
+// Also drops the cached bf16 copies of the parameters, which are valid for one step.
 int tb_autocast_end(int device) {
   return guarded([&] {
     at::autocast::set_autocast_enabled(device_type(device), false);
@@ -96,30 +96,29 @@ int tb_autocast_end(int device) {
   });
 }
 
-// Copies each tensor's values into another's, converting where the types differ.
-int tb_copy(at::Tensor** to, at::Tensor** from, size_t count) {
+// Copies tensors pairwise and converts their types.
+int tb_foreach_copy(at::Tensor** to, at::Tensor** from, size_t count) {
   return guarded([&] {
     at::NoGradGuard no_grad;
     at::_foreach_copy_(list(to, count), list(from, count));
   });
 }
 
-// d(root)/d(inputs), with `upstream` arriving at the root (null: 1, for a scalar).
-// Nothing is accumulated into the inputs' .grad. `gradients` receives `count` new tensors.
-int tb_gradients(at::Tensor* root, at::Tensor* upstream, at::Tensor** inputs, size_t count,
-                 at::Tensor** gradients) {
+// Computes the gradients of `output` with respect to `inputs`, as torch.autograd.grad does. `upstream` is the
+// gradient of `output`; null means 1, for a scalar. `gradients` receives `count` new tensors.
+int tb_grad(at::Tensor* output, at::Tensor* upstream, at::Tensor** inputs, size_t count, at::Tensor** gradients) {
   return guarded([&] {
     torch::autograd::variable_list upstreams;
     if (upstream) upstreams.push_back(*upstream);
-    auto all = torch::autograd::grad({*root}, list(inputs, count), upstreams);
-    for (size_t i = 0; i < count; ++i) gradients[i] = new at::Tensor(std::move(all[i]));
+    auto all = torch::autograd::grad({*output}, list(inputs, count), upstreams);
+    return_tensors(std::move(all), gradients);
   });
 }
 
-// One AdamW step in place, in the order of operations of torch.optim.AdamW: one tensor
-// after the other on a CPU, one call over all of them on an accelerator, as its defaults.
+// Runs an AdamW step in place, with the order of operations of torch.optim.AdamW. As its defaults do, it runs
+// tensor by tensor on the CPU and with `_foreach_` operators on an accelerator.
 int tb_adamw(at::Tensor** parameters, at::Tensor** gradients, at::Tensor** first,
-             at::Tensor** second, size_t count, int64_t step, tb_adamw_setting s, bool foreach) {
+             at::Tensor** second, size_t count, int64_t step, tb_adamw_options s, bool foreach) {
   return guarded([&] {
     at::NoGradGuard no_grad;
     const double correction1 = 1 - std::pow(s.beta1, step);
@@ -149,9 +148,9 @@ int tb_adamw(at::Tensor** parameters, at::Tensor** gradients, at::Tensor** first
   });
 }
 
-// The same in one kernel a batch of tensors; `steps` counts on the device.
+// Runs a fused AdamW step in place, with one kernel per batch of tensors. `steps` counts the steps on the device.
 int tb_fused_adamw(at::Tensor** parameters, at::Tensor** gradients, at::Tensor** first,
-                   at::Tensor** second, at::Tensor** steps, size_t count, tb_adamw_setting s) {
+                   at::Tensor** second, at::Tensor** steps, size_t count, tb_adamw_options s) {
   return guarded([&] {
     at::NoGradGuard no_grad;
     auto t = list(steps, count);
@@ -163,8 +162,7 @@ int tb_fused_adamw(at::Tensor** parameters, at::Tensor** gradients, at::Tensor**
   });
 }
 
-// Peak of the device allocator's allocated bytes since the reset. Fails where the
-// device keeps none.
+// Returns the peak of the allocated bytes since the reset. Fails if the device has no caching allocator.
 int tb_peak_memory(int device, uint64_t* bytes) {
   return guarded([&] {
     auto stats = at::getDeviceAllocator(device_type(device))->getDeviceStats(0);

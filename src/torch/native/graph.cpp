@@ -1,7 +1,6 @@
-// CUDA graphs: what a stream is given between begin and end is recorded, and replayed
-// with one launch. Work before the recording runs on the same side stream, as PyTorch's
-// notes on CUDA graphs ask for. The headers need CUDA's own, so this is built only where
-// libtorch has CUDA; scripts/test checks its types everywhere.
+// CUDA graphs: work that a stream receives between begin and end is captured, and replayed with one launch.
+// The warm-up runs on the same side stream (https://docs.pytorch.org/docs/stable/notes/cuda.html). The headers
+// include those of CUDA, so this is compiled only if libtorch has CUDA. scripts/test checks its types on any machine.
 
 #include "guarded.hpp"
 
@@ -14,13 +13,13 @@
 
 #include <optional>
 
-// Declared in headers that need all of CUDA's libraries.
+// Its header includes those of all CUDA libraries.
 namespace at::cuda {
 TORCH_CUDA_CPP_API void clearCublasWorkspaces();
 }
 
-// One stream for all recordings: cuBLAS keeps 32 MiB for every stream that it sees.
-static at::cuda::CUDAStream recording_stream() {
+// All captures share a stream, because cuBLAS allocates a workspace of 32 MiB per stream.
+static at::cuda::CUDAStream capture_stream() {
   static const auto stream = at::cuda::getStreamFromPool();
   return stream;
 }
@@ -29,8 +28,8 @@ extern "C" {
 
 struct tb_graph {
   at::cuda::CUDAGraph graph;
-  at::cuda::CUDAStream side = recording_stream();
-  std::optional<at::cuda::CUDAStream> before;
+  at::cuda::CUDAStream side = capture_stream();
+  std::optional<at::cuda::CUDAStream> previous;
 };
 
 int tb_graph_new(tb_graph** out) {
@@ -41,17 +40,17 @@ void tb_graph_free(tb_graph* g) {
   guarded([&] { delete g; });
 }
 
-// Makes the side stream current, after all earlier work.
+// Waits for earlier work and makes the side stream the current one.
 int tb_graph_enter(tb_graph* g) {
   return guarded([&] {
     at::detail::getCUDAHooks().deviceSynchronize(0);
-    g->before = at::cuda::getCurrentCUDAStream();
+    g->previous = at::cuda::getCurrentCUDAStream();
     at::cuda::setCurrentCUDAStream(g->side);
   });
 }
 
-// A recording allocates from a pool of its own: what the warm-up has left cached would stand beside it,
-// as torch.cuda.graph knows too.
+// Begins the capture. A capture allocates from a separate pool, so the cached blocks of the warm-up are freed
+// first, as in torch.cuda.graph.
 int tb_graph_begin(tb_graph* g) {
   return guarded([&] {
     at::detail::getCUDAHooks().deviceSynchronize(0);
@@ -67,8 +66,8 @@ int tb_graph_end(tb_graph* g) {
 int tb_graph_leave(tb_graph* g) {
   return guarded([&] {
     at::detail::getCUDAHooks().deviceSynchronize(0);
-    if (g->before) at::cuda::setCurrentCUDAStream(*g->before);
-    g->before.reset();
+    if (g->previous) at::cuda::setCurrentCUDAStream(*g->previous);
+    g->previous.reset();
   });
 }
 
@@ -76,8 +75,8 @@ int tb_graph_replay(tb_graph* g) {
   return guarded([&] { g->graph.replay(); });
 }
 
-// Frees what earlier cases made cuBLAS keep, so that a peak is its own case's.
-int tb_drop_workspaces() {
+// Frees cuBLAS workspaces of earlier cases, which would count in the peak memory of the next one.
+int tb_clear_cublas_workspaces() {
   return guarded([] { at::cuda::clearCublasWorkspaces(); });
 }
 
@@ -88,7 +87,7 @@ int tb_drop_workspaces() {
 struct tb_graph {};
 
 static int tb_no_graphs() {
-  last_error = "this libtorch was built without CUDA graphs";
+  last_error = "this program was built without CUDA graphs: run ./scripts/setup, then build again";
   return -1;
 }
 
@@ -101,7 +100,7 @@ int tb_graph_begin(tb_graph*) { return tb_no_graphs(); }
 int tb_graph_end(tb_graph*) { return tb_no_graphs(); }
 int tb_graph_leave(tb_graph*) { return tb_no_graphs(); }
 int tb_graph_replay(tb_graph*) { return tb_no_graphs(); }
-int tb_drop_workspaces() { return 0; }
+int tb_clear_cublas_workspaces() { return 0; }
 
 }  // extern "C"
 

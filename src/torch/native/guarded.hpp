@@ -1,4 +1,4 @@
-// What crosses the C interface. Errors: 0, or -1 with the reason in tb_last_error().
+// Errors and lists of tensors across the C interface.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -9,6 +9,7 @@
 
 inline thread_local std::string last_error;
 
+// Runs `body`. Returns 0, or -1 with the reason in tb_last_error().
 template <typename F>
 int guarded(F&& body) {
   try {
@@ -27,4 +28,9 @@ inline std::vector<at::Tensor> list(at::Tensor** tensors, size_t count) {
   all.reserve(count);
   for (size_t i = 0; i < count; ++i) all.push_back(*tensors[i]);
   return all;
+}
+
+// Moves tensors to the caller, which owns them.
+inline void return_tensors(std::vector<at::Tensor> all, at::Tensor** out) {
+  for (size_t i = 0; i < all.size(); ++i) out[i] = new at::Tensor(std::move(all[i]));
 }

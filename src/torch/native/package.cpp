@@ -1,5 +1,5 @@
-// Packages that AOTInductor made: a shared library, loaded and run by libtorch's own runner for the
-// device. CUDA's is registered when libtorch's CUDA part is loaded.
+// Packages of AOTInductor: shared libraries that libtorch's runner for the device loads and runs. Loading
+// libtorch_cuda registers the runner for CUDA.
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
@@ -17,15 +17,15 @@ struct tb_package {
   std::unique_ptr<Runner> runner;
 };
 
-// `device` as libtorch names it; `folder` holds what the library looks for.
+// `device` is libtorch's name of the device. `folder` has the files that the library loads.
 int tb_package_load(const char* library, const char* device, const char* folder, tb_package** out) {
   return guarded([&] {
-    // One run at a time: nothing is synchronised between runs, which a recording could not hold.
-    constexpr bool single = true;
-    auto& known = torch::inductor::getAOTIModelRunnerRegistry();
-    auto found = known.find(device);
-    TORCH_CHECK(found != known.end(), "this libtorch runs no packages on ", device);
-    *out = new tb_package{found->second(library, 1, device, folder, single)};
+    // Without it, runs synchronize with each other, which a CUDA graph cannot capture.
+    constexpr bool run_single_threaded = true;
+    auto& runners = torch::inductor::getAOTIModelRunnerRegistry();
+    auto found = runners.find(device);
+    TORCH_CHECK(found != runners.end(), "this libtorch cannot run packages on ", device);
+    *out = new tb_package{found->second(library, 1, device, folder, run_single_threaded)};
   });
 }
 
@@ -37,9 +37,9 @@ void tb_package_free(tb_package* package) {
 int tb_package_run(tb_package* package, at::Tensor** inputs, size_t count, at::Tensor** results, size_t expected) {
   return guarded([&] {
     at::NoGradGuard no_grad;
-    auto made = package->runner->run(list(inputs, count));
-    TORCH_CHECK(made.size() == expected, "the package gives ", made.size(), " tensors, not ", expected);
-    for (size_t i = 0; i < expected; ++i) results[i] = new at::Tensor(std::move(made[i]));
+    auto all = package->runner->run(list(inputs, count));
+    TORCH_CHECK(all.size() == expected, "the package returns ", all.size(), " tensors instead of ", expected);
+    return_tensors(std::move(all), results);
   });
 }
 

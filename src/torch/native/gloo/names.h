@@ -1,7 +1,6 @@
-// PyTorch's wheels carry Gloo and not its headers. c10d's ProcessGroupGloo.hpp holds pointers
-// to these classes and derives from one, so their names and that one's table of virtual
-// functions are enough: everything that runs is in libtorch_cpu. A member by value would
-// not compile against a name alone.
+// PyTorch's wheels contain Gloo without its headers. c10d's ProcessGroupGloo.hpp has pointers to these classes and
+// derives from one of them. Their names and the virtual functions of that class are therefore enough. All code that
+// runs is in libtorch_cpu.
 #pragma once
 
 #include <chrono>
@@ -13,7 +12,7 @@
 
 namespace gloo {
 
-// A function of the header calls it; nothing of this suite does.
+// ProcessGroupGloo.hpp calls it in a function that this suite does not use.
 class Context {
  public:
   void setTimeout(std::chrono::milliseconds);
@@ -26,7 +25,7 @@ class UnboundBuffer;
 
 namespace rendezvous {
 
-// In the order of gloo/rendezvous/store.h.
+// The order of the virtual functions is that of gloo/rendezvous/store.h.
 class Store {
  public:
   virtual ~Store() = default;

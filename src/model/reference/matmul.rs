@@ -1,4 +1,4 @@
-//! Matrices in f64 or f32, and their product by `matrixmultiply`, on all cores.
+//! Matrices of f64 or f32 numbers. The crate `matrixmultiply` computes their products, on several threads.
 
 use std::fmt::Debug;
 use std::iter::Sum;
@@ -6,7 +6,7 @@ use std::ops::{AddAssign, MulAssign};
 
 use num_traits::Float;
 
-/// The arithmetic of the blocked oracle: f64 for the truth, f32 for what rounding costs.
+/// The number type of a computation: f64 for exact results, f32 for results rounded as a precision does.
 pub trait Real: Float + Send + Sync + Debug + Default + Sum + AddAssign + MulAssign + 'static {
     fn from_f32(value: f32) -> Self;
     fn from_f64(value: f64) -> Self;
@@ -14,14 +14,14 @@ pub trait Real: Float + Send + Sync + Debug + Default + Sum + AddAssign + MulAss
     fn as_f64(self) -> f64;
     fn erf(self) -> Self;
 
-    /// c = a·b for a [m, k], b [k, n]; strides in elements.
+    /// Computes c = a·b for a [m, k] and b [k, n]. The rows of c are `columns` elements apart.
     ///
     /// # Safety
-    /// All elements that sizes and strides name must be there, and c's belong to nobody else.
+    /// All elements that sizes and strides address must exist. No one else may access those of c.
     unsafe fn product(sizes: [usize; 3], a: Strided<Self>, b: Strided<Self>, c: *mut Self, columns: isize);
 }
 
-/// Where a matrix begins, and the distance of its rows and of its columns.
+/// A pointer to the first element, the stride of the rows and the stride of the columns, both in elements.
 pub type Strided<R> = (*const R, isize, isize);
 
 macro_rules! real {
@@ -49,7 +49,7 @@ macro_rules! real {
                 c: *mut Self,
                 columns: isize,
             ) {
-                // SAFETY: as the caller holds it.
+                // SAFETY: the caller guarantees it.
                 unsafe { $product(m, k, n, 1.0, a.0, a.1, a.2, b.0, b.1, b.2, 0.0, c, columns, 1) }
             }
         }
@@ -59,18 +59,24 @@ macro_rules! real {
 real!(f64, matrixmultiply::dgemm, libm::erf);
 real!(f32, matrixmultiply::sgemm, libm::erff);
 
-/// Numbers under which a thread costs more than it brings.
-const FEW: usize = 1 << 15;
+/// Returns the number of threads that can run at once.
+pub fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
 
-/// Calls `part` on pieces of whole rows, by `threads` threads, with the index of each's first number.
-pub fn in_pieces<R: Send>(
+/// The fewest numbers for which starting a thread pays.
+const MIN_NUMBERS_PER_THREAD: usize = 1 << 15;
+
+/// Splits the rows of `data` over at most `threads` threads. Calls `part` with the index of the first number and
+/// the numbers.
+pub fn for_each_chunk<R: Send>(
     data: &mut [R],
     columns: usize,
     threads: usize,
     part: impl Fn(usize, &mut [R]) + Sync,
 ) {
     let rows = data.len() / columns.max(1);
-    let threads = threads.min(data.len() / FEW).min(rows);
+    let threads = threads.min(data.len() / MIN_NUMBERS_PER_THREAD).min(rows);
     if threads < 2 {
         return part(0, data);
     }
@@ -83,7 +89,7 @@ pub fn in_pieces<R: Send>(
     });
 }
 
-/// Row-major [rows, columns].
+/// A matrix [rows, columns], row-major.
 #[derive(Clone, Debug, Default)]
 pub struct Matrix<R> {
     pub rows: usize,
@@ -91,12 +97,12 @@ pub struct Matrix<R> {
     pub data: Vec<R>,
 }
 
-/// A part of a matrix, or its transpose.
+/// A range of a matrix's columns, or its transpose.
 #[derive(Clone, Copy)]
 pub struct View<'a, R> {
     rows: usize,
     columns: usize,
-    /// Distance of two rows, and of two columns.
+    /// Of rows and of columns, in elements.
     strides: [usize; 2],
     data: &'a [R],
 }
@@ -112,18 +118,18 @@ impl<R: Real> Matrix<R> {
     }
 
     pub fn view(&self) -> View<'_, R> {
-        self.part(0, self.columns)
+        self.columns_from(0, self.columns)
     }
 
-    /// `count` columns from `first` on.
-    pub fn part(&self, first: usize, count: usize) -> View<'_, R> {
+    /// Returns a view of `count` columns, from column `first`.
+    pub fn columns_from(&self, first: usize, count: usize) -> View<'_, R> {
         assert!(first + count <= self.columns);
         let data = if self.rows == 0 { &[] } else { &self.data[first..] };
         View { rows: self.rows, columns: count, strides: [self.columns, 1], data }
     }
 
-    /// Puts a matrix at the columns from `first` on.
-    pub fn add_part(&mut self, first: usize, part: &Self) {
+    /// Adds `part` to the columns from column `first`.
+    pub fn add_to_columns(&mut self, first: usize, part: &Self) {
         for (row, from) in self.data.chunks_mut(self.columns).zip(part.data.chunks(part.columns)) {
             row[first..first + part.columns].iter_mut().zip(from).for_each(|(a, &b)| *a += b);
         }
@@ -135,14 +141,14 @@ impl<R: Real> Matrix<R> {
 
     pub fn map(&self, threads: usize, f: impl Fn(R) -> R + Sync) -> Self {
         let mut new = self.clone();
-        in_pieces(&mut new.data, 1, threads, |_, piece| piece.iter_mut().for_each(|v| *v = f(*v)));
+        for_each_chunk(&mut new.data, 1, threads, |_, piece| piece.iter_mut().for_each(|v| *v = f(*v)));
         new
     }
 
     pub fn zip(&self, other: &Self, threads: usize, f: impl Fn(R, R) -> R + Sync) -> Self {
         assert_eq!((self.rows, self.columns), (other.rows, other.columns));
         let mut new = self.clone();
-        in_pieces(&mut new.data, 1, threads, |first, piece| {
+        for_each_chunk(&mut new.data, 1, threads, |first, piece| {
             piece.iter_mut().zip(&other.data[first..]).for_each(|(a, &b)| *a = f(*a, b));
         });
         new
@@ -163,26 +169,25 @@ impl<'a, R: Real> View<'a, R> {
         (self.data.as_ptr(), self.strides[0] as isize, self.strides[1] as isize)
     }
 
-    /// From a row on.
     fn rows_from(self, row: usize, rows: usize) -> Self {
         Self { rows, data: &self.data[row * self.strides[0]..], ..self }
     }
 
-    /// self·other, by `threads` threads.
+    /// Computes self·other with at most `threads` threads.
     pub fn product(self, other: View<'_, R>, threads: usize) -> Matrix<R> {
-        assert_eq!(self.columns, other.rows, "the inner sizes of a product");
+        assert_eq!(self.columns, other.rows, "the inner dimensions of a product");
         let mut result = Matrix::zeros(self.rows, other.columns);
         if result.data.is_empty() || self.columns == 0 {
             return result;
         }
-        // Under a million products a thread costs more than it brings.
+        // A thread pays from about a million multiplications.
         let work = self.rows * self.columns * other.columns;
         let threads = threads.min(work >> 20).max(1);
         let each = self.rows.div_ceil(threads);
         let columns = other.columns;
         let part = |first: usize, into: &mut [R]| {
             let a = self.rows_from(first, into.len() / columns);
-            // SAFETY: views lie within their slices, and `into` is this call's alone.
+            // SAFETY: the strides of a view stay within its slice, and only this call accesses `into`.
             unsafe {
                 R::product(
                     [a.rows, a.columns, columns],
@@ -212,7 +217,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn products_of_parts_and_transposes_are_right() {
+    fn products_of_column_ranges_and_transposes_are_correct() {
         let make = |rows: usize, columns: usize| {
             let data = (0..rows * columns).map(|i| ((i * 7 + 3) % 11) as f64 - 5.0).collect();
             Matrix::new(rows, columns, data)
@@ -220,11 +225,11 @@ mod tests {
         let (a, b) = (make(33, 7), make(33, 9));
         let direct = |i: usize, j: usize| (0..33).map(|k| a.row(k)[2 + i] * b.row(k)[j]).sum::<f64>();
         for threads in [1, 3] {
-            let c = a.part(2, 4).transposed().product(b.view(), threads);
+            let c = a.columns_from(2, 4).transposed().product(b.view(), threads);
             assert_eq!((c.rows, c.columns), (4, 9));
             assert!((0..36).all(|at| c.data[at] == direct(at / 9, at % 9)));
         }
-        // Large enough for threads, and rows that do not divide.
+        // Large enough for several threads, whose parts differ in size.
         let (a, b) = (make(131, 128), make(97, 128));
         let one = a.view().product(b.view().transposed(), 1);
         let many = a.view().product(b.view().transposed(), 4);

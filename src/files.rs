@@ -1,0 +1,107 @@
+//! Files that several processes share: atomic writes, locks, scratch folders and checksums.
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+/// A folder or file that is removed on drop.
+#[derive(Debug)]
+pub struct Scratch(pub PathBuf);
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0).or_else(|_| fs::remove_file(&self.0));
+    }
+}
+
+/// FNV-1a, 64 bits, <https://www.rfc-editor.org/rfc/rfc9923>.
+pub fn checksum(bytes: &[u8]) -> u64 {
+    bytes
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325, |hash, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
+}
+
+/// Returns a checksum of the running program.
+///
+/// # Errors
+/// Returns an error if its file cannot be read.
+pub fn executable_checksum() -> Result<String> {
+    let exe = std::env::current_exe()?;
+    let bytes = fs::read(&exe).with_context(|| format!("{} could not be read", exe.display()))?;
+    Ok(format!("{:016x}", checksum(&bytes)))
+}
+
+/// Writes a file atomically, through a temporary file and a rename.
+///
+/// # Errors
+/// Returns an error if the file cannot be written. An older file is then unchanged.
+pub fn write_atomic(path: &Path, text: &str) -> Result<()> {
+    let folder = path.parent().context("a file has a folder")?;
+    let partial = path.with_extension("partial");
+    let write = || -> std::io::Result<()> {
+        fs::create_dir_all(folder)?;
+        let mut file = fs::File::create(&partial)?;
+        file.write_all(text.as_bytes())?;
+        file.sync_all()?;
+        fs::rename(&partial, path)
+    };
+    write().map_err(|error| {
+        let _ = fs::remove_file(&partial);
+        anyhow::anyhow!("{} could not be written: {error}; an older file there is unchanged", path.display())
+    })
+}
+
+/// Takes an exclusive lock for reading, changing and writing `path`. Dropping the result releases it.
+///
+/// # Errors
+/// Returns an error if the lock file cannot be created.
+pub fn lock_file(path: &Path) -> Result<fs::File> {
+    let lock = path.with_extension("lock");
+    let take = || -> std::io::Result<fs::File> {
+        fs::create_dir_all(path.parent().unwrap_or(Path::new(".")))?;
+        let file = fs::File::create(&lock)?;
+        file.lock()?;
+        Ok(file)
+    };
+    take().with_context(|| format!("{} could not be locked", lock.display()))
+}
+
+/// Returns the cache folder that all clones share. An empty or relative XDG_CACHE_HOME counts as unset, as in
+/// set-up (XDG base directory specification).
+///
+/// # Errors
+/// Returns an error if neither XDG_CACHE_HOME nor HOME is set.
+pub fn cache_folder() -> Result<PathBuf> {
+    let given = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
+    let base = match given {
+        Some(cache) => cache,
+        None => PathBuf::from(std::env::var_os("HOME").context("neither XDG_CACHE_HOME nor HOME is set")?)
+            .join(".cache"),
+    };
+    Ok(base.join("transformer-bench"))
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// Returns a path private to this process that does not exist yet.
+    pub fn scratch(name: &str) -> PathBuf {
+        let folder = std::env::temp_dir().join(format!("transformer-bench-{}-{name}", std::process::id()));
+        let _ = fs::remove_dir_all(&folder);
+        folder
+    }
+
+    #[test]
+    fn a_failed_write_leaves_the_old_file() {
+        let folder = scratch("write");
+        let path = folder.join("a.json");
+        write_atomic(&path, "old").unwrap();
+        fs::create_dir(path.with_extension("partial")).unwrap();
+        assert!(write_atomic(&path, "new").unwrap_err().to_string().contains("unchanged"));
+        assert_eq!(fs::read_to_string(&path).unwrap(), "old");
+        fs::remove_dir_all(folder).unwrap();
+    }
+}

@@ -1,0 +1,96 @@
+//! Completes and checks a model.
+
+use anyhow::{Result, ensure};
+
+use super::super::{Activation, Model, Output, Position};
+use super::id_name;
+
+/// Largest size of any kind: four times the longest context and the largest vocabulary in use.
+pub const MAX_SIZE: usize = 1 << 22;
+/// Largest number of layers: ten times the deepest model in use.
+const MAX_LAYERS: usize = 2000;
+
+/// Fills in the optional sizes of a model and checks that it can run. The name gets the form of ids.
+///
+/// # Errors
+/// Returns one line that names the invalid option or size.
+pub fn complete_and_check(mut m: Model) -> Result<Model> {
+    m.name = id_name(m.name).leak();
+    if m.head_width == 0 && m.heads > 0 {
+        ensure!(
+            m.width.is_multiple_of(m.heads),
+            "{} heads do not divide the width {}: set head-width (head_dim)",
+            m.heads,
+            m.width
+        );
+        m.head_width = m.width / m.heads;
+    }
+    if m.key_value_heads == 0 {
+        m.key_value_heads = m.heads;
+    }
+    check_sizes(&m)?;
+    check_options(&m)?;
+    check_dropout(&m)?;
+    Ok(m)
+}
+
+fn check_sizes(m: &Model) -> Result<()> {
+    let sizes = [
+        ("tokens", m.tokens),
+        ("width", m.width),
+        ("layers", m.layers),
+        ("heads", m.heads),
+        ("head-width", m.head_width),
+        ("ffn-width", m.ffn_width),
+        ("vocabulary", if m.is_language_model() { m.vocabulary } else { 1 }),
+    ];
+    for (name, size) in sizes {
+        ensure!((1..=MAX_SIZE).contains(&size), "{name} is {size}: use a number from 1 to {MAX_SIZE}");
+    }
+    ensure!(m.layers <= MAX_LAYERS, "layers is {}: use at most {MAX_LAYERS}", m.layers);
+    ensure!(
+        m.heads.is_multiple_of(m.key_value_heads) && m.key_value_heads <= m.heads,
+        "{} key-value heads do not divide {} heads",
+        m.key_value_heads,
+        m.heads
+    );
+    Ok(())
+}
+
+fn check_options(m: &Model) -> Result<()> {
+    let language = m.is_language_model();
+    ensure!(
+        language != matches!(m.output, Output::IndicatorHeads),
+        "output does not match input: use tied, untied or mlm-head with tokens, and indicator-heads with indicator"
+    );
+    ensure!(!m.token_type || language, "token-type needs input = \"tokens\"");
+    if let Position::Rotary { theta } = m.position {
+        let width = m.head_width;
+        ensure!(width.is_multiple_of(2), "rotary positions need an even head-width, not {width}");
+        ensure!(theta.is_finite() && theta > 1.0, "rotary theta is {theta}: use a number above 1");
+    }
+    for norm in [Some(m.norm), m.qk_norm].into_iter().flatten() {
+        let eps = norm.eps();
+        ensure!(eps.is_finite() && eps >= 0.0, "eps of a norm is {eps}: use a number of at least 0");
+    }
+    Ok(())
+}
+
+fn check_dropout(m: &Model) -> Result<()> {
+    for p in m.dropout.all() {
+        ensure!((0.0..1.0).contains(&p), "dropout is {p}: use a probability of at least 0 and under 1");
+    }
+    // src/parity/dropout.rs reads masks from gradients that are not zero for another reason.
+    let rectified = matches!(m.activation, Activation::Relu | Activation::ReluSquared);
+    ensure!(
+        m.dropout.hidden == 0.0 || (m.bias.feed_forward && !rectified && !m.glu),
+        "dropout.hidden cannot be checked with a gate, with ReLU, or without feed-forward biases: set it to 0"
+    );
+    ensure!(
+        m.dropout.embedding == 0.0
+            || m.position == Position::Learned
+            || m.embedding_norm && m.norm.has_weight_and_bias().1,
+        "dropout.embedding can only be checked with learned positions or a layer norm after the embedding: set it to 0"
+    );
+    Ok(())
+}

@@ -1,0 +1,292 @@
+//! Packages: steps that TorchInductor compiles ahead of time (AOTInductor).
+//!
+//! The Python that set-up prepared builds them into the cache, with the code in `inductor/`. A package is loaded only for
+//! the case, torch, compiler and machine that it was built for.
+
+use std::fs;
+use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::OnceLock;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::{Value, json};
+use transformer_bench::backend::Unsupported;
+use transformer_bench::files::{Scratch, cache_folder, checksum, lock_file};
+use transformer_bench::parity::dropout::Probe;
+use transformer_bench::process::is_running;
+use transformer_bench::results::machine::Machine;
+use transformer_bench::results::one_line;
+use transformer_bench::suite::{Case, Device, Shape, Workload};
+
+use crate::extension;
+use crate::params::ParameterLayout;
+
+const NETWORK: &str = include_str!("inductor/network.py");
+const PACKAGE: &str = include_str!("inductor/package.py");
+
+/// File in the folder of a package with everything that it was built from.
+const RECORD: &str = "built-from.json";
+
+/// The C++ compiler that Inductor calls on Linux. It hides the weak templates of libstdc++, which libraries of other
+/// compilers would otherwise share: packages of Ubuntu 24.04's g++ ended in a segmentation fault.
+const COMPILER: &str = "#!/bin/sh
+case \" $* \" in
+  *\" -shared \"*) set -- \"$@\" -static-libstdc++ -static-libgcc -Wl,-Bsymbolic -Wl,--exclude-libs,ALL ;;
+esac
+exec c++ \"$@\"
+";
+
+/// Returns the reason why this machine cannot build packages, or `None` if it can.
+fn missing_python() -> Option<&'static str> {
+    match (env!("TRANSFORMER_BENCH_NO_INDUCTOR"), env!("TRANSFORMER_BENCH_PYTHON")) {
+        ("", "") => Some("set-up prepared no torch for Python: run ./scripts/setup"),
+        ("", _) => None,
+        (reason, _) => Some(reason),
+    }
+}
+
+/// Checks that a workload has a `-compile` variant, and that this machine can build packages.
+///
+/// # Errors
+/// Returns the reason if not.
+pub fn check_supported(workload: Workload) -> Result<(), Unsupported> {
+    let reason = if workload.trains() || workload == Workload::Forward {
+        missing_python()
+    } else {
+        Some("-compile exists for forward, and for the workloads with a backward pass")
+    };
+    reason.map_or(Ok(()), |reason| Err(Unsupported(reason.to_owned())))
+}
+
+/// Returns the case to compile. For a data-parallel step it is the forward and backward pass of one rank.
+pub fn compiled_case(case: &Case) -> Case {
+    match case.shape {
+        Shape::Model { model, batch, ranks } if ranks > 1 => Case {
+            workload: Workload::ForwardBackward,
+            shape: Shape::for_model(model, batch / ranks),
+            ..*case
+        },
+        _ => *case,
+    }
+}
+
+/// Returns the packages that timing and checking a case need.
+pub fn packages_for(case: &Case) -> Vec<Package> {
+    let compiled = compiled_case(case);
+    let mut all = vec![Package::new(&compiled, compiled.dropout().weights)];
+    if compiled.dropout().any() {
+        // The parity check runs without dropout. If all probabilities are inputs, it needs the same package.
+        all.push(Package::new(&compiled, 0.0));
+        all.dedup();
+        let probe = Probe::new(*case).case;
+        all.push(Package::new(&probe, probe.dropout().weights));
+    }
+    all
+}
+
+/// Builds missing packages at the same time, because Inductor uses one core.
+///
+/// # Errors
+/// Returns the error of the first package that fails.
+pub fn build_all(packages: &[Package]) -> Result<()> {
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = packages.iter().map(|package| scope.spawn(|| package.build())).collect();
+        threads.into_iter().map(|thread| thread.join().expect("no panic")).collect::<Vec<_>>()
+    })
+    .into_iter()
+    .collect()
+}
+
+/// Returns what the generated code depends on besides the case: instruction set, GPUs, compiler, torch and sources.
+fn build_environment() -> &'static Value {
+    static ENVIRONMENT: OnceLock<Value> = OnceLock::new();
+    ENVIRONMENT.get_or_init(|| {
+        let machine = Machine::read();
+        let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let flags = cpu.lines().find(|l| l.starts_with("flags") || l.starts_with("Features"));
+        let compiler = Command::new("c++").arg("--version").output().ok();
+        let compiler = compiler.map(|done| String::from_utf8_lossy(&done.stdout).into_owned());
+        json!({
+            "cpu": flags.map_or(machine.cpu, |line| line.split_once(':').map_or(line, |(_, f)| f).trim().to_owned()),
+            "gpus": machine.gpus,
+            "compiler": compiler.as_deref().and_then(|text| text.lines().next()).unwrap_or("none"),
+            "torch": extension::version(),
+            "sources": format!("{:016x}", checksum(format!("{NETWORK}{PACKAGE}{COMPILER}").as_bytes())),
+        })
+    })
+}
+
+/// A package, identified by everything that it is built from.
+#[derive(PartialEq)]
+pub struct Package(Value);
+
+impl Package {
+    /// `weights` is the dropout probability of the attention weights, which is a constant in CUDA's fused kernels. The
+    /// other probabilities are inputs of the package.
+    pub fn new(case: &Case, weights: f64) -> Self {
+        let mut description = case.description();
+        if case.backend.device() == Device::NvidiaGpu {
+            description["dropout"]["weights"] = json!(weights);
+        }
+        let layout = ParameterLayout::new(case.shape, true);
+        Self(json!({"case": description, "leaves": layout.leaf_names(), "environment": build_environment()}))
+    }
+
+    fn folder(&self) -> Result<PathBuf> {
+        Ok(cache_folder()?.join(format!("compiled-{:016x}", checksum(self.0.to_string().as_bytes()))))
+    }
+
+    pub fn is_built(&self) -> bool {
+        self.folder().is_ok_and(|folder| folder.join(RECORD).exists())
+    }
+
+    /// Returns the path of the library, and builds it first if it is missing.
+    ///
+    /// # Errors
+    /// Returns an error if the build fails, or if the folder has another package.
+    pub fn library(&self) -> Result<PathBuf> {
+        self.build()?;
+        self.library_in(&self.folder()?)
+    }
+
+    /// Returns the path of the library in a folder, after a check of its record.
+    fn library_in(&self, folder: &Path) -> Result<PathBuf> {
+        let record = fs::read_to_string(folder.join(RECORD)).unwrap_or_default();
+        let record: Value = serde_json::from_str(&record).unwrap_or_default();
+        ensure!(
+            record == self.0,
+            "{} was built for another case or for another CPU, GPU, compiler or torch: remove it",
+            folder.display()
+        );
+        let mut paths = fs::read_dir(folder)?.flatten().map(|entry| entry.path());
+        let library = paths.find(|path| path.extension().is_some_and(|e| e == "so"));
+        library.with_context(|| format!("{} has no library: remove it", folder.display()))
+    }
+
+    /// Builds the package if it is missing. A failed build leaves no folder.
+    ///
+    /// # Errors
+    /// Returns the last line of Inductor's log if it fails.
+    pub fn build(&self) -> Result<()> {
+        if self.is_built() {
+            return Ok(());
+        }
+        if let Some(reason) = missing_python() {
+            bail!("{reason}");
+        }
+        let folder = self.folder()?;
+        let _lock = lock_file(&folder)?;
+        // Processes that wait for the lock have the file open. Later ones find the package.
+        let _lock_path = Scratch(folder.with_extension("lock"));
+        if self.is_built() {
+            return Ok(());
+        }
+        remove_abandoned_builds(&cache_folder()?);
+        let work = Scratch(folder.with_extension(format!("partial-{}", std::process::id())));
+        let output = work.0.join("package");
+        fs::create_dir_all(&output)
+            .and_then(|()| fs::create_dir_all(work.0.join("tmp")))
+            .with_context(|| format!("{} could not be created", work.0.display()))?;
+        self.run_inductor(&work.0, &output)?;
+        fs::write(output.join(RECORD), self.0.to_string())?;
+        let _ = fs::remove_dir_all(&folder);
+        fs::rename(&output, &folder).with_context(|| format!("{} could not be created", folder.display()))
+    }
+
+    /// Runs Inductor, which writes the package to `output`. Its temporary files stay in `work`.
+    fn run_inductor(&self, work: &Path, output: &Path) -> Result<()> {
+        fs::write(work.join("network.py"), NETWORK)?;
+        fs::write(work.join("package.py"), PACKAGE)?;
+        let python = env!("TRANSFORMER_BENCH_PYTHON");
+        let mut command = Command::new(python);
+        command
+            .arg(work.join("package.py"))
+            .env("PYTHONDONTWRITEBYTECODE", "1")
+            .env("TMPDIR", work.join("tmp"))
+            .env("TORCHINDUCTOR_CACHE_DIR", work.join("tmp/inductor"))
+            .env("TRITON_CACHE_DIR", work.join("tmp/triton"))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(fs::File::create(work.join("log"))?);
+        if !env!("TRANSFORMER_BENCH_PYTHONPATH").is_empty() {
+            command.env("PYTHONPATH", env!("TRANSFORMER_BENCH_PYTHONPATH"));
+        }
+        if cfg!(target_os = "linux") {
+            // Inductor recognizes the compiler by its name.
+            let clang = build_environment()["compiler"].as_str().is_some_and(|text| text.contains("clang"));
+            let compiler = work.join(if clang { "clang++" } else { "g++" });
+            fs::write(&compiler, COMPILER)?;
+            fs::set_permissions(&compiler, fs::Permissions::from_mode(0o755))?;
+            command.env("CXX", compiler);
+        }
+        let mut child = command.spawn().with_context(|| format!("{python} does not start"))?;
+        let request = json!({"case": self.0["case"], "leaves": self.0["leaves"], "folder": output});
+        let sent = child.stdin.take().expect("piped").write_all(request.to_string().as_bytes());
+        let status = child.wait()?;
+        if !status.success() || sent.is_err() {
+            let log = fs::read_to_string(work.join("log")).unwrap_or_default();
+            let last = log.lines().rfind(|line| !line.trim().is_empty()).unwrap_or("it printed nothing");
+            bail!("Inductor failed ({status}): {}", one_line(last));
+        }
+        Ok(())
+    }
+}
+
+/// Removes the work folders of builds whose process was killed.
+fn remove_abandoned_builds(cache: &Path) {
+    for entry in fs::read_dir(cache).into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let process =
+            name.strip_prefix("compiled-").and_then(|rest| rest.split_once(".partial-")?.1.parse().ok());
+        if process.is_some_and(|process| !is_running(process)) {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn package() -> Package {
+        Package::new(&"train-step/torch-cpu/f32-compile/indicator-tiny-b2".parse().unwrap(), 0.0)
+    }
+
+    #[test]
+    fn the_folder_depends_on_everything_that_a_package_is_built_from() {
+        let folder = |change: &dyn Fn(&mut Value)| {
+            let mut package = package();
+            change(&mut package.0);
+            package.folder().unwrap()
+        };
+        let own = folder(&|_| {});
+        assert_eq!(own, folder(&|_| {}));
+        for part in ["cpu", "gpus", "compiler", "torch", "sources"] {
+            assert!(!build_environment()[part].is_null(), "{part}");
+            assert_ne!(own, folder(&|value| value["environment"][part] = json!("another")), "{part}");
+        }
+        for part in ["precision", "batch", "workload", "device", "model"] {
+            assert_ne!(own, folder(&|value| value["case"][part] = json!("another")), "{part}");
+        }
+    }
+
+    #[test]
+    fn a_package_of_another_machine_is_an_error() {
+        let folder = std::env::temp_dir().join(format!("transformer-bench-package-{}", std::process::id()));
+        fs::create_dir_all(&folder).unwrap();
+        let package = package();
+        fs::write(folder.join("step.so"), "").unwrap();
+        fs::write(folder.join(RECORD), package.0.to_string()).unwrap();
+        assert_eq!(package.library_in(&folder).unwrap(), folder.join("step.so"));
+        let mut other = package.0.clone();
+        other["environment"]["cpu"] = json!("another");
+        for record in [other.to_string(), "{".to_owned(), String::new()] {
+            fs::write(folder.join(RECORD), record).unwrap();
+            let error = package.library_in(&folder).unwrap_err().to_string();
+            assert!(error.contains("another CPU") && error.contains("remove it"), "{error}");
+        }
+        fs::remove_dir_all(folder).unwrap();
+    }
+}
