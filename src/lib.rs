@@ -38,7 +38,6 @@ pub mod model;
 pub mod parity;
 pub mod process;
 pub mod profile;
-#[path = "model/reference/mod.rs"]
 pub mod reference;
 pub mod report;
 pub mod results;

@@ -251,7 +251,7 @@ impl Worker {
     fn old_ids(&mut self) -> Result<Option<&HashMap<Case, String>>> {
         if !self.ids_known {
             let answer = self.ask("version", STARTUP_TIMEOUT);
-            // An older executable refuses the request: "'version' is no request".
+            // An older executable does not know the request and refuses it.
             let refused = answer.as_ref().is_err_and(|error| error.to_string().ends_with(" request"));
             if !refused {
                 answer?;

@@ -66,9 +66,9 @@ const RENAMED_TEXTS: &[(&str, &str)] = &[
     (r"^heap$", "malloc"),
     (r"\bfreed memory kept$", "retains freed memory"),
     (r"\bfreed memory given back at will$", "default policy"),
+    (r"\bTRANSFORMER_BENCH_HEAP=system\b", "TRANSFORMER_BENCH_MALLOC=default"),
+    (r"\bTRANSFORMER_BENCH_HEAP=kept\b", "TRANSFORMER_BENCH_MALLOC=retain"),
     (r"\bTRANSFORMER_BENCH_HEAP\b", "TRANSFORMER_BENCH_MALLOC"),
-    (r"\bMALLOC=system\b", "MALLOC=default"),
-    (r"\bMALLOC=kept\b", "MALLOC=retain"),
 ];
 
 /// Translates a parsed file of `version` into the present one.

@@ -102,7 +102,7 @@ pub struct Matrix<R> {
 pub struct View<'a, R> {
     rows: usize,
     columns: usize,
-    /// Of rows and of columns, in elements.
+    /// Distances between rows and between columns, in elements.
     strides: [usize; 2],
     data: &'a [R],
 }

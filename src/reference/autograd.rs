@@ -26,7 +26,7 @@ impl<R> Gradients<R> {
 
 struct Node<R> {
     value: Matrix<R>,
-    /// Of its value and of its gradient.
+    /// The format of its value and of its gradient.
     format: Format,
     op: Op<R>,
 }
