@@ -35,6 +35,22 @@ def norm(kind, width):
     return nn.RMSNorm(width, choices["eps"], elementwise_affine=choices["weight"])
 
 
+class RopeCache(nn.Module):
+    """The cosines and sines [N, d/2] of a rotary position, or None for another position."""
+
+    def __init__(self, m):
+        super().__init__()
+        self.rotary = "rotary" in m["position"]
+        if self.rotary:
+            power = torch.arange(0, m["head-width"], 2) / m["head-width"]
+            angle = torch.arange(m["tokens"]).unsqueeze(1) / m["position"]["rotary"]["theta"] ** power
+            self.register_buffer("cos", angle.cos())
+            self.register_buffer("sin", angle.sin())
+
+    def forward(self):
+        return (self.cos, self.sin) if self.rotary else None
+
+
 class Attention(nn.Module):
     """[B, N, D] → [B, N, D]"""
 
@@ -158,12 +174,7 @@ class Model(nn.Module):
         else:
             self.value, self.market = nn.Linear(1, width), nn.Linear(m["input"]["indicator"]["market"], width)
         self.position = small(m["tokens"], width) if m["position"] == "learned" else None
-        self.rotary = "rotary" in m["position"]
-        if self.rotary:
-            power = torch.arange(0, m["head-width"], 2) / m["head-width"]
-            angle = torch.arange(m["tokens"]).unsqueeze(1) / m["position"]["rotary"]["theta"] ** power
-            self.register_buffer("cos", angle.cos())
-            self.register_buffer("sin", angle.sin())
+        self.rope = RopeCache(m)
         self.embedding_norm = norm(m["norm"], width) if m["embedding-norm"] else None
         self.blocks = nn.ModuleList(Block(m, fused, dropout) for _ in range(m["layers"]))
         self.norm = norm(m["norm"], width) if m["final-norm"] else None
@@ -182,7 +193,7 @@ class Model(nn.Module):
         x = self.embedding_norm(x) if self.embedding_norm else x
         x = self.dropout(x, "embedding", self.training)
         for block in self.blocks:
-            x = block(x, (self.cos, self.sin) if self.rotary else None)
+            x = block(x, self.rope())
         x = self.norm(x) if self.norm else x
         if self.head == "indicator-heads":
             return self.selection(x), self.allocation(x).softmax(-1)
@@ -208,12 +219,12 @@ class BlockPart(nn.Module):
     def __init__(self, workload, m, fused, dropout):
         super().__init__()
         if workload.startswith("attention"):
-            self.attention = Attention(m, fused, dropout)
+            self.attention, self.rope = Attention(m, fused, dropout), RopeCache(m)
         else:
             self.feed_forward = FeedForward(m, dropout)
 
     def forward(self, x):
-        return (self.attention(x) if hasattr(self, "attention") else self.feed_forward(x),)
+        return (self.attention(x, self.rope()) if hasattr(self, "attention") else self.feed_forward(x),)
 
 
 class Loss(nn.Module):
@@ -243,8 +254,8 @@ def build(case, fused, dropout=None):
     net = BlockPart(case["workload"], m, fused, dropout) if is_part else Model(m, fused, dropout)
     net = net.to(case["device"], DTYPES.get(precision, torch.float32))
     if precision == "mixed":
-        for name, buffer in net.named_buffers():
-            setattr(net, name, buffer.bfloat16())
+        if hasattr(net, "rope"):
+            net.rope.bfloat16()
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     return net.train(case["trains"])

@@ -113,15 +113,16 @@ def differences(case, read):
         [(name, read(dims)) for name, dims in case[part]] for part in ("parameters", "inputs", "masks", "results"))
     found = compute(case, parameters, inputs, masks)
     assert sorted(found) == sorted(name for name, _ in expected), (sorted(found), [name for name, _ in expected])
-    smallest = SMALLEST_PART * torch.cat([values.flatten() for values in found.values()]).norm()
+    smallest = SMALLEST_PART * torch.cat([values.detach().flatten() for values in found.values()]).norm()
     for name, values in expected:
         wanted = found[name].detach().flatten()
-        yield name, float((values.flatten() - wanted).norm() / torch.maximum(wanted.norm(), smallest))
+        yield name, ((values.flatten() - wanted).norm() / torch.maximum(wanted.norm(), smallest)).item()
 
 
 def main(folder):
     torch.set_default_dtype(torch.float64)
-    values, at, worst, wrong = torch.frombuffer(bytearray((folder / "values").read_bytes()), dtype=torch.float64), 0, 0.0, 0
+    values = torch.frombuffer(bytearray((folder / "values").read_bytes()), dtype=torch.float64)
+    at, worst, wrong = 0, 0.0, 0
 
     def read(dims):
         nonlocal at
