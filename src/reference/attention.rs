@@ -3,15 +3,9 @@
 use std::borrow::Cow;
 
 use super::activation::softmax;
-use super::autograd::{Graph, Op, Var};
+use super::autograd::{Graph, HeadWeights, Op, Var};
 use super::matmul::{Matrix, Real};
 use super::rounding::Format;
-
-/// The attention weights of a head, which its gradient needs.
-pub struct HeadWeights<R> {
-    weights: Matrix<R>,
-    dropout: Option<Matrix<R>>,
-}
 
 impl<R: Real> HeadWeights<R> {
     /// Returns the weights after dropout.

@@ -4,7 +4,6 @@
 use std::borrow::Cow;
 
 use super::activation::{activate, activation_gradient, softmax};
-use super::attention::HeadWeights;
 use super::matmul::{Matrix, Real};
 use super::rounding::{Accumulation, Format, Rounding};
 use crate::model::parameters::Norm;
@@ -29,6 +28,12 @@ struct Node<R> {
     /// The format of its value and of its gradient.
     format: Format,
     op: Op<R>,
+}
+
+/// The attention weights of a head, which its gradient needs.
+pub struct HeadWeights<R> {
+    pub weights: Matrix<R>,
+    pub dropout: Option<Matrix<R>>,
 }
 
 /// An operation, with the values that its gradient needs.

@@ -5,10 +5,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::autograd::{Graph, Var};
 use super::matmul::{Matrix, Real, cores};
-use super::network::{DropoutMasks, Sample};
+use super::network::{Batch, DropoutMasks, Sample, SampleResults};
 use super::rounding::Rounding;
 use crate::fixture::{Fixture, Tensor};
-use crate::model::Model;
 use crate::model::parameters::{InOrder, Parameters};
 use crate::suite::{Shape, Workload};
 
@@ -63,25 +62,6 @@ fn matrix_products<R: Real>(fixture: &Fixture, n: usize, chain: usize, rounding:
         rounding.round_all(rounding.product, &mut out.data, cores());
     }
     out.data
-}
-
-/// The batch of a model or a block.
-pub struct Batch<'a> {
-    pub fixture: &'a Fixture,
-    pub model: &'a Model,
-    pub rounding: Rounding,
-    pub masks: Option<DropoutMasks<'a>>,
-}
-
-/// The results of one sample.
-#[derive(Default)]
-pub struct SampleResults<R> {
-    /// The outputs of a case without gradients, in the order of their names.
-    pub outputs: Vec<Vec<R>>,
-    pub loss_terms: Vec<R>,
-    pub input_gradient: Vec<R>,
-    /// The gradients of the parameters.
-    pub gradients: Vec<Matrix<R>>,
 }
 
 impl Batch<'_> {

@@ -1,13 +1,13 @@
 //! The network of one sample: its layers, and the results of its step.
 
 use super::autograd::{Gradients, Graph, Var};
-use super::batch::{Batch, SampleResults};
 use super::matmul::{Matrix, Real};
-use crate::fixture::Tensor;
+use super::rounding::Rounding;
+use crate::fixture::{Fixture, Tensor};
 use crate::model::parameters::{
     Attention, Embedding, FeedForward, IndicatorHead, Layer, Linear, Network, Norm, OutputHead, Parameters,
 };
-use crate::model::{Input, NormOrder, Output, Position};
+use crate::model::{Input, Model, NormOrder, Output, Position};
 
 /// A place where dropout acts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -28,6 +28,25 @@ pub enum Site {
 
 /// Returns the factors of dropout for a sample, a site and its [rows, columns], or `None` if it drops nothing.
 pub type DropoutMasks<'a> = &'a (dyn Fn(usize, Site, [usize; 2]) -> Option<Vec<f64>> + Sync);
+
+/// The batch of a model or a block.
+pub struct Batch<'a> {
+    pub fixture: &'a Fixture,
+    pub model: &'a Model,
+    pub rounding: Rounding,
+    pub masks: Option<DropoutMasks<'a>>,
+}
+
+/// The results of one sample.
+#[derive(Default)]
+pub struct SampleResults<R> {
+    /// The outputs of a case without gradients, in the order of their names.
+    pub outputs: Vec<Vec<R>>,
+    pub loss_terms: Vec<R>,
+    pub input_gradient: Vec<R>,
+    /// The gradients of the parameters.
+    pub gradients: Vec<Matrix<R>>,
+}
 
 /// One sample and its graph.
 pub struct Sample<'a, R> {

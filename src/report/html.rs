@@ -3,7 +3,8 @@
 use anyhow::{Context, Result};
 use minijinja::{Environment, Value, context};
 
-use super::tables::{self, Table};
+use super::table::Table;
+use super::tables;
 use super::{notes, plots, summary};
 use crate::results::Results;
 

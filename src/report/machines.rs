@@ -6,7 +6,7 @@ use super::format::{digits, or_dash, range};
 use super::headline::headlines;
 use super::markdown::{escaped, table};
 use super::notes::machine_lines;
-use super::tables::Table;
+use super::table::Table;
 use super::{all_measured, find_measured};
 use crate::results::Results;
 use crate::suite::{BackendId, Case, Method, Precision, Workload};

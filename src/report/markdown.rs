@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::tables::Table;
+use super::table::Table;
 use super::{notes, summary, tables};
 use crate::results::Results;
 

@@ -11,6 +11,7 @@ pub mod plots;
 pub mod publish;
 pub mod scaling;
 pub mod summary;
+pub mod table;
 pub mod tables;
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! Scaling over several devices: data-parallel training steps compared with one device of the same run.
 
 use super::format::{or_dash, percent, percent_with_range, time};
-use super::tables::{Table, cells, throughput};
+use super::table::{Table, cells, throughput};
 use super::{Measured, Ratio};
 use crate::backend::RankStats;
 use crate::model::ModelId;

@@ -1,9 +1,8 @@
 //! The tables of a run, which every format shows.
 
-use std::fmt::Display;
-
-use super::format::{count, digits, megabytes, or_dash, percent, prefixed, range, significant, speed, time};
+use super::format::{count, digits, megabytes, or_dash, percent, range, significant, time};
 use super::headline::{Headline, headlines};
+use super::table::{Table, cells, throughput};
 use super::{
     Measured, Ratio, Sweep, ablation, all_measured, batches, find_measured, find_record, measured_peak, rate,
     scaling,
@@ -14,51 +13,6 @@ use crate::suite::{Case, Device, Shape, Workload, cost};
 
 /// Title of the table of all cases.
 pub const ALL_CASES: &str = "All cases";
-
-/// A table with its title and an explanation.
-#[derive(Clone, Debug)]
-pub struct Table {
-    pub title: String,
-    pub note: String,
-    pub header: Vec<String>,
-    pub rows: Vec<Vec<String>>,
-}
-
-impl Table {
-    /// Creates a table without the columns that are empty in all rows. `header` is `first|second|…`.
-    pub fn new(title: impl Into<String>, note: &str, header: &str, mut rows: Vec<Vec<String>>) -> Self {
-        let mut header: Vec<String> = header.split('|').map(str::to_owned).collect();
-        for column in (0..header.len()).rev() {
-            if rows.iter().all(|row| row[column].is_empty()) {
-                header.remove(column);
-                rows.iter_mut().for_each(|row| drop(row.remove(column)));
-            }
-        }
-        Self { title: title.into(), note: note.to_owned(), header, rows }
-    }
-
-    /// Returns the columns of numbers, which are aligned to the right.
-    pub fn numeric_columns(&self) -> Vec<bool> {
-        let cells = |column: usize| {
-            self.rows.iter().map(move |row| row[column].as_str()).filter(|cell| !matches!(*cell, "" | "–"))
-        };
-        (0..self.header.len())
-            .map(|column| cells(column).next().is_some() && cells(column).all(starts_with_number))
-            .collect()
-    }
-}
-
-/// Returns true for texts such as `11,611 samples/s`, `±0.36 %`, `1.68×` and `**6.3×** (3.4 to 12)`.
-fn starts_with_number(cell: &str) -> bool {
-    let word = cell.split_whitespace().next().unwrap_or_default().trim_matches('*');
-    let number = word.trim_start_matches('±').trim_end_matches('×').replace(',', "");
-    number.starts_with(|c: char| c.is_ascii_digit() || c == '-') && number.parse::<f64>().is_ok()
-}
-
-/// Formats the cells of a row.
-pub(super) fn cells<const N: usize>(values: [&dyn Display; N]) -> Vec<String> {
-    values.iter().map(ToString::to_string).collect()
-}
 
 fn training_speed(results: &Results) -> Table {
     let shape = results.headline();
@@ -233,14 +187,6 @@ fn case_row(m: &Measured<'_>) -> Vec<String> {
     ]
 }
 
-/// Formats the work per second, in the unit of the model if the case has one.
-pub(super) fn throughput(m: &Measured<'_>) -> String {
-    or_dash(m.record.throughput.as_ref().map(|throughput| match throughput.unit.as_str() {
-        "samples/s" => speed(m.case.shape, m.median_ns),
-        unit => prefixed(throughput.value) + unit,
-    }))
-}
-
 /// Formats the page faults per step, with their share of the time if it is large.
 fn page_faults(record: &Record) -> Option<String> {
     let faults = record.page_faults?;
@@ -294,19 +240,6 @@ mod tests {
         assert_eq!(table.rows[2][1..], ["16,000", "14,545 to 17,778", "20.00×"]);
         methods.push(("tf32-tuned", 0.5e6));
         assert_eq!(rows(&methods).rows[2][0], "PyTorch CUDA, TF32 matrix products: tf32-tuned");
-    }
-
-    #[test]
-    fn empty_columns_are_dropped_and_numbers_are_found() {
-        let rows = [["a", "1,545", "", "–", "2, NCCL"], ["b", "±0.36 %", "", "1.68×", "3"]];
-        let rows = rows.iter().map(|row| row.map(str::to_owned).into()).collect();
-        let table = Table::new("", "", "name|x|remarks|y|z", rows);
-        assert_eq!(table.header, ["name", "x", "y", "z"]);
-        assert_eq!(table.rows[1], ["b", "±0.36 %", "1.68×", "3"]);
-        assert_eq!(table.numeric_columns(), [false, true, true, true]);
-        for text in ["2026-11-25", "16: 792", "eager 6.1", "60bb46", "±", ""] {
-            assert!(!starts_with_number(text), "{text}");
-        }
     }
 
     #[test]

@@ -14,7 +14,7 @@ use transformer_bench::results::{RunModel, Status};
 use transformer_bench::statistics::midmean;
 use transformer_bench::suite::{Case, Set, custom_model, parse_filter};
 
-use super::compare::{Arguments, no_case};
+use super::compare_arguments::{Arguments, no_case};
 use super::options::print_progress;
 use super::output::{Line, Report};
 

@@ -4,6 +4,7 @@ mod baseline;
 mod bench;
 mod calibrate;
 mod compare;
+mod compare_arguments;
 mod compare_baselines;
 mod flamegraph;
 mod interleave;
@@ -39,7 +40,7 @@ enum Command {
     Bench(bench::Arguments),
     Report(report::Arguments),
     Baseline(baseline::Arguments),
-    Compare(compare::Arguments),
+    Compare(compare_arguments::Arguments),
     Flamegraph(flamegraph::Arguments),
     List(list::Arguments),
     Interleave(interleave::Arguments),

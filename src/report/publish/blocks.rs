@@ -10,7 +10,8 @@ use crate::report::format::{digits, percent, significant};
 use crate::report::markdown::table;
 use crate::report::scaling::{self, ModelScaling, Speedup};
 use crate::report::summary::Comparison;
-use crate::report::tables::{self, Table, cells};
+use crate::report::table::{Table, cells};
+use crate::report::tables;
 use crate::report::{Ratio, all_measured, rate};
 use crate::suite::{Case, HEADLINE_SHAPE};
 

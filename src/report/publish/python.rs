@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 
 use crate::report::format::digits;
-use crate::report::tables::cells;
+use crate::report::table::cells;
 use crate::results::upgrade::upgrade_id;
 use crate::suite::Case;
 
