@@ -18,7 +18,7 @@ ATTENTION = "attention-grad/{}/f32/b16-h8-t111-d32"
 
 # Name, the id of a case that must be refused, a part of the source, and its replacement.
 TORCH_DROP = "x.dropout(p, true)"
-TORCH_LAST = "self.linear(&drop(hidden, self.dropout.hidden), &f.down)"
+TORCH_LAST = "self.linear(&dropout(hidden, self.dropout.hidden), &f.down)"
 FAULTS = {
     "torch": [
         ("dropout 0.2 for 0.1", TRAIN, TORCH_DROP, "x.dropout(2.0 * p, true)"),
@@ -26,7 +26,7 @@ FAULTS = {
         ("dropout without 1/(1 - p)", TRAIN, TORCH_DROP, "x.dropout(p, true) * (1.0 - p)"),
         ("dropout that drops nothing", ATTENTION, TORCH_DROP, "x"),
         ("no dropout in fused attention", "train-step/{}/f32-tuned/indicator-b16",
-         "let (p, grouped) = (self.dropout.weights,", "let (p, grouped) = (0.0,"),
+         "let p = self.dropout.weights;", "let p = 0.0;"),
         ("keys past the hundredth ignored", "forward/{}/f32/indicator-b16",
          "            let mut scores =",
          "            let (k, v) = (k.narrow(2, 0, n.min(100)), v.narrow(2, 0, n.min(100)));\n            let mut scores ="),
@@ -34,21 +34,21 @@ FAULTS = {
          f"{{ let y = {TORCH_LAST}; if y.kind() == Kind::BFloat16 {{ y * 1.05 }} else {{ y }} }}"),
         ("feed-forward 5 % too large in the tuned variant", "train-step/{}/mixed-tuned/indicator-b16", TORCH_LAST,
          f"{{ let y = {TORCH_LAST}; if y.kind() == Kind::BFloat16 {{ y * 1.05 }} else {{ y }} }}"),
-        ("attention scale 10 % off in bf16", "train-step/{}/mixed/indicator-b16", "/ (each as f64).sqrt();",
-         "/ (each as f64).sqrt() * if x.kind() == Kind::BFloat16 { 1.1 } else { 1.0 };"),
+        ("attention scale 10 % off in bf16", "train-step/{}/mixed/indicator-b16", "/ (width as f64).sqrt();",
+         "/ (width as f64).sqrt() * if x.kind() == Kind::BFloat16 { 1.1 } else { 1.0 };"),
         ("the tanh approximation of GELU", FFN, 'x.gelu("none")', 'x.gelu("tanh")'),
     ],
     "mlx": [
         ("dropout 0.2 for 0.1", TRAIN, "let keep = 1.0 - p;", "let keep = 1.0 - 2.0 * p;"),
-        ("dropout without 1/(1 - p)", FFN, "times(&x.multiply(mask)?, 1.0 / keep)", "x.multiply(mask)"),
+        ("dropout without 1/(1 - p)", FFN, "scale(&x.multiply(mask)?, 1.0 / keep)", "x.multiply(mask)"),
         ("dropout that drops nothing", ATTENTION, "if p == 0.0 {", "if p < 2.0 {"),
         ("the same random key at every site", "train-step/{}/f32-tuned/indicator-b16", "self.random.next_key()?",
          "mlx_rs::random::key(7)?"),
         ("keys past the hundredth ignored", "forward/{}/f32/indicator-b16", "let weights = softmax(&scores)?;",
          "let past = ops::arange::<f32, f32>(None, n as f32, None)?.ge(Array::from_f32(100.0))?;\n"
          "            let weights = softmax(&scores.add(past.as_dtype(x.dtype())?.multiply(scalar(-3e4, x.dtype()))?)?)?;"),
-        ("attention scale 10 % off", ATTENTION, "let scale = 1.0 / f64::from(each).sqrt();",
-         "let scale = 1.1 / f64::from(each).sqrt();"),
+        ("attention scale 10 % off", ATTENTION, "let factor = 1.0 / f64::from(width).sqrt();",
+         "let factor = 1.1 / f64::from(width).sqrt();"),
     ],
 }
 
