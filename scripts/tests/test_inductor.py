@@ -49,7 +49,7 @@ class Inductor(unittest.TestCase):
                 variables = {"TRANSFORMER_BENCH_MODEL": str(path), "TRANSFORMER_BENCH_BATCH": "2", "TRANSFORMER_BENCH_TOKENS": "32"}
                 with mock.patch.dict(os.environ, variables):
                     [description] = script.query_worker(
-                        executable, f"describe train-step/torch-cpu/mixed-compile/{name}-b2-t32")
+                        executable, f"describe forward-backward/torch-cpu/mixed-compile/{name}-b2-t32")
                 folders = [ROOT / "src" / "torch" / "inductor", ROOT / ".deps" / "torch-python"]
                 done = subprocess.run([sys.executable, "-c", code, description], capture_output=True, text=True, env={
                     **os.environ, "PYTHONPATH": ":".join(map(str, folders)), "PYTHONDONTWRITEBYTECODE": "1"})

@@ -1,6 +1,7 @@
-//! Workloads that run a package of TorchInductor: one call per step, in a CUDA graph on CUDA.
+//! Workloads that run a package of TorchInductor, then the optimizer, in a CUDA graph on CUDA.
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 use anyhow::{Context, Result};
 use tch::{Device, Tensor};
@@ -17,52 +18,38 @@ use crate::params::{self, ParameterLayout};
 pub struct CompiledStep {
     case: Case,
     device: Device,
+    /// The forward pass, or the forward and backward pass. The all-reduce and the optimizer follow it.
     package: PackageRunner,
-    /// Arguments of the package: inputs, dropout probabilities, AdamW's scalars, leaves, and both moments.
+    /// Arguments of the package: inputs, dropout probabilities, and leaves.
     arguments: Vec<Tensor>,
     /// Range of the leaves in the arguments.
-    leaves: std::ops::Range<usize>,
+    leaves: Range<usize>,
     layout: ParameterLayout,
-    adamw_scalars: Option<AdamWScalars>,
-    /// For ranks, the package is the forward and backward pass. The all-reduce and the optimizer follow it.
-    after_package: Option<(GradientSync, AdamWState, AdamW)>,
+    gradient_sync: GradientSync,
+    adamw: AdamW,
+    adamw_state: Option<AdamWState>,
     /// Results and gradients of the last step.
     results: Vec<Tensor>,
     gradients: Vec<Tensor>,
     graph: Option<Graph>,
 }
 
-/// AdamW's scalars. Some change in each step, so they are computed on the device, where a CUDA graph can update them.
-struct AdamWScalars {
-    /// [7], the argument `numbers` of `adamw_` in `inductor/package.py`.
-    scalars: Tensor,
-    /// [β1ᵗ, β2ᵗ]
-    powers: Tensor,
-    betas: Tensor,
-    /// Factors [lr, 1] and exponents [−1, 1/2] of the last two scalars, lr/(1 − β1ᵗ) and √(1 − β2ᵗ).
-    factors: Tensor,
-    exponents: Tensor,
-}
-
-impl AdamWScalars {
-    fn new(s: &AdamW, device: Device) -> Self {
-        let load = |values: &[f64]| Tensor::from_slice(values).to_device(device);
-        let scalars = [1.0 - s.lr * s.weight_decay, 1.0 - s.beta1, s.beta2, 1.0 - s.beta2, s.eps, 0.0, 0.0];
-        Self {
-            scalars: Tensor::from_slice(&scalars.map(|v| v as f32)).to_device(device),
-            powers: load(&[1.0, 1.0]),
-            betas: load(&[s.beta1, s.beta2]),
-            factors: load(&[s.lr, 1.0]),
-            exponents: load(&[-1.0, 0.5]),
-        }
+/// Loads the arguments of a package, and returns them with the range of the leaves.
+fn load_arguments(
+    fixture: &Fixture,
+    device: Device,
+    layout: &ParameterLayout,
+) -> (Vec<Tensor>, Range<usize>) {
+    let kind = crate::kind(fixture.case.method.precision);
+    let mut arguments = params::load_inputs(fixture, device, kind);
+    if fixture.case.dropout().any() {
+        let rows = fixture.dropout.all().map(|p| [p as f32, (1.0 / (1.0 - p)) as f32]).concat();
+        arguments.push(Tensor::from_slice(&rows).view([5, 2]).to_device(device));
     }
-
-    /// Advances to the next step.
-    fn advance(&mut self) {
-        self.powers *= &self.betas;
-        let corrections: Tensor = 1.0 - &self.powers;
-        self.scalars.narrow(0, 5, 2).copy_(&(corrections.pow(&self.exponents) * &self.factors));
-    }
+    let first = arguments.len();
+    arguments.extend(layout.load(fixture.parameters(), device, kind));
+    let leaves = first..arguments.len();
+    (arguments, leaves)
 }
 
 impl CompiledStep {
@@ -71,39 +58,25 @@ impl CompiledStep {
         let compiled_case = inductor::compiled_case(&case);
         let library = Package::new(&compiled_case, fixture.dropout.weights).library()?;
         let package = PackageRunner::load(&library, device)?;
-        let kind = crate::kind(case.method.precision);
-        let mut arguments = params::load_inputs(fixture, device, kind);
-        if case.dropout().any() {
-            let rows = fixture.dropout.all().map(|p| [p as f32, (1.0 / (1.0 - p)) as f32]).concat();
-            arguments.push(Tensor::from_slice(&rows).view([5, 2]).to_device(device));
-        }
-        let adamw_scalars =
-            compiled_case.workload.optimizes().then(|| AdamWScalars::new(&fixture.adamw, device));
-        arguments.extend(adamw_scalars.iter().map(|s| s.scalars.shallow_clone()));
         let layout = ParameterLayout::new(case.shape, true);
-        let leaves = layout.load(fixture.parameters(), device, kind);
-        let after_package = if case.shape.ranks() > 1 {
-            let sync = GradientSync::new(device, &leaves, Some(BucketSizes::SINGLE), fixture.no_sync)?;
-            Some((sync, AdamWState::new(&leaves, true), fixture.adamw))
+        let (arguments, leaves) = load_arguments(fixture, device, &layout);
+        let parameters = &arguments[leaves.clone()];
+        let gradient_sync = if case.shape.ranks() > 1 {
+            GradientSync::new(device, parameters, Some(BucketSizes::SINGLE), fixture.no_sync)?
         } else {
-            None
+            GradientSync::Disabled
         };
-        let zeros = || leaves.iter().map(Tensor::zeros_like);
-        let moments: Vec<Tensor> = match adamw_scalars {
-            Some(_) => zeros().chain(zeros()).collect(),
-            None => Vec::new(),
-        };
-        let range = arguments.len()..arguments.len() + leaves.len();
-        arguments.extend(leaves.into_iter().chain(moments));
+        let adamw_state = case.workload.optimizes().then(|| AdamWState::new(parameters, true));
         let mut step = Self {
             case,
             device,
             package,
             arguments,
-            leaves: range,
+            leaves,
             layout,
-            adamw_scalars,
-            after_package,
+            gradient_sync,
+            adamw: fixture.adamw,
+            adamw_state,
             results: Vec::new(),
             gradients: Vec::new(),
             graph: None,
@@ -115,13 +88,14 @@ impl CompiledStep {
         Ok(step)
     }
 
+    fn leaves(&self) -> &[Tensor] {
+        &self.arguments[self.leaves.clone()]
+    }
+
     /// Captures the step as a CUDA graph.
     fn capture(&mut self) -> Result<Graph> {
-        let leaves_and_moments = self.arguments[self.leaves.start..].iter();
-        let state = leaves_and_moments.chain(self.adamw_scalars.iter().map(|s| &s.powers));
-        let state = state.map(Tensor::shallow_clone);
-        let state = state.chain(self.after_package.iter().flat_map(|(_, adamw, _)| adamw.tensors()));
-        let state = state.collect();
+        let state = self.leaves().iter().map(Tensor::shallow_clone);
+        let state = state.chain(self.adamw_state.iter().flat_map(AdamWState::tensors)).collect();
         let this = RefCell::new(self);
         Graph::capture_step(state, || this.borrow_mut().run(), || this.borrow_mut().run())
     }
@@ -130,16 +104,13 @@ impl CompiledStep {
         // The tensors of the last step are freed first, as in a training loop.
         self.results.clear();
         self.gradients.clear();
-        if let Some(scalars) = &mut self.adamw_scalars {
-            scalars.advance();
-        }
         let results = result_names(&self.case).len();
         let gradients = if self.case.workload.trains() { self.leaves.len() } else { 0 };
         self.results = self.package.run(&self.arguments, results + gradients)?;
-        self.gradients = self.results.split_off(results);
-        if let Some((sync, state, adamw)) = &mut self.after_package {
-            self.gradients = sync.all_reduce(std::mem::take(&mut self.gradients))?;
-            state.step(adamw, &self.arguments[self.leaves.clone()], &self.gradients)?;
+        let gradients = self.results.split_off(results);
+        self.gradients = self.gradient_sync.all_reduce(gradients)?;
+        if let Some(state) = &mut self.adamw_state {
+            state.step(&self.adamw, &self.arguments[self.leaves.clone()], &self.gradients)?;
         }
         Ok(())
     }
@@ -155,8 +126,33 @@ impl LoadedCase for CompiledStep {
     }
 
     fn outputs(&mut self) -> Result<Vec<Named>> {
-        let updates = self.case.workload.optimizes();
-        let updated = if updates { &self.arguments[self.leaves.clone()] } else { &[] };
+        let updated = if self.adamw_state.is_some() { self.leaves() } else { &[] };
         self.layout.read_outputs(&self.case, &self.results, &self.gradients, updated)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::Kind;
+
+    use super::*;
+
+    /// MPS has no f64, and a copy of an f64 tensor to it fails.
+    #[test]
+    fn no_tensor_of_a_step_is_f64() {
+        for shape in ["indicator-tiny-b2", "gpt2-tiny-b2-t16"] {
+            for precision in ["f32", "bf16", "mixed"] {
+                let case = format!("train-step/torch-mps/{precision}-compile/{shape}").parse().unwrap();
+                let fixture = Fixture::new(case);
+                let layout = ParameterLayout::new(case.shape, true);
+                let (mut tensors, leaves) = load_arguments(&fixture, Device::Cpu, &layout);
+                assert_eq!(leaves.len(), layout.leaf_names().len());
+                tensors.extend(AdamWState::new(&tensors[leaves], true).tensors());
+                for tensor in tensors {
+                    let known = [Kind::Float, Kind::BFloat16, Kind::Int64];
+                    assert!(known.contains(&tensor.kind()), "{case}: {tensor:?}");
+                }
+            }
+        }
     }
 }

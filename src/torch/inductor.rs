@@ -60,16 +60,16 @@ pub fn check_supported(workload: Workload) -> Result<(), Unsupported> {
     reason.map_or(Ok(()), |reason| Err(Unsupported(reason.to_owned())))
 }
 
-/// Returns the case to compile. For a data-parallel step it is the forward and backward pass of one rank.
+/// Returns the case to compile. Of a train step, it is the forward and backward pass of one rank.
 pub fn compiled_case(case: &Case) -> Case {
-    match case.shape {
-        Shape::Model { model, batch, ranks } if ranks > 1 => Case {
-            workload: Workload::ForwardBackward,
-            shape: Shape::for_model(model, batch / ranks),
-            ..*case
-        },
-        _ => *case,
+    let Case { mut workload, mut shape, .. } = *case;
+    if workload == Workload::TrainStep {
+        workload = Workload::ForwardBackward;
     }
+    if let Shape::Model { model, batch, ranks } = shape {
+        shape = Shape::for_model(model, batch / ranks);
+    }
+    Case { workload, shape, ..*case }
 }
 
 /// Returns the packages that timing and checking a case need.
@@ -80,7 +80,7 @@ pub fn packages_for(case: &Case) -> Vec<Package> {
         // The parity check runs without dropout. If all probabilities are inputs, it needs the same package.
         all.push(Package::new(&compiled, 0.0));
         all.dedup();
-        let probe = Probe::new(*case).case;
+        let probe = compiled_case(&Probe::new(*case).case);
         all.push(Package::new(&probe, probe.dropout().weights));
     }
     all
@@ -270,6 +270,20 @@ mod tests {
         for part in ["precision", "batch", "workload", "device", "model"] {
             assert_ne!(own, folder(&|value| value["case"][part] = json!("another")), "{part}");
         }
+    }
+
+    #[test]
+    fn a_train_step_and_its_passes_share_a_package() {
+        let package = |case: &str| Package::new(&compiled_case(&case.parse().unwrap()), 0.0);
+        let own = package("train-step/torch-cpu/mixed-compile/indicator-b16");
+        assert_eq!(own.0["case"]["workload"], "forward-backward");
+        assert!(own == package("forward-backward/torch-cpu/mixed-compile/indicator-b16"));
+        assert!(own == package("train-step/torch-cpu/mixed-compile/indicator-b32-dp2"));
+        assert!(own != package("train-step/torch-cpu/mixed-compile/indicator-b32"));
+        assert!(own != package("forward/torch-cpu/mixed-compile/indicator-b16"));
+        let all = packages_for(&"train-step/torch-cuda/mixed-compile/indicator-b16".parse().unwrap());
+        assert_eq!(all.len(), 3, "with dropout, without it, and the probe");
+        assert!(all.iter().all(|package| package.0["case"]["workload"] == "forward-backward"));
     }
 
     #[test]

@@ -1,9 +1,8 @@
 """Compiles a step with TorchInductor into a package, which C++ loads and runs without Python.
 
 Reads JSON from standard input: {"case": its description, "leaves": the parameters in order, "folder": the
-folder of the package}. A package takes the case's inputs, then `probabilities` if the case has dropout, then
-`numbers` if it optimizes, then the parameters and both moments, which it updates in place. It returns the loss
-or the outputs of the network, then the gradients.
+folder of the package}. A package takes the case's inputs, then `probabilities` if the case has dropout, then the
+parameters. It returns the loss or the outputs of the network, then the gradients. The optimizer is not in it.
 
 torch.compile generates Python code that calls kernels. AOTInductor is the same compiler, but generates C++
 (https://docs.pytorch.org/docs/stable/torch.compiler_aot_inductor.html).
@@ -48,20 +47,6 @@ class TensorDropout(network.Dropout):
         return p if p == 0 or self.fused_attention else None
 
 
-def adamw_(numbers, parameters, gradients, first, second):
-    """Updates the parameters and both moments as torch.optim.AdamW does.
-
-    `numbers` has 1 - lr · weight decay, 1 - β1, β2, 1 - β2, ε, lr over the first bias correction, and the square
-    root of the second bias correction.
-    """
-    decay, one_minus_beta1, beta2, one_minus_beta2, eps, rate, root = numbers
-    for p, g, m, v in zip(parameters, gradients, first, second):
-        p.mul_(decay)
-        m.lerp_(g, one_minus_beta1)
-        v.mul_(beta2).add_(one_minus_beta2 * g * g)
-        p.sub_(rate * m / (v.sqrt() / root + eps))
-
-
 class Step(torch.nn.Module):
     """One iteration of a case as a function of tensors."""
 
@@ -80,18 +65,15 @@ class Step(torch.nn.Module):
         """Returns tensors of the shapes that `forward` takes."""
         case, device = self.case, self.case["device"]
         parameters = [p.detach().clone() for p in (dict(self.net.named_parameters())[name] for name in self.names)]
-        zeros = lambda: [torch.zeros_like(p) for p in parameters]
         random = case["trains"] and any(case["dropout"].values())
         probabilities = [torch.full((len(SITES), 2), 0.5, device=device)] if random else []
-        numbers = [torch.full((7,), 0.5, device=device)] if case["optimizes"] else []
-        moments = [zeros(), zeros()] if case["optimizes"] else []
-        return network.data(case), probabilities, numbers, parameters, *moments
+        return network.data(case), probabilities, parameters
 
-    def forward(self, data, probabilities, numbers, parameters, *moments):
+    def forward(self, data, probabilities, parameters):
         case, precision = self.case, self.case["precision"]
         if probabilities:
             self.dropout.rows = [row.unbind() for row in probabilities[0].unbind()]
-        has_loss = case["workload"] in ("forward-backward", "train-step")
+        has_loss = case["workload"] == "forward-backward"
         module, prefix = (self.loss, "net.") if has_loss else (self.net, "")
         inputs = network.compute_inputs(data, precision)
 
@@ -110,8 +92,6 @@ class Step(torch.nn.Module):
                 x = data[0].detach().requires_grad_()
                 [out] = run(leaves, network.compute_inputs([x], precision))
                 return torch.autograd.grad(out, [x, *leaves], data[1].to(out.dtype))
-        if case["optimizes"]:
-            adamw_(numbers[0].unbind(), parameters, gradients, *moments)
         return loss.detach(), *gradients
 
 
