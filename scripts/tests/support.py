@@ -13,6 +13,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "target/release/transformer-bench"
+# The Python torch that compiles steps. It is missing on Python 3.9, which torch does not support.
+TORCH_PYTHON = ROOT / ".deps" / "torch-python"
 sys.dont_write_bytecode = True
 # The request for a parity check. Workers of older revisions know it by this name.
 CHECK_PARITY = "prove"
@@ -28,6 +30,12 @@ def uses_all_cores(test):
     """Marks a test that computes rather than waits: run.py runs one of them at a time."""
     test.uses_all_cores = True
     return test
+
+
+def needs_compile(test):
+    """Marks a test of PyTorch's variant -compile, which is skipped if set-up did not prepare it."""
+    prepared = TORCH_PYTHON.exists() and sys.version_info >= (3, 10)
+    return unittest.skipUnless(prepared, "set-up prepared no torch for this Python")(test)
 
 
 def load(name):

@@ -8,10 +8,11 @@ import unittest
 from pathlib import Path
 from unittest import mock
 
-from support import ROOT, executables, load, uses_all_cores
+from support import ROOT, TORCH_PYTHON, executables, load, needs_compile, uses_all_cores
 
 
 class Inductor(unittest.TestCase):
+    @needs_compile
     def test_a_failed_compilation_is_reported_and_leaves_no_files(self):
         executable = executables()["torch"]
         with tempfile.TemporaryDirectory() as folder:
@@ -28,6 +29,7 @@ class Inductor(unittest.TestCase):
             self.assertIn("torch: 1 passed, 1 failed", done.stdout)
             self.assertEqual(list((Path(folder) / "transformer-bench").glob("*")), [])
 
+    @needs_compile
     @uses_all_cores
     def test_the_network_of_every_choice_can_be_traced(self):
         """Tracing takes seconds. Compiling the traced graph takes a minute and only tests Inductor."""
@@ -50,7 +52,7 @@ class Inductor(unittest.TestCase):
                 with mock.patch.dict(os.environ, variables):
                     [description] = script.query_worker(
                         executable, f"describe forward-backward/torch-cpu/mixed-compile/{name}-b2-t32")
-                folders = [ROOT / "src" / "torch" / "inductor", ROOT / ".deps" / "torch-python"]
+                folders = [ROOT / "src" / "torch" / "inductor", TORCH_PYTHON]
                 done = subprocess.run([sys.executable, "-c", code, description], capture_output=True, text=True, env={
                     **os.environ, "PYTHONPATH": ":".join(map(str, folders)), "PYTHONDONTWRITEBYTECODE": "1"})
                 self.assertEqual(done.returncode, 0, done.stderr[-500:])

@@ -10,7 +10,7 @@ import time
 import unittest
 from concurrent.futures import ThreadPoolExecutor
 
-from support import CHECK_PARITY, ROOT, executables, run, temporary_folder, uses_all_cores
+from support import CHECK_PARITY, ROOT, TORCH_PYTHON, executables, needs_compile, run, temporary_folder, uses_all_cores
 
 FRAMEWORKS = ("torch", "mlx")
 # Seconds until a lost rank is reported, at most.
@@ -146,15 +146,13 @@ class Ranks(unittest.TestCase):
         part = json.loads((self.folder / f"results-{framework}" / "run" / f"{framework}.json").read_text())
         return {case["id"]: case["status"] for case in part["cases"]}
 
+    @needs_compile
     def test_torchrun_starts_ranks(self):
-        torch = ROOT / ".deps" / "torch-python"
-        if not torch.exists():
-            self.skipTest("set-up prepared no torch for Python")
         case = "all-reduce/torch-cpu/f32/1mib-dp2"
         done = subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--no-python", "--standalone", "--nproc-per-node", "2",
              self.executables["torch"], "--bench", f"^{case}$"], capture_output=True, text=True, timeout=120, env={
-                **os.environ, "PYTHONPATH": str(torch), "TRANSFORMER_BENCH_SET": "smoke",
+                **os.environ, "PYTHONPATH": str(TORCH_PYTHON), "TRANSFORMER_BENCH_SET": "smoke",
                 "TRANSFORMER_BENCH_RESULTS": str(self.folder / "results-torch"), "CRITERION_HOME": str(self.folder / "criterion")})
         self.assertEqual(done.returncode, 0, done.stderr[-500:])
         self.assertEqual(self.statuses("torch"), {case: "measured"})
