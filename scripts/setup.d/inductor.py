@@ -106,16 +106,21 @@ def python_torch(target, version, libtorch):
             (work / "torch" / "include").symlink_to(libtorch / "include")
             if any("libtorch_cuda" in name for name in needed(work / "torch" / "lib" / "libtorch_python.so")):
                 build_stubs(work / "torch" / "lib", work)
-        # NVIDIA's packages and triton are only needed for a GPU.
-        install([r for r in requirements(path) if not re.match(r"(nvidia|cuda|triton|setuptools)", r)], work)
+        # NVIDIA's packages and triton are only needed for a GPU. Inductor imports setuptools, which Python 3.12 and
+        # newer do not bring along.
+        install([r for r in requirements(path) if not re.match(r"(nvidia|cuda|triton)", r)], work)
         check_import(work)
 
-    return component("torch-python", [version, target.triple, PYTHON, "1"], build)
+    return component("torch-python", [version, target.triple, PYTHON, "2"], build)
+
+
+# The modules that Inductor imports while it compiles a step. It imports these two only when it calls the compiler.
+COMPILE_IMPORTS = "import torch._inductor, torch._inductor.cpp_builder, torch.utils.cpp_extension"
 
 
 def check_import(folder):
-    """Raises SetupError if Python can't import the torch in `folder`."""
-    done = subprocess.run([sys.executable, "-c", "import torch._inductor"], capture_output=True, text=True,
+    """Raises SetupError if Python can't import what Inductor needs from the torch in `folder`."""
+    done = subprocess.run([sys.executable, "-c", COMPILE_IMPORTS], capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(folder)})
     if done.returncode:
         lines = done.stderr.strip().splitlines()

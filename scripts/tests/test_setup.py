@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 from unittest import mock
 
-from support import ROOT, load, temporary_folder
+from support import ROOT, TORCH_PYTHON, load, needs_compile, temporary_folder
 
 sys.path.insert(0, str(ROOT / "scripts" / "setup.d"))
 import configuration  # noqa: E402
@@ -81,6 +81,27 @@ class Inductor(SetupCase):
         folder, reason = inductor.prepare(target.LINUX["x86_64"], "1.2", self.folder, False, None)
         self.assertIsNone(folder)
         self.assertIn("LIBTORCH", reason)
+
+    def test_a_torch_that_cannot_compile_is_an_error(self):
+        """Inductor imports these modules only while it compiles a step."""
+        builder, extension = "torch/_inductor/cpp_builder.py", "torch/utils/cpp_extension.py"
+        for name in ("torch/__init__.py", "torch/_inductor/__init__.py", "torch/utils/__init__.py", builder, extension):
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.folder / name).touch()
+        inductor.check_import(self.folder)
+        for name in (builder, extension):
+            (self.folder / name).write_text("import a_missing_module\n")
+            self.assert_error("a_missing_module", inductor.check_import, self.folder)
+            (self.folder / name).write_text("")
+
+    @needs_compile
+    def test_torch_compiles_without_other_packages(self):
+        """Python 3.12 and newer have no setuptools of their own. -S hides the packages of this Python."""
+        done = subprocess.run(
+            [sys.executable, "-S", "-c", f"{inductor.COMPILE_IMPORTS}; import setuptools; print(setuptools.__file__)"],
+            capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(TORCH_PYTHON.resolve())})
+        self.assertEqual(done.returncode, 0, done.stderr[-500:])
+        self.assertTrue(done.stdout.startswith(str(TORCH_PYTHON.resolve())), done.stdout)
 
     @unittest.skipUnless(sys.platform == "linux", "only Linux has ELF files")
     def test_stubs_replace_missing_libraries(self):
@@ -366,6 +387,13 @@ class Input(SetupCase):
         (self.folder / "build-version").write_text("2.13.0+cpu\n")
         self.assertEqual(torch.custom_libtorch(path, "2.13.0"), self.folder.resolve())
         self.assertIsNone(torch.custom_libtorch(None, "2.13.0"))
+
+    def test_a_link_of_an_earlier_set_up_is_removed(self):
+        self.patch(mock.patch.object(self.setup, "DEPS", self.folder / "deps"))
+        self.setup.link("torch-python", self.folder)
+        self.assertEqual((self.folder / "deps/torch-python").resolve(), self.folder.resolve())
+        self.setup.link("torch-python", None)
+        self.assertEqual(list((self.folder / "deps").iterdir()), [])
 
     def test_a_custom_libtorch_stays_in_use(self):
         self.setup.STAMP.write_text('{"inputs": {"libtorch": "/opt/libtorch"}, "paths": []}')
