@@ -42,11 +42,16 @@ pub fn fill_record(
     Ok(record)
 }
 
+/// Parts of the messages of an allocation that failed, in lower case: of CUDA and PyTorch, of malloc, and of Metal
+/// ("Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)").
+const OUT_OF_MEMORY: [&str; 5] =
+    ["out of memory", "can't allocate memory", "unable to allocate", "insufficient memory", "outofmemory"];
+
 /// Returns the record of a case that failed. Running out of memory counts as skipped.
 pub fn failure_record(case: &Case, error: &anyhow::Error) -> Record {
     let text = format!("{error:#}");
     let lower = text.to_lowercase();
-    if ["out of memory", "can't allocate memory", "unable to allocate"].iter().any(|w| lower.contains(w)) {
+    if OUT_OF_MEMORY.iter().any(|message| lower.contains(message)) {
         return Record::unmeasured(case, Status::Skipped, format!("out of memory: {text}"));
     }
     Record::unmeasured(case, Status::Error, text)

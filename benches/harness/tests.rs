@@ -7,6 +7,7 @@ mod failure;
 mod measurement;
 mod options;
 mod profiler;
+mod records;
 mod sampling_timer;
 mod symbols;
 mod timing;
@@ -27,6 +28,34 @@ impl LoadedCase for Step {
 
     fn outputs(&mut self) -> Result<Vec<Tensor>> {
         Ok(Vec::new())
+    }
+}
+
+mod records_tests {
+    use anyhow::anyhow;
+    use transformer_bench::results::Status;
+
+    use super::records::failure_record;
+
+    #[test]
+    fn running_out_of_memory_skips_a_case() {
+        let case = "train-step/mlx-metal/bf16/gpt2-b8-t1024".parse().unwrap();
+        let record = |text: &str| failure_record(&case, &anyhow!("{text}"));
+        for text in [
+            "CUDA out of memory. Tried to allocate 2.00 GiB",
+            "MPS backend out of memory (MPS allocated: 17.5 GiB)",
+            "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory",
+            "[metal::malloc] Unable to allocate 9663676416 bytes",
+            "[METAL] Command buffer execution failed: Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)",
+            "Command buffer execution failed: kIOGPUCommandBufferCallbackErrorOutOfMemory",
+        ] {
+            let record = record(text);
+            assert_eq!(record.status, Status::Skipped, "{text}");
+            assert!(record.reason.starts_with("out of memory: "), "{}", record.reason);
+        }
+        let timeout = "[METAL] Command buffer execution failed: Caused GPU Timeout Error \
+                       (00000002:kIOGPUCommandBufferCallbackErrorTimeout)";
+        assert_eq!(record(timeout).status, Status::Error);
     }
 }
 
