@@ -79,19 +79,28 @@ pub fn model_line(results: &Results) -> Option<String> {
 /// Returns true if the machine was quiet, and a sentence about other programs.
 pub fn disturbance(results: &Results) -> (bool, String) {
     let m = &results.machine;
-    let measured = all_measured(results);
-    let waiting = measured.iter().filter(|case| case.record.disturbed()).count();
+    let mut observed = all_measured(results);
+    // macOS does not report CPU wait, and cases with several ranks do not record it.
+    observed.retain(|case| case.record.cpu_wait_share.is_some());
+    let waiting = observed.iter().filter(|case| case.record.disturbed()).count();
     let busy = m.background_load.is_some_and(|load| load > interference::WAIT_THRESHOLD * m.cores as f64);
     let load = match m.background_load {
         Some(load) => format!("other programs used {load:.1} of {} before the run", count(m.cores, "core")),
         None => "the background load was not sampled".to_owned(),
     };
     let quiet = waiting == 0 && !busy;
-    let text = format!(
-        "The machine was {}: {load}, and {waiting} of {} waited for a core.",
-        if quiet { "quiet" } else { "disturbed" },
-        count(measured.len(), "case")
-    );
+    let state = if quiet { "quiet" } else { "disturbed" };
+    let text = match observed.len() {
+        0 => {
+            format!("The machine was {state}: {load}. This run does not show if its cases waited for a core.")
+        }
+        all => {
+            format!(
+                "The machine was {state}: {load}, and {waiting} of {} waited for a core.",
+                count(all, "case")
+            )
+        }
+    };
     (quiet, text)
 }
 
@@ -172,6 +181,12 @@ mod tests {
     fn a_run_is_quiet_or_disturbed() {
         let mut results = run(&[("train-step/torch-cuda/f32/indicator-b16", 2e7)]);
         (results.machine.cores, results.machine.background_load) = (2, Some(0.0));
+        let text = disturbance(&results).1;
+        assert!(
+            text.ends_with("before the run. This run does not show if its cases waited for a core."),
+            "{text}"
+        );
+        results.cases[0].cpu_wait_share = Some(0.01);
         let expected = "The machine was quiet: other programs used 0.0 of 2 cores before the run, and 0 of 1 case waited for \
                         a core.";
         assert_eq!(disturbance(&results), (true, expected.to_owned()));
