@@ -3,7 +3,7 @@ import json
 import sys
 
 from shared import ROOT
-from target import OLDEST_MACOS
+from target import deployment_target
 
 CARGO_CONFIG = ROOT / ".cargo" / "config.toml"
 MARK = "# Written by scripts/setup; edits are lost.\n"
@@ -13,11 +13,11 @@ def toml(value):
     return json.dumps(str(value))
 
 
-def text(target, libtorch, mlx, library_paths, headers=None, cuda=False, python=None, reason=None):
+def text(target, libtorch, mlx, library_paths, headers=None, cuda=False, python=None, reason=None, mlx_wheel=None):
     """Returns the configuration of a target.
 
     `library_paths` are the folders of its libraries. `python` is the folder of the Python torch that compiles
-    steps. Without one, `reason` says why.
+    steps. Without one, `reason` says why. `mlx_wheel` is the platform tag of MLX's wheel for macOS.
     """
     linker = [f"-Wl,-rpath,{path}" for path in library_paths]
     if target.linux:
@@ -35,9 +35,10 @@ def text(target, libtorch, mlx, library_paths, headers=None, cuda=False, python=
         lines.append(f"TRANSFORMER_BENCH_PYTHONPATH = {toml(python)}\n")
     elif reason:
         lines.append(f"TRANSFORMER_BENCH_NO_INDUCTOR = {toml(reason)}\n")
-    if not target.linux:
-        # The version of the wheels. Without it, C++ targets the newest system and Rust an old one.
-        lines.append(f"MACOSX_DEPLOYMENT_TARGET = {toml(OLDEST_MACOS)}\n")
+    if mlx_wheel:
+        # Without the first, C++ targets the newest system and Rust an old one.
+        lines.append(f"MACOSX_DEPLOYMENT_TARGET = {toml(deployment_target(target, mlx_wheel))}\n")
+        lines.append(f"TRANSFORMER_BENCH_MLX_WHEEL = {toml(mlx_wheel)}\n")
     lines.append(f"\n[target.{target.triple}]\nrustflags = [{flags}]\n")
     lines.append(
         f"\n[target.{target.triple}.mlx]\n"

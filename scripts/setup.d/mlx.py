@@ -13,7 +13,7 @@ import sys
 from libraries import needed, symbols
 from pypi import unpack, wheel
 from shared import NATIVE, SetupError, component, file_hash, run, say
-from target import mlx_platform
+from target import deployment_target, mlx_platform
 from torch import version_in
 
 OPENBLAS = "scipy-openblas32>=0.3.30,<0.4"
@@ -123,8 +123,8 @@ def link_flags(target, lib):
     return [*shared, f"-L{lib}", "-lmlx", f"-Wl,-rpath,{target.origin}"]
 
 
-def compile_mlx_c(target, mlx_sys, work, libtorch, compiler="c++"):
-    """Compiles libmlxc in the folder of libmlx."""
+def compile_mlx_c(target, mlx_sys, work, libtorch, compiler="c++", env=None):
+    """Compiles libmlxc in the folder of libmlx, with additional environment variables."""
     source = mlx_sys / "src" / "mlx-c"
     mlx = work / "mlx"
     flags = compile_flags(target, source, mlx, libtorch)
@@ -135,7 +135,7 @@ def compile_mlx_c(target, mlx_sys, work, libtorch, compiler="c++"):
 
     def compile_one(file):
         output = objects / (file.stem + ".o")
-        run([compiler, *flags, "-c", file, "-o", output], what=f"compiling {file.name}")
+        run([compiler, *flags, "-c", file, "-o", output], env=env, what=f"compiling {file.name}")
         return output
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -145,7 +145,7 @@ def compile_mlx_c(target, mlx_sys, work, libtorch, compiler="c++"):
             compiled.append(objects / (file.stem + ".o"))
             run(["cc", "-O2", "-fPIC", "-c", file, "-o", compiled[-1]])
     run([compiler, "-o", mlx / "lib" / target.file_name("mlxc"), *compiled, *link_flags(target, mlx / "lib")],
-        what="linking mlx-c")
+        env=env, what="linking mlx-c")
     shutil.rmtree(objects)
 
 
@@ -154,7 +154,8 @@ def prepare(target, mlx_sys, version, libtorch, cuda):
 
     `cuda` is the folder of the CUDA packages, or None.
     """
-    blas_key = [OPENBLAS] if target.linux else [mlx_platform(target)]
+    tag = mlx_platform(target)
+    blas_key = [OPENBLAS] if target.linux else [tag, "deployment target"]
     key = [version, mlx_sys.name, target.triple, *blas_key, str(cuda) if cuda else "cpu", "mlx 2",
            [file_hash(path) for path in [*linux_sources(target), BINDINGS]]]
 
@@ -166,11 +167,12 @@ def prepare(target, mlx_sys, version, libtorch, cuda):
             if (cuda / "nvidia").is_dir():
                 (work / "nvidia").symlink_to(cuda / "nvidia")
         else:
-            shutil.copytree(unpacked_wheel(target, version, mlx_platform(target)), work, dirs_exist_ok=True, symlinks=True)
+            shutil.copytree(unpacked_wheel(target, version, tag), work, dirs_exist_ok=True, symlinks=True)
         bundled = next(iter(work.glob("mlx_*.libs")), None)
         blas = replace_blas(work / "mlx" / "lib" / target.file_name("mlx"), bundled) if target.linux and bundled else "as bundled"
         (work / "blas").write_text(("Accelerate" if not target.linux else blas) + "\n")
-        compile_mlx_c(target, mlx_sys, work, libtorch)
+        env = {"MACOSX_DEPLOYMENT_TARGET": deployment_target(target, tag)} if tag else None
+        compile_mlx_c(target, mlx_sys, work, libtorch, env=env)
         shutil.copyfile(BINDINGS, work / "bindings.rs")
 
     return component("mlx", key, build)

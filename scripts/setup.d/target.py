@@ -86,3 +86,9 @@ def mlx_platform(target):
         if version >= least:
             return tag
     raise SetupError(f"macOS {version[0]}.{version[1]} is too old: PyTorch and MLX need macOS {OLDEST_MACOS.split('.')[0]} or newer")
+
+
+def deployment_target(target, tag):
+    """Returns the oldest macOS that runs MLX's wheel with a platform tag. The linker warns about older binaries that
+    use the wheel."""
+    return next(".".join(map(str, least)) for least, name in target.wheels if name == tag)

@@ -179,13 +179,15 @@ class Platforms(SetupCase):
 
 
 class Configuration(SetupCase):
-    def text(self, row):
-        return configuration.text(row, Path("/t"), Path("/m"), [Path("/t/lib"), Path("/m/mlx/lib")])
+    def text(self, row, tag=None):
+        return configuration.text(row, Path("/t"), Path("/m"), [Path("/t/lib"), Path("/m/mlx/lib")], mlx_wheel=tag)
 
     def test_the_configuration_of_a_mac(self):
-        self.assertEqual(self.text(target.MAC), configuration.MARK + """[env]
+        for tag, least in (("macosx_14_0_arm64", "14.0"), ("macosx_15_0_arm64", "15.0"), ("macosx_26_0_arm64", "26.2")):
+            self.assertEqual(self.text(target.MAC, tag), configuration.MARK + f"""[env]
 LIBTORCH = "/t"
-MACOSX_DEPLOYMENT_TARGET = "14.0"
+MACOSX_DEPLOYMENT_TARGET = "{least}"
+TRANSFORMER_BENCH_MLX_WHEEL = "{tag}"
 
 [target.aarch64-apple-darwin]
 rustflags = ["-Clink-arg=-Wl,-rpath,/t/lib", "-Clink-arg=-Wl,-rpath,/m/mlx/lib"]
@@ -193,7 +195,7 @@ rustflags = ["-Clink-arg=-Wl,-rpath,/t/lib", "-Clink-arg=-Wl,-rpath,/m/mlx/lib"]
 [target.aarch64-apple-darwin.mlx]
 rustc-link-search = ["/m/mlx/lib"]
 rustc-link-lib = ["mlxc", "mlx"]
-rustc-env = { OUT_DIR = "/m" }
+rustc-env = {{ OUT_DIR = "/m" }}
 """)
 
     def test_the_configuration_of_linux(self):
@@ -247,17 +249,19 @@ class Wheels(SetupCase):
         mlx_sys = self.folder / "mlx-sys-0.7.0"
         (mlx_sys / "src/mlx-c/mlx/c").mkdir(parents=True)
         (mlx_sys / "src/mlx-c/mlx/c/array.cpp").touch()
-        commands = []
+        commands, targets = [], set()
         path = self.metal_wheel()
 
-        def run(command, **options):
+        def run(command, env=None, **options):
             commands.append([str(part) for part in command])
+            targets.add(env["MACOSX_DEPLOYMENT_TARGET"])
             return ""
 
         with mock.patch.object(mlx, "wheel", lambda requirement, platform=None: path), mock.patch.object(mlx, "run", run):
             folder = mlx.prepare(target.MAC, mlx_sys, "0.32.2", Path("/t"), None)
         self.assertEqual([c[0] for c in commands], ["c++", "c++"])
         self.assertIn("-dynamiclib", commands[1])
+        self.assertEqual(targets, {"26.2"})
         self.assertEqual((folder / "bindings.rs").read_bytes(), mlx.BINDINGS.read_bytes())
         self.assertEqual((folder / "blas").read_text(), "Accelerate\n")
 
@@ -402,6 +406,12 @@ class Input(SetupCase):
             self.assertEqual(self.setup.inputs(False)["libtorch"], "/opt/libtorch")
             os.environ["LIBTORCH"] = ""
             self.assertIsNone(self.setup.inputs(False)["libtorch"])
+
+    def test_an_update_of_macos_repeats_set_up(self):
+        self.pretend("Darwin", "arm64", "26.1")
+        before = self.setup.inputs(False)
+        self.pretend("Darwin", "arm64", "26.2")
+        self.assertEqual((before["mlx_wheel"], self.setup.inputs(False)["mlx_wheel"]), ("macosx_15_0_arm64", "macosx_26_0_arm64"))
 
     def test_a_damaged_record_of_set_up_is_ignored(self):
         for stamp in ("", "{", "[]", "5", '{"inputs": 5}', '{"inputs": {}, "paths": 1}', '{"inputs": {"libtorch": 3}, "paths": [1]}'):

@@ -92,7 +92,7 @@ impl Backend for Mlx {
             }
             (Precision::Amp, _) => "MLX has no autocast; mixed computes in bf16 in both frameworks",
             _ if tf32 && self.id.is_cpu() => "MLX has TF32 only on GPUs",
-            _ if tf32 && self.id == BackendId::MlxMetal && !library::has_neural_accelerators() => {
+            _ if tf32 && self.id == BackendId::MlxMetal && !library::uses_neural_accelerators() => {
                 "TF32 needs the neural accelerators of an M5 and macOS 26.2; without them it is f32"
             }
             _ if tf32 != backend::is_tf32_process() => {

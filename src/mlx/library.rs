@@ -109,8 +109,11 @@ pub fn memory_total() -> Option<u64> {
     })
 }
 
-/// Returns true if the GPU has neural accelerators, which TF32 needs on Metal.
-pub fn has_neural_accelerators() -> bool {
+/// Returns true if MLX uses neural accelerators of the GPU, which TF32 needs on Metal.
+pub fn uses_neural_accelerators() -> bool {
+    if !wheel_uses_neural_accelerators(env!("TRANSFORMER_BENCH_MLX_WHEEL")) {
+        return false;
+    }
     let mut text: *const c_char = std::ptr::null();
     // SAFETY: the call writes a pointer to a string, which is valid as long as the description.
     let architecture = with_gpu_info(|info| unsafe {
@@ -118,6 +121,13 @@ pub fn has_neural_accelerators() -> bool {
         (found && !text.is_null()).then(|| CStr::from_ptr(text).to_string_lossy().into_owned())
     });
     architecture.is_some_and(|name| is_neural_architecture(&name))
+}
+
+/// Returns true if MLX's wheel with a platform tag has kernels for neural accelerators. MLX builds its wheels for older
+/// systems with `MLX_METAL_NO_NAX`. Set-up takes the wheel for macOS 26 from 26.2 on, as the kernels require.
+fn wheel_uses_neural_accelerators(tag: &str) -> bool {
+    let major = tag.strip_prefix("macosx_").and_then(|rest| rest.split('_').next()?.parse().ok());
+    major.is_some_and(|major: u32| major >= 26)
 }
 
 /// Returns true if a Metal architecture such as `applegpu_g17s` has neural accelerators. As in MLX, these are generation
@@ -183,6 +193,18 @@ mod tests {
             ("", false),
         ] {
             assert_eq!(is_neural_architecture(name), expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn wheels_for_older_systems_have_no_kernels_for_neural_accelerators() {
+        for (tag, expected) in [
+            ("macosx_14_0_arm64", false),
+            ("macosx_15_0_arm64", false),
+            ("macosx_26_0_arm64", true),
+            ("", false),
+        ] {
+            assert_eq!(wheel_uses_neural_accelerators(tag), expected, "{tag}");
         }
     }
 }
