@@ -15,11 +15,18 @@ pub struct CpuUsage {
     ran: u64,
     /// Number of times that a core was slowed down because it was too hot.
     throttled: u64,
+    /// True if the system reported at a reading that it slows the processor down because of its temperature.
+    hot: bool,
 }
 
 impl CpuUsage {
     pub fn now() -> Self {
-        Self { delayed: scheduler_delay_ns(), ran: cpu_time().as_nanos() as u64, throttled: throttle_count() }
+        Self {
+            delayed: scheduler_delay_ns(),
+            ran: cpu_time().as_nanos() as u64,
+            throttled: throttle_count(),
+            hot: is_throttled_now(),
+        }
     }
 
     /// Returns the usage since an earlier reading.
@@ -28,6 +35,7 @@ impl CpuUsage {
             delayed: self.delayed.saturating_sub(earlier.delayed),
             ran: self.ran.saturating_sub(earlier.ran),
             throttled: self.throttled.saturating_sub(earlier.throttled),
+            hot: self.hot || earlier.hot,
         }
     }
 
@@ -35,6 +43,7 @@ impl CpuUsage {
         self.delayed += other.delayed;
         self.ran += other.ran;
         self.throttled += other.throttled;
+        self.hot |= other.hot;
     }
 
     /// Returns the share of the time of runnable threads for which they waited for a core. Returns `None` if
@@ -44,9 +53,9 @@ impl CpuUsage {
         (REPORTS_DELAY && runnable > 0).then(|| self.delayed as f64 / runnable as f64)
     }
 
-    /// Returns true if a core was throttled.
+    /// Returns true if the processor was throttled.
     pub fn throttled(self) -> bool {
-        self.throttled > 0
+        self.throttled > 0 || self.hot
     }
 }
 
@@ -82,6 +91,35 @@ fn throttle_count() -> u64 {
         let count = core.path().join("thermal_throttle/core_throttle_count");
         fs::read_to_string(count).ok()?.trim().parse().ok()
     })
+}
+
+/// Returns true if macOS reports that it slows the processor down because of its temperature.
+#[cfg(target_os = "macos")]
+fn is_throttled_now() -> bool {
+    use std::ffi::{c_char, c_int};
+    unsafe extern "C" {
+        // <notify.h>, part of libSystem. Both return 0 if they succeed.
+        fn notify_register_check(name: *const c_char, token: *mut c_int) -> u32;
+        fn notify_get_state(token: c_int, state: *mut u64) -> u32;
+    }
+    // <libkern/OSThermalNotification.h>: 0 nominal, 1 moderate, 2 heavy, 3 trapping, 4 sleeping.
+    const NAME: &std::ffi::CStr = c"com.apple.system.thermalpressurelevel";
+    const HEAVY: u64 = 2;
+    static TOKEN: std::sync::OnceLock<Option<c_int>> = std::sync::OnceLock::new();
+    let token = TOKEN.get_or_init(|| {
+        let mut token = 0;
+        // SAFETY: a NUL-terminated name, and a number that the call writes.
+        (unsafe { notify_register_check(NAME.as_ptr(), &raw mut token) } == 0).then_some(token)
+    });
+    let mut level = 0;
+    // SAFETY: a token of this process, and a number that the call writes.
+    token.is_some_and(|token| unsafe { notify_get_state(token, &raw mut level) } == 0 && level >= HEAVY)
+}
+
+/// Other systems count throttling, see [`throttle_count`].
+#[cfg(not(target_os = "macos"))]
+fn is_throttled_now() -> bool {
+    false
 }
 
 /// Returns the CPU load of the machine in cores, while this process sleeps for `time`.
@@ -126,9 +164,20 @@ mod tests {
 
     #[test]
     fn cpu_wait_is_a_share_of_the_time_of_runnable_threads() {
-        let usage = CpuUsage { delayed: 25, ran: 75, throttled: 0 };
+        let usage = CpuUsage { delayed: 25, ran: 75, throttled: 0, hot: false };
         assert_eq!(usage.cpu_wait_share(), REPORTS_DELAY.then_some(0.25));
         assert_eq!(CpuUsage::default().cpu_wait_share(), None);
         assert!(!usage.throttled() && CpuUsage { throttled: 1, ..usage }.throttled());
+    }
+
+    #[test]
+    fn heat_at_either_reading_counts() {
+        let [cool, hot] = [false, true].map(|hot| CpuUsage { hot, ..CpuUsage::default() });
+        assert!(!cool.since(cool).throttled());
+        assert!(hot.since(cool).throttled() && cool.since(hot).throttled());
+        let mut sum = cool;
+        sum.add(hot);
+        sum.add(cool);
+        assert!(sum.throttled());
     }
 }

@@ -86,6 +86,7 @@ impl<'a> CaseRunner<'a> {
         record.rss_peak_bytes = stats.peak_rss;
         record.page_faults = Some(median(&stats.page_faults));
         record.cpu_wait_share = stats.cpu.cpu_wait_share();
+        record.throttled = stats.cpu.throttled();
         if !self.options.test
             && let Some(ranks) = loaded.rank_stats()
         {

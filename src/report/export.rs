@@ -11,7 +11,7 @@ pub fn json(results: &Results) -> Result<String> {
 }
 
 /// Columns of `results.csv`, with their place in a record of `results.json`.
-const COLUMNS: [(&str, &str); 19] = [
+const COLUMNS: [(&str, &str); 20] = [
     ("id", "/id"),
     ("workload", "/workload"),
     ("backend", "/backend"),
@@ -31,6 +31,7 @@ const COLUMNS: [(&str, &str); 19] = [
     ("page_fault_share", "/page_fault_share"),
     ("parity", "/parity"),
     ("cpu_wait_share", "/cpu_wait_share"),
+    ("throttled", "/throttled"),
 ];
 
 /// Renders `results.csv`, with a row per case. Both files have the same digits.
@@ -151,7 +152,7 @@ mod tests {
         assert_eq!(keys(&json), "cases env_effects interleaved machine version");
         assert_eq!(
             keys(&json["cases"][1]),
-            "backend ci_ns cpu_wait_share id median_ns page_fault_share page_faults parity peak_bytes precision ranks reason rss_peak_bytes samples shape status throughput workload"
+            "backend ci_ns cpu_wait_share id median_ns page_fault_share page_faults parity peak_bytes precision ranks reason rss_peak_bytes samples shape status throttled throughput workload"
         );
         assert_eq!(
             keys(&json["machine"]),

@@ -76,7 +76,7 @@ pub fn model_line(results: &Results) -> Option<String> {
     ))
 }
 
-/// Returns true if the machine was quiet, and a sentence about other programs.
+/// Returns true if nothing disturbed the run, and a text about other programs, temperature and power.
 pub fn disturbance(results: &Results) -> (bool, String) {
     let m = &results.machine;
     let mut observed = all_measured(results);
@@ -88,6 +88,13 @@ pub fn disturbance(results: &Results) -> (bool, String) {
         Some(load) => format!("other programs used {load:.1} of {} before the run", count(m.cores, "core")),
         None => "the background load was not sampled".to_owned(),
     };
+    let measured = all_measured(results);
+    let hot = measured.iter().filter(|case| case.record.throttled).count();
+    let mut warnings: Vec<String> = m.power_warnings().into_iter().map(str::to_owned).collect();
+    if hot > 0 {
+        let cases = count(measured.len(), "case");
+        warnings.push(format!("The processor was throttled because of its temperature in {hot} of {cases}."));
+    }
     let quiet = waiting == 0 && !busy;
     let state = if quiet { "quiet" } else { "disturbed" };
     let text = match observed.len() {
@@ -101,7 +108,8 @@ pub fn disturbance(results: &Results) -> (bool, String) {
             )
         }
     };
-    (quiet, text)
+    let undisturbed = quiet && warnings.is_empty();
+    (undisturbed, std::iter::once(text).chain(warnings).collect::<Vec<_>>().join(" "))
 }
 
 /// Variables that change no code, and the backend on which each is worth a try.
@@ -190,6 +198,12 @@ mod tests {
         let expected = "The machine was quiet: other programs used 0.0 of 2 cores before the run, and 0 of 1 case waited for \
                         a core.";
         assert_eq!(disturbance(&results), (true, expected.to_owned()));
+        results.machine.power = vec![("source".to_owned(), "Battery Power".to_owned())];
+        results.cases[0].throttled = true;
+        let (quiet, text) = disturbance(&results);
+        let warnings = "The machine ran on battery power. The processor was throttled because of its temperature in 1 of 1 case.";
+        assert!(!quiet && text == format!("{expected} {warnings}"), "{text}");
+        results.machine.power.clear();
         results.machine.background_load = Some(1.0);
         let text = disturbance(&results).1;
         assert!(text.starts_with("The machine was disturbed: other programs used 1.0 of 2 cores"), "{text}");

@@ -51,7 +51,8 @@ fn remarks(record: &Record) -> String {
     let few = record.too_few_samples().map(|n| format!("only {}: their range", count(n as usize, "sample")));
     let share = record.cpu_wait_share.filter(|_| record.disturbed());
     let disturbed = share.map(|share| format!("disturbed: {} CPU wait", percent(share)));
-    few.into_iter().chain(disturbed).collect::<Vec<_>>().join("; ")
+    let hot = record.throttled.then(|| "throttled: too hot".to_owned());
+    few.into_iter().chain(disturbed).chain(hot).collect::<Vec<_>>().join("; ")
 }
 
 fn memory_peaks(results: &Results) -> Table {

@@ -7,6 +7,7 @@ use std::process::Command;
 use anyhow::{Result, bail};
 use serde::{Deserialize, Serialize};
 
+use super::apple;
 use crate::suite::custom_model::MachineCapacity;
 use crate::suite::{BackendId, Device, Precision};
 
@@ -70,7 +71,8 @@ impl Machine {
                 driver = format!("NVIDIA {version}");
             }
         } else if cfg!(target_os = "macos") {
-            gpus.push(format!("{cpu} GPU"));
+            let ioreg = output("ioreg", &["-rc", "AGXAccelerator", "-d1"]);
+            gpus.push(apple::gpu_name(&cpu, &ioreg.unwrap_or_default()));
         }
         // The executable may run on another machine than the one that built it.
         let built = env!("CARGO_MANIFEST_DIR");
@@ -97,6 +99,16 @@ impl Machine {
         }
     }
 
+    /// Returns a sentence for each power setting of a Mac that makes it slower.
+    pub fn power_warnings(&self) -> Vec<&'static str> {
+        let has = |name: &str, value: &str| self.power.iter().any(|(n, v)| n == name && v.contains(value));
+        let warnings = [
+            (has(SOURCE, "Battery"), "The machine ran on battery power."),
+            (has(LOW_POWER_MODE, "on"), "Low-power mode was on."),
+        ];
+        warnings.into_iter().filter_map(|(applies, warning)| applies.then_some(warning)).collect()
+    }
+
     /// Adds the versions that are not listed yet.
     pub fn add_versions(&mut self, versions: impl IntoIterator<Item = (String, String)>) {
         for entry in versions {
@@ -114,9 +126,11 @@ impl Machine {
 
     /// Returns a readable name for the hardware, `[a-z0-9-]+`: the GPU and its count, or the CPU.
     ///
-    /// Clouds sell different CPUs under one name, so the vector extension and the cores belong to it.
+    /// Clouds sell different CPUs under one name, so the vector extension and the cores belong to it. The GPU of a Mac
+    /// shares the memory, so the memory belongs to its name.
     pub fn slug(&self) -> String {
         let name = match &self.gpus[..] {
+            [gpu] if gpu.starts_with("Apple") => format!("{gpu} {} GB", gibibytes(self.memory_bytes)),
             [gpu] => gpu.trim_start_matches("NVIDIA ").to_owned(),
             [gpu, ..] => format!("{} x{}", gpu.trim_start_matches("NVIDIA "), self.gpus.len()),
             [] => format!("{} {} {} cores", self.cpu, self.simd, self.cores),
@@ -146,7 +160,7 @@ impl Machine {
         differ("CPU", self.cpu.clone(), other.cpu.clone());
         differ("cores", self.cores.to_string(), other.cores.to_string());
         // Kernels reserve a little more or less from boot to boot.
-        let gib = |bytes: u64| format!("{} GiB", (bytes as f64 / (1u64 << 30) as f64).round());
+        let gib = |bytes: u64| format!("{} GiB", gibibytes(bytes));
         differ("memory", gib(self.memory_bytes), gib(other.memory_bytes));
         differ("architecture", self.arch.clone(), other.arch.clone());
         // Older files lack it.
@@ -173,6 +187,14 @@ impl Machine {
         }
         all
     }
+}
+
+/// Names of power settings of a Mac.
+const SOURCE: &str = "source";
+const LOW_POWER_MODE: &str = "low power mode";
+
+fn gibibytes(bytes: u64) -> f64 {
+    (bytes as f64 / (1u64 << 30) as f64).round()
 }
 
 fn simd_extension() -> &'static str {
@@ -204,11 +226,9 @@ fn power() -> Vec<(String, String)> {
     let query = ["--query-gpu=power.limit,clocks.max.sm,mig.mode.current", "--format=csv,noheader"];
     add("GPU power limit, maximum clock, MIG", output("nvidia-smi", &query).map(|t| t.replace('\n', "; ")));
     if cfg!(target_os = "macos") {
-        let source = output("pmset", &["-g", "batt"]).unwrap_or_default();
-        add("source", source.lines().next().map(str::to_owned));
-        let saving = output("pmset", &["-g"]).unwrap_or_default();
-        let saving = saving.lines().find(|l| l.contains("lowpowermode"));
-        add("low power mode", saving.and_then(|l| l.split_whitespace().last()).map(str::to_owned));
+        let [battery, settings] = [&["-g", "batt"][..], &["-g"]].map(|arguments| output("pmset", arguments));
+        add(SOURCE, apple::power_source(&battery.unwrap_or_default()).map(str::to_owned));
+        add(LOW_POWER_MODE, apple::low_power_mode(&settings.unwrap_or_default()).map(str::to_owned));
     }
     all
 }
@@ -431,6 +451,22 @@ mod tests {
         machine.gpus.push("NVIDIA H100 80GB HBM3".to_owned());
         assert_eq!(machine.slug(), "h100-80gb-hbm3-x2");
         assert_eq!(Machine::default().slug(), "0-cores");
+        let gpus = vec!["Apple M3 GPU (10 cores)".to_owned()];
+        let mac = Machine { gpus, memory_bytes: 16 << 30, ..Machine::default() };
+        assert_eq!(mac.slug(), "apple-m3-gpu-10-cores-16-gb");
+    }
+
+    #[test]
+    fn settings_that_slow_a_mac_down_are_warned_of() {
+        let machine = |source: &str, mode: &str| Machine {
+            power: [(SOURCE, source), (LOW_POWER_MODE, mode)]
+                .map(|(n, v)| (n.to_owned(), v.to_owned()))
+                .into(),
+            ..Machine::default()
+        };
+        assert!(machine("AC Power", "off").power_warnings().is_empty());
+        let both = machine("Battery Power", "on").power_warnings();
+        assert_eq!(both, ["The machine ran on battery power.", "Low-power mode was on."]);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //!
 //! The harness writes one file per process; [`run::merge`] joins them into `results.json`.
 
+mod apple;
 pub mod baseline;
 pub mod machine;
 pub mod run;
@@ -74,6 +75,9 @@ pub struct Record {
     /// Share of time that runnable threads waited for a core.
     #[serde(default)]
     pub cpu_wait_share: Option<f64>,
+    /// True if the processor was slowed down because of its temperature.
+    #[serde(default)]
+    pub throttled: bool,
     /// Statistics of the ranks, for a case on several devices.
     #[serde(default)]
     pub ranks: Option<RankStats>,
@@ -115,6 +119,7 @@ impl Record {
             page_fault_share: None,
             parity: None,
             cpu_wait_share: None,
+            throttled: false,
             ranks: None,
         }
     }
