@@ -6,6 +6,7 @@
 
 mod criterion_files;
 mod environment;
+mod estimate;
 mod measurement;
 mod options;
 mod parity;
@@ -21,7 +22,7 @@ mod worker;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use transformer_bench::backend::{self, Backends, Rank};
@@ -122,7 +123,7 @@ fn eta(started: Instant, available: &[Case], case: &Case) -> String {
         Some(done) if done > 0 => {
             let per_case = started.elapsed().as_secs_f64() / done as f64;
             let left = per_case * (available.len() - done) as f64;
-            if left < 90.0 { format!(", {left:.0} s left") } else { format!(", {:.0} min left", left / 60.0) }
+            format!(", {} left", estimate::format(Duration::from_secs_f64(left)))
         }
         _ => String::new(),
     }
@@ -158,6 +159,13 @@ impl<'a> Suite<'a> {
         if options.profile.is_none() && !options.load_baseline {
             let mut runnable = selected.to_vec();
             runnable.retain(|case| self.environment.backend_for(case).is_ok());
+            if !options.test {
+                let time = estimate::format(estimate::timing(&runnable, options.set, machine));
+                eprintln!(
+                    "{framework}: {} cases, timed in an estimated {time} after their checks",
+                    runnable.len()
+                );
+            }
             let failed = self.compile_cases(&runnable);
             runnable.retain(|case| !failed.contains_key(case));
             self.parity = match rank {

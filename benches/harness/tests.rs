@@ -2,6 +2,7 @@
 #![allow(dead_code)] // Only the bench targets use the rest of the modules.
 
 mod criterion_files;
+mod estimate;
 #[path = "ranks/failure.rs"]
 mod failure;
 mod measurement;
@@ -28,6 +29,46 @@ impl LoadedCase for Step {
 
     fn outputs(&mut self) -> Result<Vec<Tensor>> {
         Ok(Vec::new())
+    }
+}
+
+mod estimate_tests {
+    use std::time::Duration;
+
+    use transformer_bench::results::machine::Machine;
+    use transformer_bench::suite::{Case, Set, cases};
+
+    use super::estimate::timing;
+
+    fn minutes(backends: &[&str], machine: &Machine) -> f64 {
+        let mut quick = cases(Set::Quick);
+        quick.retain(|case: &Case| backends.contains(&case.backend.id()));
+        assert!(!quick.is_empty());
+        timing(&quick, Set::Quick, machine).as_secs_f64() / 60.0
+    }
+
+    #[test]
+    fn the_quick_set_takes_minutes() {
+        let server = Machine { cores: 2, ..Machine::default() };
+        // The whole run took 4 to 5 minutes on the two cores that the rates come from. One of these was interleaved rounds.
+        let measured = minutes(&["torch-cpu", "mlx-cpu"], &server);
+        assert!((2.0..4.5).contains(&measured), "{measured}");
+        let mac = |cores: u32| Machine {
+            cores: 8,
+            gpus: vec![format!("Apple M3 GPU ({cores} cores)")],
+            ..Machine::default()
+        };
+        let all = ["torch-cpu", "torch-mps", "mlx-cpu", "mlx-metal"];
+        let [small, large] = [8, 40].map(|cores| minutes(&all, &mac(cores)));
+        assert!(small < 25.0 && large < small - 2.0 && large > 4.0, "{small} and {large} min");
+    }
+
+    #[test]
+    fn a_step_beyond_the_limit_is_one_step() {
+        let case: Case = "train-step/torch-cpu/f32/gpt2-b8-t1024".parse().unwrap();
+        let slow = Machine { cores: 1, ..Machine::default() };
+        let time = timing(&[case], Set::Quick, &slow);
+        assert!(time > Duration::from_secs(60) && time < Duration::from_secs(300), "{time:?}");
     }
 }
 

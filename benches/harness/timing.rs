@@ -96,6 +96,15 @@ impl Plan {
         })
     }
 
+    /// Returns the expected duration of a case before its first step, from an assumed time of a step.
+    pub fn expected_duration(step: Duration, set: Set, workload: Workload) -> Duration {
+        match Self::new(step, set, workload) {
+            Some(plan) => plan.duration(step) + 2 * step,
+            None if step > MAX_STEP => step,
+            None => Self::limit(set, workload).max((MIN_SLOW_SAMPLES as u32 + 1) * step),
+        }
+    }
+
     /// Returns the approximate duration of the case.
     pub fn duration(&self, step: Duration) -> Duration {
         self.measurement.max(self.samples as u32 * step) + self.warm_up.max(step)

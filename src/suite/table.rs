@@ -175,8 +175,24 @@ pub fn cases(set: Set) -> Vec<Case> {
     cases_for(set, custom_model::custom_model())
 }
 
+/// Returns true if a case of the quick set takes minutes. PyTorch's wheel for macOS lacks oneDNN, so its matrix products
+/// in bf16 on a CPU are plain loops.
+fn is_slow_on_macos(case: &Case) -> bool {
+    let precision = case.method.precision;
+    case.backend == BackendId::TorchCpu && (precision.is_half() || precision.is_mixed_precision())
+}
+
 /// Returns the cases of a set with a custom model instead of the built-in ones.
 pub fn cases_for(set: Set, custom: Option<CustomModel>) -> Vec<Case> {
+    let mut all = all_cases_for(set, custom);
+    if set == Quick && cfg!(target_os = "macos") {
+        all.retain(|case| !is_slow_on_macos(case));
+    }
+    all
+}
+
+/// Returns the cases of a set for every system.
+fn all_cases_for(set: Set, custom: Option<CustomModel>) -> Vec<Case> {
     let mut all = Vec::new();
     for &workload in Workload::ALL {
         let rows: Vec<&Row> =
@@ -240,6 +256,22 @@ mod tests {
         let batches: std::collections::BTreeSet<usize> =
             single.filter_map(|c| c.shape.model()).map(|(_, batch)| batch).collect();
         assert_eq!(Vec::from_iter(batches), [1, 4, 16, 64]);
+    }
+
+    #[test]
+    fn quick_on_a_mac_has_no_slow_steps_of_pytorch_on_the_cpu() {
+        let mut quick = all_cases_for(Quick, None);
+        let ids = |cases: &[Case]| -> Vec<String> {
+            let steps = cases.iter().filter(|c| c.workload == TrainStep && c.backend == BackendId::TorchCpu);
+            steps.map(|c| c.method.to_string()).collect()
+        };
+        assert!(ids(&quick).contains(&"mixed-compile".to_owned()), "{:?}", ids(&quick));
+        quick.retain(|case| !is_slow_on_macos(case));
+        assert_eq!(ids(&quick), ["f32", "f32-compile", "f32-tuned"]);
+        for backend in [BackendId::TorchMps, BackendId::MlxMetal] {
+            let mixed = Method::eager(Precision::Mixed);
+            assert!(quick.iter().any(|c| c.backend == backend && c.method == mixed), "{backend}");
+        }
     }
 
     #[test]

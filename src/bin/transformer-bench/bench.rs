@@ -34,7 +34,7 @@ const INTERLEAVE_LIMIT: Duration = Duration::from_secs(60);
   scripts/bench --full 'attention/torch-cpu/'
   scripts/bench --model src/model/indicator.toml --batch 4 'train-step/.*/f32/'")]
 pub struct Arguments {
-    /// Measure the cases of the headline tables, in under 5 minutes (default)
+    /// Measure the cases of the headline tables (default); about 5 minutes on a CPU, and 8 to 25 on a Mac (estimated)
     #[arg(long, overrides_with = "full")]
     quick: bool,
     /// Measure every case of the suite
