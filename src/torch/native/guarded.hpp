@@ -19,6 +19,9 @@ int guarded(F&& body) {
     last_error = error.what_without_backtrace();
   } catch (const std::exception& error) {
     last_error = error.what();
+  } catch (...) {
+    // Objective-C exceptions of MPS, which would otherwise end the process.
+    last_error = "libtorch raised an exception without a message, for example of Objective-C";
   }
   return -1;
 }
