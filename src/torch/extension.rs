@@ -116,8 +116,36 @@ pub fn returned(count: usize, call: impl FnOnce(*mut RawTensor) -> c_int) -> Res
     Ok(out.into_iter().map(|tensor| unsafe { Tensor::from_ptr(tensor.cast()) }).collect())
 }
 
+/// A pool that frees the Objective-C objects of MPS which libtorch autoreleases. A program without AppKit's event loop
+/// has none, so its memory would grow.
+#[cfg(target_os = "macos")]
+struct AutoreleasePool(*mut c_void);
+
+#[cfg(target_os = "macos")]
+#[link(name = "objc")]
+unsafe extern "C" {
+    fn objc_autoreleasePoolPush() -> *mut c_void;
+    fn objc_autoreleasePoolPop(pool: *mut c_void);
+}
+
+#[cfg(target_os = "macos")]
+impl AutoreleasePool {
+    fn new() -> Self {
+        // SAFETY: takes no pointers.
+        Self(unsafe { objc_autoreleasePoolPush() })
+    }
+}
+
+#[cfg(target_os = "macos")]
+impl Drop for AutoreleasePool {
+    fn drop(&mut self) {
+        // SAFETY: the innermost pool of this thread, freed once.
+        unsafe { objc_autoreleasePoolPop(self.0) };
+    }
+}
+
 /// Runs `body` and turns its panics into errors, without the message of the panic hook. The methods of tch panic on
-/// errors of libtorch, such as running out of memory.
+/// errors of libtorch, such as running out of memory. On macOS, it also frees what MPS autoreleases.
 ///
 /// # Errors
 /// Returns the error of `body`, or the message of the panic.
@@ -135,6 +163,8 @@ pub fn catch_panics<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
         }));
     });
     QUIET.set(true);
+    #[cfg(target_os = "macos")]
+    let _pool = AutoreleasePool::new();
     let result = panic::catch_unwind(AssertUnwindSafe(body));
     QUIET.set(false);
     result.unwrap_or_else(|payload| {
