@@ -331,6 +331,13 @@ class CheckMac(SetupCase):
         none = self.library("none", [], ["_malloc"])
         self.assert_error("needs no symbol", check.check_symbols, "1", {"none": none})
 
+    def test_a_mac_uses_its_own_sdk(self):
+        environment = lambda: load("check-mac").environment(("cc", "c++"), "ar", "/torch", "/")
+        self.pretend("Linux", "x86_64")
+        self.assertEqual(environment()["SDKROOT"], "/")
+        self.pretend("Darwin", "arm64")
+        self.assertNotIn("SDKROOT", environment())
+
     def test_the_reason_is_printed_without_the_standard_library(self):
         check = load("check-mac")
         empty = subprocess.CompletedProcess([], 0, str(self.folder), "")
