@@ -22,6 +22,29 @@ pub fn allowed() -> Vec<usize> {
     Vec::new()
 }
 
+/// Returns the number of cores whose threads run equally fast: the performance cores of a Mac, or all cores that this
+/// process may use. Threads that wait for each other gain nothing from slower cores, so PyTorch uses as many.
+pub fn equal_cores() -> usize {
+    let all = std::thread::available_parallelism().map_or(1, usize::from);
+    performance_cores().filter(|cores| *cores > 0).map_or(all, |cores| cores.min(all))
+}
+
+#[cfg(target_os = "macos")]
+fn performance_cores() -> Option<usize> {
+    let (mut cores, mut size): (libc::c_int, _) = (0, size_of::<libc::c_int>());
+    // SAFETY: a NUL-terminated name, and a number of the size that the call gets.
+    let status = unsafe {
+        let name = c"hw.perflevel0.physicalcpu".as_ptr();
+        libc::sysctlbyname(name, (&raw mut cores).cast(), &raw mut size, std::ptr::null_mut(), 0)
+    };
+    usize::try_from(cores).ok().filter(|_| status == 0)
+}
+
+#[cfg(not(target_os = "macos"))]
+fn performance_cores() -> Option<usize> {
+    None
+}
+
 /// Pins this thread, and the threads and processes that it starts, to cores. A refusal of the system is ignored.
 pub fn pin_threads(cores: &[usize]) {
     #[cfg(target_os = "linux")]
@@ -95,6 +118,13 @@ pub fn run_pinned<T: Send>(work: impl Fn() -> T + Sync) -> T {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn equal_cores_are_a_part_of_all_cores() {
+        let all = std::thread::available_parallelism().unwrap().get();
+        let equal = equal_cores();
+        assert!(if cfg!(target_os = "macos") { (1..=all).contains(&equal) } else { equal == all });
+    }
 
     #[test]
     fn work_runs_on_its_core() {

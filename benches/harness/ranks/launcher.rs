@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use transformer_bench::backend::{self, Backend, COLLECTIVE_TIMEOUT};
+use transformer_bench::backend::{Backend, COLLECTIVE_TIMEOUT};
 use transformer_bench::compare::cores;
 use transformer_bench::compare::worker::{Side, Threads, Worker};
 use transformer_bench::results::one_line;
@@ -58,7 +58,7 @@ impl LocalRanks {
         let count = case.shape.ranks();
         let cores = cores::allowed();
         // Without pinning, the list is empty, but the cores still have to be divided.
-        let total = if cores.is_empty() { backend::cpu_device_count().0 } else { cores.len() };
+        let total = if cores.is_empty() { cores::equal_cores() } else { cores.len() };
         let per_rank = (total / count).max(1);
         let start = |(rank, mut environment): (usize, Vec<(String, String)>)| {
             for name in
