@@ -12,16 +12,6 @@ pub fn is_running(process: i32) -> bool {
     unsafe { libc::kill(process, 0) == 0 }
 }
 
-/// Requests the performance cores of a Mac for this thread and those that it starts (`pthread/qos.h`). Does
-/// nothing on other systems.
-pub fn prefer_fast_cores() {
-    #[cfg(target_os = "macos")]
-    // SAFETY: no pointers.
-    unsafe {
-        libc::pthread_set_qos_class_self_np(libc::qos_class_t::QOS_CLASS_USER_INTERACTIVE, 0);
-    }
-}
-
 /// Returns the paths of the shared libraries that this process has loaded.
 pub fn loaded_libraries() -> Vec<String> {
     #[cfg(target_os = "macos")]

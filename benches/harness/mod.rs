@@ -53,7 +53,6 @@ pub fn main(framework: Framework, find: fn() -> Backends) -> ExitCode {
 /// Returns true unless a case failed.
 fn run(framework: Framework, find: fn() -> Backends) -> Result<bool> {
     memory::retain_freed_memory()?;
-    process::prefer_fast_cores();
     ranks::pin_to_assigned_cores();
     let notes = custom_model::from_environment(|| machine::capacity(&Machine::read()))?;
     worker::serve_if_requested(framework, find)?;
