@@ -90,7 +90,8 @@ impl Backend for Torch {
             (Precision::Amp, _) if variant.captures_full_step() => {
                 "torch.autocast casts in every operation, but a captured step casts once, as mixed does"
             }
-            (Precision::Tf32, _) if !cuda => "TF32 is a format of NVIDIA's tensor cores",
+            (Precision::Tf32, _) if self.id.is_cpu() => "PyTorch has TF32 only on GPUs",
+            (Precision::Tf32, _) if !cuda => "PyTorch has no TF32 products on MPS",
             _ => return Ok(()),
         };
         Err(Unsupported(reason.to_owned()))
