@@ -112,7 +112,13 @@ pub fn disturbance(results: &Results) -> (bool, String) {
     (undisturbed, std::iter::once(text).chain(warnings).collect::<Vec<_>>().join(" "))
 }
 
-/// Variables that change no code, and the backend on which each is worth a try.
+/// Returns true if the run is from a Mac.
+fn is_mac(results: &Results) -> bool {
+    results.machine.os.to_lowercase().contains("macos")
+}
+
+/// Variables that change no code, and the backend on which each is worth a try. On a Mac, malloc has no such policy, and
+/// Accelerate computes matrix products on its own threads.
 const VARIABLES: [(BackendId, &str, &str); 4] = [
     (BackendId::TorchCpu, "OMP_NUM_THREADS", "1"),
     (BackendId::TorchCpu, MALLOC_VARIABLE, "default"),
@@ -131,7 +137,8 @@ fn untried_variables(results: &Results) -> Vec<String> {
         let command = format!("./scripts/compare worktree --env {variable} '{id}'");
         (!tried).then(|| format!("effect of {variable} on {backend}: run {command}"))
     };
-    VARIABLES.into_iter().filter_map(line).collect()
+    let applies = |(backend, ..): &(BackendId, &str, &str)| !(is_mac(results) && backend.is_cpu());
+    VARIABLES.into_iter().filter(applies).filter_map(line).collect()
 }
 
 /// Returns the headline rows and cases without a result, one line per reason.
@@ -171,7 +178,7 @@ pub fn not_measured(results: &Results) -> Vec<String> {
 
 /// Asks for results of machines that have none yet.
 pub fn invitation(results: &Results) -> Option<&'static str> {
-    results.machine.os.to_lowercase().contains("macos").then_some(
+    is_mac(results).then_some(
         "No results of a Mac are published yet. `./scripts/baseline save first-mac` saves these results. A pull request \
          with the new folder in criterion-baselines/ publishes them.",
     )
@@ -229,6 +236,10 @@ mod tests {
         assert_eq!(untried.len(), 2, "{untried:?}");
         assert!(untried[1].contains(&format!("--env {MALLOC_VARIABLE}=default")), "{untried:?}");
         assert!(untried[0].contains("--env OMP_NUM_THREADS=1 'train-step/torch-cpu/f32/"), "{untried:?}");
+        let mut mac = run(&[(CPU_STEP, 5e8), ("train-step/torch-mps/f32/indicator-b16", 5e7)]);
+        mac.machine.os = "macOS 26.2 Tahoe".to_owned();
+        let [untried_on_mac] = &untried_variables(&mac)[..] else { panic!("only the variable of MPS works") };
+        assert!(untried_on_mac.contains("PYTORCH_MPS_HIGH_WATERMARK_RATIO"), "{untried_on_mac}");
         assert!(not_measured(&results).contains(&untried[0]));
         results.env_effects.push(EnvEffect {
             variables: "OMP_NUM_THREADS=1".to_owned(),
