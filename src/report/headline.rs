@@ -10,6 +10,9 @@ pub struct Headline {
     pub case: Case,
 }
 
+/// Suffix of the label of a backend's fastest variant.
+pub const ALL_OPT: &str = " + All Opt";
+
 /// Order of the backends. The first measured row is the 1.00× of the table.
 const ORDER: [BackendId; 6] = [
     BackendId::TorchCpu,
@@ -45,10 +48,10 @@ fn backend_rows(results: &Results, backend: BackendId) -> Vec<Headline> {
         rows.push(row(" + mixed", mixed));
     }
     rows.push(match fastest_optimized(results, backend) {
-        Some(case) => row(&format!(" + All Opt: {}", case.method), case.method),
+        Some(case) => row(&format!("{ALL_OPT}: {}", case.method), case.method),
         None => {
             let precision = if backend.is_cpu() { Precision::F32 } else { Precision::Mixed };
-            row(" + All Opt", Method::tuned(precision))
+            row(ALL_OPT, Method::tuned(precision))
         }
     });
     // With parameters in bf16 or f16, or products in TF32, the computation is another one.

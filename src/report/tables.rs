@@ -1,7 +1,7 @@
 //! The tables of a run, which every format shows.
 
 use super::format::{count, digits, megabytes, or_dash, percent, range, significant, time};
-use super::headline::{Headline, headlines};
+use super::headline::{ALL_OPT, Headline, headlines};
 use super::table::{Table, cells, throughput};
 use super::{
     Measured, Ratio, Sweep, ablation, all_measured, batches, find_measured, find_record, measured_peak, rate,
@@ -9,7 +9,7 @@ use super::{
 };
 use crate::memory;
 use crate::results::{EnvEffect, Record, Results, Status, machine};
-use crate::suite::{Case, Device, Shape, Workload, cost};
+use crate::suite::{Case, Device, Shape, Variant, Workload, cost};
 
 /// Title of the table of all cases.
 pub const ALL_CASES: &str = "All cases";
@@ -24,7 +24,12 @@ fn training_speed(results: &Results) -> Table {
         let cells = match Measured::new(record) {
             Some(m) => {
                 let Ratio { value, range: interval } = m.speed();
-                [digits(value), range(interval), or_dash(relative(m.median_ns)), remarks(record)]
+                [
+                    digits(value),
+                    range(interval),
+                    or_dash(relative(m.median_ns)),
+                    remarks(results, row, record),
+                ]
             }
             None if record.status == Status::TooSlow => {
                 let once = record.median_ns?;
@@ -46,13 +51,23 @@ fn training_speed(results: &Results) -> Table {
     )
 }
 
+/// Returns true if a row shows the fastest variant, and this machine cannot compile steps.
+fn lacks_compile(results: &Results, row: &Headline) -> bool {
+    let cannot_compile = |record: &Record| {
+        let case = record.id.parse::<Case>().ok().filter(|_| record.status == Status::Skipped);
+        case.is_some_and(|case| (case.backend, case.method.variant) == (row.case.backend, Variant::Compile))
+    };
+    row.label.contains(ALL_OPT) && results.cases.iter().any(cannot_compile)
+}
+
 /// Returns the restrictions of a result.
-fn remarks(record: &Record) -> String {
+fn remarks(results: &Results, row: &Headline, record: &Record) -> String {
     let few = record.too_few_samples().map(|n| format!("only {}: their range", count(n as usize, "sample")));
     let share = record.cpu_wait_share.filter(|_| record.disturbed());
     let disturbed = share.map(|share| format!("disturbed: {} CPU wait", percent(share)));
     let hot = record.throttled.then(|| "throttled: too hot".to_owned());
-    few.into_iter().chain(disturbed).chain(hot).collect::<Vec<_>>().join("; ")
+    let uncompiled = lacks_compile(results, row).then(|| "without -compile, see \"Not measured\"".to_owned());
+    few.into_iter().chain(disturbed).chain(hot).chain(uncompiled).collect::<Vec<_>>().join("; ")
 }
 
 fn memory_peaks(results: &Results) -> Table {
@@ -224,6 +239,25 @@ mod tests {
     use crate::results::Throughput;
 
     const CPU_STEP: &str = "train-step/torch-cpu/f32/indicator-b16";
+
+    #[test]
+    fn a_fastest_variant_without_the_compiler_has_a_remark() {
+        let tuned = "train-step/torch-cpu/f32-tuned/indicator-b16";
+        let mut results = run(&[(CPU_STEP, 5e8), (tuned, 4e8)]);
+        let remark = |results: &Results| {
+            let rows = training_speed(results).rows;
+            let [row] = &rows.iter().filter(|row| row[0].contains("All Opt")).collect::<Vec<_>>()[..] else {
+                panic!("{rows:?}")
+            };
+            row.last().unwrap().clone()
+        };
+        assert!(!remark(&results).contains("compile"), "{}", remark(&results));
+        let compiled = "train-step/torch-cpu/f32-compile/indicator-b16".parse().unwrap();
+        let reason = "torch.compile needs Python 3.10 to 3.14, and scripts/setup ran in 3.9";
+        results.cases.push(Record::unmeasured(&compiled, Status::Skipped, reason));
+        assert!(remark(&results).contains("without -compile"), "{}", remark(&results));
+        assert!(super::super::notes::not_measured(&results).iter().any(|line| line.contains(reason)));
+    }
 
     #[test]
     fn the_fastest_method_is_always_in_the_table() {
