@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
+use transformer_bench::compare::cores;
 use transformer_bench::compare::decision::Verdict;
 use transformer_bench::compare::revisions::{self, Source, Spec};
 use transformer_bench::compare::rounds::{self, Row};
@@ -84,6 +85,11 @@ fn interleaved(arguments: &Arguments, spec: &Spec) -> Result<Report> {
     let (mut pairs, mut lines) = pair_cases(arguments, spec, &sides, until)?;
     if threads == Threads::One {
         notes.extend(drop_multi_device(&mut pairs)?);
+        if !cores::can_pin() && spec.filter.is_empty() {
+            let note = drop_cpu_cases(&mut pairs);
+            note.iter().for_each(|note| eprintln!("compare: {note}"));
+            notes.extend(note);
+        }
     }
     if pairs.is_empty() && lines.is_empty() {
         return Err(no_case(spec, arguments.set));
@@ -147,6 +153,22 @@ fn drop_multi_device(pairs: &mut Vec<[Case; 2]>) -> Result<Option<String>> {
     Ok((dropped > 0).then_some(note))
 }
 
+/// Removes the cases of CPU backends if others remain. Returns a note.
+fn drop_cpu_cases(pairs: &mut Vec<[Case; 2]>) -> Option<String> {
+    let all = pairs.len();
+    if pairs.iter().any(|[case, _]| !case.backend.is_cpu()) {
+        pairs.retain(|[case, _]| !case.backend.is_cpu());
+    }
+    let dropped = all - pairs.len();
+    let note = || {
+        format!(
+            "{dropped} CPU cases left out: this system does not pin processes to cores, so most would stay inconclusive. \
+             The filter '-cpu/' selects them"
+        )
+    };
+    (dropped > 0).then(note)
+}
+
 /// Checks each side's cases at their own shapes, unless a saved check exists. Cases that fail are not timed.
 ///
 /// Returns a note if a side cannot check.
@@ -174,4 +196,25 @@ fn check_parity(sides: &[Side; 2], rows: &mut [Row], until: Instant) -> Result<O
         }
     }
     Ok(note)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cpu_cases_are_left_out_only_if_others_remain() {
+        let pairs =
+            |ids: &[&str]| -> Vec<[Case; 2]> { ids.iter().map(|id| [id.parse().unwrap(); 2]).collect() };
+        let (cpu, gpu) = ("train-step/torch-cpu/f32/indicator-b1", "train-step/torch-mps/f32/indicator-b16");
+        let mut both = pairs(&[cpu, gpu, cpu]);
+        let note = drop_cpu_cases(&mut both).unwrap();
+        assert!(note.starts_with("2 CPU cases left out") && note.contains("'-cpu/'"), "{note}");
+        assert_eq!(both, pairs(&[gpu]));
+        for ids in [[gpu], [cpu]] {
+            let mut single = pairs(&ids);
+            assert_eq!(drop_cpu_cases(&mut single), None);
+            assert_eq!(single, pairs(&ids));
+        }
+    }
 }
