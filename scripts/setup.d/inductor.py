@@ -1,6 +1,6 @@
 """The Python torch that compiles training steps (AOTInductor), from the wheel that set-up downloads.
 
-On x86-64 Linux, PyPI's wheel is a CUDA build. Without an NVIDIA GPU, set-up installs only its CPU part.
+On Linux, PyPI's wheel is a CUDA build. Without an NVIDIA GPU, set-up installs only its CPU part.
 libtorch_python loads CUDA's libraries, so stub libraries replace them. They define the symbols, and abort the
 process if one is called.
 """

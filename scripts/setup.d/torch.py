@@ -49,7 +49,7 @@ NOT_CPU = re.compile(r"lib(torch_cuda|c10_cuda|torch_nvshmem|caffe2_nvrtc|torch_
 def cpu_libtorch(target, version):
     """Returns the folder of libtorch from PyPI's wheel.
 
-    On x86-64 Linux that wheel is a CUDA build. Its CPU part runs with two small CUDA libraries next to it.
+    On Linux that wheel is a CUDA build. Its CPU part runs with two small CUDA libraries next to it.
     """
 
     def wanted(name):

@@ -137,6 +137,19 @@ class Platforms(SetupCase):
                 self.assertIsNone(target.mlx_platform(row))
                 self.assertNotIn("--platform", pypi.download_arguments("mlx-cpu==1", None, "x"))
 
+    def test_a_gpu_on_arm_gets_the_same_packages(self):
+        """PyTorch's headers of CUDA graphs come from these packages."""
+        self.pretend("Linux", "aarch64")
+        row, commands = target.current_target(), []
+        (self.folder / "torch").mkdir()
+        with mock.patch.object(torch, "pip", lambda arguments, what: commands.append(arguments)), \
+                mock.patch.object(torch, "component", lambda name, key, build: build(self.folder)):
+            torch.cuda_packages(row, "2.13.0", "0.32.2")
+        [arguments] = commands
+        self.assertEqual(arguments[-3:], ["torch==2.13.0", "mlx-cuda-13==0.32.2", "nvidia-cuda-crt>=13,<14"])
+        self.assertNotIn("--platform", arguments)
+        self.assertIsNone(torch.cuda_headers(row, self.folder))
+
     def test_macs_get_the_wheel_for_their_system(self):
         for version, tag in (("14.5", "macosx_14_0_arm64"), ("15.6", "macosx_15_0_arm64"), ("26.1", "macosx_15_0_arm64"),
                              ("26.2", "macosx_26_0_arm64"), ("27.0.1", "macosx_26_0_arm64")):

@@ -133,6 +133,8 @@ impl Machine {
             [gpu] if gpu.starts_with("Apple") => format!("{gpu} {} GB", gibibytes(self.memory_bytes)),
             [gpu] => gpu.trim_start_matches("NVIDIA ").to_owned(),
             [gpu, ..] => format!("{} x{}", gpu.trim_start_matches("NVIDIA "), self.gpus.len()),
+            // Linux on Arm does not always report a name.
+            [] if self.cpu.is_empty() => format!("{} {} cores", self.arch, self.cores),
             [] => format!("{} {} {} cores", self.cpu, self.simd, self.cores),
         };
         let mut slug = String::new();
@@ -451,6 +453,9 @@ mod tests {
         machine.gpus.push("NVIDIA H100 80GB HBM3".to_owned());
         assert_eq!(machine.slug(), "h100-80gb-hbm3-x2");
         assert_eq!(Machine::default().slug(), "0-cores");
+        let arm = Machine { arch: "aarch64".to_owned(), cores: 4, ..Machine::default() };
+        assert_eq!(arm.slug(), "aarch64-4-cores");
+        assert_eq!(Machine { cpu: "Neoverse-V1".to_owned(), ..arm }.slug(), "neoverse-v1-4-cores");
         let gpus = vec!["Apple M3 GPU (10 cores)".to_owned()];
         let mac = Machine { gpus, memory_bytes: 16 << 30, ..Machine::default() };
         assert_eq!(mac.slug(), "apple-m3-gpu-10-cores-16-gb");
