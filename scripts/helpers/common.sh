@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Functions of the shell scripts, which source this file in the project's root.
 
 # Exits with one line if a tool is missing.

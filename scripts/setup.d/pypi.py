@@ -68,3 +68,12 @@ def install(packages, into):
     """Installs packages and their dependencies into a folder."""
     pip(["install", "--quiet", "--target", into, "--only-binary=:all:", *packages],
         f"installing {', '.join(re.split('[<>=;[ ]', name)[0] for name in packages)} from PyPI", show=sys.stderr.isatty())
+
+
+def installed(requirement):
+    """Returns the cached folder in which pip has installed a tool."""
+    def build(work):
+        say(f"installing {requirement}")
+        install([requirement], work)
+
+    return component("python-" + re.split(r"[=<>]", requirement)[0], [requirement, sys.version_info[:2]], build)

@@ -23,7 +23,7 @@ import support  # noqa: E402
 # The number of waiting tests that run at once, next to one that computes.
 WAITING = 3
 # Modules whose tests need no program of the suite.
-WITHOUT_PROGRAMS = ("test_setup.", "test_style.", "test_inject_faults.", "test_native.")
+WITHOUT_PROGRAMS = ("test_setup.", "test_style.", "test_inject_faults.", "test_native.", "test_portability.")
 
 
 def collect(suite):
