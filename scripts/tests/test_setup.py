@@ -307,14 +307,15 @@ class Wheels(SetupCase):
 
 
 class CheckMac(SetupCase):
-    def library(self, name, defined, undefined):
-        """Writes a Mach-O file that only has a symbol table."""
+    def library(self, name, defined, undefined, version=0):
+        """Writes a Mach-O file that only has a symbol table and a minimum system."""
         strings, entries = b"\0", b""
         for kind, names in ((0x0F, defined), (0x01, undefined)):
             for symbol in names:
                 entries += struct.pack("<IBBHQ", len(strings), kind, 0, 0, 0)
                 strings += symbol.encode() + b"\0"
-        head = struct.pack("<8I", macho.MAGIC, 0x0100000C, 0, 6, 1, 24, 0, 0)
+        head = struct.pack("<8I", macho.MAGIC, 0x0100000C, 0, 6, 2, 48, 0, 0)
+        head += struct.pack("<6I", macho.BUILD_VERSION, 24, 1, version, version, 0)
         start = len(head) + 24
         table = struct.pack("<6I", macho.SYMTAB, 24, start, len(defined) + len(undefined), start + len(entries), len(strings))
         path = self.folder / name
@@ -327,6 +328,21 @@ class CheckMac(SetupCase):
         self.assertEqual(macho.symbols(path), ({"_mlx_a", "_b"}, {"_mlx_c"}))
         path.write_bytes(b"\x7fELF" + bytes(64))
         self.assert_error("not a 64-bit Mach-O", macho.symbols, path)
+
+    def test_a_wheel_that_is_not_as_assumed_is_an_error(self):
+        check = load("check-mac")
+        self.patch(mock.patch.object(check, "OUT", self.folder))
+        self.patch(mock.patch.object(mlx, "unpacked_wheel", lambda row, version, tag: self.folder / tag))
+        write = lambda tag, version: self.library(f"{tag}/mlx/lib/libmlx.dylib", [], [], version)
+        for (major, minor), tag in target.MAC.wheels:
+            write(tag, major << 16 | minor << 8)
+        self.library("torch/lib/libtorch_cpu.dylib", list(check.TORCH_FACTS), [])
+        check.check_wheel_facts("1")
+        write("macosx_26_0_arm64", 26 << 16)
+        self.assert_error("needs macOS 26.0", check.check_wheel_facts, "1")
+        for text in check.TORCH_FACTS:
+            self.library("torch/lib/libtorch_cpu.dylib", [other for other in check.TORCH_FACTS if other != text], [])
+            self.assert_error(text, check.check_wheel_facts, "1")
 
     def test_a_symbol_that_a_wheel_lacks_is_an_error(self):
         check = load("check-mac")
