@@ -42,7 +42,10 @@ class Inductor(unittest.TestCase):
         script, executable = load("compare-python"), executables()["torch"]
         code = ("import json, sys; import network, package; case = json.loads(sys.argv[1]); "
                 "names = [name for name, _ in network.build(case, True).named_parameters()]; "
-                "print(len(package.trace(case, names)[0].graph.nodes))")
+                "graph, (_, _, parameters) = package.trace(case, names); "
+                "[[_, *gradients]] = [node.args[0] for node in graph.graph.nodes if node.op == 'output']; "
+                "layouts = [[t.stride() for t in ts] for ts in (parameters, [g.meta['val'] for g in gradients])]; "
+                "print(len(graph.graph.nodes), len(gradients), layouts[0] == layouts[1])")
         for model in models:
             name = model["model_type"]
             with self.subTest(name), tempfile.TemporaryDirectory() as folder:
@@ -56,7 +59,10 @@ class Inductor(unittest.TestCase):
                 done = subprocess.run([sys.executable, "-c", code, description], capture_output=True, text=True, env={
                     **os.environ, "PYTHONPATH": ":".join(map(str, folders)), "PYTHONDONTWRITEBYTECODE": "1"})
                 self.assertEqual(done.returncode, 0, done.stderr[-500:])
-                self.assertGreater(int(done.stdout), 100)
+                nodes, gradients, same_layout = done.stdout.split()
+                self.assertGreater(int(nodes), 100)
+                self.assertGreater(int(gradients), 10)
+                self.assertEqual(same_layout, "True", "the fused optimizer needs the layout of the parameters")
 
 
 if __name__ == "__main__":

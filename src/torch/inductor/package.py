@@ -92,7 +92,8 @@ class Step(torch.nn.Module):
                 x = data[0].detach().requires_grad_()
                 [out] = run(leaves, network.compute_inputs([x], precision))
                 return torch.autograd.grad(out, [x, *leaves], data[1].to(out.dtype))
-        return loss.detach(), *gradients
+        # A fused optimizer needs the layout of the parameters. A contiguous gradient is returned as it is.
+        return loss.detach(), *(gradient.contiguous() for gradient in gradients)
 
 
 def trace(case, leaves):
