@@ -3,7 +3,7 @@
 # Exits with one line if a tool is missing.
 need() {
   command -v "$1" >/dev/null || {
-    echo "$(basename "$0"): '$1' is not installed: $2" >&2
+    echo "${0##*/}: '$1' is not installed: $2" >&2
     exit 1
   }
 }

@@ -3,7 +3,7 @@ import os
 import re
 import unittest
 
-from support import PROGRAM, ROOT, build, run
+from support import PROGRAM, ROOT, build, run, temporary_folder
 
 
 class Options(unittest.TestCase):
@@ -64,6 +64,28 @@ class Options(unittest.TestCase):
         self.assertEqual(code, 0)
         for name in ("bench", "baseline", "compare", "flamegraph", "report", "list", "interleave", "calibrate", "publish"):
             self.assertRegex(text, f"(?m)^  {name} +[A-Z]")
+
+
+    def test_scripts_are_found_through_links_and_in_spite_of_cdpath(self):
+        folder = temporary_folder(self)
+        (folder / "scripts").mkdir()
+        for script in ("bench", "test", "setup", "compare-python", "list"):
+            (folder / script).symlink_to(ROOT / "scripts" / script)
+            code, text = run(folder / script, "--nonsense")
+            self.assertEqual(code, 2, text)
+            self.assertIn("--nonsense", text)
+            self.assertNotIn("No such file", text)
+            code, text = run(f"scripts/{script}", "--nonsense", env={"CDPATH": str(folder)})
+            self.assertEqual(code, 2, text)
+            self.assertNotIn(str(folder), text)
+
+    def test_results_that_cannot_be_written_are_reported_in_one_line(self):
+        build()
+        for path in (str(ROOT / "README.md"), "/proc/x"):
+            code, text = run(PROGRAM, "bench", "--executables", "/nonexistent", env={"TRANSFORMER_BENCH_RESULTS": path})
+            self.assertEqual(code, 2, text)
+            self.assertIn(path, text)
+            self.assertEqual(len(text.splitlines()), 1, text)
 
 
 if __name__ == "__main__":
