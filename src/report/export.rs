@@ -4,6 +4,7 @@ use anyhow::Result;
 use serde_json::{Map, Value, json};
 
 use crate::results::{Results, Status};
+use crate::text::csv_cell;
 
 /// Renders `results.json`. criterion-baselines/README.md describes its fields.
 pub fn json(results: &Results) -> Result<String> {
@@ -41,7 +42,7 @@ pub fn csv(results: &Results) -> Result<String> {
         let record = serde_json::to_value(record)?;
         writer.write_record(COLUMNS.map(|(_, place)| match record.pointer(place) {
             None | Some(Value::Null) => String::new(),
-            Some(Value::String(text)) => text.clone(),
+            Some(Value::String(text)) => csv_cell(text),
             Some(number) => number.to_string(),
         }))?;
     }

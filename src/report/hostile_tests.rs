@@ -10,8 +10,9 @@ use crate::model::{GPT2, Model};
 use crate::results::baseline::{Baseline, SavedCase, Selection};
 use crate::results::machine::Machine;
 use crate::results::{
-    EnvEffect, InterleavedResult, Record, Results, RunModel, Throughput, VERSION, printable, validate,
+    EnvEffect, InterleavedResult, Record, Results, RunModel, Throughput, VERSION, validate,
 };
+use crate::text::printable;
 
 fn record(id: &str) -> Record {
     let mut record = tests::record(id, 2e6);
@@ -57,7 +58,9 @@ fn mutations(good: &Value) -> Vec<(String, Value)> {
     let mut all = Vec::new();
     let mut places = Vec::new();
     paths(good, "", &mut places);
-    let hostile = "\u{1b}[31m|<script>alert(1)</script>\n../../x";
+    let hostile =
+        "\u{1b}[31m|<script>alert(1)</script>\n\u{9b}\u{202e}[l](javascript:x) ![i](http://x) `c` ../../x";
+    let formula = "=cmd()";
     for place in places.iter().filter(|place| !place.is_empty()) {
         for new in [
             json!(null),
@@ -65,6 +68,7 @@ fn mutations(good: &Value) -> Vec<(String, Value)> {
             json!(1e300),
             json!(u64::MAX),
             json!(hostile),
+            json!(formula),
             json!([]),
             json!({}),
             json!(true),
@@ -90,11 +94,27 @@ fn show(what: &str, results: &Results) {
         machines::render(&[("x".to_owned(), results.clone())]),
         html::render(results, &|_| Vec::new(), "x").unwrap(),
     ];
-    export::json(results).unwrap();
-    export::csv(results).unwrap();
-    export::bmf(results).unwrap();
-    for text in texts {
+    let exports = [export::json, export::csv, export::bmf].map(|export| export(results).unwrap());
+    assert!(
+        !exports[1].lines().any(|line| line.split(',').any(|cell| cell.starts_with('='))),
+        "{what}: {}",
+        exports[1]
+    );
+    for text in texts.iter().chain(&exports) {
+        assert!(!text.contains(['\u{1b}', '\u{9b}', '\u{202e}']), "{what}: {text:?}");
+    }
+    for text in &texts {
         assert!(!text.contains("<script>alert"), "{what}: {text}");
+    }
+    for text in &texts[..2] {
+        let code = "`./scripts/bench";
+        let outside = text.lines().filter(|line| !line.contains(code));
+        for line in outside {
+            assert!(
+                !line.replace("\\[", "").contains("[l](") && !line.replace("\\[", "").contains("[i]("),
+                "{what}: {line}"
+            );
+        }
     }
 }
 

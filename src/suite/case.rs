@@ -6,7 +6,7 @@ use std::str::FromStr;
 use anyhow::{Context, Result};
 use regex::Regex;
 
-use super::{BackendId, Device, Framework, Method, Shape, Variant, Workload};
+use super::{BackendId, Device, Framework, Method, Shape, Variant, Workload, cost};
 use crate::model::Dropout;
 
 /// One benchmark.
@@ -89,7 +89,13 @@ impl FromStr for Case {
             Workload::TrainStep => matches!(case.shape, Shape::Model { .. }),
             _ => matches!(case.shape, Shape::Model { ranks: 1, .. }),
         };
-        if fits { Ok(case) } else { Err(format!("'{text}': {workload} has no shape '{shape}'")) }
+        if !fits {
+            return Err(format!("'{text}': {workload} has no shape '{shape}'"));
+        }
+        if !cost::is_computable(&case) {
+            return Err(format!("'{text}' is too large: it has over 2^64 FLOPs or bytes"));
+        }
+        Ok(case)
     }
 }
 
@@ -149,6 +155,10 @@ mod tests {
             ("train-step/torch-cpu/f32-fast/indicator-b16", "unknown variant"),
             ("train-step/torch-cpu/f32-eager/indicator-b16", "no suffix"),
             ("train-step/torch-cpu/f32/indicator-b0", "at least 1"),
+            ("train-step/torch-cpu/f32/indicator-b9223372036854775807", "at most 65536"),
+            ("matmul-peak/torch-cpu/f32/n4294967295", "at most 65536"),
+            ("matmul-peak/torch-cpu/f32/n65536-x65536", "too large"),
+            ("all-reduce/torch-cpu/f32/1mib-dp99999999999", "at most 65536"),
             ("train-step/torch-cpu/f32/bert-b1", "unknown model"),
             ("train-step/torch-cpu/f32/indicator-b1-t7", "unknown shape"),
             ("train-step/torch-cpu/f32/gpt2-b8-t99", "unknown shape"),

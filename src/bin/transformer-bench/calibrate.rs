@@ -63,7 +63,7 @@ pub struct Arguments {
     #[arg(long)]
     write: bool,
     /// Write only the rounds of one A/A comparison to FILE: the noise that tests replay (src/compare/noise/)
-    #[arg(long, value_name = "FILE", value_parser = options::path)]
+    #[arg(long, value_name = "FILE", value_parser = options::path())]
     #[arg(conflicts_with_all = ["minutes", "a_a", "write"])]
     record: Option<PathBuf>,
 }

@@ -13,6 +13,7 @@ use transformer_bench::files;
 use transformer_bench::results;
 use transformer_bench::results::machine::Machine;
 use transformer_bench::suite::{BackendId, Case, Framework, parse_filter};
+use transformer_bench::text;
 
 use super::compare_arguments::{Arguments, no_case};
 use super::compare_baselines::{compare_baselines, compare_with_baseline};
@@ -57,11 +58,10 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
 /// Reads a finished comparison, the last one by default, and applies another threshold to it.
 fn reevaluate(file: Option<PathBuf>, threshold: f64) -> Result<Report> {
     let path = file.unwrap_or_else(|| results::folder().join("comparison.json"));
-    let text = std::fs::read_to_string(&path)
-        .with_context(|| format!("{} could not be read: compare first, or name a file", path.display()))?;
+    let text = files::read_text(&path).context("compare first, or name a file")?;
     let damaged = || format!("{} does not contain what scripts/compare --json prints", path.display());
-    let json = serde_json::from_str(&text).with_context(damaged)?;
-    Report::reevaluate(&json, threshold).with_context(damaged)
+    let json = text::parse_json(&text).with_context(damaged)?;
+    Report::reevaluate(json, threshold).with_context(damaged)
 }
 
 /// Compares two sides that can both run.

@@ -46,7 +46,7 @@ pub struct Arguments {
     #[arg(long, default_value = Set::Compare.id(), value_parser = options::set())]
     pub set: Set,
     /// Apply another --threshold to the JSON of a finished comparison (default: the last one), without measuring
-    #[arg(long, value_name = "FILE", num_args = 0..=1, value_parser = options::path)]
+    #[arg(long, value_name = "FILE", num_args = 0..=1, value_parser = options::path())]
     #[arg(conflicts_with_all = ["base", "backends", "env"])]
     pub from: Option<Option<PathBuf>>,
     /// Compare two backends of one side

@@ -6,7 +6,6 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
-use serde_json::Value;
 use transformer_bench::compare::decision::Verdict;
 use transformer_bench::compare::revisions;
 use transformer_bench::compare::signals::check_interrupted;
@@ -15,6 +14,7 @@ use transformer_bench::files;
 use transformer_bench::profile::{Profile, Unit};
 use transformer_bench::results::{self, Status};
 use transformer_bench::suite::{Case, Set, cases, parse_filter};
+use transformer_bench::text;
 
 use super::options::{self, Executables, print_progress};
 
@@ -111,7 +111,7 @@ fn regressions() -> Result<Vec<Case>> {
     if modified(&path) <= modified(&results::folder().join("run")) {
         return Ok(Vec::new());
     }
-    let comparison: Value = serde_json::from_str(&fs::read_to_string(&path)?)
+    let comparison = text::parse_json(&files::read_text(&path)?)
         .with_context(|| format!("{} is damaged: compare again", path.display()))?;
     let cases = comparison["cases"].as_array().into_iter().flatten();
     let slower = cases.filter(|case| case["verdict"] == Verdict::Slower.id());
