@@ -13,6 +13,11 @@ need_tools() {
   need cargo "install Rust from https://rustup.rs"
 }
 
+# Returns true if a program is newer than all sources.
+is_current() {
+  [ -x "$1" ] && [ -z "$(find src build.rs Cargo.toml Cargo.lock -newer "$1" | head -n 1)" ]
+}
+
 # Prints cargo's target folder, which the environment and configuration files can change.
 target_folder() {
   cargo metadata --no-deps --format-version 1 |

@@ -1,6 +1,7 @@
 """Help and wrong options of every script."""
 import os
 import re
+import shutil
 import unittest
 
 from support import PROGRAM, ROOT, build, run, temporary_folder
@@ -65,6 +66,25 @@ class Options(unittest.TestCase):
         for name in ("bench", "baseline", "compare", "flamegraph", "report", "list", "interleave", "calibrate", "publish"):
             self.assertRegex(text, f"(?m)^  {name} +[A-Z]")
 
+
+    def test_a_wrong_argument_costs_no_build(self):
+        """The cargo of this test builds nothing."""
+        build()
+        folder = temporary_folder(self)
+        cargo = folder / "cargo"
+        cargo.write_text(f'#!/bin/sh\n[ "$1" = metadata ] || {{ echo "cargo $1 was called" >&2; exit 99; }}\n'
+                         f'exec {shutil.which("cargo")} "$@"\n')
+        cargo.chmod(0o755)
+        env = {"PATH": f"{folder}:{os.environ['PATH']}"}
+        for command, code, word in (("list quick zzz", 2, "no case"), ("list --flps", 2, "--flops"), ("list quick", 0, "FLOPs"),
+                                    ("bench zzz", 2, "no case"), ("bench [", 2, "not a regular expression"),
+                                    ("bench --tokens 70000", 2, "need --model"), ("compare no-such-revision", 2, "not a revision"),
+                                    ("flamegraph zzz", 2, "no case"), ("calibrate --cases 0", 2, "at least 1")):
+            name, *arguments = command.split()
+            found, text = run(f"scripts/{name}", *arguments, env=env)
+            self.assertEqual(found, code, text)
+            self.assertIn(word, text)
+            self.assertNotIn("was called", text)
 
     def test_scripts_are_found_through_links_and_in_spite_of_cdpath(self):
         folder = temporary_folder(self)

@@ -15,7 +15,7 @@ use transformer_bench::compare::signals::check_interrupted;
 use transformer_bench::compare::worker::Side;
 use transformer_bench::model::config::MAX_SIZE;
 use transformer_bench::results;
-use transformer_bench::suite::{MAX_BATCH, Set, custom_model};
+use transformer_bench::suite::{Case, MAX_BATCH, Set, custom_model};
 use transformer_bench::text::{printable, variable};
 
 use super::options::{self, Executables};
@@ -68,6 +68,18 @@ fn existing_path(text: OsString) -> Result<PathBuf> {
 }
 
 impl Arguments {
+    fn set(&self) -> Set {
+        if self.full { Set::Full } else { Set::Quick }
+    }
+
+    /// Returns the cases to measure.
+    ///
+    /// # Errors
+    /// Returns an error if the filter is not a regular expression or matches no case.
+    pub fn selected(&self) -> Result<Vec<Case>> {
+        list::select(self.set(), self.filter.as_deref().unwrap_or_default(), None)
+    }
+
     /// Exports the model options as environment variables, which every process of the suite reads. Options that are
     /// missing are taken from the environment.
     ///
@@ -106,10 +118,9 @@ impl Arguments {
 /// # Errors
 /// Returns an error if nothing could be measured, or if the user interrupts.
 pub fn run(arguments: &Arguments) -> Result<u8> {
-    let set = if arguments.full { Set::Full } else { Set::Quick };
-    let filter = arguments.filter.as_deref();
+    let (set, filter) = (arguments.set(), arguments.filter.as_deref());
     // A wrong filter must change nothing.
-    list::select(set, filter.unwrap_or_default(), None)?;
+    arguments.selected()?;
     let folder = results::folder();
     let _lock = lock(&folder)?;
     let group = ProcessGroup::start()?;

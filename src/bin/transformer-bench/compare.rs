@@ -12,7 +12,7 @@ use transformer_bench::compare::worker::{self, CheckOutcome, Side, Threads, Work
 use transformer_bench::files;
 use transformer_bench::results;
 use transformer_bench::results::machine::Machine;
-use transformer_bench::suite::{BackendId, Case, Framework, parse_filter};
+use transformer_bench::suite::{BackendId, Case, Framework};
 use transformer_bench::text;
 
 use super::compare_arguments::{Arguments, no_case};
@@ -25,16 +25,9 @@ use super::output::{Line, Report};
 /// # Errors
 /// Returns an error if the input is wrong, or a side does not build or start.
 pub fn run(arguments: &Arguments) -> Result<u8> {
-    if let Some(file) = &arguments.from {
-        return arguments.print(&reevaluate(file.clone(), arguments.threshold)?);
-    }
-    let spec = Spec::read(
-        arguments.base.as_deref(),
-        arguments.head.as_deref(),
-        arguments.filter.as_deref(),
-        arguments.backends.is_some(),
-    )?;
-    parse_filter(&spec.filter)?;
+    let Some(spec) = arguments.spec()? else {
+        return arguments.print(&reevaluate(arguments.from.clone().flatten(), arguments.threshold)?);
+    };
     let folder = results::folder();
     if !arguments.env.is_empty() {
         // The effects are added to this file: a damaged one must be reported before hours of measuring.

@@ -42,9 +42,20 @@ pub struct Arguments {
     executables: Executables,
 }
 
+impl Arguments {
+    /// Checks the options and the filter.
+    ///
+    /// # Errors
+    /// Returns an error if a number is 0, or if the filter is invalid or matches no case.
+    pub fn check(&self) -> Result<()> {
+        ensure!(self.top > 0 && self.seconds > 0, "--top and --seconds must be at least 1");
+        self.filter.as_deref().map_or(Ok(()), |filter| matching(filter).map(drop))
+    }
+}
+
 /// Profiles the selected cases, prints their heaviest frames and the paths of the pictures.
 pub fn run(arguments: &Arguments) -> Result<()> {
-    ensure!(arguments.top > 0 && arguments.seconds > 0, "--top and --seconds must be at least 1");
+    arguments.check()?;
     let selected = select(arguments)?;
     let head = arguments.executables.build()?;
     let build_base = |text: &String| revisions::build(&revisions::named(text)?, &print_progress);

@@ -60,6 +60,27 @@ fn show(text: &str) -> anyhow::Result<()> {
     }
 }
 
+/// With this variable, the command only checks its arguments. The scripts do so before they build.
+const CHECK_ARGUMENTS: &str = "TRANSFORMER_BENCH_CHECK_ARGUMENTS";
+
+/// Checks what does not depend on the executables of the benchmarks.
+///
+/// # Errors
+/// Returns an error that names the wrong argument.
+fn check_arguments(command: &Command) -> anyhow::Result<()> {
+    match command {
+        Command::Bench(arguments) => arguments.selected().map(drop),
+        Command::Compare(arguments) => arguments.spec().map(drop),
+        Command::Flamegraph(arguments) => arguments.check(),
+        Command::Calibrate(arguments) => arguments.check(),
+        Command::Report(_)
+        | Command::Baseline(_)
+        | Command::List(_)
+        | Command::Interleave(_)
+        | Command::Publish(_) => Ok(()),
+    }
+}
+
 /// Reads the custom model, which ids may name. Returns messages for the user.
 fn read_model(command: &mut Command) -> anyhow::Result<Vec<String>> {
     if let Command::Bench(arguments) = command {
@@ -80,6 +101,15 @@ fn main() -> ExitCode {
             eprintln!("error: {}", printable(&format!("{reason:#}")));
             return ExitCode::from(2);
         }
+    }
+    if std::env::var_os(CHECK_ARGUMENTS).is_some() {
+        return match check_arguments(&command) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(reason) => {
+                eprintln!("{}", printable(&format!("error: {reason:#}")));
+                ExitCode::from(2)
+            }
+        };
     }
     // Other subcommands take less than a second, so an interrupt may end them at once.
     if !matches!(command, Command::Report(_) | Command::Baseline(_) | Command::List(_) | Command::Publish(_))
