@@ -39,6 +39,8 @@ pub mod model;
 pub mod parity;
 pub mod process;
 pub mod profile;
+#[cfg(test)]
+mod reader_tests;
 pub mod reference;
 pub mod rendezvous;
 pub mod report;

@@ -3,6 +3,7 @@
 //! | source or target | function |
 //! | --- | --- |
 //! | any text, when it is read | [`printable`], [`one_line`], [`parse_json`] |
+//! | an error | [`error_line`] |
 //! | an environment variable | [`variable`] |
 //! | a line or cell of Markdown | [`markdown`] |
 //! | text or an attribute of HTML and SVG | [`html`] |
@@ -37,7 +38,19 @@ pub fn one_line(text: &str) -> String {
         }
         line.push_str(word);
     }
-    if let Some((end, _)) = line.char_indices().nth(MAX_LINE) {
+    shortened(line, MAX_LINE)
+}
+
+/// Maximum length of [`error_line`] in characters: room for a list of differences.
+const MAX_ERROR: usize = 2000;
+
+/// Formats an error with its causes in one printable line.
+pub fn error_line(error: &anyhow::Error) -> String {
+    shortened(printable(&format!("{error:#}")), MAX_ERROR)
+}
+
+fn shortened(mut line: String, length: usize) -> String {
+    if let Some((end, _)) = line.char_indices().nth(length) {
         line.replace_range(end.., "…");
     }
     line
@@ -160,6 +173,8 @@ mod tests {
         assert_eq!(one_line("a\n  b\tc "), "a b c");
         let long = one_line(&"é".repeat(1000));
         assert!(long.ends_with("é…") && long.chars().count() == 301, "{long}");
+        let error = anyhow::anyhow!("{HOSTILE}{}", "é".repeat(5000));
+        assert!(error_line(&error).chars().count() == 2001 && !error_line(&error).contains(is_control));
     }
 
     #[test]

@@ -44,7 +44,7 @@ pub fn main(framework: Framework, find: fn() -> Backends) -> ExitCode {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(reason) => {
-            eprintln!("error: {}", text::printable(&format!("{reason:#}")));
+            eprintln!("error: {}", text::error_line(&reason));
             ExitCode::from(2)
         }
     }

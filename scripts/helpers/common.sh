@@ -13,9 +13,10 @@ need_tools() {
   need cargo "install Rust from https://rustup.rs"
 }
 
-# Returns true if a program is newer than all sources.
+# Returns true if the command is newer than its sources, which do not include the frameworks' packages.
 is_current() {
-  [ -x "$1" ] && [ -z "$(find src build.rs Cargo.toml Cargo.lock -newer "$1" | head -n 1)" ]
+  [ -x "$1" ] && [ -z "$(find src build.rs Cargo.toml Cargo.lock \( -path src/torch -o -path src/mlx \) -prune -o \
+    -type f ! -name '*.md' -newer "$1" -print | head -n 1)" ]
 }
 
 # Prints cargo's target folder, which the environment and configuration files can change.

@@ -101,7 +101,7 @@ class CustomModel(unittest.TestCase):
 
     def test_paths_and_variables_need_not_be_text(self):
         folder = os.fsencode(self.config().parent) + b"-\xff"
-        shutil.copytree(self.config().parent, folder)
+        shutil.copytree(self.config().parent, os.fsdecode(folder))
         for path, code, word in ((folder, 0, "small"), (folder + b"/none", 2, "could not be read")):
             done = subprocess.run([PROGRAM, "list", "quick"], capture_output=True, text=True,
                                   env={**os.environb, b"TRANSFORMER_BENCH_MODEL": path})

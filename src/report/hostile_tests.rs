@@ -12,7 +12,7 @@ use crate::results::machine::Machine;
 use crate::results::{
     EnvEffect, InterleavedResult, Record, Results, RunModel, Throughput, VERSION, validate,
 };
-use crate::text::printable;
+use crate::text::error_line;
 
 fn record(id: &str) -> Record {
     let mut record = tests::record(id, 2e6);
@@ -88,7 +88,7 @@ fn mutations(good: &Value) -> Vec<(String, Value)> {
 }
 
 /// Checks that no report of the results contains markup of the file.
-fn show(what: &str, results: &Results) {
+pub fn show(what: &str, results: &Results) {
     let texts = [
         markdown::render(results, "x"),
         machines::render(&[("x".to_owned(), results.clone())]),
@@ -120,7 +120,7 @@ fn show(what: &str, results: &Results) {
 
 fn refused(what: &str, reason: &anyhow::Error) {
     // Every command prints errors this way.
-    let line = printable(&format!("{reason:#}"));
+    let line = error_line(reason);
     assert!(!line.trim().is_empty() && !line.contains(['\u{1b}', '\n']), "{what}: {line:?}");
 }
 
@@ -128,8 +128,8 @@ fn interleaved() -> InterleavedResult {
     tests::interleaved([IDS[0], IDS[1]], 3.0, [2.5, 3.5])
 }
 
-#[test]
-fn results_with_a_changed_field_are_refused_or_reported_without_harm() {
+/// Returns results with every kind of entry.
+pub fn results() -> Results {
     let mut good = Results::new(machine(), IDS.map(record).into());
     good.model = Some(model("hostile"));
     good.interleaved.push(interleaved());
@@ -142,6 +142,12 @@ fn results_with_a_changed_field_are_refused_or_reported_without_harm() {
         ratio_ci: [1.9, 2.1],
         commit: "a".to_owned(),
     });
+    good
+}
+
+#[test]
+fn results_with_a_changed_field_are_refused_or_reported_without_harm() {
+    let good = results();
     let (mut accepted, mut refused_count) = (0, 0);
     for (what, value) in mutations(&serde_json::to_value(&good).unwrap()) {
         match validate::parse_results(&value.to_string(), "results.json") {
@@ -159,8 +165,8 @@ fn results_with_a_changed_field_are_refused_or_reported_without_harm() {
     assert!(refused_count > accepted && accepted > 0);
 }
 
-#[test]
-fn baselines_with_a_changed_field_are_refused_or_reported_without_harm() {
+/// Returns a baseline with every kind of entry.
+pub fn baseline() -> Baseline {
     let criterion = json!({"iters": [1.0, 2.0], "times": [2e6, 4e6]});
     let saved = |id| SavedCase {
         record: record(id),
@@ -168,7 +174,7 @@ fn baselines_with_a_changed_field_are_refused_or_reported_without_harm() {
         estimates: json!({"median": {"point_estimate": 2e6}}),
         benchmark: json!({"group_id": "x"}),
     };
-    let good = Baseline {
+    Baseline {
         command: "./scripts/bench".to_owned(),
         selections: vec![Selection {
             framework: "torch".to_owned(),
@@ -180,23 +186,35 @@ fn baselines_with_a_changed_field_are_refused_or_reported_without_harm() {
         cases: IDS[..2].iter().map(|id| saved(id)).collect(),
         interleaved: vec![interleaved()],
         env_effects: Vec::new(),
-    };
+    }
+}
+
+/// Returns the text of a file with these lines after the checksum. The author would also correct the checksum.
+pub fn with_checksum(body: &str) -> String {
+    let checksum = checksum(body.as_bytes());
+    format!(
+        "{{\"format\": \"transformer-bench baseline\",\n\"version\": {VERSION},\n\"checksum\": \"{checksum:016x}\",\n{body}"
+    )
+}
+
+/// Checks that a baseline can be reported and compared.
+pub fn use_baseline(what: &str, baseline: &Baseline) {
+    show(what, &baseline.results());
+    let levels = baseline.cases.iter().filter_map(|case| baseline_level::summarize(&case.samples()));
+    assert!(levels.into_iter().all(|level| level.level.is_finite()), "{what}");
+    baseline.machine.differences(&machine());
+}
+
+#[test]
+fn baselines_with_a_changed_field_are_refused_or_reported_without_harm() {
+    let good = baseline();
     let (mut accepted, mut refused_count) = (0, 0);
     for (what, value) in mutations(&serde_json::to_value(&good).unwrap()) {
         let fields: Map<String, Value> = value.as_object().unwrap().clone();
         let body = format!("{}\n", &serde_json::to_string(&fields).unwrap()[1..]);
-        // The author would also correct the checksum.
-        let text = format!(
-            "{{\"format\": \"transformer-bench baseline\",\n\"version\": {VERSION},\n\"checksum\": \"{:016x}\",\n{body}",
-            checksum(body.as_bytes())
-        );
-        match Baseline::parse(&text, "baseline.json") {
+        match Baseline::parse(&with_checksum(&body), "baseline.json") {
             Ok(baseline) => {
-                show(&what, &baseline.results());
-                let levels =
-                    baseline.cases.iter().filter_map(|case| baseline_level::summarize(&case.samples()));
-                assert!(levels.into_iter().all(|level| level.level.is_finite()), "{what}");
-                baseline.machine.differences(&machine());
+                use_baseline(&what, &baseline);
                 accepted += 1;
             }
             Err(reason) => {

@@ -16,7 +16,7 @@ use transformer_bench::compare::worker::Side;
 use transformer_bench::model::config::MAX_SIZE;
 use transformer_bench::results;
 use transformer_bench::suite::{Case, MAX_BATCH, Set, custom_model};
-use transformer_bench::text::{printable, variable};
+use transformer_bench::text::{error_line, variable};
 
 use super::options::{self, Executables};
 use super::process_group::ProcessGroup;
@@ -139,7 +139,7 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
     let mut finish = |name: &str, result: Result<()>| -> Result<()> {
         check_interrupted()?;
         if let Err(reason) = result {
-            eprintln!("bench: {name}: {}", printable(&format!("{reason:#}")));
+            eprintln!("bench: {name}: {}", error_line(&reason));
             code = 2;
         }
         Ok(())

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use transformer_bench::compare::decision::Verdict;
 use transformer_bench::compare::revisions::{self, Source, Spec};
 use transformer_bench::compare::rounds::{self, Row};
@@ -51,7 +51,8 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
 /// Reads a finished comparison, the last one by default, and applies another threshold to it.
 fn reevaluate(file: Option<PathBuf>, threshold: f64) -> Result<Report> {
     let path = file.unwrap_or_else(|| results::folder().join("comparison.json"));
-    let text = files::read_text(&path).context("compare first, or name a file")?;
+    let text =
+        files::read_text(&path).map_err(|error| anyhow!("{error:#}: compare first, or name a file"))?;
     let damaged = || format!("{} does not contain what scripts/compare --json prints", path.display());
     let json = text::parse_json(&text).with_context(damaged)?;
     Report::reevaluate(json, threshold).with_context(damaged)

@@ -13,6 +13,8 @@ mod options;
 mod output;
 mod process_group;
 mod publish;
+#[cfg(test)]
+mod reader_tests;
 mod report;
 
 use std::io::Write;
@@ -23,7 +25,7 @@ use clap::{Parser, Subcommand};
 use transformer_bench::compare::signals;
 use transformer_bench::results::machine::{self, Machine};
 use transformer_bench::suite::custom_model;
-use transformer_bench::text::{self, printable};
+use transformer_bench::text::{self, error_line};
 
 /// Measures how fast PyTorch and MLX train the same transformer on this machine.
 ///
@@ -98,7 +100,7 @@ fn main() -> ExitCode {
         }
         Ok(_) => {}
         Err(reason) => {
-            eprintln!("error: {}", printable(&format!("{reason:#}")));
+            eprintln!("error: {}", error_line(&reason));
             return ExitCode::from(2);
         }
     }
@@ -106,7 +108,7 @@ fn main() -> ExitCode {
         return match check_arguments(&command) {
             Ok(()) => ExitCode::SUCCESS,
             Err(reason) => {
-                eprintln!("{}", printable(&format!("error: {reason:#}")));
+                eprintln!("error: {}", error_line(&reason));
                 ExitCode::from(2)
             }
         };
@@ -134,7 +136,7 @@ fn main() -> ExitCode {
             ExitCode::from(130)
         }
         Err(reason) => {
-            eprintln!("{name}: {}", printable(&format!("{reason:#}")));
+            eprintln!("{name}: {}", error_line(&reason));
             ExitCode::from(2)
         }
     }

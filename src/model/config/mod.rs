@@ -33,7 +33,8 @@ pub struct ParsedModel {
 /// Returns one line that says what is wrong with the file, or which field is not implemented.
 pub fn read(path: &Path) -> Result<ParsedModel> {
     let file = if path.is_dir() { find_in_folder(path) } else { path.to_owned() };
-    let text = files::read_text(&file).context("use a config.json, its folder, or a TOML file")?;
+    let text = files::read_text(&file)
+        .map_err(|error| anyhow!("{error:#}: use a config.json, its folder, or a TOML file"))?;
     let shown = path.display().to_string();
     let (model, notes) = if file.extension().is_some_and(|e| e == "toml") {
         let model =

@@ -2,7 +2,7 @@
 
 mod blocks;
 mod pictures;
-mod python;
+pub(crate) mod python;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

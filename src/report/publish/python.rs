@@ -56,7 +56,7 @@ pub fn read(folder: &Path) -> Result<Vec<PythonResult>> {
     parse(&files::read_text(&path)?).with_context(advice)
 }
 
-fn parse(text: &str) -> Result<Vec<PythonResult>> {
+pub(crate) fn parse(text: &str) -> Result<Vec<PythonResult>> {
     let mut reader = csv::Reader::from_reader(text.as_bytes());
     // The column was renamed together with the ids.
     let old_ids = reader.headers()?.iter().any(|name| name == "ours_ms");
