@@ -177,7 +177,8 @@ pub fn cpu_device_count() -> (usize, &'static str) {
 
 /// Returns CUDA's name of the n-th visible GPU, for the `CUDA_VISIBLE_DEVICES` of a rank.
 pub fn visible_gpu(n: usize) -> String {
-    let visible = std::env::var("CUDA_VISIBLE_DEVICES").unwrap_or_default();
+    let visible = std::env::var_os("CUDA_VISIBLE_DEVICES").unwrap_or_default();
+    let visible = visible.to_string_lossy();
     let name = visible.split(',').map(str::trim).filter(|name| !name.is_empty()).nth(n);
     name.map_or_else(|| n.to_string(), str::to_owned)
 }

@@ -85,7 +85,7 @@ fn run(framework: Framework, find: fn() -> Backends) -> Result<bool> {
     }
     // The rank of this process, if torchrun or mlx.launch started it.
     let rank = Rank::from_environment(framework)?;
-    ranks::restrict_visible_gpu(rank);
+    ranks::restrict_visible_gpu(rank)?;
     let backends = find();
     process::assert_isolated(framework)?;
     if let Some(rank) = rank.filter(|rank| rank.index > 0) {

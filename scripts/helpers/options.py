@@ -32,6 +32,10 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unexpected argument '{argument}'")
         return values
 
+    def print_help(self, file=None):
+        """Prints the help. argparse would ignore a full disk."""
+        print(self.format_help(), end="", file=file)
+
     def error(self, message):
         self.exit(2, f"{self.script}: {message} (see scripts/{self.script} --help)\n")
 

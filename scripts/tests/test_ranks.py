@@ -219,6 +219,7 @@ class Ranks(unittest.TestCase):
                 ("torch", {"MASTER_PORT": "99999"}, "MASTER_PORT=99999: use a port"),
                 ("torch", {"MASTER_ADDR": ""}, "MASTER_ADDR is not set: start the ranks with torchrun"),
                 ("torch", {"RANK": "x"}, "RANK=x is not a number"),
+                ("torch", {"LOCAL_RANK": "x"}, "LOCAL_RANK=x is not a number"),
                 ("torch", {"WORLD_SIZE": str(2**64 - 1)}, "too large"),
                 ("mlx", {"MLX_RANK": "0", "MLX_HOSTFILE": str(hosts)}, "not a list of hosts"),
                 ("mlx", {"MLX_RANK": "0", "MLX_HOSTFILE": str(pipe)}, "not a regular file"),
