@@ -201,6 +201,8 @@ pub fn memory_estimate(case: &Case) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::ModelId;
+    use crate::suite::MAX_BATCH;
 
     fn case(id: &str) -> Case {
         id.parse().unwrap()
@@ -246,6 +248,17 @@ mod tests {
         assert_eq!(work(&case("train-step/torch-cpu/f32/indicator-b64")), Work::Samples(64));
         assert_eq!(work(&case("copy-peak/torch-cpu/f32/1mib")), Work::Bytes(2 << 20));
         assert!(matches!(work(&case("attention-grad/torch-cpu/f32/b1-h8-t111-d32")), Work::Flops(_)));
+    }
+
+    #[test]
+    fn presets_are_computable_at_the_largest_batch() {
+        for model in ModelId::with_miniatures() {
+            let shape = Shape::for_model(model, MAX_BATCH);
+            let step = Case { shape, ..case("train-step/torch-cpu/f32/indicator-b1") };
+            assert!(is_computable(&step), "{step}");
+        }
+        let largest = Shape::Square { n: MAX_BATCH, chain: MAX_BATCH };
+        assert!(!is_computable(&Case { shape: largest, ..case("matmul-peak/torch-cpu/f32/n64") }));
     }
 
     #[test]
