@@ -9,7 +9,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::fixture::{Fixture, Tensor};
 pub use crate::reference::Accumulation;
-use crate::suite::{BackendId, Case, Device, Framework, Precision, Shape, Variant, Workload};
+use crate::rendezvous;
+use crate::suite::{BackendId, Case, Device, Framework, MAX_BATCH, Precision, Shape, Variant, Workload};
+use crate::text::variable;
 
 /// Reason why a case cannot run here, as the report shows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -175,7 +177,8 @@ pub fn cpu_device_count() -> (usize, &'static str) {
 
 /// Returns CUDA's name of the n-th visible GPU, for the `CUDA_VISIBLE_DEVICES` of a rank.
 pub fn visible_gpu(n: usize) -> String {
-    let visible = std::env::var("CUDA_VISIBLE_DEVICES").unwrap_or_default();
+    let visible = std::env::var_os("CUDA_VISIBLE_DEVICES").unwrap_or_default();
+    let visible = visible.to_string_lossy();
     let name = visible.split(',').map(str::trim).filter(|name| !name.is_empty()).nth(n);
     name.map_or_else(|| n.to_string(), str::to_owned)
 }
@@ -214,24 +217,24 @@ impl Rank {
     /// # Errors
     /// Returns an error if a variable is invalid.
     pub fn from_environment(framework: Framework) -> Result<Option<Self>> {
-        let variable = |name: &str| std::env::var(name).ok().filter(|text| !text.is_empty());
         let (name, size_name) = match framework {
             Framework::Torch => ("RANK", "WORLD_SIZE"),
             Framework::Mlx => ("MLX_RANK", "MLX_WORLD_SIZE"),
         };
-        let hosts = variable("MLX_HOSTFILE").filter(|_| framework == Framework::Mlx);
-        let count = match (variable(size_name), hosts) {
+        let hosts =
+            std::env::var_os("MLX_HOSTFILE").filter(|path| framework == Framework::Mlx && !path.is_empty());
+        let count = match (variable(size_name)?, hosts) {
             (Some(size), _) => size.parse().with_context(|| format!("{size_name}={size} is not a number"))?,
-            (None, Some(path)) => {
-                let text = std::fs::read_to_string(&path).with_context(|| format!("MLX_HOSTFILE={path}"))?;
-                let hosts: Result<Vec<serde_json::Value>, _> = serde_json::from_str(&text);
-                hosts.with_context(|| format!("MLX_HOSTFILE={path} is not a list of hosts"))?.len()
-            }
+            (None, Some(path)) => rendezvous::count_hosts(Path::new(&path)).context("MLX_HOSTFILE")?,
             (None, None) => return Ok(None),
         };
-        let Some(index) = variable(name) else { return Ok(None) };
+        let Some(index) = variable(name)? else { return Ok(None) };
         let index = index.parse().with_context(|| format!("{name}={index} is not a number"))?;
+        ensure!(count <= MAX_BATCH, "{size_name}={count} is too large: use at most {MAX_BATCH}");
         ensure!(index < count, "{name}={index} is out of range (world size {count})");
+        if count > 1 {
+            rendezvous::check_environment(framework)?;
+        }
         Ok((count > 1).then_some(Self { index, count }))
     }
 }

@@ -1,10 +1,10 @@
-//! Files that several processes share: atomic writes, locks, scratch folders and checksums.
+//! Files that several processes share: guarded reads, atomic writes, locks, scratch folders and checksums.
 
 use std::fs;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 /// A folder or file that is removed on drop.
 #[derive(Debug)]
@@ -21,6 +21,29 @@ pub fn checksum(bytes: &[u8]) -> u64 {
     bytes
         .iter()
         .fold(0xcbf2_9ce4_8422_2325, |hash, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
+}
+
+/// Largest file in bytes that [`read_text`] reads: over 60 times the largest baseline of this project. Parsed JSON takes
+/// up to 16 times as much memory.
+const MAX_TEXT: u64 = 16 << 20;
+
+/// Reads a text file. A pipe or device could block or never end, and a huge file would fill the memory.
+///
+/// # Errors
+/// Returns an error that begins with the path if the file cannot be read, is not a regular file, is larger than 16 MiB,
+/// or is not UTF-8.
+pub fn read_text(path: &Path) -> Result<String> {
+    let place = path.display();
+    let unreadable = || format!("{place} could not be read");
+    let found = fs::metadata(path).with_context(unreadable)?;
+    ensure!(!found.is_dir(), "{place} could not be read: it is a folder");
+    ensure!(found.is_file(), "{place} could not be read: it is not a regular file");
+    let mut bytes = Vec::new();
+    fs::File::open(path)
+        .and_then(|file| file.take(MAX_TEXT + 1).read_to_end(&mut bytes))
+        .with_context(unreadable)?;
+    ensure!(bytes.len() as u64 <= MAX_TEXT, "{place} could not be read: it has over {} MiB", MAX_TEXT >> 20);
+    String::from_utf8(bytes).ok().with_context(|| format!("{place} could not be read: it is not UTF-8"))
 }
 
 /// Returns a checksum of the running program.
@@ -92,6 +115,34 @@ pub(crate) mod tests {
         let folder = std::env::temp_dir().join(format!("transformer-bench-{}-{name}", std::process::id()));
         let _ = fs::remove_dir_all(&folder);
         folder
+    }
+
+    #[test]
+    fn only_regular_files_of_moderate_size_are_read() {
+        let folder = scratch("read");
+        fs::create_dir_all(&folder).unwrap();
+        let pipe = folder.join("pipe");
+        let name = std::ffi::CString::new(pipe.to_str().unwrap()).unwrap();
+        // SAFETY: a NUL-terminated string.
+        assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
+        let huge = folder.join("huge");
+        fs::File::create(&huge).unwrap().set_len(1 << 30).unwrap();
+        let binary = folder.join("binary");
+        fs::write(&binary, [0xff]).unwrap();
+        for (path, word) in [
+            (pipe.as_path(), "not a regular file"),
+            (Path::new("/dev/zero"), "not a regular file"),
+            (&folder, "a folder"),
+            (&huge, "over 16 MiB"),
+            (&binary, "not UTF-8"),
+            (&folder.join("none"), "No such file"),
+        ] {
+            let error = format!("{:#}", read_text(path).unwrap_err());
+            assert!(error.starts_with(path.to_str().unwrap()) && error.contains(word), "{error}");
+        }
+        fs::write(&binary, "µ").unwrap();
+        assert_eq!(read_text(&binary).unwrap(), "µ");
+        fs::remove_dir_all(folder).unwrap();
     }
 
     #[test]

@@ -15,12 +15,13 @@
 //! | [`suite`] | the cases: workloads, precisions, variants, shapes, ids, sets, FLOPs |
 //! | [`fixture`] | seeded inputs, targets and parameters of a case |
 //! | [`mod@reference`] | the same functions in f64 |
-//! | [`backend`] | the traits that a framework implements |
+//! | [`backend`], [`rendezvous`] | the traits that a framework implements, and how launched ranks find each other |
 //! | [`parity`] | checks against the reference, fault injection, conformance tests |
 //! | [`results`] | the record of a run, the machine, baselines |
 //! | [`compare`] | interleaved comparisons of revisions, and their decision rule |
 //! | [`profile`] | flamegraphs of CPU stacks and GPU kernels |
 //! | [`report`] | tables, pictures and text from results |
+//! | [`text`] | cleaning of text that is read, and escaping for each target |
 //! | [`files`], [`process`], [`memory`], [`interference`], [`statistics`] | tools for all modules |
 //!
 //! Nothing here imports Criterion or a framework, or reads arguments. Each framework is a package of its own, and each
@@ -38,8 +39,12 @@ pub mod model;
 pub mod parity;
 pub mod process;
 pub mod profile;
+#[cfg(test)]
+mod reader_tests;
 pub mod reference;
+pub mod rendezvous;
 pub mod report;
 pub mod results;
 pub mod statistics;
 pub mod suite;
+pub mod text;

@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use crate::statistics::median;
+use crate::text::variable;
 
 /// The environment variable of the malloc policy. `default` leaves malloc as it is. This command measures the
 /// effect: `scripts/compare worktree --env TRANSFORMER_BENCH_MALLOC=default`.
@@ -22,10 +23,10 @@ pub const MALLOC_VARIABLE: &str = "TRANSFORMER_BENCH_MALLOC";
 /// # Errors
 /// Returns an error if [`MALLOC_VARIABLE`] is neither `retain` nor `default`.
 pub fn retain_freed_memory() -> anyhow::Result<()> {
-    match std::env::var(MALLOC_VARIABLE).as_deref() {
-        Err(_) | Ok("retain") => configure_malloc(),
-        Ok("default") => {}
-        Ok(other) => anyhow::bail!("{MALLOC_VARIABLE}={other}: use retain (the default) or default"),
+    match variable(MALLOC_VARIABLE)?.as_deref() {
+        None | Some("retain") => configure_malloc(),
+        Some("default") => {}
+        Some(other) => anyhow::bail!("{MALLOC_VARIABLE}={other}: use retain (the default) or default"),
     }
     Ok(())
 }

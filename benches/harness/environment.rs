@@ -41,7 +41,7 @@ impl Environment {
         let backend = find_backend(&self.backends, case)?;
         // All ranks of a CPU share its memory; on GPUs, each rank has its own.
         let ranks = if case.backend.is_cpu() { case.shape.ranks() } else { 1 };
-        let needed = (ranks as u64 * cost::memory_estimate(case)) as f64 / 1e9;
+        let needed = ranks as f64 * cost::memory_estimate(case) as f64 / 1e9;
         let total = backend.memory_total().unwrap_or(self.machine.memory_bytes) as f64 / 1e9;
         if needed > USABLE_MEMORY * total {
             return Err(format!("needs about {needed:.0} GB of memory, and {total:.0} GB is available"));

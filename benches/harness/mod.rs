@@ -20,17 +20,18 @@ mod symbols;
 mod timing;
 mod worker;
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use transformer_bench::backend::{self, Backends, Rank};
 use transformer_bench::results::machine::{self, Machine};
 use transformer_bench::results::run::{Selection, Writer};
 use transformer_bench::results::{self, Record, Status};
 use transformer_bench::suite::{Case, Framework, cases, custom_model};
-use transformer_bench::{memory, process};
+use transformer_bench::{memory, process, text};
 
 use environment::Environment;
 use options::Options;
@@ -44,21 +45,34 @@ pub fn main(framework: Framework, find: fn() -> Backends) -> ExitCode {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(reason) => {
-            eprintln!("error: {}", results::printable(&format!("{reason:#}")));
+            eprintln!("error: {}", text::error_line(&reason));
             ExitCode::from(2)
         }
     }
 }
 
+/// Returns the arguments of this process. Criterion and the worker read them again.
+///
+/// # Errors
+/// Returns an error if one is not UTF-8.
+fn arguments() -> Result<Vec<String>> {
+    let text = |argument: OsString| {
+        let refused =
+            |argument: OsString| anyhow!("the argument '{}' is not UTF-8", argument.to_string_lossy());
+        argument.into_string().map_err(refused)
+    };
+    std::env::args_os().skip(1).map(text).collect()
+}
+
 /// Returns true unless a case failed.
 fn run(framework: Framework, find: fn() -> Backends) -> Result<bool> {
+    let arguments = arguments()?;
     memory::retain_freed_memory()?;
     ranks::pin_to_assigned_cores();
     let notes = custom_model::from_environment(|| machine::capacity(&Machine::read()))?;
     worker::serve_if_requested(framework, find)?;
     notes.iter().for_each(|note| eprintln!("{framework}: {note}"));
-    let set = std::env::var("TRANSFORMER_BENCH_SET").ok();
-    let options = Options::read(std::env::args().skip(1), set)?;
+    let options = Options::read(arguments.into_iter(), text::variable("TRANSFORMER_BENCH_SET")?)?;
     let criterion_home = set_criterion_home();
     let mut selected = cases(options.set);
     selected.retain(|case| case.backend.framework() == framework && options.selects(case));
@@ -71,7 +85,7 @@ fn run(framework: Framework, find: fn() -> Backends) -> Result<bool> {
     }
     // The rank of this process, if torchrun or mlx.launch started it.
     let rank = Rank::from_environment(framework)?;
-    ranks::restrict_visible_gpu(rank);
+    ranks::restrict_visible_gpu(rank)?;
     let backends = find();
     process::assert_isolated(framework)?;
     if let Some(rank) = rank.filter(|rank| rank.index > 0) {

@@ -220,6 +220,7 @@ mod symbols_tests {
 
 mod profiler_tests {
     use std::hint::black_box;
+    use std::sync::Mutex;
 
     use criterion::profiler::Profiler;
     use pprof::protos::Message;
@@ -228,6 +229,9 @@ mod profiler_tests {
 
     use super::Step;
     use super::profiler::Sampler;
+
+    /// A process has one profiler.
+    static PROFILER: Mutex<()> = Mutex::new(());
 
     #[inline(never)]
     fn slow_function() {
@@ -245,6 +249,7 @@ mod profiler_tests {
 
     #[test]
     fn a_function_with_90_percent_of_the_time_is_the_heaviest_frame() {
+        let _only = PROFILER.lock();
         let path = std::env::temp_dir().join(format!("transformer-bench-profile-{}", std::process::id()));
         let Scratch(folder) = &Scratch(path);
         std::fs::create_dir_all(folder).unwrap();
@@ -277,6 +282,31 @@ mod profiler_tests {
         assert!(String::from_utf8(read("flamegraph.svg")).unwrap().contains("slow_function"));
         let pb = pprof::protos::Profile::decode(&*read("profile.pb")).unwrap();
         assert!(pb.sample.len() > 1 && pb.string_table.iter().any(|s| s.contains("slow_function")));
+    }
+
+    #[test]
+    fn a_single_long_step_is_profiled() {
+        let _only = PROFILER.lock();
+        let path = std::env::temp_dir().join(format!("transformer-bench-long-{}", std::process::id()));
+        let Scratch(folder) = &Scratch(path);
+        std::fs::create_dir_all(folder).unwrap();
+        let sampler = Sampler::default();
+        let mut profiler = sampler.clone();
+        profiler.start_profiling("long", folder);
+        let mut step = Step(|| {
+            let start = std::time::Instant::now();
+            while start.elapsed().as_secs() < 2 {
+                slow_function();
+            }
+        });
+        // Criterion asks for no more steps if the first one exceeds the profile time.
+        sampler.run(&mut step, 1).unwrap();
+        sampler.run(&mut step, 0).unwrap();
+        profiler.stop_profiling("long", folder);
+        assert!(sampler.take_error().is_none());
+        let folded = std::fs::read_to_string(folder.join("flamegraph.folded")).unwrap();
+        assert!(Profile::parse(&folded).unwrap().total() > 50, "{folded}");
+        assert!(folder.join("flamegraph.svg").exists());
     }
 }
 

@@ -4,6 +4,7 @@ Shell scripts run `python3 options.py SCRIPT OPTION KNOWN...` to report the unkn
 """
 import argparse
 import difflib
+import os
 import sys
 
 
@@ -31,8 +32,46 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unexpected argument '{argument}'")
         return values
 
+    def print_help(self, file=None):
+        """Prints the help. argparse would ignore a full disk."""
+        print(self.format_help(), end="", file=file)
+
     def error(self, message):
         self.exit(2, f"{self.script}: {message} (see scripts/{self.script} --help)\n")
+
+
+def printable(text):
+    """Returns the text without control characters, which a path or a file could contain."""
+    return "".join(c if c.isprintable() else " " for c in str(text))
+
+
+def run(script, main, known_error):
+    """Runs `main`, and reports an expected error in one line.
+
+    A `known_error` has its exit code in `exit_code`. A closed pipe is not an error: its reader has seen enough.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        # A path that is not UTF-8 can be printed.
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
+        return
+    except known_error as reason:
+        message, code = reason, reason.exit_code
+    except BrokenPipeError:
+        message, code = None, 0
+    except OSError as reason:
+        message, code = reason, 1
+    except KeyboardInterrupt:
+        message, code = None, 130
+    if message is not None:
+        print(f"{script}: {printable(message)}", file=sys.stderr)
+    # Python would flush the output again at its end, and print a traceback if that fails.
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import sys
 
 from libraries import needed, symbols
 from pypi import unpack, wheel
-from shared import NATIVE, SetupError, component, file_hash, run, say
+from shared import NATIVE, InputError, SetupError, component, file_hash, run, say
 from target import deployment_target, mlx_platform
 from torch import version_in
 
@@ -196,7 +196,7 @@ def generate_bindings(target, mlx_sys, version):
     The bindings only have names of mlx-c, so they are the same on every system.
     """
     if not target.linux:
-        raise SetupError("--bindings needs Linux: the bindings are the same on macOS")
+        raise InputError("--bindings needs Linux: the bindings are the same on macOS")
 
     def build(work):
         say("building bindgen")

@@ -17,6 +17,14 @@ NATIVE = ROOT / "src" / "mlx" / "native"
 class SetupError(Exception):
     """A condition that only the user can change. The text is one line that says how."""
 
+    exit_code = 1
+
+
+class InputError(SetupError):
+    """A wrong argument or environment variable."""
+
+    exit_code = 2
+
 
 def cache_home():
     """Returns the user's cache folder. An empty or relative XDG_CACHE_HOME counts as unset, as in the

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from libraries import needed
 from pypi import PYTHON, pip, unpack, wheel
-from shared import SetupError, component, run, say
+from shared import InputError, SetupError, component, run, say
 from target import MAC_TORCH
 
 
@@ -31,13 +31,13 @@ def custom_libtorch(path, expected):
         return None
     folder = Path(path).expanduser().resolve()
     if not any((folder / "lib").glob("libtorch_cpu.*")) or not (folder / "include/torch").is_dir():
-        raise SetupError(f"LIBTORCH={path} has no lib/libtorch_cpu and include/torch: "
+        raise InputError(f"LIBTORCH={path} has no lib/libtorch_cpu and include/torch: "
                          "correct it, or run 'LIBTORCH= scripts/setup'")
     for name, pattern in (("build-version", r"([\d.]+)"), ("version.py", r"__version__ = '([\d.]+)")):
         if (folder / name).exists():
             found = version_in(folder / name, pattern)
             if found != expected:
-                raise SetupError(f"LIBTORCH={path} is version {found}, and the locked tch needs {expected}: "
+                raise InputError(f"LIBTORCH={path} is version {found}, and the locked tch needs {expected}: "
                                  "install that version, or run 'LIBTORCH= scripts/setup'")
     return folder
 

@@ -1,11 +1,12 @@
 """Saved baselines: damaged files, a killed run, and a comparison with the same code."""
 import json
 import os
+import re
 import subprocess
 import time
 import unittest
 
-from support import PROGRAM, build, executables, needs_quiet_machine, temporary_folder, uses_all_cores
+from support import PROGRAM, ROOT, build, executables, needs_quiet_machine, temporary_folder, uses_all_cores
 
 
 class Baseline(unittest.TestCase):
@@ -74,6 +75,51 @@ class Baseline(unittest.TestCase):
                 self.assertEqual(done.returncode, 2, done.stdout)
                 self.assertIn(word, done.stderr)
                 self.assertEqual(len(done.stderr.strip().splitlines()), 1)
+
+
+    def test_text_from_a_baseline_controls_neither_terminal_nor_page(self):
+        """A pull request can contain any baseline: the checksum has no key."""
+        project = self.folder / "project"
+        folder = project / "criterion-baselines" / "m" / "hostile"
+        folder.mkdir(parents=True)
+        good = (ROOT / "criterion-baselines/amd-epyc-avx512-2-cores/quick/baseline.json").read_text()
+        hostile = "\\u001b[31m\\u009b31m\\u202e\\n<script>alert(1)</script> [l](javascript:x) ![i](http://x) `c`"
+        for place in ('"cpu": "AMD EPYC"', '"commit": "2df88ec52ae5"', '"2.13.0"'):
+            self.assertIn(place, good)
+            good = good.replace(place, f'{place[:-1]}{hostile}"', 1)
+        head, body = good.split('"checksum"')[0], good.split("\n", 3)[3]
+        checksum = 0xcbf29ce484222325
+        for byte in body.encode():
+            checksum = (checksum ^ byte) * 0x100000001b3 % 2**64
+        (folder / "baseline.json").write_text(f'{head}"checksum": "{checksum:016x}",\n{body}')
+        texts = []
+        for command in (["baseline", "list"], ["baseline", "show", "hostile"], ["report", "m/hostile"]):
+            done = subprocess.run([PROGRAM, *command], cwd=project, text=True, capture_output=True)
+            self.assertEqual(done.returncode, 0, done.stderr)
+            texts.append(done.stdout + done.stderr)
+        # scripts/publish writes into these pages.
+        for name in ("README.md", "criterion-baselines/README.md", "src/compare/README.md"):
+            (project / name).parent.mkdir(parents=True, exist_ok=True)
+            (project / name).write_text((ROOT / name).read_text())
+        done = subprocess.run([PROGRAM, "publish"], cwd=project, text=True, capture_output=True)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        pages, pictures = ([page.read_text() for page in project.rglob(f"*{suffix}")] for suffix in (".md", ".svg"))
+        self.assertEqual((len(pages), len(pictures)), (4, 3))
+        for text in texts + pages + pictures:
+            self.assertNotRegex(text, "[\x1b\x9b\u202e]")
+        for text in texts[2:] + pages + pictures:
+            self.assertNotIn("<script>", text)
+        for text in texts[2:] + pages:
+            # Markdown does not apply to attributes of HTML.
+            self.assertNotRegex(re.sub('alt="[^"]*"', "", text), r"(?<!\\)\[[li]\]\((javascript:x|http://x)\)")
+        # A file of Python's results that is damaged is not left out.
+        csv = folder.parent / "python.csv"
+        for content in (b"", b"\xff\xfe", b"\0", b"a,b\n1,2\n"):
+            csv.write_bytes(content)
+            done = subprocess.run([PROGRAM, "publish"], cwd=project, text=True, capture_output=True)
+            self.assertEqual(done.returncode, 2, content)
+            self.assertIn("python.csv", done.stderr)
+            self.assertEqual(len(done.stderr.splitlines()), 1)
 
 
 if __name__ == "__main__":

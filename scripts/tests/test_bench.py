@@ -82,7 +82,7 @@ class Bench(unittest.TestCase):
         (folder / "here").mkdir()
         done = subprocess.run([ROOT / "scripts/report", "--from", "here"], cwd=folder, text=True, capture_output=True)
         self.assertEqual(done.returncode, 2, done.stderr)
-        self.assertIn(f"{folder}/here could not be read: Is a directory", done.stderr)
+        self.assertIn(f"{folder}/here could not be read: it is a folder", done.stderr)
 
     def test_a_closed_pipe_is_fine_and_a_full_disk_is_an_error(self):
         build()

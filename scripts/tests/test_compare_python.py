@@ -1,13 +1,15 @@
 """`scripts/compare-python`: saved rows and wrong input."""
 import contextlib
 import io
+import os
 import shutil
+import subprocess
 import tempfile
 import time
 import unittest
 from pathlib import Path
 
-from support import load, run
+from support import ROOT, load, run
 
 
 class ComparePython(unittest.TestCase):
@@ -40,6 +42,12 @@ class ComparePython(unittest.TestCase):
                 (["--model", "/no/such/config.json"], "no such file"),
                 (["--flops", "--save", "file.csv"], "not allowed"),
                 (["--executables", "src"], "torch and mlx"),
+                (["--rounds", "abc"], "--rounds"),
+                (["a/b/c/d"], "not a case id"),
+                (["forward/keras-cpu/f32/indicator-b1"], "not a case id"),
+                (["--save", "README.md"], "columns"),
+                (["--save", "/dev/null"], "not a regular file"),
+                (["--model", "/dev/zero", "--parity"], "regular file"),
                 (["--python", "/no/such/python", case], "no such interpreter")):
             with self.subTest(" ".join(arguments)):
                 code, text = run("scripts/compare-python", *arguments)
@@ -47,6 +55,28 @@ class ComparePython(unittest.TestCase):
                 self.assertIn(word, text)
                 self.assertEqual(len(text.splitlines()), 1, text)
         self.assertLess(time.monotonic() - start, 20)
+
+    def test_a_full_disk_and_a_closed_pipe_cause_no_traceback(self):
+        command = [str(ROOT / "scripts/compare-python"), "--help"]
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+        self.assertEqual((done.returncode, len(done.stderr.splitlines())), (1, 1), done.stderr)
+        self.assertIn("No space left", done.stderr)
+        read, write = os.pipe()
+        os.close(read)
+        done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+        os.close(write)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+
+    def test_a_damaged_file_of_rows_is_refused_before_anything_is_measured(self):
+        script = load("compare-python")
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "python.csv"
+            for content in (b"", b"\xff", b"\0", b"a,b\n1,2\n", (",".join(script.CSV_FIELDS) + "\n1,2\n").encode()):
+                path.write_bytes(content)
+                with self.assertRaises(script.InputError):
+                    script.read_saved(path)
+                self.assertEqual(path.read_bytes(), content)
 
     def test_a_case_that_does_not_exist_is_refused(self):
         code, text = run("scripts/compare-python", "train-step/torch-cpu/f32/no-such-model")

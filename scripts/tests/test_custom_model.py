@@ -1,10 +1,11 @@
 """Benchmarks of a custom model, which a file describes."""
 import json
 import os
+import shutil
 import subprocess
 import unittest
 
-from support import PROGRAM, build, run, temporary_folder, uses_all_cores
+from support import PROGRAM, build, executables, run, temporary_folder, uses_all_cores
 
 
 class CustomModel(unittest.TestCase):
@@ -80,18 +81,62 @@ class CustomModel(unittest.TestCase):
                 (self.config(), {"TRANSFORMER_BENCH_TOKENS": "129"}, "at most 128"),
                 (self.config(), {"TRANSFORMER_BENCH_BATCH": "0"}, "TRANSFORMER_BENCH_BATCH=0"),
                 (broken, {}, "is not JSON"),
-                (self.folder / "none", {}, "cannot be read"),
+                (self.folder / "none", {}, "could not be read"),
                 ("", {"TRANSFORMER_BENCH_TOKENS": "8"}, "need TRANSFORMER_BENCH_MODEL")):
             code, text = run(PROGRAM, "list", "quick",
                              env={"TRANSFORMER_BENCH_MODEL": str(path), **more})
             self.assertEqual(code, 2, text)
             self.assertIn(word, text)
             self.assertEqual(len(text.splitlines()), 1, text)
+        small = str(self.config().parent)
         for arguments, word in ((["--model"], "a value is required"), (["--model", "/no/such"], "no such file"),
-                                (["--batch", "4"], "need TRANSFORMER_BENCH_MODEL")):
+                                (["--batch", "4"], "--batch and --tokens need --model"),
+                                (["--model", small, "--batch", "0"], "--batch"),
+                                (["--model", small, "--tokens", "5000000"], "from 1 to 4194304"),
+                                (["--model", small, "--tokens", "70000"], "takes at most 128")):
             code, text = run("scripts/bench", *arguments)
             self.assertEqual(code, 2, text)
             self.assertIn(word, text)
+
+
+    def test_paths_and_variables_need_not_be_text(self):
+        folder = os.fsencode(self.config().parent) + b"-\xff"
+        shutil.copytree(self.config().parent, os.fsdecode(folder))
+        for path, code, word in ((folder, 0, "small"), (folder + b"/none", 2, "could not be read")):
+            done = subprocess.run([PROGRAM, "list", "quick"], capture_output=True, text=True,
+                                  env={**os.environb, b"TRANSFORMER_BENCH_MODEL": path})
+            self.assertEqual(done.returncode, code, done.stderr)
+            self.assertIn(word, done.stdout + done.stderr)
+        model = {b"TRANSFORMER_BENCH_MODEL": os.fsencode(self.config())}
+        for variable, code in ((b"FOO", 0), (b"TRANSFORMER_BENCH_BATCH", 2)):
+            done = subprocess.run([PROGRAM, "list", "quick"], capture_output=True, text=True,
+                                  env={**os.environb, **model, variable: b"\xff"})
+            self.assertEqual(done.returncode, code, done.stderr)
+            self.assertEqual("is not UTF-8" in done.stderr, code == 2, done.stderr)
+
+    @uses_all_cores
+    def test_executables_refuse_what_is_not_text(self):
+        for framework, executable in executables().items():
+            for arguments, variables, word in (([b"--bench", b"\xff"], {}, "the argument"),
+                                               ([b"--bench"], {b"TRANSFORMER_BENCH_SET": b"\xff"}, "TRANSFORMER_BENCH_SET"),
+                                               ([b"--bench"], {b"TRANSFORMER_BENCH_MALLOC": b"\xff"}, "_MALLOC")):
+                done = subprocess.run([os.fsencode(executable), *arguments], capture_output=True, text=True,
+                                      env={**os.environb, **variables})
+                self.assertEqual(done.returncode, 2, (framework, done.stderr))
+                self.assertRegex(done.stderr, rf"^error: .*{word}.* is not UTF-8\n$")
+
+    def test_only_regular_files_are_read(self):
+        pipe = self.folder / "pipe.json"
+        os.mkfifo(pipe)
+        huge = self.folder / "huge.json"
+        with open(huge, "wb") as file:
+            file.truncate(1 << 30)
+        for path, word in ((pipe, "not a regular file"), ("/dev/zero", "not a regular file"), (huge, "over 16 MiB")):
+            done = subprocess.run([PROGRAM, "list"], capture_output=True, text=True, timeout=10,
+                                  env={**os.environ, "TRANSFORMER_BENCH_MODEL": str(path)})
+            self.assertEqual(done.returncode, 2)
+            self.assertIn(word, done.stderr)
+            self.assertEqual(len(done.stderr.splitlines()), 1)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Help and wrong options of every script."""
 import os
 import re
+import shutil
 import unittest
 
-from support import PROGRAM, ROOT, build, run
+from support import PROGRAM, ROOT, build, run, temporary_folder
 
 
 class Options(unittest.TestCase):
@@ -64,6 +65,47 @@ class Options(unittest.TestCase):
         self.assertEqual(code, 0)
         for name in ("bench", "baseline", "compare", "flamegraph", "report", "list", "interleave", "calibrate", "publish"):
             self.assertRegex(text, f"(?m)^  {name} +[A-Z]")
+
+
+    def test_a_wrong_argument_costs_no_build(self):
+        """The cargo of this test builds nothing."""
+        build()
+        folder = temporary_folder(self)
+        cargo = folder / "cargo"
+        cargo.write_text(f'#!/bin/sh\n[ "$1" = metadata ] || {{ echo "cargo $1 was called" >&2; exit 99; }}\n'
+                         f'exec {shutil.which("cargo")} "$@"\n')
+        cargo.chmod(0o755)
+        env = {"PATH": f"{folder}:{os.environ['PATH']}"}
+        for command, code, word in (("list quick zzz", 2, "no case"), ("list --flps", 2, "--flops"), ("list quick", 0, "FLOPs"),
+                                    ("bench zzz", 2, "no case"), ("bench [", 2, "not a regular expression"),
+                                    ("bench --tokens 70000", 2, "need --model"), ("compare no-such-revision", 2, "not a revision"),
+                                    ("flamegraph zzz", 2, "no case"), ("calibrate --cases 0", 2, "at least 1")):
+            name, *arguments = command.split()
+            found, text = run(f"scripts/{name}", *arguments, env=env)
+            self.assertEqual(found, code, text)
+            self.assertIn(word, text)
+            self.assertNotIn("was called", text)
+
+    def test_scripts_are_found_through_links_and_in_spite_of_cdpath(self):
+        folder = temporary_folder(self)
+        (folder / "scripts").mkdir()
+        for script in ("bench", "test", "setup", "compare-python", "list"):
+            (folder / script).symlink_to(ROOT / "scripts" / script)
+            code, text = run(folder / script, "--nonsense")
+            self.assertEqual(code, 2, text)
+            self.assertIn("--nonsense", text)
+            self.assertNotIn("No such file", text)
+            code, text = run(f"scripts/{script}", "--nonsense", env={"CDPATH": str(folder)})
+            self.assertEqual(code, 2, text)
+            self.assertNotIn(str(folder), text)
+
+    def test_results_that_cannot_be_written_are_reported_in_one_line(self):
+        build()
+        for path in (str(ROOT / "README.md"), "/proc/x"):
+            code, text = run(PROGRAM, "bench", "--executables", "/nonexistent", env={"TRANSFORMER_BENCH_RESULTS": path})
+            self.assertEqual(code, 2, text)
+            self.assertIn(path, text)
+            self.assertEqual(len(text.splitlines()), 1, text)
 
 
 if __name__ == "__main__":

@@ -157,8 +157,8 @@ class Ranks(unittest.TestCase):
         self.assertEqual(done.returncode, 0, done.stderr[-500:])
         self.assertEqual(self.statuses("torch"), {case: "measured"})
 
-    def write_hosts(self, ports):
-        file = self.folder / "hosts.json"
+    def write_hosts(self, ports, name="hosts"):
+        file = self.folder / f"{name}.json"
         file.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports]))
         return str(file)
 
@@ -184,6 +184,51 @@ class Ranks(unittest.TestCase):
             _, errors = process.communicate(timeout=REPORT_TIMEOUT)
             self.assertEqual(process.returncode, 1, errors)
             self.assertIn("MLX's ring did not connect rank 0 with the others", errors)
+
+    def test_a_launched_rank_that_stays_alone_ends_in_time_with_one_line(self):
+        def run_alone(framework, rank):
+            ports = [self.free_port(), self.free_port()]
+            variables = {"MLX_RANK": str(rank), "MLX_HOSTFILE": self.write_hosts(ports, f"{framework}{rank}")} \
+                if framework == "mlx" else \
+                {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[0])}
+            process = self.start(framework, f"^all-reduce/{framework}-cpu/f32/1mib-dp2$", name=str(rank), **variables)
+            start = time.monotonic()
+            try:
+                _, errors = process.communicate(timeout=2 * REPORT_TIMEOUT)
+            finally:
+                process.kill()
+            return process.returncode, errors, time.monotonic() - start
+
+        # The program starts in a few seconds.
+        for (framework, rank), (code, errors, seconds) in self.run_with_faults(run_alone, (0, 1), 4):
+            with self.subTest(f"{framework}, rank {rank}"):
+                self.assertIn(code, (1, 2), errors)
+                self.assertLess(seconds, REPORT_TIMEOUT + 5)
+                lines = [line for line in errors.splitlines() if not line.startswith(("note:", "rank 0 waits"))]
+                self.assertLessEqual(len(lines), 2, errors)
+
+    def test_wrong_variables_of_a_launcher_are_refused(self):
+        hosts = self.folder / "hosts.json"
+        pipe = self.folder / "pipe"
+        os.mkfifo(pipe)
+        two = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29555"}
+        for framework, change, word in (
+                ("torch", {"MASTER_PORT": "abc"}, "MASTER_PORT=abc: use a port"),
+                ("torch", {"MASTER_PORT": "99999"}, "MASTER_PORT=99999: use a port"),
+                ("torch", {"MASTER_ADDR": ""}, "MASTER_ADDR is not set: start the ranks with torchrun"),
+                ("torch", {"RANK": "x"}, "RANK=x is not a number"),
+                ("torch", {"LOCAL_RANK": "x"}, "LOCAL_RANK=x is not a number"),
+                ("torch", {"WORLD_SIZE": str(2**64 - 1)}, "too large"),
+                ("mlx", {"MLX_RANK": "0", "MLX_HOSTFILE": str(hosts)}, "not a list of hosts"),
+                ("mlx", {"MLX_RANK": "0", "MLX_HOSTFILE": str(pipe)}, "not a regular file"),
+                ("mlx", {"MLX_RANK": "0", "MLX_WORLD_SIZE": "2"}, "start the ranks with mlx.launch")):
+            with self.subTest(f"{framework}, {change}"):
+                hosts.write_text("[1, 2]")
+                process = self.start(framework, "^all-reduce/", **{**(two if framework == "torch" else {}), **change})
+                _, errors = process.communicate(timeout=REPORT_TIMEOUT)
+                self.assertEqual(process.returncode, 2, errors)
+                self.assertIn(word, errors)
+                self.assertEqual(len(errors.splitlines()), 1, errors)
 
     def test_a_launched_rank_that_hangs_ends_the_leader(self):
         """MLX's ring has no time-out of its own."""

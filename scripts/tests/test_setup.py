@@ -57,6 +57,7 @@ class SetupCase(unittest.TestCase):
         text = str(caught.exception)
         self.assertIn(word, text)
         self.assertNotIn("\n", text)
+        return caught.exception.exit_code
 
 
 class Inductor(SetupCase):
@@ -418,7 +419,7 @@ class Input(SetupCase):
 
     def test_a_wrong_custom_libtorch_is_an_error(self):
         path = str(self.folder)
-        self.assert_error("libtorch_cpu", torch.custom_libtorch, path, "2.13.0")
+        self.assertEqual(self.assert_error("libtorch_cpu", torch.custom_libtorch, path, "2.13.0"), 2)
         (self.folder / "lib").mkdir()
         (self.folder / "lib/libtorch_cpu.so").touch()
         (self.folder / "include/torch").mkdir(parents=True)

@@ -10,6 +10,7 @@ use mlx_rs::error::Exception;
 use mlx_rs::ops::concatenate_flat;
 use mlx_rs::{Array, random};
 use transformer_bench::backend::{EnvVars, Rank, rank_environments};
+use transformer_bench::files::cache_folder;
 use transformer_bench::suite::{BackendId, Framework};
 
 /// Minimum bytes of an all-reduce of several gradients, as in MLX's `nn.average_gradients`.
@@ -52,13 +53,14 @@ pub fn rendezvous_env(id: BackendId, ranks: usize, folder: &Path) -> Result<Vec<
     let file = folder.join("hosts.json");
     std::fs::write(&file, serde_json::to_string(&hosts)?)
         .with_context(|| format!("{} could not be written", file.display()))?;
+    let cache = cache_folder()?;
     Ok(rank_environments(id, ranks, |rank| {
         let mut all = vec![("MLX_RANK", rank.to_string())];
         if id == BackendId::MlxCpu {
             // MLX compiles CPU kernels into this folder. If ranks shared it, one could load a kernel that another is
-            // writing ("file too short").
-            let kernels = std::env::temp_dir().join(format!("transformer-bench-mlx-rank-{rank}"));
-            let _ = std::fs::create_dir(&kernels);
+            // writing ("file too short"). It belongs to the user, because MLX loads whatever libraries it has.
+            let kernels = cache.join(format!("mlx-kernels-rank-{rank}"));
+            let _ = std::fs::create_dir_all(&kernels);
             all.push(("TMPDIR", kernels.to_string_lossy().into_owned()));
         }
         if id == BackendId::MlxCuda {

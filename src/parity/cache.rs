@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
-use crate::files::{checksum, executable_checksum, lock_file, write_atomic};
+use crate::files::{checksum, executable_checksum, lock_file, read_text, write_atomic};
 use crate::process::loaded_libraries;
 use crate::suite::{Case, custom_model};
 
@@ -59,7 +59,7 @@ impl PassedChecks {
 
     /// Reads the cache. A damaged file counts as empty, so everything is checked again.
     fn read(&self) -> File {
-        let text = fs::read_to_string(&self.path).unwrap_or_default();
+        let text = read_text(&self.path).unwrap_or_default();
         serde_json::from_str(&text).unwrap_or_default()
     }
 

@@ -4,6 +4,7 @@ use anyhow::Result;
 use serde_json::{Map, Value, json};
 
 use crate::results::{Results, Status};
+use crate::text::csv_cell;
 
 /// Renders `results.json`. criterion-baselines/README.md describes its fields.
 pub fn json(results: &Results) -> Result<String> {
@@ -42,7 +43,7 @@ pub fn csv(results: &Results) -> Result<String> {
         let record = serde_json::to_value(record)?;
         writer.write_record(COLUMNS.map(|(_, place)| match record.pointer(place) {
             None | Some(Value::Null) => String::new(),
-            Some(Value::String(text)) => text.clone(),
+            Some(Value::String(text)) => csv_cell(text),
             Some(number) => number.to_string(),
         }))?;
     }
@@ -181,6 +182,9 @@ mod tests {
             ("{\"cases\":", "damaged"),
             ("{\"version\": 99}", "update transformer-bench"),
             ("{\"version\": 2}", "lacks"),
+            ("[1, 2]", "lacks"),
+            ("{\"version\": 0}", "its version is 0"),
+            ("{\"version\": \"x\"}", "its version is"),
             (&hostile, "unknown workload"),
             (&negative, "not a time"),
             (&good.replacen("\"ratio\": 2.0", "\"ratio\": -2.0", 1), "no ratio"),

@@ -10,8 +10,9 @@ use crate::model::{GPT2, Model};
 use crate::results::baseline::{Baseline, SavedCase, Selection};
 use crate::results::machine::Machine;
 use crate::results::{
-    EnvEffect, InterleavedResult, Record, Results, RunModel, Throughput, VERSION, printable, validate,
+    EnvEffect, InterleavedResult, Record, Results, RunModel, Throughput, VERSION, validate,
 };
+use crate::text::error_line;
 
 fn record(id: &str) -> Record {
     let mut record = tests::record(id, 2e6);
@@ -57,7 +58,9 @@ fn mutations(good: &Value) -> Vec<(String, Value)> {
     let mut all = Vec::new();
     let mut places = Vec::new();
     paths(good, "", &mut places);
-    let hostile = "\u{1b}[31m|<script>alert(1)</script>\n../../x";
+    let hostile =
+        "\u{1b}[31m|<script>alert(1)</script>\n\u{9b}\u{202e}[l](javascript:x) ![i](http://x) `c` ../../x";
+    let formula = "=cmd()";
     for place in places.iter().filter(|place| !place.is_empty()) {
         for new in [
             json!(null),
@@ -65,6 +68,7 @@ fn mutations(good: &Value) -> Vec<(String, Value)> {
             json!(1e300),
             json!(u64::MAX),
             json!(hostile),
+            json!(formula),
             json!([]),
             json!({}),
             json!(true),
@@ -84,23 +88,39 @@ fn mutations(good: &Value) -> Vec<(String, Value)> {
 }
 
 /// Checks that no report of the results contains markup of the file.
-fn show(what: &str, results: &Results) {
+pub fn show(what: &str, results: &Results) {
     let texts = [
         markdown::render(results, "x"),
         machines::render(&[("x".to_owned(), results.clone())]),
         html::render(results, &|_| Vec::new(), "x").unwrap(),
     ];
-    export::json(results).unwrap();
-    export::csv(results).unwrap();
-    export::bmf(results).unwrap();
-    for text in texts {
+    let exports = [export::json, export::csv, export::bmf].map(|export| export(results).unwrap());
+    assert!(
+        !exports[1].lines().any(|line| line.split(',').any(|cell| cell.starts_with('='))),
+        "{what}: {}",
+        exports[1]
+    );
+    for text in texts.iter().chain(&exports) {
+        assert!(!text.contains(['\u{1b}', '\u{9b}', '\u{202e}']), "{what}: {text:?}");
+    }
+    for text in &texts {
         assert!(!text.contains("<script>alert"), "{what}: {text}");
+    }
+    for text in &texts[..2] {
+        let code = "`./scripts/bench";
+        let outside = text.lines().filter(|line| !line.contains(code));
+        for line in outside {
+            assert!(
+                !line.replace("\\[", "").contains("[l](") && !line.replace("\\[", "").contains("[i]("),
+                "{what}: {line}"
+            );
+        }
     }
 }
 
 fn refused(what: &str, reason: &anyhow::Error) {
     // Every command prints errors this way.
-    let line = printable(&format!("{reason:#}"));
+    let line = error_line(reason);
     assert!(!line.trim().is_empty() && !line.contains(['\u{1b}', '\n']), "{what}: {line:?}");
 }
 
@@ -108,8 +128,8 @@ fn interleaved() -> InterleavedResult {
     tests::interleaved([IDS[0], IDS[1]], 3.0, [2.5, 3.5])
 }
 
-#[test]
-fn results_with_a_changed_field_are_refused_or_reported_without_harm() {
+/// Returns results with every kind of entry.
+pub fn results() -> Results {
     let mut good = Results::new(machine(), IDS.map(record).into());
     good.model = Some(model("hostile"));
     good.interleaved.push(interleaved());
@@ -122,6 +142,12 @@ fn results_with_a_changed_field_are_refused_or_reported_without_harm() {
         ratio_ci: [1.9, 2.1],
         commit: "a".to_owned(),
     });
+    good
+}
+
+#[test]
+fn results_with_a_changed_field_are_refused_or_reported_without_harm() {
+    let good = results();
     let (mut accepted, mut refused_count) = (0, 0);
     for (what, value) in mutations(&serde_json::to_value(&good).unwrap()) {
         match validate::parse_results(&value.to_string(), "results.json") {
@@ -139,8 +165,8 @@ fn results_with_a_changed_field_are_refused_or_reported_without_harm() {
     assert!(refused_count > accepted && accepted > 0);
 }
 
-#[test]
-fn baselines_with_a_changed_field_are_refused_or_reported_without_harm() {
+/// Returns a baseline with every kind of entry.
+pub fn baseline() -> Baseline {
     let criterion = json!({"iters": [1.0, 2.0], "times": [2e6, 4e6]});
     let saved = |id| SavedCase {
         record: record(id),
@@ -148,7 +174,7 @@ fn baselines_with_a_changed_field_are_refused_or_reported_without_harm() {
         estimates: json!({"median": {"point_estimate": 2e6}}),
         benchmark: json!({"group_id": "x"}),
     };
-    let good = Baseline {
+    Baseline {
         command: "./scripts/bench".to_owned(),
         selections: vec![Selection {
             framework: "torch".to_owned(),
@@ -160,23 +186,35 @@ fn baselines_with_a_changed_field_are_refused_or_reported_without_harm() {
         cases: IDS[..2].iter().map(|id| saved(id)).collect(),
         interleaved: vec![interleaved()],
         env_effects: Vec::new(),
-    };
+    }
+}
+
+/// Returns the text of a file with these lines after the checksum. The author would also correct the checksum.
+pub fn with_checksum(body: &str) -> String {
+    let checksum = checksum(body.as_bytes());
+    format!(
+        "{{\"format\": \"transformer-bench baseline\",\n\"version\": {VERSION},\n\"checksum\": \"{checksum:016x}\",\n{body}"
+    )
+}
+
+/// Checks that a baseline can be reported and compared.
+pub fn use_baseline(what: &str, baseline: &Baseline) {
+    show(what, &baseline.results());
+    let levels = baseline.cases.iter().filter_map(|case| baseline_level::summarize(&case.samples()));
+    assert!(levels.into_iter().all(|level| level.level.is_finite()), "{what}");
+    baseline.machine.differences(&machine());
+}
+
+#[test]
+fn baselines_with_a_changed_field_are_refused_or_reported_without_harm() {
+    let good = baseline();
     let (mut accepted, mut refused_count) = (0, 0);
     for (what, value) in mutations(&serde_json::to_value(&good).unwrap()) {
         let fields: Map<String, Value> = value.as_object().unwrap().clone();
         let body = format!("{}\n", &serde_json::to_string(&fields).unwrap()[1..]);
-        // The author would also correct the checksum.
-        let text = format!(
-            "{{\"format\": \"transformer-bench baseline\",\n\"version\": {VERSION},\n\"checksum\": \"{:016x}\",\n{body}",
-            checksum(body.as_bytes())
-        );
-        match Baseline::parse(&text, "baseline.json") {
+        match Baseline::parse(&with_checksum(&body), "baseline.json") {
             Ok(baseline) => {
-                show(&what, &baseline.results());
-                let levels =
-                    baseline.cases.iter().filter_map(|case| baseline_level::summarize(&case.samples()));
-                assert!(levels.into_iter().all(|level| level.level.is_finite()), "{what}");
-                baseline.machine.differences(&machine());
+                use_baseline(&what, &baseline);
                 accepted += 1;
             }
             Err(reason) => {

@@ -4,12 +4,13 @@ use std::fmt::Write;
 
 use super::format::{digits, or_dash, range};
 use super::headline::headlines;
-use super::markdown::{escaped, table};
+use super::markdown::table_of_markdown;
 use super::notes::machine_lines;
 use super::table::Table;
 use super::{all_measured, find_measured};
 use crate::results::Results;
 use crate::suite::{BackendId, Case, Method, Precision, Workload};
+use crate::text;
 
 /// Renders a Markdown table with a row per training step and a column per machine.
 ///
@@ -18,7 +19,8 @@ pub fn render(machines: &[(String, Results)]) -> String {
     let mut out = String::from("# Training speed of several machines\n\n");
     for (name, results) in machines {
         let [hardware, versions] = machine_lines(results);
-        let _ = writeln!(out, "- **{}**: {} {}", escaped(name), escaped(&hardware), escaped(&versions));
+        let [name, hardware, versions] = [name, &hardware, &versions].map(|t| text::markdown(t));
+        let _ = writeln!(out, "- **{name}**: {hardware} {versions}");
     }
     out.push_str(
         "\nThe table shows samples/s with their 95 % CI. The factor is the speed relative to PyTorch CPU in eager f32 on \
@@ -52,9 +54,9 @@ pub fn render(machines: &[(String, Results)]) -> String {
             .any(Option::is_some)
             .then(|| std::iter::once(format!("`{case}`")).chain(cells.into_iter().map(or_dash)).collect())
     };
-    let names: Vec<&str> = machines.iter().map(|(name, _)| name.as_str()).collect();
-    let header = format!("case|{}", names.join("|"));
-    out + &table(&Table::new("", "", &header, cases.iter().filter_map(row).collect()))
+    let names = machines.iter().map(|(name, _)| text::markdown(name));
+    let header = std::iter::once("case".to_owned()).chain(names).collect();
+    out + &table_of_markdown(&Table::with_header("", "", header, cases.iter().filter_map(row).collect()))
 }
 
 #[cfg(test)]

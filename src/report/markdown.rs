@@ -5,39 +5,37 @@ use std::fmt::Write;
 use super::table::Table;
 use super::{notes, summary, tables};
 use crate::results::Results;
+use crate::text;
 
-/// Escapes text for a line or a cell of Markdown. The result has no HTML, no column or line break, and no control
-/// character that a terminal would follow.
-pub fn escaped(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c {
-            '|' => out.push_str("\\|"),
-            '<' => out.push_str("&lt;"),
-            c if c.is_control() => out.push(' '),
-            c => out.push(c),
-        }
-    }
-    out
+/// Formats a table of plain text, with columns that are aligned in plain text too.
+pub fn table(table: &Table) -> String {
+    let escaped = |row: &Vec<String>| row.iter().map(|cell| text::markdown(cell)).collect();
+    format_table(
+        std::iter::once(&table.header).chain(&table.rows).map(escaped).collect(),
+        &table.numeric_columns(),
+    )
 }
 
-/// Formats a table, with columns that are aligned in plain text too.
-pub fn table(table: &Table) -> String {
-    let cells = |row: &[String]| row.iter().map(|cell| escaped(cell)).collect::<Vec<_>>();
-    let rows: Vec<Vec<String>> =
-        std::iter::once(&table.header).chain(&table.rows).map(|row| cells(row)).collect();
-    let numeric = table.numeric_columns();
+/// Formats a table whose cells are Markdown: their authors have escaped all text from files.
+pub fn table_of_markdown(table: &Table) -> String {
+    format_table(
+        std::iter::once(&table.header).chain(&table.rows).cloned().collect(),
+        &table.numeric_columns(),
+    )
+}
+
+fn format_table(rows: Vec<Vec<String>>, numeric: &[bool]) -> String {
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0).max(3);
     let widths: Vec<usize> = (0..numeric.len()).map(width).collect();
     let mut out = String::new();
     for (index, row) in rows.iter().enumerate() {
-        for ((cell, &width), numeric) in row.iter().zip(&widths).zip(&numeric) {
+        for ((cell, &width), numeric) in row.iter().zip(&widths).zip(numeric) {
             let _ =
                 if *numeric { write!(out, "| {cell:>width$} ") } else { write!(out, "| {cell:<width$} ") };
         }
         out.push_str("|\n");
         if index == 0 {
-            for (&width, numeric) in widths.iter().zip(&numeric) {
+            for (&width, numeric) in widths.iter().zip(numeric) {
                 let _ = if *numeric {
                     write!(out, "| {:->1$}: ", "", width - 1)
                 } else {
@@ -54,18 +52,18 @@ pub fn table(table: &Table) -> String {
 pub fn render(results: &Results, command: &str) -> String {
     let mut out = String::from("# transformer-bench");
     if let Some(custom) = &results.model {
-        let _ = write!(out, ": {}", custom.configuration.name);
+        let _ = write!(out, ": {}", text::markdown(custom.configuration.name));
     }
     out.push_str("\n\n");
     if let Some(line) = notes::model_line(results) {
-        let _ = writeln!(out, "{}\n", escaped(&line));
+        let _ = writeln!(out, "{}\n", text::markdown(&line));
     }
     for sentence in summary::answer(results) {
-        let _ = writeln!(out, "**{}**\n", escaped(&sentence));
+        let _ = writeln!(out, "**{sentence}**\n");
     }
     let [hardware, versions] = notes::machine_lines(results);
     let _ = writeln!(out, "{} {}\n", notes::disturbance(results).1, summary::limits(results));
-    let _ = writeln!(out, "{}  \n{}\n", escaped(&hardware), escaped(&versions));
+    let _ = writeln!(out, "{}  \n{}\n", text::markdown(&hardware), text::markdown(&versions));
     let show = |out: &mut String, shown: &Table| {
         let _ = writeln!(out, "## {}\n", shown.title);
         if !shown.note.is_empty() {
@@ -77,17 +75,17 @@ pub fn render(results: &Results, command: &str) -> String {
         if !lines.is_empty() {
             let _ = writeln!(out, "{title}\n");
             lines.iter().for_each(|line| {
-                let _ = writeln!(out, "- {}", escaped(line));
+                let _ = writeln!(out, "- {line}");
             });
             out.push('\n');
         }
     };
     tables::first(results).iter().for_each(|first| show(&mut out, first));
-    list(&mut out, "Not measured:", notes::not_measured(results));
+    let missing = notes::not_measured(results).iter().map(|line| text::markdown(line)).collect();
+    list(&mut out, "Not measured:", missing);
     list(&mut out, "## More findings", summary::findings(results));
     tables::all(results).iter().for_each(|other| show(&mut out, other));
-    // A code span shows a column mark as it is.
-    let _ = writeln!(out, "To repeat the run: `{}`", escaped(command).replace("\\|", "|"));
+    let _ = writeln!(out, "To repeat the run: {}", text::markdown_code(command));
     if let Some(text) = notes::invitation(results) {
         let _ = writeln!(out, "\n{text}");
     }
@@ -105,17 +103,18 @@ mod tests {
 
     #[test]
     fn hostile_text_stays_text() {
-        assert_eq!(escaped("a|b\n<script>\u{1b}[31m"), "a\\|b &lt;script> [31m");
-        let mut results =
-            Results::new(Machine { cpu: "<b>|\n\u{1b}]0;x".to_owned(), ..Machine::default() }, Vec::new());
+        let cpu = "# <b>|\n\u{1b}]0;x [l](http://x)".to_owned();
+        let mut results = Results::new(Machine { cpu, ..Machine::default() }, Vec::new());
         results.cases.push(Record::unmeasured(
             &"forward/torch-cpu/f32/indicator-b16".parse().unwrap(),
             Status::Skipped,
-            "<img src=x>|\u{7}",
+            "<img src=x>|\u{7} ![i](http://x) `code`",
         ));
         let text = render(&results, "x");
         assert!(!text.contains("<b>") && !text.contains("<img"), "{text}");
         assert!(!text.contains(['\u{1b}', '\u{7}']), "{text}");
+        assert!(text.contains("\n\\# &lt;b>\\| ") && text.contains(" \\[l](http://x)"), "{text}");
+        assert!(text.contains("!\\[i](http://x) \\`code\\`"), "{text}");
     }
 
     #[test]

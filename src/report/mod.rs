@@ -15,7 +15,7 @@ pub mod table;
 pub mod tables;
 
 #[cfg(test)]
-mod hostile_tests;
+pub(crate) mod hostile_tests;
 
 use crate::model::ModelId;
 use crate::results::{Record, Results, Status};

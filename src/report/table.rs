@@ -16,8 +16,17 @@ pub struct Table {
 
 impl Table {
     /// Creates a table without the columns that are empty in all rows. `header` is `first|second|…`.
-    pub fn new(title: impl Into<String>, note: &str, header: &str, mut rows: Vec<Vec<String>>) -> Self {
-        let mut header: Vec<String> = header.split('|').map(str::to_owned).collect();
+    pub fn new(title: impl Into<String>, note: &str, header: &str, rows: Vec<Vec<String>>) -> Self {
+        Self::with_header(title, note, header.split('|').map(str::to_owned).collect(), rows)
+    }
+
+    /// Creates a table whose column titles may contain any character.
+    pub fn with_header(
+        title: impl Into<String>,
+        note: &str,
+        mut header: Vec<String>,
+        mut rows: Vec<Vec<String>>,
+    ) -> Self {
         for column in (0..header.len()).rev() {
             if rows.iter().all(|row| row[column].is_empty()) {
                 header.remove(column);

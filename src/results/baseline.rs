@@ -19,6 +19,7 @@ use super::{EnvEffect, InterleavedResult, Record, Results, RunModel, Status, des
 use crate::files;
 use crate::results;
 use crate::suite::Case;
+use crate::text;
 
 const FORMAT: &str = "transformer-bench baseline";
 
@@ -139,32 +140,25 @@ impl Baseline {
         ))
     }
 
-    /// Parses the text of a file.
+    /// Parses the text of a file and makes its strings printable.
     ///
     /// # Errors
     /// Returns an error that begins with `place` if the text is damaged, changed or of a newer version.
-    pub fn parse(text: &str, place: &str) -> Result<Self> {
-        ensure!(!text.trim().is_empty(), "{place} is empty: restore it from git, or save it again");
-        let mut value: Value = serde_json::from_str(text)
+    pub fn parse(file: &str, place: &str) -> Result<Self> {
+        ensure!(!file.trim().is_empty(), "{place} is empty: restore it from git, or save it again");
+        let mut value = text::parse_json(file)
             .with_context(|| format!("{place} is damaged: restore it from git, or save it again"))?;
         ensure!(value["format"] == FORMAT, "{place} is not a baseline of this suite");
-        let version = value["version"].as_u64().unwrap_or(0);
-        ensure!(
-            version <= VERSION,
-            "{place} has format {version}, and this version reads up to {VERSION}: update transformer-bench"
-        );
-        ensure!(version > 0, "{place} has no format version: restore it from git, or save it again");
-        let body = text.splitn(4, '\n').nth(3).unwrap_or("");
+        let version = validate::check_version(&value["version"], place)?;
+        let body = file.splitn(4, '\n').nth(3).unwrap_or("");
         ensure!(
             value["checksum"] == format!("{:016x}", files::checksum(body.as_bytes())),
             "{place} was changed after it was saved: restore it from git, or save it again"
         );
         upgrade::upgrade(&mut value, version);
         let baseline: Self = serde_json::from_value(value).with_context(|| format!("{place} is damaged"))?;
-        validate::check_comparisons(&baseline.interleaved, &baseline.env_effects)
-            .with_context(|| place.to_owned())?;
+        validate::check_results(&baseline.results()).with_context(|| place.to_owned())?;
         for kept in &baseline.cases {
-            validate::check_record(&kept.record).with_context(|| format!("{place}: {}", kept.record.id))?;
             ensure!(
                 !kept.is_measured()
                     || [&kept.sample, &kept.estimates, &kept.benchmark].iter().all(|v| v.is_object()),
@@ -234,11 +228,8 @@ fn save_case(home: &Path, record: Record, named: &str) -> Result<SavedCase> {
     let folder = results::criterion_folder(home, &case);
     let read = |run: &str, name: &str| -> Result<Value> {
         let path = folder.join(run).join(name);
-        let text = fs::read_to_string(&path).with_context(|| {
-            format!("Criterion's {} is missing: run ./scripts/bench again", path.display())
-        })?;
-        serde_json::from_str(&text)
-            .with_context(|| format!("{} is damaged: run ./scripts/bench again", path.display()))
+        ensure!(path.exists(), "Criterion's {} is missing: run ./scripts/bench again", path.display());
+        results::read_json(&path, "run ./scripts/bench again")
     };
     kept.estimates = read("new", "estimates.json")?;
     let same = |estimates: &Value| estimates["median"]["point_estimate"].as_f64() == kept.record.median_ns;
@@ -327,9 +318,7 @@ pub fn find(root: &Path, text: &str, slug: &str) -> Result<PathBuf> {
 
 /// Loads a baseline from a file.
 pub fn load(file: &Path) -> Result<Baseline> {
-    let place = file.display().to_string();
-    let text = fs::read_to_string(file).with_context(|| format!("{place} could not be read"))?;
-    Baseline::parse(&text, &place)
+    Baseline::parse(&files::read_text(file)?, &file.display().to_string())
 }
 
 /// Loads the baseline `NAME` or `MACHINE/NAME`.

@@ -9,7 +9,6 @@ pub mod run;
 pub mod upgrade;
 pub mod validate;
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -17,12 +16,15 @@ use serde::de::{DeserializeOwned, Error};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::backend::RankStats;
-use crate::files::{lock_file, write_atomic};
+use crate::files::{self, lock_file, write_atomic};
 use crate::interference;
 use crate::model::{Model, ModelId, config};
-use crate::suite::{Case, CustomModel, HEADLINE_SHAPE, Shape, custom_model};
+use crate::suite::{Case, CustomModel, HEADLINE_SHAPE, MAX_BATCH, Shape, custom_model};
+use crate::text;
 use machine::Machine;
 pub use upgrade::VERSION;
+
+pub use crate::text::one_line;
 
 /// Outcome of a case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -81,21 +83,6 @@ pub struct Record {
     /// Statistics of the ranks, for a case on several devices.
     #[serde(default)]
     pub ranks: Option<RankStats>,
-}
-
-/// Replaces control characters by spaces: a file may come from anybody and must not control a terminal.
-pub fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
-}
-
-/// Shortens a reason to one line: a framework may return the whole output of a compiler.
-pub fn one_line(reason: &str) -> String {
-    const MAX_CHARS: usize = 300;
-    let mut line = printable(reason).split_whitespace().collect::<Vec<_>>().join(" ");
-    if let Some((end, _)) = line.char_indices().nth(MAX_CHARS) {
-        line.replace_range(end.., "…");
-    }
-    line
 }
 
 impl Record {
@@ -294,7 +281,7 @@ pub fn deserialize_run_model<'de, D: Deserializer<'de>>(from: D) -> Result<Optio
     let own: Option<RunModel> = Deserialize::deserialize(from)?;
     if let Some(own) = &own {
         let whole = config::complete_and_check(own.configuration).ok() == Some(own.configuration);
-        if !whole || !(1..=custom_model::MAX_BATCH).contains(&own.batch) {
+        if !whole || !(1..=MAX_BATCH).contains(&own.batch) {
             return Err(D::Error::custom("the model of this run is not valid"));
         }
         ModelId::register(own.configuration).map_err(D::Error::custom)?;
@@ -334,18 +321,7 @@ pub fn criterion_folder(home: &Path, case: &Case) -> PathBuf {
 /// # Errors
 /// Returns an error that ends in `advice` if the file is damaged.
 pub(crate) fn read_json<T: DeserializeOwned>(path: &Path, advice: &str) -> Result<T> {
-    let text = fs::read_to_string(path).with_context(|| format!("{} could not be read", path.display()))?;
-    serde_json::from_str(&text).with_context(|| format!("{} is damaged: {advice}", path.display()))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_reason_is_one_short_line() {
-        assert_eq!(one_line("a\n  b\tc "), "a b c");
-        let long = one_line(&"é".repeat(1000));
-        assert!(long.ends_with("é…") && long.chars().count() == 301, "{long}");
-    }
+    let text = files::read_text(path)?;
+    let damaged = || format!("{} is damaged: {advice}", path.display());
+    serde_json::from_value(text::parse_json(&text).with_context(damaged)?).with_context(damaged)
 }

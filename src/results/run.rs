@@ -5,11 +5,11 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
 use super::machine::Machine;
-use super::{Record, Results, RunModel, env_effects, interleaved_results, read_json, validate};
+use super::{Record, Results, RunModel, VERSION, env_effects, interleaved_results, read_json, validate};
 use crate::files::{executable_checksum, write_atomic};
 use crate::suite::{Case, Framework, Set, cases_for, custom_model};
 
@@ -51,11 +51,12 @@ fn parts(folder: &Path) -> Result<Vec<(PathBuf, ProcessRecord)>> {
     let paths = Framework::ALL.iter().flat_map(|&f| [false, true].map(|tf32| part_path(folder, f, tf32)));
     let read = |path: PathBuf| -> Result<(PathBuf, ProcessRecord)> {
         let part: ProcessRecord = read_json(&path, "run ./scripts/bench again")?;
-        for record in &part.results.cases {
-            validate::check_record(record).with_context(|| {
-                format!("{} is damaged ({}): run ./scripts/bench again", path.display(), record.id)
-            })?;
-        }
+        let damaged = || format!("{} is damaged: run ./scripts/bench again", path.display());
+        // The run's own executable wrote it, so it has the present version.
+        let version = part.results.version;
+        ensure!(version == VERSION, "{}: its version is {version}, not {VERSION}", damaged());
+        validate::check_results(&part.results).with_context(damaged)?;
+        part.framework.parse::<Framework>().map_err(anyhow::Error::msg).with_context(damaged)?;
         Ok((path, part))
     };
     paths.filter(|path| path.exists()).map(read).collect()
@@ -150,6 +151,8 @@ pub fn merge(folder: &Path) -> Result<(Results, Vec<ProcessRecord>)> {
     }
     let model = first.results.model.clone();
     let mut records: Vec<Record> = parts.iter().flat_map(|p| p.results.cases.clone()).collect();
+    validate::check_cases(&records)
+        .context("the records of the last run are damaged: run ./scripts/bench again")?;
     let custom = model.as_ref().map(RunModel::custom_model);
     let cases = |&set: &Set| cases_for(set, custom);
     let order: Vec<String> = Set::ALL.iter().rev().flat_map(cases).map(|c: Case| c.to_string()).collect();
@@ -161,6 +164,8 @@ pub fn merge(folder: &Path) -> Result<(Results, Vec<ProcessRecord>)> {
     results.env_effects.retain(|s| s.commit == results.machine.commit);
     results.interleaved = interleaved_results(folder)?;
     results.interleaved.retain(|t| t.commit == results.machine.commit);
+    validate::check_comparisons(&results.interleaved, &results.env_effects)
+        .with_context(|| format!("a comparison in {} is damaged: remove it", folder.display()))?;
     Ok((results, parts))
 }
 

@@ -1,32 +1,82 @@
 //! Checks of files from elsewhere: only values that a run can produce are accepted.
 
+use std::collections::HashSet;
+
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
+use super::machine::Machine;
 use super::{EnvEffect, InterleavedResult, Record, Results, Status, VERSION, upgrade};
 use crate::suite::Case;
+use crate::text;
 
-/// Parses `results.json` of this version or an older one. `place` names the file in errors.
+/// Parses `results.json` of this version or an older one, and makes its strings printable. `place` names the file in
+/// errors.
 ///
 /// # Errors
 /// Returns an error if the file is empty, damaged or of a newer version, or if a value is invalid.
 pub fn parse_results(text: &str, place: &str) -> Result<Results> {
     ensure!(!text.trim().is_empty(), "{place} is empty: run ./scripts/bench again");
-    let mut value: Value = serde_json::from_str(text)
-        .with_context(|| format!("{place} is damaged: run ./scripts/bench again"))?;
-    let version = value["version"].as_u64().unwrap_or(1);
-    ensure!(
-        version <= VERSION,
-        "{place} has version {version}, and this program reads versions up to {VERSION}: update transformer-bench"
-    );
+    let mut value =
+        text::parse_json(text).with_context(|| format!("{place} is damaged: run ./scripts/bench again"))?;
+    // The first version has no number.
+    let version = value.get("version").map_or(Ok(1), |version| check_version(version, place))?;
     upgrade::upgrade(&mut value, version);
     let results: Results =
         serde_json::from_value(value).with_context(|| format!("{place} lacks a field of a run"))?;
-    for record in &results.cases {
-        check_record(record).with_context(|| format!("{place}: {}", record.id))?;
-    }
-    check_comparisons(&results.interleaved, &results.env_effects).with_context(|| place.to_owned())?;
+    check_results(&results).with_context(|| place.to_owned())?;
     Ok(results)
+}
+
+/// Returns the version of a file that this program can read.
+///
+/// # Errors
+/// Returns an error that begins with `place` if it is not a version or a newer one.
+pub fn check_version(version: &Value, place: &str) -> Result<u64> {
+    let number = version.as_u64().filter(|number| *number > 0);
+    let number = number.with_context(|| format!("{place} is damaged: its version is {version}"))?;
+    ensure!(
+        number <= VERSION,
+        "{place} has version {number}, and this program reads versions up to {VERSION}: update transformer-bench"
+    );
+    Ok(number)
+}
+
+/// Checks everything in the results of a run or baseline.
+///
+/// # Errors
+/// Returns an error that names the case or field if a run cannot produce it.
+pub fn check_results(results: &Results) -> Result<()> {
+    check_machine(&results.machine)?;
+    check_cases(&results.cases)?;
+    check_comparisons(&results.interleaved, &results.env_effects)
+}
+
+/// Checks the records of a run, and that each case occurs once.
+///
+/// # Errors
+/// Returns an error that names the case.
+pub fn check_cases(records: &[Record]) -> Result<()> {
+    let mut seen = HashSet::new();
+    for record in records {
+        check_record(record).with_context(|| record.id.clone())?;
+        ensure!(seen.insert(&record.id), "{} occurs twice", record.id);
+    }
+    Ok(())
+}
+
+/// Returns true for a day such as `2026-11-25`.
+pub fn is_day(text: &str) -> bool {
+    let fits = |(i, byte): (usize, u8)| if i == 4 || i == 7 { byte == b'-' } else { byte.is_ascii_digit() };
+    text.len() == 10 && text.bytes().enumerate().all(fits)
+}
+
+fn check_machine(machine: &Machine) -> Result<()> {
+    let date = &machine.date;
+    ensure!(date.is_empty() || is_day(date), "date is '{date}': expected a day such as 2026-11-25");
+    let load = machine.background_load.unwrap_or_default();
+    ensure!(load.is_finite() && load >= 0.0, "background_load is {load}: expected a number of cores");
+    Ok(())
 }
 
 fn is_positive(value: f64) -> bool {
@@ -72,6 +122,8 @@ pub fn check_comparisons(interleaved: &[InterleavedResult], env_effects: &[EnvEf
 /// Returns an error if the id is unknown or a value is outside of its range.
 pub fn check_record(record: &Record) -> Result<()> {
     record.id.parse::<Case>().map_err(anyhow::Error::msg)?;
+    let parts = [&record.workload, &record.backend, &record.precision, &record.shape].map(String::as_str);
+    ensure!(record.id.split('/').eq(parts), "its fields are those of {}", parts.join("/"));
     if record.status == Status::Measured {
         let median = record.median_ns.context("a measured case without a median")?;
         let ci @ [low, high] = record.ci_ns.context("a measured case without an interval")?;
@@ -80,6 +132,8 @@ pub fn check_record(record: &Record) -> Result<()> {
     }
     if let Some(throughput) = &record.throughput {
         ensure!(is_positive(throughput.value), "{} is not a rate", throughput.value);
+        let unit = &throughput.unit;
+        ensure!(["samples/s", "FLOP/s", "B/s"].contains(&unit.as_str()), "'{unit}' is not a unit of a rate");
     }
     for count in [record.page_faults, record.page_fault_share].into_iter().flatten() {
         ensure!(count.is_finite() && count >= 0.0, "{count} page faults are impossible");

@@ -3,10 +3,10 @@
 use std::fmt;
 use std::str::FromStr;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use regex::Regex;
 
-use super::{BackendId, Device, Framework, Method, Shape, Variant, Workload};
+use super::{BackendId, Device, Framework, Method, Shape, Variant, Workload, cost};
 use crate::model::Dropout;
 
 /// One benchmark.
@@ -89,15 +89,28 @@ impl FromStr for Case {
             Workload::TrainStep => matches!(case.shape, Shape::Model { .. }),
             _ => matches!(case.shape, Shape::Model { ranks: 1, .. }),
         };
-        if fits { Ok(case) } else { Err(format!("'{text}': {workload} has no shape '{shape}'")) }
+        if !fits {
+            return Err(format!("'{text}': {workload} has no shape '{shape}'"));
+        }
+        // A preset with the largest batch is far below the limit, and reports parse many of its ids.
+        let is_preset = case.shape.model().is_some_and(|(model, _)| model.is_preset());
+        if !is_preset && !cost::is_computable(&case) {
+            return Err(format!("'{text}' is too large: it has over 2^64 FLOPs or bytes"));
+        }
+        Ok(case)
     }
 }
+
+/// Longest filter in bytes, over ten times the longest of a published run. Baselines from elsewhere contain filters, and
+/// a longer one takes seconds to compile.
+const MAX_FILTER: usize = 10_000;
 
 /// Parses a filter over ids.
 ///
 /// # Errors
-/// Returns an error if it is not a regular expression.
+/// Returns an error if it is too long or not a regular expression.
 pub fn parse_filter(text: &str) -> Result<Regex> {
+    ensure!(text.len() <= MAX_FILTER, "the filter has {} bytes: use at most {MAX_FILTER}", text.len());
     Regex::new(text).with_context(|| format!("'{text}' is not a regular expression"))
 }
 
@@ -149,6 +162,10 @@ mod tests {
             ("train-step/torch-cpu/f32-fast/indicator-b16", "unknown variant"),
             ("train-step/torch-cpu/f32-eager/indicator-b16", "no suffix"),
             ("train-step/torch-cpu/f32/indicator-b0", "at least 1"),
+            ("train-step/torch-cpu/f32/indicator-b9223372036854775807", "at most 65536"),
+            ("matmul-peak/torch-cpu/f32/n4294967295", "at most 65536"),
+            ("matmul-peak/torch-cpu/f32/n65536-x65536", "too large"),
+            ("all-reduce/torch-cpu/f32/1mib-dp99999999999", "at most 65536"),
             ("train-step/torch-cpu/f32/bert-b1", "unknown model"),
             ("train-step/torch-cpu/f32/indicator-b1-t7", "unknown shape"),
             ("train-step/torch-cpu/f32/gpt2-b8-t99", "unknown shape"),

@@ -4,9 +4,14 @@
 //! scaling-law literature (Kaplan et al. 2020). The backward pass has two products for each product whose
 //! operands both need a gradient, and one if only the weight does. Causal attention counts in full. Bytes are
 //! the minimum traffic: each operand is read once, and each result is written once.
+//!
+//! Intermediate results have 128 bits, which no shape exceeds. A result of over 64 bits is `u64::MAX`, and
+//! [`is_computable`] refuses its case.
 
 use super::{Block, Case, Shape, Workload};
 use crate::model::{Input, Model, Output, Position};
+
+const MIB: usize = 1 << 20;
 
 /// The work of one iteration, in the unit of the case's speed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,24 +50,38 @@ pub fn work(case: &Case) -> Work {
     }
 }
 
-fn linear(rows: usize, from: usize, to: usize) -> u64 {
-    2 * (rows * from * to) as u64
+/// Returns true if the FLOPs, bytes and memory of a case have at most 64 bits.
+pub fn is_computable(case: &Case) -> bool {
+    [flops(case), min_bytes(case), memory_estimate(case)].iter().all(|amount| *amount < u64::MAX)
+}
+
+fn saturated(amount: u128) -> u64 {
+    u64::try_from(amount).unwrap_or(u64::MAX)
+}
+
+/// Returns the product of sizes.
+fn product<const N: usize>(sizes: [usize; N]) -> u128 {
+    sizes.map(|size| size as u128).iter().product()
+}
+
+fn linear(rows: usize, from: usize, to: usize) -> u128 {
+    2 * product([rows, from, to])
 }
 
 /// Returns the FLOPs of the four projections and the two attention products, forward only.
-fn attention_flops(batch: usize, m: &Model) -> u64 {
+fn attention_flops(batch: usize, m: &Model) -> u128 {
     let (rows, (q_width, kv_width)) = (batch * m.tokens, m.qkv_widths());
     2 * (linear(rows, m.width, q_width) + linear(rows, m.width, kv_width) + linear(rows, q_width, m.tokens))
 }
 
-fn feed_forward_flops(rows: usize, m: &Model) -> u64 {
-    (2 + u64::from(m.glu)) * linear(rows, m.width, m.ffn_width)
+fn feed_forward_flops(rows: usize, m: &Model) -> u128 {
+    (2 + u128::from(m.glu)) * linear(rows, m.width, m.ffn_width)
 }
 
 /// Returns the FLOPs of the forward and of the backward pass.
-fn model_flops(m: &Model, batch: usize) -> (u64, u64) {
+fn model_flops(m: &Model, batch: usize) -> (u128, u128) {
     let rows = batch * m.tokens;
-    let blocks = m.layers as u64 * (attention_flops(batch, m) + feed_forward_flops(rows, m));
+    let blocks = m.layers as u128 * (attention_flops(batch, m) + feed_forward_flops(rows, m));
     // Inputs need no gradient, so the backward pass of these products is a single product.
     let embedding = match m.input {
         Input::Tokens => 0,
@@ -88,14 +107,14 @@ pub fn flops(case: &Case) -> u64 {
             };
             (forward, 2 * forward)
         }
-        Shape::Square { n, chain } => (chain as u64 * linear(n, n, n), 0),
+        Shape::Square { n, chain } => (chain as u128 * linear(n, n, n), 0),
         Shape::Buffer { .. } => (0, 0),
     };
-    match case.workload {
+    saturated(match case.workload {
         Workload::OptimizerStep => 0,
         workload if workload.trains() => forward + backward,
         _ => forward,
-    }
+    })
 }
 
 /// Returns the bytes that an optimizer step or a copy must move, and 0 for other workloads.
@@ -103,17 +122,17 @@ pub fn flops(case: &Case) -> u64 {
 /// For an all-reduce, these are the bytes that each rank must send and receive. Divided by the time, they are
 /// the bus bandwidth of nccl-tests (<https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md>).
 pub fn bytes(case: &Case) -> u64 {
-    match (case.workload, case.shape) {
+    saturated(match (case.workload, case.shape) {
         // Reads the parameter, its gradient and two moments; writes the parameter and the moments.
         (Workload::OptimizerStep, shape) => {
-            7 * (shape.parameter_count() * case.method.precision.parameter_bytes()) as u64
+            7 * product([shape.parameter_count(), case.method.precision.parameter_bytes()])
         }
         (Workload::AllReduce, Shape::Buffer { mib, ranks }) => {
-            (((2 * (ranks - 1) * mib) as u64) << 20) / ranks as u64
+            product([2, ranks - 1, mib, MIB]) / ranks as u128
         }
-        (_, Shape::Buffer { mib, .. }) => (2 * mib as u64) << 20,
+        (_, Shape::Buffer { mib, .. }) => product([2, mib, MIB]),
         _ => 0,
-    }
+    })
 }
 
 /// Returns the minimum memory traffic of an iteration in bytes: inputs, parameters, results and gradients once
@@ -121,9 +140,9 @@ pub fn bytes(case: &Case) -> u64 {
 pub fn min_bytes(case: &Case) -> u64 {
     let parameters = case.shape.parameter_count();
     let inputs_and_outputs = match case.shape {
-        Shape::Model { model: m, batch, .. } => batch * m.tokens * m.vocabulary.max(2),
-        Shape::Block { model: m, batch, .. } => 2 * batch * m.tokens * m.width,
-        Shape::Square { n, chain } => (1 + 2 * chain) * n * n,
+        Shape::Model { model: m, batch, .. } => product([batch, m.tokens, m.vocabulary.max(2)]),
+        Shape::Block { model: m, batch, .. } => product([2, batch, m.tokens, m.width]),
+        Shape::Square { n, chain } => product([1 + 2 * chain, n, n]),
         Shape::Buffer { .. } => return bytes(case),
     };
     let passes = match case.workload {
@@ -132,7 +151,8 @@ pub fn min_bytes(case: &Case) -> u64 {
         workload if workload.trains() => 2,
         _ => 1,
     };
-    ((passes * parameters + inputs_and_outputs) * case.method.precision.parameter_bytes()) as u64
+    let values = product([passes, parameters]) + inputs_and_outputs;
+    saturated(values * case.method.precision.parameter_bytes() as u128)
 }
 
 /// Returns the activations per token that eager attention saves for the backward pass, including its norms.
@@ -152,8 +172,8 @@ fn feed_forward_activations(m: &Model) -> usize {
 /// Estimates the memory of a case in bytes, so that a case that cannot fit is refused before it runs: parameters
 /// with gradients, moments and the fixture's copy, and the saved activations of an eager implementation.
 pub fn memory_estimate(case: &Case) -> u64 {
-    let parameters = case.shape.parameter_count() as u64;
-    let width = case.method.precision.parameter_bytes() as u64;
+    let parameters = case.shape.parameter_count() as u128;
+    let width = case.method.precision.parameter_bytes() as u128;
     let trains = case.workload.trains();
     // Activations per token of a layer and of the output.
     let (rows, layers, layer, logits) = match case.shape {
@@ -170,17 +190,19 @@ pub fn memory_estimate(case: &Case) -> u64 {
         Shape::Block { block: Block::FeedForward, model: m, batch } => {
             (batch * m.tokens, 1, 8 * m.width + feed_forward_activations(&m), 0)
         }
-        Shape::Square { n, .. } => return (3 * n * n) as u64 * (width + 4),
-        Shape::Buffer { mib, .. } => return (3 * mib as u64) << 20,
+        Shape::Square { n, .. } => return saturated(product([3, n, n]) * (width + 4)),
+        Shape::Buffer { mib, .. } => return saturated(product([3, mib, MIB])),
     };
-    let saved = (rows * (layer * if trains { layers } else { 1 } + logits)) as u64;
+    let saved = product([rows, layer, if trains { layers } else { 1 }]) + product([rows, logits]);
     let activations = if case.workload == Workload::OptimizerStep { 0 } else { saved * width };
-    parameters * (4 * width + 4) + activations
+    saturated(parameters * (4 * width + 4) + activations)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::ModelId;
+    use crate::suite::MAX_BATCH;
 
     fn case(id: &str) -> Case {
         id.parse().unwrap()
@@ -226,6 +248,17 @@ mod tests {
         assert_eq!(work(&case("train-step/torch-cpu/f32/indicator-b64")), Work::Samples(64));
         assert_eq!(work(&case("copy-peak/torch-cpu/f32/1mib")), Work::Bytes(2 << 20));
         assert!(matches!(work(&case("attention-grad/torch-cpu/f32/b1-h8-t111-d32")), Work::Flops(_)));
+    }
+
+    #[test]
+    fn presets_are_computable_at_the_largest_batch() {
+        for model in ModelId::with_miniatures() {
+            let shape = Shape::for_model(model, MAX_BATCH);
+            let step = Case { shape, ..case("train-step/torch-cpu/f32/indicator-b1") };
+            assert!(is_computable(&step), "{step}");
+        }
+        let largest = Shape::Square { n: MAX_BATCH, chain: MAX_BATCH };
+        assert!(!is_computable(&Case { shape: largest, ..case("matmul-peak/torch-cpu/f32/n64") }));
     }
 
     #[test]

@@ -6,9 +6,10 @@ use std::sync::OnceLock;
 
 use anyhow::{Context, Result, ensure};
 
-use super::{BackendId, Case, Method, Precision, Shape, Workload, cost};
+use super::{BackendId, Case, MAX_BATCH, Method, Precision, Shape, Workload, cost};
 use crate::model::config::{self, ParsedModel};
 use crate::model::{Model, ModelId};
+use crate::text::variable;
 
 pub const MODEL_VARIABLE: &str = "TRANSFORMER_BENCH_MODEL";
 pub const BATCH_VARIABLE: &str = "TRANSFORMER_BENCH_BATCH";
@@ -43,9 +44,6 @@ const TARGET_STEP_SECONDS: f64 = 2.0;
 /// Largest share of the memory for the default batch.
 const MAX_MEMORY_SHARE: f64 = 0.5;
 const DEFAULT_MAX_BATCH: usize = 256;
-/// Largest batch that a user can set.
-pub const MAX_BATCH: usize = 1 << 16;
-
 static CUSTOM_MODEL: OnceLock<CustomModel> = OnceLock::new();
 
 /// Returns the custom model of this process, if there is one.
@@ -60,14 +58,13 @@ pub fn custom_model() -> Option<CustomModel> {
 /// # Errors
 /// Returns an error if the file or a size is invalid, or if the model does not fit into the memory.
 pub fn from_environment(capacity: impl FnOnce() -> MachineCapacity) -> Result<Vec<String>> {
-    let variable = |name: &str| std::env::var(name).ok().filter(|text| !text.is_empty());
-    let size = |name: &str| -> Result<Option<usize>> {
-        let Some(text) = variable(name) else { return Ok(None) };
-        let size = text.parse().ok().filter(|n| (1..=MAX_BATCH).contains(n));
-        Ok(Some(size.with_context(|| format!("{name}={text}: use a whole number from 1 to {MAX_BATCH}"))?))
+    let size = |name: &str, max: usize| -> Result<Option<usize>> {
+        let Some(text) = variable(name)? else { return Ok(None) };
+        let size = text.parse().ok().filter(|n| (1..=max).contains(n));
+        Ok(Some(size.with_context(|| format!("{name}={text}: use a whole number from 1 to {max}"))?))
     };
-    let (tokens, batch) = (size(TOKENS_VARIABLE)?, size(BATCH_VARIABLE)?);
-    let Some(path) = variable(MODEL_VARIABLE) else {
+    let (tokens, batch) = (size(TOKENS_VARIABLE, config::MAX_SIZE)?, size(BATCH_VARIABLE, MAX_BATCH)?);
+    let Some(path) = std::env::var_os(MODEL_VARIABLE).filter(|path| !path.is_empty()) else {
         ensure!(
             tokens.is_none() && batch.is_none(),
             "{TOKENS_VARIABLE} and {BATCH_VARIABLE} need {MODEL_VARIABLE}"
@@ -107,6 +104,17 @@ fn choose_sizes(
     let longest = if model.is_language_model() { DEFAULT_MAX_TOKENS.min(context) } else { context };
     let tokens = tokens.unwrap_or(longest);
     let id = ModelId::intern(Model { tokens, ..model });
+    let step = |batch| Case {
+        workload: Workload::TrainStep,
+        backend: BackendId::TorchCpu,
+        method: Method::eager(Precision::F32),
+        shape: CustomModel { model: id, batch }.shape(),
+    };
+    let smallest = batch.unwrap_or(1);
+    ensure!(
+        cost::is_computable(&step(smallest)),
+        "{name} is too large: a training step of batch {smallest} has over 2^64 FLOPs or bytes"
+    );
     let with_batch = |batch| CustomModel { model: id, batch };
     let parameters = with_batch(1).shape().parameter_count() as f64 / 1e6;
     let message = |batch, reason: String| {
@@ -118,12 +126,6 @@ fn choose_sizes(
         return message(batch, "as requested".to_owned());
     }
     let capacity = capacity();
-    let step = |batch| Case {
-        workload: Workload::TrainStep,
-        backend: BackendId::TorchCpu,
-        method: Method::eager(Precision::F32),
-        shape: with_batch(batch).shape(),
-    };
     let seconds = |batch| cost::flops(&step(batch)) as f64 / capacity.flops_per_s;
     let memory = |batch| cost::memory_estimate(&step(batch)) as f64;
     let gb = |bytes: f64| format!("{:.1} GB", bytes / 1e9);
@@ -188,5 +190,9 @@ mod tests {
         };
         assert!(refused(Some(5000), 1 << 40).contains("at most 4096"));
         assert!(refused(None, 1 << 30).contains("needs about"));
+        let largest = Model { tokens: 1 << 22, width: 1 << 22, layers: 2000, ffn_width: 1 << 22, ..model() };
+        let error =
+            choose_sizes(largest, Some(1 << 22), Some(65536), || unreachable!()).unwrap_err().to_string();
+        assert!(error.contains("over 2^64"), "{error}");
     }
 }

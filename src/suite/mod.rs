@@ -11,5 +11,5 @@ pub use crate::model::Block;
 pub use case::{Case, parse_filter};
 pub use custom_model::CustomModel;
 pub use dimensions::{BackendId, Device, Framework, Method, Precision, Set, Variant, Workload};
-pub use shape::Shape;
+pub use shape::{MAX_BATCH, Shape};
 pub use table::{HEADLINE_BATCH, HEADLINE_SHAPE, cases, cases_for};

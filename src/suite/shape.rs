@@ -5,7 +5,10 @@ use std::str::FromStr;
 
 use super::Workload;
 use crate::model::parameters::{self, ParameterSource, ParameterSpec, Parameters};
-use crate::model::{Activation, Block, Dropout, ModelId};
+use crate::model::{Activation, Block, Dropout, ModelId, config};
+
+/// Largest batch, number of ranks, or size of a peak case: a matrix of 65,536 × 65,536 has 16 GiB in f32.
+pub const MAX_BATCH: usize = 1 << 16;
 
 /// The sizes of a case. The examples are ids.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -94,6 +97,7 @@ impl Shape {
     fn parse_data_parallel(text: &str, single: &str, ranks: usize) -> Result<Self, String> {
         let shape = single.parse::<Self>()?.with_ranks(ranks);
         match shape {
+            _ if ranks > MAX_BATCH => Err(format!("shape '{text}': use at most {MAX_BATCH} ranks")),
             _ if ranks < 2 => {
                 Err(format!("shape '{text}': use at least 2 ranks; '{single}' is for one device"))
             }
@@ -140,7 +144,7 @@ fn size_after(word: &str, letter: char) -> Option<usize> {
 /// Finds a built-in model, a custom model at this number of tokens, or the miniature of a custom model.
 fn find_model(name: &str, tokens: Option<usize>) -> Result<ModelId, String> {
     let miniature = || ModelId::custom(name.strip_suffix("-tiny")?, None).map(ModelId::miniature);
-    let tokens = tokens.filter(|t| *t > 0);
+    let tokens = tokens.filter(|t| (1..=config::MAX_SIZE).contains(t));
     ModelId::named(name).or_else(|| ModelId::custom(name, tokens)).or_else(miniature).ok_or_else(|| {
         let known: Vec<&str> =
             ModelId::with_miniatures().map(|m| m.name).chain(ModelId::custom_names()).collect();
@@ -181,11 +185,15 @@ impl FromStr for Shape {
                 "unknown shape '{text}': use for example indicator-b16, gpt2-b8-t1024 or b16-h8-t111-d32"
             ));
         };
-        let smallest = match shape {
-            Self::Model { batch, .. } | Self::Block { batch, .. } => batch,
-            Self::Square { n, chain } => n.min(chain),
-            Self::Buffer { mib, .. } => mib,
+        let (smallest, largest) = match shape {
+            Self::Model { batch, .. } | Self::Block { batch, .. } => (batch, batch),
+            Self::Square { n, chain } => (n.min(chain), n.max(chain)),
+            Self::Buffer { mib, .. } => (mib, mib),
         };
-        if smallest > 0 { Ok(shape) } else { Err(format!("shape '{text}': a size must be at least 1")) }
+        if smallest > 0 && largest <= MAX_BATCH {
+            Ok(shape)
+        } else {
+            Err(format!("shape '{text}': a size must be at least 1 and at most {MAX_BATCH}"))
+        }
     }
 }

@@ -8,6 +8,7 @@ use std::sync::OnceLock;
 use anyhow::{Context, Result};
 use tch::{Device, Tensor};
 use transformer_bench::backend::{COLLECTIVE_TIMEOUT, EnvVars, Rank, rank_environments};
+use transformer_bench::rendezvous::{self, FILE_VARIABLE};
 use transformer_bench::suite::{BackendId, Framework};
 
 use crate::extension::{self, RawTensor, as_raw, as_raw_list, check_status};
@@ -38,9 +39,6 @@ unsafe extern "C" {
     fn tb_buckets_wait(buckets: *mut c_void, means: *mut RawTensor) -> c_int;
 }
 
-/// Variable with the file that connects the ranks of one machine, instead of `MASTER_ADDR` and `MASTER_PORT`.
-const RENDEZVOUS_FILE: &str = "TRANSFORMER_BENCH_RENDEZVOUS_FILE";
-
 /// Returns the name of the backend that all-reduces gradients.
 pub fn comm_backend(id: BackendId) -> &'static str {
     match id {
@@ -57,7 +55,7 @@ pub fn rendezvous_env(id: BackendId, ranks: usize, folder: &Path) -> Vec<EnvVars
             ("RANK", rank.to_string()),
             ("LOCAL_RANK", rank.to_string()),
             ("WORLD_SIZE", ranks.to_string()),
-            (RENDEZVOUS_FILE, folder.join("store").to_string_lossy().into_owned()),
+            (FILE_VARIABLE, folder.join("store").to_string_lossy().into_owned()),
         ]
     })
 }
@@ -82,14 +80,11 @@ fn init_process_group() -> Result<()> {
     static STATE: Initialized = OnceLock::new();
     init_once(&STATE, || {
         let rank = own_rank()?;
-        let required = |name: &str| {
-            std::env::var(name).with_context(|| format!("{name} is not set: start the ranks with torchrun"))
-        };
-        let (address, port) = match std::env::var_os(RENDEZVOUS_FILE) {
+        let (address, port) = match std::env::var_os(FILE_VARIABLE) {
             Some(file) => (CString::new(file.as_bytes())?, 0),
             None => {
-                let (host, port) = (required("MASTER_ADDR")?, required("MASTER_PORT")?);
-                (CString::new(host)?, port.parse().with_context(|| format!("MASTER_PORT={port}"))?)
+                let (host, port) = rendezvous::master()?;
+                (CString::new(host)?, c_int::from(port))
             }
         };
         let agent_store = std::env::var("TORCHELASTIC_USE_AGENT_STORE").is_ok_and(|v| v == "True");

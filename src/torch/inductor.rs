@@ -1,7 +1,8 @@
 //! Packages: steps that TorchInductor compiles ahead of time (AOTInductor).
 //!
 //! The Python that set-up prepared builds them into the cache, with the code in `inductor/`. A package is loaded only for
-//! the case, torch, compiler and machine that it was built for.
+//! the case, torch, compiler and machine that it was built for, and only if its library is the one that was built. Any
+//! other package is built again.
 
 use std::fs;
 use std::io::Write;
@@ -13,7 +14,7 @@ use std::sync::OnceLock;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 use transformer_bench::backend::Unsupported;
-use transformer_bench::files::{Scratch, cache_folder, checksum, lock_file};
+use transformer_bench::files::{Scratch, cache_folder, checksum, lock_file, read_text, write_atomic};
 use transformer_bench::parity::dropout::Probe;
 use transformer_bench::process::is_running;
 use transformer_bench::results::machine::Machine;
@@ -26,7 +27,7 @@ use crate::params::ParameterLayout;
 const NETWORK: &str = include_str!("inductor/network.py");
 const PACKAGE: &str = include_str!("inductor/package.py");
 
-/// File in the folder of a package with everything that it was built from.
+/// File in the folder of a package with everything that it was built from, and a checksum of its library.
 const RECORD: &str = "built-from.json";
 
 /// The C++ compiler that Inductor calls on Linux. It hides the weak templates of libstdc++, which libraries of other
@@ -139,30 +140,31 @@ impl Package {
     }
 
     pub fn is_built(&self) -> bool {
-        self.folder().is_ok_and(|folder| folder.join(RECORD).exists())
+        self.folder().and_then(|folder| self.library_in(&folder)).is_ok()
     }
 
     /// Returns the path of the library, and builds it first if it is missing.
     ///
     /// # Errors
-    /// Returns an error if the build fails, or if the folder has another package.
+    /// Returns an error if the build fails.
     pub fn library(&self) -> Result<PathBuf> {
         self.build()?;
         self.library_in(&self.folder()?)
     }
 
-    /// Returns the path of the library in a folder, after a check of its record.
+    /// Returns the record of the library in a folder.
+    fn record(&self, library: &Path) -> Result<Value> {
+        let bytes = fs::read(library).with_context(|| format!("{} could not be read", library.display()))?;
+        Ok(json!({"package": self.0, "library": format!("{:016x}", checksum(&bytes))}))
+    }
+
+    /// Returns the path of the library in a folder, after a check of its record. A truncated library would end the
+    /// process when it is loaded.
     fn library_in(&self, folder: &Path) -> Result<PathBuf> {
-        let record = fs::read_to_string(folder.join(RECORD)).unwrap_or_default();
-        let record: Value = serde_json::from_str(&record).unwrap_or_default();
-        ensure!(
-            record == self.0,
-            "{} was built for another case or for another CPU, GPU, compiler or torch: remove it",
-            folder.display()
-        );
-        let mut paths = fs::read_dir(folder)?.flatten().map(|entry| entry.path());
-        let library = paths.find(|path| path.extension().is_some_and(|e| e == "so"));
-        library.with_context(|| format!("{} has no library: remove it", folder.display()))
+        let library = find_library(folder)?;
+        let record: Value = serde_json::from_str(&read_text(&folder.join(RECORD))?)?;
+        ensure!(record == self.record(&library)?, "{} is another package or damaged", folder.display());
+        Ok(library)
     }
 
     /// Builds the package if it is missing. A failed build leaves no folder.
@@ -190,15 +192,15 @@ impl Package {
             .and_then(|()| fs::create_dir_all(work.0.join("tmp")))
             .with_context(|| format!("{} could not be created", work.0.display()))?;
         self.run_inductor(&work.0, &output)?;
-        fs::write(output.join(RECORD), self.0.to_string())?;
-        let _ = fs::remove_dir_all(&folder);
+        write_atomic(&output.join(RECORD), &self.record(&find_library(&output)?)?.to_string())?;
+        let _ = fs::remove_dir_all(&folder).or_else(|_| fs::remove_file(&folder));
         fs::rename(&output, &folder).with_context(|| format!("{} could not be created", folder.display()))
     }
 
     /// Runs Inductor, which writes the package to `output`. Its temporary files stay in `work`.
     fn run_inductor(&self, work: &Path, output: &Path) -> Result<()> {
-        fs::write(work.join("network.py"), NETWORK)?;
-        fs::write(work.join("package.py"), PACKAGE)?;
+        write_atomic(&work.join("network.py"), NETWORK)?;
+        write_atomic(&work.join("package.py"), PACKAGE)?;
         let python = env!("TRANSFORMER_BENCH_PYTHON");
         let mut command = Command::new(python);
         command
@@ -217,7 +219,7 @@ impl Package {
             // Inductor recognizes the compiler by its name.
             let clang = build_environment()["compiler"].as_str().is_some_and(|text| text.contains("clang"));
             let compiler = work.join(if clang { "clang++" } else { "g++" });
-            fs::write(&compiler, COMPILER)?;
+            write_atomic(&compiler, COMPILER)?;
             fs::set_permissions(&compiler, fs::Permissions::from_mode(0o755))?;
             command.env("CXX", compiler);
         }
@@ -232,6 +234,14 @@ impl Package {
         }
         Ok(())
     }
+}
+
+/// Returns the path of the only library in a folder.
+fn find_library(folder: &Path) -> Result<PathBuf> {
+    let entries = fs::read_dir(folder).with_context(|| format!("{} could not be read", folder.display()))?;
+    let mut paths = entries.flatten().map(|entry| entry.path());
+    let library = paths.find(|path| path.extension().is_some_and(|e| e == "so") && path.is_file());
+    library.with_context(|| format!("{} has no library", folder.display()))
 }
 
 /// Removes the work folders of builds whose process was killed.
@@ -287,20 +297,30 @@ mod tests {
     }
 
     #[test]
-    fn a_package_of_another_machine_is_an_error() {
+    fn a_damaged_library_and_another_package_are_not_loaded() {
         let folder = std::env::temp_dir().join(format!("transformer-bench-package-{}", std::process::id()));
         fs::create_dir_all(&folder).unwrap();
         let package = package();
-        fs::write(folder.join("step.so"), "").unwrap();
-        fs::write(folder.join(RECORD), package.0.to_string()).unwrap();
-        assert_eq!(package.library_in(&folder).unwrap(), folder.join("step.so"));
-        let mut other = package.0.clone();
-        other["environment"]["cpu"] = json!("another");
-        for record in [other.to_string(), "{".to_owned(), String::new()] {
-            fs::write(folder.join(RECORD), record).unwrap();
-            let error = package.library_in(&folder).unwrap_err().to_string();
-            assert!(error.contains("another CPU") && error.contains("remove it"), "{error}");
+        let (library, record) = (folder.join("step.so"), folder.join(RECORD));
+        fs::write(&library, "library").unwrap();
+        let good = package.record(&library).unwrap();
+        fs::write(&record, good.to_string()).unwrap();
+        assert_eq!(package.library_in(&folder).unwrap(), library);
+        let mut other = good.clone();
+        other["package"]["environment"]["cpu"] = json!("another");
+        for text in [other.to_string(), "{".to_owned(), String::new()] {
+            fs::write(&record, text).unwrap();
+            assert!(package.library_in(&folder).is_err());
         }
+        fs::write(&record, good.to_string()).unwrap();
+        // A full disk truncates a file, and a user can replace it.
+        for bytes in ["librar", "", "another"] {
+            fs::write(&library, bytes).unwrap();
+            assert!(package.library_in(&folder).unwrap_err().to_string().contains("damaged"));
+        }
+        fs::remove_file(&library).unwrap();
+        fs::create_dir(&library).unwrap();
+        assert!(package.library_in(&folder).unwrap_err().to_string().contains("no library"));
         fs::remove_dir_all(folder).unwrap();
     }
 }

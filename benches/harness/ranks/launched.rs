@@ -2,17 +2,20 @@
 //! and broadcasts its requests to the others through the communication backend.
 
 use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use transformer_bench::backend::{Backend, Backends, Rank};
 
-use super::controller::{Controller, request_timeout};
+use super::controller::{Controller, LOAD_TIME, request_timeout};
 use super::rank_worker::RankWorker;
 
 /// Length of a broadcast request: one f32 per byte, padded with zeros.
 const MAX_REQUEST: usize = 512;
+/// The first request, which connects the ranks.
+const CONNECT: &str = "connect";
 /// The request that makes followers return.
 const SHUTDOWN: &str = "shutdown";
 
@@ -27,7 +30,12 @@ fn broadcast(backend: &dyn Backend, text: &str) -> Result<String> {
         .context("more than one rank sent a request: start all ranks with the same command")
 }
 
-/// A request and the time by which it must be done.
+/// Time limit for a message to ranks that have nothing else to do.
+fn message_timeout() -> Duration {
+    request_timeout(Duration::ZERO)
+}
+
+/// A description of the present work, and the time by which it must be done.
 type Deadline = Arc<Mutex<Option<(Instant, String)>>>;
 
 /// Rank 0, which broadcasts requests and takes part in them.
@@ -35,6 +43,11 @@ pub struct Leader {
     worker: RankWorker,
     deadline: Deadline,
 }
+
+/// True once the other ranks have received a message of this process.
+static CONNECTED: AtomicBool = AtomicBool::new(false);
+
+const NOT_CONNECTED: &str = "no connection to the other ranks: the wait for them";
 
 impl Leader {
     pub fn new(backend: Rc<dyn Backend>, rank: Rank) -> Self {
@@ -56,7 +69,7 @@ fn exit_after_deadline(deadline: Deadline) {
             std::thread::sleep(Duration::from_secs(1));
             let current = deadline.lock().expect("no thread panics with the lock").clone();
             if let Some((_, request)) = current.filter(|(until, _)| Instant::now() > *until) {
-                eprintln!("error: a rank ended or hangs: '{request}' timed out; rank 0 exits");
+                eprintln!("error: {request} timed out; rank 0 exits");
                 // SAFETY: records are written after every case, and nothing else must run at exit.
                 unsafe { libc::_exit(2) };
             }
@@ -67,7 +80,15 @@ fn exit_after_deadline(deadline: Deadline) {
 impl Controller for Leader {
     fn ask(&mut self, request: &str, expected: Duration) -> Result<String> {
         let backend = self.worker.backend();
-        self.set_deadline(Some((Instant::now() + request_timeout(expected), request.to_owned())));
+        // The other ranks are already waiting, so this needs no time for the request itself.
+        if !CONNECTED.load(Ordering::Relaxed) {
+            eprintln!("rank 0 waits for the other ranks, {} s at most", message_timeout().as_secs());
+            self.set_deadline(Some((Instant::now() + message_timeout(), NOT_CONNECTED.to_owned())));
+            broadcast(backend, CONNECT)?;
+            CONNECTED.store(true, Ordering::Relaxed);
+        }
+        let what = format!("a rank ended or hangs: '{request}'");
+        self.set_deadline(Some((Instant::now() + request_timeout(expected), what)));
         broadcast(backend, &format!("{} {request}", backend.id()))?;
         let answer = self.worker.answer(request);
         self.set_deadline(None);
@@ -86,8 +107,10 @@ pub fn run_follower(backends: Backends, rank: Rank) -> Result<()> {
     let mut current: Option<(String, RankWorker)> = None;
     loop {
         let message = broadcast(first.as_ref(), "").context("rank 0 ended")?;
-        if message == SHUTDOWN {
-            return Ok(());
+        match message.as_str() {
+            CONNECT => continue,
+            SHUTDOWN => return Ok(()),
+            _ => {}
         }
         let (id, request) = message.split_once(' ').context("rank 0 sent an empty request")?;
         let backend = backends.iter().find(|b| b.id().id() == id);
@@ -103,6 +126,14 @@ pub fn run_follower(backends: Backends, rank: Rank) -> Result<()> {
 /// timeout.
 pub fn shutdown_followers(backends: &Backends, rank: Option<Rank>) {
     if let (Some(_), Some(backend)) = (rank, backends.available.first()) {
+        let deadline: Deadline = Arc::default();
+        exit_after_deadline(Arc::clone(&deadline));
+        let connected = CONNECTED.load(Ordering::Relaxed);
+        // A rank may still load the last case.
+        let timeout = if connected { request_timeout(LOAD_TIME) } else { message_timeout() };
+        let what = if connected { "a rank ended or hangs: the end of the run" } else { NOT_CONNECTED };
+        *deadline.lock().expect("no thread panics with the lock") =
+            Some((Instant::now() + timeout, what.to_owned()));
         let _ = broadcast(backend.as_ref(), SHUTDOWN);
     }
 }

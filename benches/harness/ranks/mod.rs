@@ -21,6 +21,7 @@ use transformer_bench::backend::{
 use transformer_bench::files::Scratch;
 use transformer_bench::fixture::Fixture;
 use transformer_bench::suite::{BackendId, Case, Variant};
+use transformer_bench::text::variable;
 
 use controller::Controller;
 use distributed_case::DistributedCase;
@@ -28,12 +29,16 @@ pub use launched::{run_follower, shutdown_followers};
 pub use launcher::{RANK_BACKEND, pin_to_assigned_cores};
 
 /// Makes only its own GPU visible to a rank that a launcher started. Must run before other threads start.
-pub fn restrict_visible_gpu(rank: Option<Rank>) {
-    let Ok(local) = std::env::var("LOCAL_RANK") else { return };
-    if let (Some(_), Ok(local)) = (rank, local.parse()) {
+///
+/// # Errors
+/// Returns an error if `LOCAL_RANK` is not a number.
+pub fn restrict_visible_gpu(rank: Option<Rank>) -> Result<()> {
+    if let (Some(_), Some(local)) = (rank, variable("LOCAL_RANK")?) {
+        let local = local.parse().with_context(|| format!("LOCAL_RANK={local} is not a number"))?;
         // SAFETY: no other thread runs yet.
         unsafe { std::env::set_var("CUDA_VISIBLE_DEVICES", visible_gpu(local)) };
     }
+    Ok(())
 }
 
 /// Lets every backend run cases of several ranks. `rank` is the rank of this process if a launcher started it.

@@ -7,7 +7,8 @@ use clap::{Args, Subcommand};
 use transformer_bench::report::markdown;
 use transformer_bench::results::baseline::{self, Baseline};
 use transformer_bench::results::machine::Machine;
-use transformer_bench::results::{self, Status, printable};
+use transformer_bench::results::{self, Status};
+use transformer_bench::text::printable;
 
 /// Saves runs as baselines in criterion-baselines/MACHINE/NAME/.
 ///
@@ -100,14 +101,15 @@ fn save(root: &Path, name: &str, force: bool) -> Result<()> {
 fn list(root: &Path) -> Result<()> {
     let mut text = String::new();
     for (machine, name, file) in baseline::list(root) {
-        text.push_str(&printable(&match baseline::load(&file) {
+        let line = match baseline::load(&file) {
             Ok(saved) => {
                 let m = &saved.machine;
                 let dirty = if m.dirty { " with changes" } else { "" };
                 format!("{machine}/{name}: {} cases at {}{dirty}", saved.cases.len(), m.commit)
             }
             Err(reason) => format!("{machine}/{name}: {reason:#}"),
-        }));
+        };
+        text.push_str(&printable(&line));
         text.push('\n');
     }
     super::show(&text)
@@ -115,14 +117,14 @@ fn list(root: &Path) -> Result<()> {
 
 fn show(file: &Path) -> Result<()> {
     let saved = baseline::load(file)?;
-    let mut text = format!("{}\nmeasured by: {}\n\n", file.display(), printable(&saved.command));
+    let mut text = format!("{}\nmeasured by: {}\n\n", printable(&file.to_string_lossy()), saved.command);
     text.push_str(&serde_json::to_string_pretty(&saved.machine)?);
     text.push('\n');
     for case in &saved.cases {
         let record = &case.record;
         text.push_str(&match record.median_ns {
             Some(median) => format!("{:52} {:>14.3} ms\n", record.id, median * 1e-6),
-            None => format!("{:52} {:?}: {}\n", record.id, record.status, printable(&record.reason)),
+            None => format!("{:52} {:?}: {}\n", record.id, record.status, record.reason),
         });
     }
     super::show(&text)

@@ -1,5 +1,6 @@
 //! `scripts/bench`: measures this machine and prints the report.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
@@ -8,11 +9,14 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
+use clap::builder::{OsStringValueParser, TypedValueParser};
 use transformer_bench::compare::revisions;
 use transformer_bench::compare::signals::check_interrupted;
 use transformer_bench::compare::worker::Side;
+use transformer_bench::model::config::MAX_SIZE;
 use transformer_bench::results;
-use transformer_bench::suite::{Set, custom_model};
+use transformer_bench::suite::{Case, MAX_BATCH, Set, custom_model};
+use transformer_bench::text::{error_line, variable};
 
 use super::options::{self, Executables};
 use super::process_group::ProcessGroup;
@@ -42,13 +46,13 @@ pub struct Arguments {
     full: bool,
     /// Measure your model instead of the built-in ones: a Hugging Face config.json, its folder, or a TOML file
     /// (src/model/README.md)
-    #[arg(long, value_name = "PATH", value_parser = existing_path)]
+    #[arg(long, value_name = "PATH", value_parser = OsStringValueParser::new().try_map(existing_path))]
     model: Option<PathBuf>,
     /// Batch size of your model; default: the largest with a training step under an estimated two seconds
-    #[arg(long, value_name = "B")]
+    #[arg(long, value_name = "B", value_parser = options::whole_number(MAX_BATCH))]
     batch: Option<String>,
     /// Tokens per sample of your model; default: its context, 1024 at most
-    #[arg(long, value_name = "T")]
+    #[arg(long, value_name = "T", value_parser = options::whole_number(MAX_SIZE))]
     tokens: Option<String>,
     /// Regular expression over ids (workload/backend/precision/shape); a filtered run adds to the last run of the
     /// same build
@@ -57,20 +61,39 @@ pub struct Arguments {
     executables: Executables,
 }
 
-fn existing_path(text: &str) -> Result<PathBuf, String> {
-    let path = options::path(text)?;
-    if text.is_empty() || !path.exists() {
-        return Err("no such file or folder".to_owned());
-    }
-    std::path::absolute(path).map_err(|error| error.to_string())
+fn existing_path(text: OsString) -> Result<PathBuf> {
+    let path = options::in_caller_folder(&text);
+    ensure!(!text.is_empty() && path.exists(), "no such file or folder");
+    Ok(std::path::absolute(path)?)
 }
 
 impl Arguments {
+    fn set(&self) -> Set {
+        if self.full { Set::Full } else { Set::Quick }
+    }
+
+    /// Returns the cases to measure.
+    ///
+    /// # Errors
+    /// Returns an error if the filter is not a regular expression or matches no case.
+    pub fn selected(&self) -> Result<Vec<Case>> {
+        list::select(self.set(), self.filter.as_deref().unwrap_or_default(), None)
+    }
+
     /// Exports the model options as environment variables, which every process of the suite reads. Options that are
     /// missing are taken from the environment.
     ///
     /// Must be called before this process starts a thread.
-    pub fn export_model(&mut self) {
+    ///
+    /// # Errors
+    /// Returns an error if a size has no model.
+    pub fn export_model(&mut self) -> Result<()> {
+        let has_model = self.model.is_some()
+            || std::env::var_os(custom_model::MODEL_VARIABLE).is_some_and(|path| !path.is_empty());
+        ensure!(
+            has_model || (self.batch.is_none() && self.tokens.is_none()),
+            "--batch and --tokens need --model PATH: the built-in models have fixed sizes"
+        );
         if let Some(path) = &self.model {
             // SAFETY: the caller guarantees that no other thread runs yet.
             unsafe { std::env::set_var(custom_model::MODEL_VARIABLE, path) };
@@ -83,9 +106,10 @@ impl Arguments {
             match size {
                 // SAFETY: as above.
                 Some(size) => unsafe { std::env::set_var(name, size) },
-                None => *size = std::env::var(name).ok().filter(|text| !text.is_empty()),
+                None => *size = variable(name)?,
             }
         }
+        Ok(())
     }
 }
 
@@ -94,10 +118,9 @@ impl Arguments {
 /// # Errors
 /// Returns an error if nothing could be measured, or if the user interrupts.
 pub fn run(arguments: &Arguments) -> Result<u8> {
-    let set = if arguments.full { Set::Full } else { Set::Quick };
-    let filter = arguments.filter.as_deref();
+    let (set, filter) = (arguments.set(), arguments.filter.as_deref());
     // A wrong filter must change nothing.
-    list::select(set, filter.unwrap_or_default(), None)?;
+    arguments.selected()?;
     let folder = results::folder();
     let _lock = lock(&folder)?;
     let group = ProcessGroup::start()?;
@@ -116,7 +139,7 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
     let mut finish = |name: &str, result: Result<()>| -> Result<()> {
         check_interrupted()?;
         if let Err(reason) = result {
-            eprintln!("bench: {name}: {}", results::printable(&format!("{reason:#}")));
+            eprintln!("bench: {name}: {}", error_line(&reason));
             code = 2;
         }
         Ok(())

@@ -63,9 +63,20 @@ pub struct Arguments {
     #[arg(long)]
     write: bool,
     /// Write only the rounds of one A/A comparison to FILE: the noise that tests replay (src/compare/noise/)
-    #[arg(long, value_name = "FILE", value_parser = options::path)]
+    #[arg(long, value_name = "FILE", value_parser = options::path())]
     #[arg(conflicts_with_all = ["minutes", "a_a", "write"])]
     record: Option<PathBuf>,
+}
+
+impl Arguments {
+    /// Checks the options and the filter.
+    ///
+    /// # Errors
+    /// Returns an error if a number is 0, or if the filter is invalid or matches no case.
+    pub fn check(&self) -> Result<()> {
+        ensure!(self.cases > 0, "--cases must be at least 1");
+        super::list::select(self.set, &self.filter, None).map(drop)
+    }
 }
 
 /// A comparison to try.
@@ -163,7 +174,7 @@ impl Drop for BackgroundLoad {
 /// # Errors
 /// Returns an error if the input is wrong or a comparison fails.
 pub fn run(arguments: &Arguments) -> Result<()> {
-    ensure!(arguments.cases > 0, "--cases must be at least 1");
+    arguments.check()?;
     let side = arguments.executables.build()?;
     let mut cases =
         side.cases(arguments.set, &arguments.filter, Instant::now() + Duration::from_secs(600))?;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use transformer_bench::compare::cores;
 use transformer_bench::compare::decision::Verdict;
 use transformer_bench::compare::revisions::{self, Source, Spec};
@@ -13,7 +13,8 @@ use transformer_bench::compare::worker::{self, CheckOutcome, Side, Threads, Work
 use transformer_bench::files;
 use transformer_bench::results;
 use transformer_bench::results::machine::Machine;
-use transformer_bench::suite::{BackendId, Case, Framework, parse_filter};
+use transformer_bench::suite::{BackendId, Case, Framework};
+use transformer_bench::text;
 
 use super::compare_arguments::{Arguments, no_case};
 use super::compare_baselines::{compare_baselines, compare_with_baseline};
@@ -25,16 +26,9 @@ use super::output::{Line, Report};
 /// # Errors
 /// Returns an error if the input is wrong, or a side does not build or start.
 pub fn run(arguments: &Arguments) -> Result<u8> {
-    if let Some(file) = &arguments.from {
-        return arguments.print(&reevaluate(file.clone(), arguments.threshold)?);
-    }
-    let spec = Spec::read(
-        arguments.base.as_deref(),
-        arguments.head.as_deref(),
-        arguments.filter.as_deref(),
-        arguments.backends.is_some(),
-    )?;
-    parse_filter(&spec.filter)?;
+    let Some(spec) = arguments.spec()? else {
+        return arguments.print(&reevaluate(arguments.from.clone().flatten(), arguments.threshold)?);
+    };
     let folder = results::folder();
     if !arguments.env.is_empty() {
         // The effects are added to this file: a damaged one must be reported before hours of measuring.
@@ -58,11 +52,11 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
 /// Reads a finished comparison, the last one by default, and applies another threshold to it.
 fn reevaluate(file: Option<PathBuf>, threshold: f64) -> Result<Report> {
     let path = file.unwrap_or_else(|| results::folder().join("comparison.json"));
-    let text = std::fs::read_to_string(&path)
-        .with_context(|| format!("{} could not be read: compare first, or name a file", path.display()))?;
+    let text =
+        files::read_text(&path).map_err(|error| anyhow!("{error:#}: compare first, or name a file"))?;
     let damaged = || format!("{} does not contain what scripts/compare --json prints", path.display());
-    let json = serde_json::from_str(&text).with_context(damaged)?;
-    Report::reevaluate(&json, threshold).with_context(damaged)
+    let json = text::parse_json(&text).with_context(damaged)?;
+    Report::reevaluate(json, threshold).with_context(damaged)
 }
 
 /// Compares two sides that can both run.

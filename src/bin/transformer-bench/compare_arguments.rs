@@ -9,7 +9,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use transformer_bench::compare::decision::{THRESHOLD, Verdict};
 use transformer_bench::compare::revisions::Spec;
 use transformer_bench::compare::worker::Threads;
-use transformer_bench::suite::{BackendId, Set};
+use transformer_bench::suite::{BackendId, Set, parse_filter};
 
 use super::options;
 use super::output::Report;
@@ -46,7 +46,7 @@ pub struct Arguments {
     #[arg(long, default_value = Set::Compare.id(), value_parser = options::set())]
     pub set: Set,
     /// Apply another --threshold to the JSON of a finished comparison (default: the last one), without measuring
-    #[arg(long, value_name = "FILE", num_args = 0..=1, value_parser = options::path)]
+    #[arg(long, value_name = "FILE", num_args = 0..=1, value_parser = options::path())]
     #[arg(conflicts_with_all = ["base", "backends", "env"])]
     pub from: Option<Option<PathBuf>>,
     /// Compare two backends of one side
@@ -96,6 +96,20 @@ fn variable(text: &str) -> Result<(String, String), String> {
 }
 
 impl Arguments {
+    /// Returns both sides and the filter, or `None` with `--from`.
+    ///
+    /// # Errors
+    /// Returns an error if a word does not name a side, or if the filter is not a regular expression.
+    pub fn spec(&self) -> Result<Option<Spec>> {
+        if self.from.is_some() {
+            return Ok(None);
+        }
+        let [base, head, filter] = [&self.base, &self.head, &self.filter].map(Option::as_deref);
+        let spec = Spec::read(base, head, filter, self.backends.is_some())?;
+        parse_filter(&spec.filter)?;
+        Ok(Some(spec))
+    }
+
     /// Returns the variables of `--env` as one text: `A=1 B=2`.
     pub fn variables(&self) -> String {
         let pairs: Vec<String> = self.env.iter().map(|(name, value)| format!("{name}={value}")).collect();

@@ -6,7 +6,6 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
-use serde_json::Value;
 use transformer_bench::compare::decision::Verdict;
 use transformer_bench::compare::revisions;
 use transformer_bench::compare::signals::check_interrupted;
@@ -15,6 +14,7 @@ use transformer_bench::files;
 use transformer_bench::profile::{Profile, Unit};
 use transformer_bench::results::{self, Status};
 use transformer_bench::suite::{Case, Set, cases, parse_filter};
+use transformer_bench::text;
 
 use super::options::{self, Executables, print_progress};
 
@@ -42,9 +42,20 @@ pub struct Arguments {
     executables: Executables,
 }
 
+impl Arguments {
+    /// Checks the options and the filter.
+    ///
+    /// # Errors
+    /// Returns an error if a number is 0, or if the filter is invalid or matches no case.
+    pub fn check(&self) -> Result<()> {
+        ensure!(self.top > 0 && self.seconds > 0, "--top and --seconds must be at least 1");
+        self.filter.as_deref().map_or(Ok(()), |filter| matching(filter).map(drop))
+    }
+}
+
 /// Profiles the selected cases, prints their heaviest frames and the paths of the pictures.
 pub fn run(arguments: &Arguments) -> Result<()> {
-    ensure!(arguments.top > 0 && arguments.seconds > 0, "--top and --seconds must be at least 1");
+    arguments.check()?;
     let selected = select(arguments)?;
     let head = arguments.executables.build()?;
     let build_base = |text: &String| revisions::build(&revisions::named(text)?, &print_progress);
@@ -111,7 +122,7 @@ fn regressions() -> Result<Vec<Case>> {
     if modified(&path) <= modified(&results::folder().join("run")) {
         return Ok(Vec::new());
     }
-    let comparison: Value = serde_json::from_str(&fs::read_to_string(&path)?)
+    let comparison = text::parse_json(&files::read_text(&path)?)
         .with_context(|| format!("{} is damaged: compare again", path.display()))?;
     let cases = comparison["cases"].as_array().into_iter().flatten();
     let slower = cases.filter(|case| case["verdict"] == Verdict::Slower.id());

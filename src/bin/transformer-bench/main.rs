@@ -13,6 +13,8 @@ mod options;
 mod output;
 mod process_group;
 mod publish;
+#[cfg(test)]
+mod reader_tests;
 mod report;
 
 use std::io::Write;
@@ -22,8 +24,8 @@ use anyhow::Context;
 use clap::{Parser, Subcommand};
 use transformer_bench::compare::signals;
 use transformer_bench::results::machine::{self, Machine};
-use transformer_bench::results::printable;
 use transformer_bench::suite::custom_model;
+use transformer_bench::text::{self, error_line};
 
 /// Measures how fast PyTorch and MLX train the same transformer on this machine.
 ///
@@ -48,27 +50,68 @@ enum Command {
     Publish(publish::Arguments),
 }
 
-/// Prints a result and flushes it. A closed pipe is not an error: its reader has seen enough.
+/// Prints a result without control characters and flushes it. A closed pipe is not an error: its reader has seen enough.
 ///
 /// # Errors
 /// Returns an error if the text cannot be written, for example to a full disk.
 fn show(text: &str) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+    match out.write_all(text::terminal(text).as_bytes()).and_then(|()| out.flush()) {
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
         done => done.context("the result could not be printed"),
     }
 }
 
+/// With this variable, the command only checks its arguments. The scripts do so before they build.
+const CHECK_ARGUMENTS: &str = "TRANSFORMER_BENCH_CHECK_ARGUMENTS";
+
+/// Checks what does not depend on the executables of the benchmarks.
+///
+/// # Errors
+/// Returns an error that names the wrong argument.
+fn check_arguments(command: &Command) -> anyhow::Result<()> {
+    match command {
+        Command::Bench(arguments) => arguments.selected().map(drop),
+        Command::Compare(arguments) => arguments.spec().map(drop),
+        Command::Flamegraph(arguments) => arguments.check(),
+        Command::Calibrate(arguments) => arguments.check(),
+        Command::Report(_)
+        | Command::Baseline(_)
+        | Command::List(_)
+        | Command::Interleave(_)
+        | Command::Publish(_) => Ok(()),
+    }
+}
+
+/// Reads the custom model, which ids may name. Returns messages for the user.
+fn read_model(command: &mut Command) -> anyhow::Result<Vec<String>> {
+    if let Command::Bench(arguments) = command {
+        arguments.export_model()?;
+    }
+    custom_model::from_environment(|| machine::capacity(&Machine::read()))
+}
+
 fn main() -> ExitCode {
     let mut command = Cli::parse().command;
-    if let Command::Bench(arguments) = &mut command {
-        arguments.export_model();
+    match read_model(&mut command) {
+        // For the other commands, the bench targets print them.
+        Ok(notes) if matches!(command, Command::List(_)) => {
+            notes.iter().for_each(|note| eprintln!("note: {note}"));
+        }
+        Ok(_) => {}
+        Err(reason) => {
+            eprintln!("error: {}", error_line(&reason));
+            return ExitCode::from(2);
+        }
     }
-    // Ids may name the custom model.
-    if let Err(reason) = custom_model::from_environment(|| machine::capacity(&Machine::read())) {
-        eprintln!("error: {}", printable(&format!("{reason:#}")));
-        return ExitCode::from(2);
+    if std::env::var_os(CHECK_ARGUMENTS).is_some() {
+        return match check_arguments(&command) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(reason) => {
+                eprintln!("error: {}", error_line(&reason));
+                ExitCode::from(2)
+            }
+        };
     }
     // Other subcommands take less than a second, so an interrupt may end them at once.
     if !matches!(command, Command::Report(_) | Command::Baseline(_) | Command::List(_) | Command::Publish(_))
@@ -93,7 +136,7 @@ fn main() -> ExitCode {
             ExitCode::from(130)
         }
         Err(reason) => {
-            eprintln!("{name}: {}", printable(&format!("{reason:#}")));
+            eprintln!("{name}: {}", error_line(&reason));
             ExitCode::from(2)
         }
     }

@@ -1,11 +1,12 @@
 //! Options that several subcommands share.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use clap::Args;
-use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::builder::{OsStringValueParser, PossibleValuesParser, StringValueParser, TypedValueParser};
 use transformer_bench::compare::revisions::{self, Source};
 use transformer_bench::compare::worker::Side;
 use transformer_bench::suite::Set;
@@ -15,18 +16,31 @@ const CALLER_FOLDER: &str = "TRANSFORMER_BENCH_CALLER_FOLDER";
 /// A year.
 const MAX_MINUTES: f64 = 525_600.0;
 
-/// Parses a path, which is relative to the user's folder.
-pub fn path(text: &str) -> Result<PathBuf, String> {
+/// Returns a path that is relative to the user's folder.
+pub fn in_caller_folder(path: &OsStr) -> PathBuf {
     match std::env::var_os(CALLER_FOLDER) {
-        Some(folder) => Ok(Path::new(&folder).join(text)),
-        None => Ok(text.into()),
+        Some(folder) => Path::new(&folder).join(path),
+        None => path.into(),
     }
+}
+
+/// Parses a path, which need not be UTF-8.
+pub fn path() -> impl TypedValueParser<Value = PathBuf> {
+    OsStringValueParser::new().map(|text| in_caller_folder(&text))
+}
+
+/// Parses a whole number from 1 to `max`, and returns it as text for the environment.
+pub fn whole_number(max: usize) -> impl TypedValueParser<Value = String> {
+    StringValueParser::new().try_map(move |text| match text.parse() {
+        Ok(number) if (1..=max).contains(&number) => Ok(text),
+        _ => Err(format!("expected a whole number from 1 to {max}")),
+    })
 }
 
 /// Parses a side of a comparison: the path of `dir:PATH` is relative to the user's folder.
 pub fn side(text: &str) -> Result<String, String> {
     match text.strip_prefix("dir:") {
-        Some(folder) => Ok(format!("dir:{}", path(folder)?.display())),
+        Some(folder) => Ok(format!("dir:{}", in_caller_folder(OsStr::new(folder)).display())),
         None => Ok(text.to_owned()),
     }
 }
@@ -47,7 +61,7 @@ pub fn set() -> impl TypedValueParser<Value = Set> {
 #[derive(Args)]
 pub struct Executables {
     /// Measure the executables DIR/torch and DIR/mlx instead of those of the working tree
-    #[arg(long = "executables", value_name = "DIR", value_parser = path)]
+    #[arg(long = "executables", value_name = "DIR", value_parser = path())]
     pub folder: Option<PathBuf>,
 }
 

@@ -1,15 +1,75 @@
 //! The result of a comparison as text, Markdown and JSON.
 
+use std::collections::HashSet;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Result, ensure};
+use serde::Deserialize;
 use serde_json::{Value, json};
 use transformer_bench::compare::baseline_level;
 use transformer_bench::compare::decision::{Estimate, Rule, SequentialTest, Verdict};
 use transformer_bench::compare::rounds::{self, Row};
-use transformer_bench::report::markdown::escaped;
 use transformer_bench::results::EnvEffect;
 use transformer_bench::suite::Case;
+use transformer_bench::text;
+
+const COLUMNS: [&str; 6] = ["verdict", "head / base", "99 % interval", "base", "head", "case"];
+
+/// Largest absolute log ratio of a finished comparison: a factor of 10¹³ between two step times, more than between a
+/// nanosecond and an hour.
+const MAX_LOG_RATIO: f64 = 30.0;
+
+/// A line of a finished comparison, as [`Report::json`] writes it.
+#[derive(Deserialize)]
+struct SavedLine {
+    id: String,
+    verdict: Verdict,
+    ratio: Option<f64>,
+    ci: Option<[Option<f64>; 2]>,
+    base_ns: Option<f64>,
+    head_ns: Option<f64>,
+    #[serde(default)]
+    rounds: usize,
+    #[serde(default)]
+    observations: Vec<[f64; 2]>,
+    failed_side: Option<usize>,
+    #[serde(default)]
+    reason: String,
+}
+
+impl SavedLine {
+    /// Returns the interval of the ratio, unless it is unbounded.
+    fn interval(&self) -> Option<[f64; 2]> {
+        let [low, high] = self.ci?;
+        Some([low?, high?])
+    }
+
+    /// Checks that a comparison can produce the line.
+    ///
+    /// # Errors
+    /// Returns an error that names the case and the field.
+    fn check(&self) -> Result<()> {
+        let id = &self.id;
+        let is_positive = |value: &f64| value.is_finite() && *value > 0.0;
+        ensure!(
+            [self.base_ns, self.head_ns, self.ratio].iter().flatten().all(is_positive),
+            "{id} has a time or ratio that is not positive"
+        );
+        if let (Some(ratio), Some([low, high])) = (self.ratio, self.interval()) {
+            // The lower end of a wide interval is rounded to 0.
+            ensure!(
+                0.0 <= low && low <= ratio && ratio <= high,
+                "{id}: {low} to {high} is not an interval of {ratio}"
+            );
+        }
+        let plausible = |[centre, error]: &[f64; 2]| {
+            centre.abs() <= MAX_LOG_RATIO && (0.0..=MAX_LOG_RATIO).contains(error)
+        };
+        ensure!(self.observations.iter().all(plausible), "{id} has an observation that cannot be");
+        ensure!(self.failed_side.is_none_or(|side| side < 2), "{id}: failed_side is neither 0 nor 1");
+        Ok(())
+    }
+}
 
 /// The result for one case.
 pub struct Line {
@@ -73,33 +133,26 @@ impl Line {
         self.estimate.filter(|_| self.verdict == Verdict::Inconclusive)?.describe_bounds()
     }
 
-    /// Reads a line of a finished comparison and applies another rule to it.
-    fn reevaluate(case: &Value, rule: Rule) -> Result<Self> {
-        let id = case["id"].as_str().context("a case without an id")?;
-        let verdict: Verdict = serde_json::from_value(case["verdict"].clone())
-            .with_context(|| format!("{id} has no verdict"))?;
-        let mut line = Self::named(id, verdict);
-        line.reason = case["reason"].as_str().unwrap_or_default().to_owned();
-        line.rounds = case["rounds"].as_u64().unwrap_or_default() as usize;
-        line.failed_side =
-            (verdict == Verdict::Failed).then(|| case["failed_side"].as_u64()).flatten().map(|s| s as usize);
-        if let (Some(base), Some(head)) = (case["base_ns"].as_f64(), case["head_ns"].as_f64()) {
-            line.times = Some([base * 1e-9, head * 1e-9]);
-        }
-        line.observations = serde_json::from_value(case["observations"].clone()).unwrap_or_default();
+    /// Applies another rule to a line of a finished comparison.
+    fn reevaluate(saved: SavedLine, rule: Rule) -> Self {
+        let interval = saved.interval();
+        let mut line = Self::named(&saved.id, saved.verdict);
+        line.reason = saved.reason;
+        line.rounds = saved.rounds;
+        line.failed_side = saved.failed_side.filter(|_| saved.verdict == Verdict::Failed);
+        line.times = saved.base_ns.zip(saved.head_ns).map(|(base, head)| [base * 1e-9, head * 1e-9]);
+        line.observations = saved.observations;
         if !line.observations.is_empty() {
             let judge = SequentialTest::replay(rule, &line.observations);
             line.verdict = judge.verdict().unwrap_or(Verdict::Inconclusive);
             line.estimate = judge.estimate();
-        } else if let (Some(ratio), Some(low), Some(high)) =
-            (case["ratio"].as_f64(), case["ci"][0].as_f64(), case["ci"][1].as_f64())
-        {
+        } else if let (Some(ratio), Some(ci)) = (saved.ratio, interval) {
             // A comparison with a baseline has no rounds, but its interval is enough.
-            let estimate = Estimate { ratio, ci: [low, high] };
+            let estimate = Estimate { ratio, ci };
             line.verdict = baseline_level::reevaluate(&estimate, rule.threshold);
             line.estimate = Some(estimate);
         }
-        Ok(line)
+        line
     }
 
     /// Returns the result of a row of rounds.
@@ -149,15 +202,28 @@ impl Report {
     /// Reads a finished comparison and applies another threshold, in percent.
     ///
     /// # Errors
-    /// Returns an error if the JSON is not a comparison.
-    pub fn reevaluate(json: &Value, threshold: f64) -> Result<Self> {
-        let text = |name: &str| json[name].as_str().map(str::to_owned).with_context(|| format!("no {name}"));
-        let cases = json["cases"].as_array().context("no cases")?;
-        let rule = rounds::rule(threshold / 100.0, cases.len());
-        let lines = cases.iter().map(|case| Line::reevaluate(case, rule)).collect::<Result<_>>()?;
-        let mut notes: Vec<String> = serde_json::from_value(json["notes"].clone()).unwrap_or_default();
-        notes.push("another threshold for a finished comparison: nothing was measured now".to_owned());
-        Ok(Self::new([text("base")?, text("head")?], lines, notes, threshold, Duration::ZERO))
+    /// Returns an error if the JSON is not a comparison, or if a comparison cannot produce one of its values.
+    pub fn reevaluate(json: Value, threshold: f64) -> Result<Self> {
+        #[derive(Deserialize)]
+        struct Saved {
+            base: String,
+            head: String,
+            threshold: Option<f64>,
+            #[serde(default)]
+            notes: Vec<String>,
+            cases: Vec<SavedLine>,
+        }
+        let mut saved: Saved = serde_json::from_value(json)?;
+        ensure!(saved.threshold.is_none_or(|t| t > 0.0 && t <= 1.0), "its threshold is not a share");
+        let mut ids = HashSet::new();
+        for line in &saved.cases {
+            line.check()?;
+            ensure!(ids.insert(&line.id), "{} occurs twice", line.id);
+        }
+        let rule = rounds::rule(threshold / 100.0, saved.cases.len());
+        let lines = saved.cases.into_iter().map(|case| Line::reevaluate(case, rule)).collect();
+        saved.notes.push("another threshold for a finished comparison: nothing was measured now".to_owned());
+        Ok(Self::new([saved.base, saved.head], lines, saved.notes, threshold, Duration::ZERO))
     }
 
     /// Returns the comparison with base and head swapped, from a comparison without rounds.
@@ -201,31 +267,31 @@ impl Report {
             return format!("{:#}\n", self.json());
         }
         let rows: Vec<[String; 6]> = self.lines.iter().map(cells).collect();
-        let head = ["verdict", "head / base", "99 % interval", "base", "head", "case"];
         let mut out = String::new();
         let mut line = |text: &str| {
             out.push_str(text.trim_end());
             out.push('\n');
         };
         if markdown {
-            line(&format!("### {} against {}\n\n{}\n", self.names[1], self.names[0], self.summary()));
-            line(&format!("\n| {} |\n|{}", head.join(" | "), " --- |".repeat(head.len())));
-            rows.iter()
-                .for_each(|row| line(&format!("| {} |", row.each_ref().map(|c| escaped(c)).join(" | "))));
+            let [base, head] = self.names.each_ref().map(|name| text::markdown(name));
+            line(&format!("### {head} against {base}\n\n{}\n", self.summary()));
+            line(&format!("\n| {} |\n|{}", COLUMNS.join(" | "), " --- |".repeat(COLUMNS.len())));
+            rows.iter().for_each(|row| {
+                line(&format!("| {} |", row.each_ref().map(|cell| text::markdown(cell)).join(" | ")));
+            });
             line("");
-            self.notes.iter().for_each(|note| line(&format!("- {}", escaped(note))));
+            self.notes.iter().for_each(|note| line(&format!("- {}", text::markdown(note))));
             return out;
         }
         line(&format!("base: {}\nhead: {}\n", self.names[0], self.names[1]));
         line("");
-        let widths: Vec<usize> = (0..head.len())
-            .map(|i| rows.iter().map(|r| r[i].chars().count()).chain([head[i].len()]).max().unwrap_or(0))
-            .collect();
+        let width = |i: usize| rows.iter().map(|row| row[i].chars().count()).chain([COLUMNS[i].len()]).max();
+        let widths: Vec<usize> = (0..COLUMNS.len()).filter_map(width).collect();
         let padded = |row: &[String]| -> String {
             let cells: Vec<String> = row.iter().zip(&widths).map(|(c, w)| format!("{c:<w$}")).collect();
             cells.join("  ")
         };
-        line(&padded(&head.map(str::to_owned)));
+        line(&padded(&COLUMNS.map(str::to_owned)));
         rows.iter().for_each(|row| line(&padded(row)));
         line(&format!("\n{}", self.summary()));
         self.notes.iter().for_each(|note| line(&format!("note: {note}")));
@@ -353,17 +419,50 @@ mod tests {
         // All rounds measure three percent.
         line.observations = (0..12).map(|i| [0.0296 + 1e-4 * f64::from(i % 3), 1e-4]).collect();
         let json = Report { lines: vec![line], ..report(&[]) }.json();
-        let again = |threshold| Report::reevaluate(&json, threshold).unwrap().lines[0].verdict;
+        let again = |threshold| Report::reevaluate(json.clone(), threshold).unwrap().lines[0].verdict;
         assert_eq!(again(2.0), Verdict::Slower);
         assert_eq!(again(5.0), Verdict::Equivalent);
-        assert!(Report::reevaluate(&json!({"base": "a"}), 2.0).is_err());
+        assert!(Report::reevaluate(json!({"base": "a"}), 2.0).is_err());
+    }
+
+    #[test]
+    fn a_comparison_that_cannot_be_is_refused() {
+        let line = json!({"id": "a/b/c/d", "verdict": "equivalent", "ratio": 1.0, "ci": [0.99, 1.01], "base_ns": 1.0,
+                          "head_ns": 1.0, "observations": [[0.0, 0.001]]});
+        let good = json!({"base": "a", "head": "b", "threshold": 0.02, "notes": [], "cases": [line]});
+        assert!(Report::reevaluate(good.clone(), 2.0).is_ok());
+        for (place, value) in [
+            ("/cases/0/ratio", json!(-1)),
+            ("/cases/0/ci", json!([2, 1])),
+            ("/cases/0/ci", json!(["a", 1])),
+            ("/cases/0/base_ns", json!(-5)),
+            ("/cases/0/observations", json!([[1e308, 0.0]])),
+            ("/cases/0/observations", json!([[0.0, -1.0]])),
+            ("/cases/0/verdict", json!("fine")),
+            ("/threshold", json!("x")),
+            ("/notes", json!([1])),
+            ("/cases", json!([line, line])),
+        ] {
+            let mut changed = good.clone();
+            *changed.pointer_mut(place).unwrap() = value.clone();
+            assert!(Report::reevaluate(changed, 2.0).is_err(), "{place} = {value}");
+        }
+    }
+
+    #[test]
+    fn names_and_reasons_are_text_in_markdown() {
+        let mut shown = report(&[Verdict::Failed]);
+        shown.names[0] = "<script>".to_owned();
+        shown.lines[0].reason = "![i](http://x)".to_owned();
+        let text = shown.text(false, true);
+        assert!(text.contains("against &lt;script>") && text.contains("!\\[i](http://x)"), "{text}");
     }
 
     #[test]
     fn comparisons_of_older_versions_are_read() {
         let case = json!({"id": "a/b/c/d", "verdict": "gone"});
         let old = json!({"base": "a", "head": "b", "cases": [case]});
-        let report = Report::reevaluate(&old, 2.0).unwrap();
+        let report = Report::reevaluate(old, 2.0).unwrap();
         assert_eq!(report.json()["cases"][0]["verdict"], "removed");
     }
 

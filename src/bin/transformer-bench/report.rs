@@ -1,9 +1,8 @@
 //! `scripts/report`: the report of the last run, or saved machines side by side.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::Args;
 use transformer_bench::files;
 use transformer_bench::report::{export, html, machines, markdown};
@@ -25,7 +24,7 @@ pub struct Arguments {
     /// Saved baselines: NAME or MACHINE/NAME (scripts/baseline list)
     machines: Vec<String>,
     /// Report this results.json instead of the last run
-    #[arg(long, value_name = "FILE", value_parser = options::path, conflicts_with = "machines")]
+    #[arg(long, value_name = "FILE", value_parser = options::path(), conflicts_with = "machines")]
     from: Option<PathBuf>,
 }
 
@@ -41,8 +40,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     }
     if let Some(path) = &arguments.from {
         let place = path.display().to_string();
-        let text = fs::read_to_string(path).with_context(|| format!("{place} could not be read"))?;
-        let read = validate::parse_results(&text, &place)?;
+        let read = validate::parse_results(&files::read_text(path)?, &place)?;
         return write(&folder, &read, &|_| Vec::new(), "./scripts/bench");
     }
     last_run(&folder)

@@ -32,16 +32,35 @@ const IGNORED_FIELDS: &str = "
     task_specific_params tokenizer_class torch_dtype transformers.js_config transformers_version
     unsloth_version use_cache use_return_dict";
 
-/// Parses a configuration. Returns the model, its name in the file, and a note about unknown fields.
+/// A model from a configuration, without its final name.
+pub struct Configuration {
+    pub model: Model,
+    /// `_name_or_path`.
+    pub name: Option<String>,
+    /// Messages about what the measured step leaves out.
+    pub notes: Vec<String>,
+}
+
+/// Heads of the measured models, as the names in `architectures` end.
+const LANGUAGE_MODEL_HEADS: [&str; 4] = ["LMHeadModel", "ForCausalLM", "ForMaskedLM", "ForPreTraining"];
+
+/// Parses a configuration.
 ///
 /// # Errors
 /// Returns an error that names a field if it is invalid or not implemented.
-pub fn parse(json: &Value) -> Result<(Model, Option<String>, Option<String>)> {
+pub fn parse(json: &Value) -> Result<Configuration> {
     let f = Fields { all: json.as_object().context("not a JSON object")?, used: RefCell::default() };
-    let family = f.get("model_type").context("model_type is missing")?;
+    let names = || FAMILIES.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ");
+    let way_out = || format!("use {}, or describe the model in TOML (src/model/README.md)", names());
+    let family = f.get("model_type").with_context(|| format!("model_type is missing: {}", way_out()))?;
     // No family supports these fields. The listed values change nothing.
-    for name in ["quantization_config", "attn_logit_softcapping", "final_logit_softcapping", "no_rope_layers"]
-    {
+    for name in [
+        "quantization_config",
+        "quantization",
+        "attn_logit_softcapping",
+        "final_logit_softcapping",
+        "no_rope_layers",
+    ] {
         f.require_one_of(name, &[])?;
     }
     for name in ["num_experts", "num_local_experts", "n_routed_experts"] {
@@ -52,17 +71,12 @@ pub fn parse(json: &Value) -> Result<(Model, Option<String>, Option<String>)> {
     }
     let known = FAMILIES.iter().find(|(name, _)| family == name);
     let Some((_, build)) = known else {
-        let names: Vec<&str> = FAMILIES.iter().map(|(name, _)| *name).collect();
-        bail!(
-            "model_type is {family}, which is not implemented: use {}, or describe the model in TOML \
-             (src/model/README.md)",
-            names.join(", ")
-        )
+        bail!("model_type is {}, which is not implemented: {}", short(family), way_out())
     };
     let model = build(&f)?;
-    let name = f.all.get("_name_or_path").and_then(Value::as_str).filter(|text| !text.is_empty());
-    let name = name.and_then(|text| text.rsplit('/').next()).map(str::to_owned);
-    Ok((model, name, f.unknown_fields()))
+    let name = f.all.get("_name_or_path").and_then(Value::as_str).map(str::to_owned);
+    let notes = f.other_head().into_iter().chain(f.unknown_fields()).collect();
+    Ok(Configuration { model, name, notes })
 }
 
 /// The options that families share. Each family sets the sizes.
@@ -148,6 +162,8 @@ fn qwen3(f: &Fields<'_>) -> Result<Model> {
 /// Llama (<https://huggingface.co/docs/transformers/model_doc/llama>) and the families that share its options.
 /// `default_tokens` is the family's default of `max_position_embeddings`.
 fn rotary_decoder(f: &Fields<'_>, bias: Biases, default_tokens: usize) -> Result<Model> {
+    f.require_one_of("is_causal", &[true.into()])?;
+    f.require_one_of("use_bidirectional_attention", &[false.into()])?;
     f.require_one_of("partial_rotary_factor", &[1.into(), 1.0.into()])?;
     f.require_one_of("rope_interleaved", &[false.into()])?;
     let mut tokens = f.optional_size("max_position_embeddings")?.unwrap_or(default_tokens);
@@ -192,7 +208,8 @@ fn rope_theta(f: &Fields<'_>) -> Result<f64> {
             short(value)
         );
         if let Some(own) = value.get("rope_theta") {
-            theta = own.as_f64().with_context(|| format!("{name}.rope_theta is {own}: use a number"))?;
+            let number = own.as_f64();
+            theta = number.with_context(|| format!("{name}.rope_theta is {}: use a number", short(own)))?;
         }
         let factor = value.get("partial_rotary_factor").and_then(Value::as_f64).unwrap_or(1.0);
         ensure!(factor == 1.0, "{name}.partial_rotary_factor is {factor}, which is not implemented: use 1");
@@ -216,9 +233,8 @@ impl Fields<'_> {
     fn optional_size(&self, name: &'static str) -> Result<Option<usize>> {
         let Some(value) = self.get(name) else { return Ok(None) };
         let size = value.as_u64().filter(|&n| n > 0 && n <= MAX_SIZE as u64);
-        let size =
-            size.with_context(|| format!("{name} is {value}: use a whole number from 1 to {MAX_SIZE}"))?;
-        Ok(Some(size as usize))
+        let error = || format!("{name} is {}: use a whole number from 1 to {MAX_SIZE}", short(value));
+        Ok(Some(size.with_context(error)? as usize))
     }
 
     fn size(&self, name: &'static str) -> Result<usize> {
@@ -227,12 +243,12 @@ impl Fields<'_> {
 
     fn number(&self, name: &'static str, default: f64) -> Result<f64> {
         let Some(value) = self.get(name) else { return Ok(default) };
-        value.as_f64().with_context(|| format!("{name} is {value}: use a number"))
+        value.as_f64().with_context(|| format!("{name} is {}: use a number", short(value)))
     }
 
     fn flag(&self, name: &'static str, default: bool) -> Result<bool> {
         let Some(value) = self.get(name) else { return Ok(default) };
-        value.as_bool().with_context(|| format!("{name} is {value}: use true or false"))
+        value.as_bool().with_context(|| format!("{name} is {}: use true or false", short(value)))
     }
 
     fn tied_or_untied(&self, default: bool) -> Result<Output> {
@@ -252,19 +268,28 @@ impl Fields<'_> {
     }
 
     fn activation(&self, name: &'static str, default: &str) -> Result<Activation> {
-        let value = self
-            .get(name)
-            .map_or(Ok(default), |v| v.as_str().with_context(|| format!("{name} is {v}: use a text")))?;
+        let value = self.get(name).map_or(Ok(default), |v| {
+            v.as_str().with_context(|| format!("{name} is {}: use a text", short(v)))
+        })?;
         Ok(match value {
             "gelu" => Activation::Gelu,
             "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" => Activation::GeluTanh,
             "silu" | "swish" => Activation::Silu,
             "relu" => Activation::Relu,
             "relu2" => Activation::ReluSquared,
-            other => bail!(
-                "{name} is \"{other}\", which is not implemented: use gelu, gelu_new, silu, relu or relu2"
+            _ => bail!(
+                "{name} is {}, which is not implemented: use gelu, gelu_new, silu, relu or relu2",
+                short(&value.into())
             ),
         })
+    }
+
+    /// Returns a note if the file describes a model with another head.
+    fn other_head(&self) -> Option<String> {
+        let all = self.all.get("architectures")?.as_array()?;
+        let named = all.first()?.as_str()?;
+        let known = LANGUAGE_MODEL_HEADS.iter().any(|head| named.ends_with(head));
+        (!known).then(|| format!("the measured model has a language-model head instead of that of {named}"))
     }
 
     /// Returns a note about the fields that were not read, or `None` if there are none.
@@ -275,20 +300,30 @@ impl Fields<'_> {
             .all
             .iter()
             .filter(|(name, value)| !used.contains(name.as_str()) && !ignored(name) && !value.is_null())
-            .map(|(name, value)| format!("{name} ({})", short(value)))
+            .map(|(name, value)| format!("{} ({})", cut(name), short(value)))
             .collect();
         let fields = if unknown.len() == 1 { "field" } else { "fields" };
-        (!unknown.is_empty()).then(|| format!("ignores the unknown {fields} {}", unknown.join(", ")))
+        let shown = unknown[..unknown.len().min(MAX_FIELDS)].join(", ");
+        let more = match unknown.len().saturating_sub(MAX_FIELDS) {
+            0 => String::new(),
+            count => format!(" and {count} more"),
+        };
+        (!unknown.is_empty()).then(|| format!("ignores the unknown {fields} {shown}{more}"))
     }
 }
 
+/// Largest number of unknown fields in a note.
+const MAX_FIELDS: usize = 20;
+
 /// Formats a value in at most 61 characters.
 fn short(value: &Value) -> String {
+    cut(&value.to_string())
+}
+
+fn cut(text: &str) -> String {
     const MAX_CHARS: usize = 60;
-    let text = value.to_string();
-    if text.chars().count() > MAX_CHARS {
-        text.chars().take(MAX_CHARS).chain(['…']).collect()
-    } else {
-        text
+    match text.char_indices().nth(MAX_CHARS) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text.to_owned(),
     }
 }

@@ -8,13 +8,16 @@ mod hugging_face;
 mod tests;
 mod validate;
 
+use std::ffi::OsStr;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
 
 use super::{Model, ModelId};
-pub use validate::complete_and_check;
+use crate::files;
+use crate::text::{self, one_line, printable};
+pub use validate::{MAX_SIZE, complete_and_check};
 
 /// A model from a file, with the largest number of tokens that it allows.
 #[derive(Clone, Debug, PartialEq)]
@@ -29,40 +32,71 @@ pub struct ParsedModel {
 /// # Errors
 /// Returns one line that says what is wrong with the file, or which field is not implemented.
 pub fn read(path: &Path) -> Result<ParsedModel> {
-    let file = if path.is_dir() { path.join("config.json") } else { path.to_owned() };
-    let text = fs::read_to_string(&file).with_context(|| {
-        format!("{} cannot be read: use a config.json, its folder, or a TOML file", file.display())
-    })?;
+    let file = if path.is_dir() { find_in_folder(path) } else { path.to_owned() };
+    let text = files::read_text(&file)
+        .map_err(|error| anyhow!("{error:#}: use a config.json, its folder, or a TOML file"))?;
     let shown = path.display().to_string();
-    let (model, note) = if file.extension().is_some_and(|e| e == "toml") {
+    let (model, notes) = if file.extension().is_some_and(|e| e == "toml") {
         let model =
-            toml::from_str(&text).map_err(|error| anyhow!("{shown}: {}", on_one_line(&error.to_string())))?;
-        (model, None)
+            toml::from_str(&text).map_err(|error| anyhow!("{shown}: {}", one_line(&error.to_string())))?;
+        (model, Vec::new())
     } else {
-        let json = serde_json::from_str(&text).with_context(|| format!("{} is not JSON", file.display()))?;
-        let (mut model, name, note) = hugging_face::parse(&json).with_context(|| shown.clone())?;
-        model.name = name.unwrap_or_else(|| name_from_path(&file)).leak();
-        (model, note)
+        let json = text::parse_json(&text).with_context(|| format!("{} is not JSON", file.display()))?;
+        let parsed = hugging_face::parse(&json).with_context(|| shown.clone())?;
+        let name =
+            parsed.name.and_then(|name| published_name(&name)).unwrap_or_else(|| name_from_path(&file));
+        (Model { name: name.leak(), ..parsed.model }, parsed.notes)
     };
     let model = complete_and_check(model).with_context(|| shown.clone())?;
-    Ok(ParsedModel { model, notes: note.map(|note| format!("{shown}: {note}")).into_iter().collect() })
+    Ok(ParsedModel {
+        model,
+        notes: notes.into_iter().map(|note| printable(&format!("{shown}: {note}"))).collect(),
+    })
 }
 
-fn on_one_line(text: &str) -> String {
-    text.split_whitespace().collect::<Vec<_>>().join(" ")
+/// Returns the `config.json` of a folder. A model's folder in Hugging Face's cache has it in the snapshot of the commit
+/// that `refs/main` names.
+fn find_in_folder(folder: &Path) -> PathBuf {
+    let own = folder.join("config.json");
+    let cached = || {
+        let commit = files::read_text(&folder.join("refs/main")).ok()?;
+        let snapshot = folder.join("snapshots").join(commit.trim()).join("config.json");
+        snapshot.exists().then_some(snapshot)
+    };
+    if own.exists() { own } else { cached().unwrap_or(own) }
+}
+
+/// Returns the name in a path of Hugging Face's cache, `models--OWNER--NAME/snapshots/COMMIT/…`.
+fn name_in_cache(path: &Path) -> Option<String> {
+    let parts: Vec<_> = path.iter().map(|part| part.to_string_lossy()).collect();
+    let snapshots = parts.iter().rposition(|part| *part == "snapshots")?;
+    let (_, name) = parts.get(snapshots.checked_sub(1)?)?.strip_prefix("models--")?.rsplit_once("--")?;
+    Some(name.to_owned())
+}
+
+/// Returns the name in `_name_or_path`: NAME or OWNER/NAME, or a path of the cache. Other paths are those of another
+/// machine, which often end in a number of steps.
+fn published_name(text: &str) -> Option<String> {
+    let trimmed = text.trim_end_matches('/');
+    let is_path = text.starts_with(['/', '.', '~']) || trimmed.matches('/').count() > 1;
+    match trimmed.rsplit('/').next() {
+        Some(name) if !is_path && !name.is_empty() => Some(name.to_owned()),
+        _ => name_in_cache(Path::new(text)),
+    }
 }
 
 /// Returns the name of the folder of a `config.json`, or of another file itself.
 fn name_from_path(file: &Path) -> String {
-    let last = |path: Option<&Path>| path.and_then(Path::file_name).map(|n| n.to_string_lossy().into_owned());
-    let absolute = fs::canonicalize(file).unwrap_or_else(|_| file.to_owned());
-    if absolute.file_name().is_none_or(|n| n != "config.json") {
-        return absolute.file_stem().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+    // Files in the cache are links to blobs without a name, so only the folder's links are followed.
+    let folder = file.parent().and_then(|folder| {
+        fs::canonicalize(if folder.as_os_str().is_empty() { Path::new(".") } else { folder }).ok()
+    });
+    let text = |name: Option<&OsStr>| name.unwrap_or_default().to_string_lossy().into_owned();
+    if file.file_name().is_none_or(|name| name != "config.json") {
+        return text(file.file_stem());
     }
-    // Hugging Face's cache: models--OWNER--NAME/snapshots/COMMIT/config.json
-    let cached = last(absolute.ancestors().nth(3)).filter(|name| name.starts_with("models--"));
-    let cached = cached.and_then(|name| name.rsplit("--").next().map(str::to_owned));
-    cached.or_else(|| last(absolute.parent())).unwrap_or_default()
+    let folder = folder.unwrap_or_default();
+    name_in_cache(&folder).unwrap_or_else(|| text(folder.file_name()))
 }
 
 /// Longest name in characters. An id with the longest workload, precision and sizes then has fewer than 72.

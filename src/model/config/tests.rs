@@ -109,6 +109,8 @@ fn an_error_names_the_field_that_is_not_implemented() {
         r#""layer_types": ["full_attention", "sliding_attention"]"#,
         r#""final_logit_softcapping": 30.0"#,
         r#""quantization_config": {"bits": 4}"#,
+        r#""quantization": {"bits": 4}"#,
+        r#""is_causal": false"#,
         r#""hidden_act": "laplace""#,
         r#""model_type": "gemma3""#,
         r#""hidden_size": -576"#,
@@ -141,15 +143,79 @@ fn an_invalid_file_is_an_error_of_one_line() {
     for (text, file, word) in [
         ("{", "a.json", "is not JSON"),
         ("[]", "a.json", "not a JSON object"),
-        ("{}", "a.json", "model_type is missing"),
+        ("{}", "a.json", "model_type is missing: use gpt2, llama"),
+        ("{\"model_type\": \"\u{1b}[31m\u{9b}31m\u{202e}\"}", "a.json", "not JSON"),
+        (
+            "{\"model_type\": \"\\u001b[31m\\u009b31m\u{202e}\"}",
+            "a.json",
+            "\" [31m 31m \", which is not implemented",
+        ),
         ("name = 3", "a.toml", "name"),
         ("name = 'a'\nwidht = 3", "a.toml", "widht"),
+        (&"[".repeat(100_000), "a.toml", "TOML parse error"),
+        (&format!("{{\"model_type\": \"{}\"}}", "x".repeat(100_000)), "a.json", "…"),
     ] {
         let error = format!("{:#}", parse(text, file).unwrap_err());
-        assert!(error.contains(word) && !error.contains('\n'), "{error}");
+        assert!(error.contains(word) && error.len() < 1000 && !error.contains(['\n', '\u{1b}']), "{error}");
     }
-    let error = format!("{:#}", read(Path::new("/nowhere/config.json")).unwrap_err());
-    assert!(error.contains("cannot be read"), "{error}");
+    for path in ["/nowhere/config.json", "/dev/zero"] {
+        let error = format!("{:#}", read(Path::new(path)).unwrap_err());
+        assert!(error.contains("could not be read") && error.contains("use a config.json"), "{error}");
+    }
+}
+
+#[test]
+fn sizes_of_toml_are_in_range() {
+    let indicator = include_str!("../indicator.toml");
+    for (old, new, word) in [
+        ("market = 10", "market = 0", "market is 0"),
+        ("market = 10", "market = 9999999999", "market is 9999999999"),
+        ("market = 10", "market = 99999999999999999999", "99999999999999999999"),
+        ("heads = 8", "heads = 4194304\nhead-width = 4194304\nkey-value-heads = 1", "heads times head-width"),
+        ("heads = 8", "heads = 0", "heads is 0"),
+        ("layers = 6", "layers = -1", "layers"),
+    ] {
+        assert!(indicator.contains(old), "{old}");
+        let error = parse(&indicator.replacen(old, new, 1), "a.toml").unwrap_err();
+        let error = format!("{error:#}");
+        assert!(error.contains(word), "{new}: {error}");
+    }
+}
+
+#[test]
+fn a_model_in_the_cache_of_hugging_face_has_its_own_name() {
+    let hub = scratch("hub");
+    let cached = hub.join("models--HuggingFaceTB--SmolLM2-135M");
+    let snapshot = cached.join("snapshots/93efa2f097d58c2a");
+    fs::create_dir_all(&snapshot).unwrap();
+    fs::create_dir_all(cached.join("blobs")).unwrap();
+    fs::create_dir_all(cached.join("refs")).unwrap();
+    fs::write(cached.join("blobs/0ddbb8e8dd1bbf7b"), SMOLLM2).unwrap();
+    std::os::unix::fs::symlink("../../blobs/0ddbb8e8dd1bbf7b", snapshot.join("config.json")).unwrap();
+    fs::write(cached.join("refs/main"), "93efa2f097d58c2a").unwrap();
+    for path in [&snapshot, &snapshot.join("config.json"), &cached] {
+        assert_eq!(read(path).unwrap().model.name, "smollm2-135m", "{}", path.display());
+    }
+    fs::remove_dir_all(hub).unwrap();
+    for (name_or_path, name) in [
+        ("gpt2-medium/", "gpt2-medium"),
+        ("openai-community/gpt2-medium", "gpt2-medium"),
+        ("/root/hub/models--O--N/snapshots/93efa2f0", "n"),
+        ("/fsx/checkpoints/500000", "some-model"),
+        ("./", "some-model"),
+        ("", "some-model"),
+    ] {
+        let config = SMOLLM2.replacen('{', &format!("{{\"_name_or_path\": \"{name_or_path}\", "), 1);
+        assert_eq!(json_model(&config).name, name, "{name_or_path}");
+    }
+}
+
+#[test]
+fn another_head_is_reported() {
+    let notes = |name: &str| parse_json(&SMOLLM2.replace("LlamaForCausalLM", name)).unwrap().notes;
+    assert!(notes("LlamaForCausalLM").is_empty() && notes("BertForMaskedLM").is_empty());
+    let notes = notes("BertForSequenceClassification");
+    assert!(notes[0].contains("instead of that of BertForSequenceClassification"), "{notes:?}");
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use anyhow::{Result, ensure};
 
-use super::super::{Activation, Model, Output, Position};
+use super::super::{Activation, Input, Model, Output, Position};
 use super::id_name;
 
 /// Largest size of any kind: four times the longest context and the largest vocabulary in use.
@@ -44,12 +44,18 @@ fn check_sizes(m: &Model) -> Result<()> {
         ("ffn-width", m.ffn_width),
         ("vocabulary", if m.is_language_model() { m.vocabulary } else { 1 }),
     ];
-    for (name, size) in sizes {
+    let market = match m.input {
+        Input::Indicator { market } => market,
+        Input::Tokens => 1,
+    };
+    for (name, size) in sizes.into_iter().chain([("market", market)]) {
         ensure!((1..=MAX_SIZE).contains(&size), "{name} is {size}: use a number from 1 to {MAX_SIZE}");
     }
+    let width = m.heads.saturating_mul(m.head_width);
+    ensure!(width <= MAX_SIZE, "heads times head-width is {width}: use at most {MAX_SIZE}");
     ensure!(m.layers <= MAX_LAYERS, "layers is {}: use at most {MAX_LAYERS}", m.layers);
     ensure!(
-        m.heads.is_multiple_of(m.key_value_heads) && m.key_value_heads <= m.heads,
+        m.key_value_heads > 0 && m.heads.is_multiple_of(m.key_value_heads) && m.key_value_heads <= m.heads,
         "{} key-value heads do not divide {} heads",
         m.key_value_heads,
         m.heads

@@ -7,13 +7,14 @@ use anyhow::{Context, Result};
 use super::PublishedBaseline;
 use super::python::{self, PythonResult};
 use crate::report::format::{digits, percent, significant};
-use crate::report::markdown::table;
+use crate::report::markdown::{table, table_of_markdown};
 use crate::report::scaling::{self, ModelScaling, Speedup};
 use crate::report::summary::Comparison;
 use crate::report::table::{Table, cells};
 use crate::report::tables;
 use crate::report::{Ratio, all_measured, rate};
 use crate::suite::{Case, HEADLINE_SHAPE};
+use crate::text;
 
 /// A comparison of both frameworks on a device of a published baseline.
 pub struct Answer<'a> {
@@ -45,7 +46,7 @@ impl Answer<'_> {
         let mark = if self.comparison.winner().is_some() { "**" } else { "" };
         let separate = if self.comparison.rounds.is_none() { ", not interleaved" } else { "" };
         vec![
-            format!("[{}](criterion-baselines/{}/report.md)", self.device(), self.baseline.name),
+            link(&self.device(), &self.baseline.name, ""),
             speed(torch, torch_ns),
             speed(mlx, mlx_ns),
             format!("{mark}{ratio}×{mark} ({low} to {high}{separate})"),
@@ -57,6 +58,11 @@ impl Answer<'_> {
 pub fn picture_text(answers: &[Answer<'_>]) -> String {
     let sentences: Vec<String> = answers.iter().map(Answer::sentence).collect();
     format!("Training speed: {}", sentences.join(", and "))
+}
+
+/// Returns a Markdown link to the report of a baseline.
+fn link(text: &str, baseline: &str, anchor: &str) -> String {
+    format!("[{}](criterion-baselines/{baseline}/report.md{anchor})", text::markdown(text))
 }
 
 /// Lists different values in their order: `3`, `3 or 5`.
@@ -74,7 +80,7 @@ pub fn answer(answers: &[Answer<'_>]) -> Result<String> {
         rows.push([missing, "–", "–", "–"].map(str::to_owned).into());
     }
     let header = "machine|PyTorch, samples/s|MLX, samples/s|PyTorch speed / MLX speed (99 % CI)";
-    let text = picture_text(answers);
+    let text = text::html(&picture_text(answers));
     let (subject, restriction) = if answers.iter().all(|answer| answer.comparison.has_round_times) {
         ("Speeds and ratios come from", ".")
     } else {
@@ -94,7 +100,7 @@ pub fn answer(answers: &[Answer<'_>]) -> Result<String> {
         HEADLINE_SHAPE.parameter_count() as f64 / 1e6,
         if model.causal { "decoder" } else { "encoder" },
         model.tokens,
-        table(&Table::new("", "", header, rows)),
+        table_of_markdown(&Table::new("", "", header, rows)),
         subject,
         list_different(answers.iter().filter_map(|answer| answer.comparison.rounds), " or "),
         restriction,
@@ -128,20 +134,19 @@ fn scaling_table(baseline: &PublishedBaseline) -> String {
         )
     };
     let row = |model: ModelScaling| {
-        let name = format!("`{}`, {}", model.model.name, model.backend.framework().label());
+        let name = format!("`{}`, {}", model.model, model.backend.framework().label());
         vec![name, cell(model.weak), cell(model.strong)]
     };
     let rows: Vec<Vec<String>> = scaling::by_model(&measured).into_iter().map(row).collect();
     if rows.is_empty() {
         return String::new();
     }
-    let link = format!(
-        "[{}](criterion-baselines/{}/report.md#multiple-devices)",
-        baseline.hardware(),
-        baseline.name
-    );
-    let header = format!("{link}|weak scaling: speedup (efficiency)|strong scaling: speedup (efficiency)");
-    table(&Table::new("", "", &header, rows))
+    let header = vec![
+        link(&baseline.hardware(), &baseline.name, "#multiple-devices"),
+        "weak scaling: speedup (efficiency)".to_owned(),
+        "strong scaling: speedup (efficiency)".to_owned(),
+    ];
+    table_of_markdown(&Table::with_header("", "", header, rows))
 }
 
 /// Returns the training speeds of each machine.
@@ -151,15 +156,13 @@ pub fn training_speeds(all: &[PublishedBaseline]) -> Result<String> {
         let speeds = tables::first(&baseline.results).context("a training step was measured")?;
         let m = &baseline.results.machine;
         let version = |name: &str| m.versions.iter().find(|v| v.0 == name).map_or("?", |v| v.1.as_str());
+        let [hardware, torch, mlx, commit] =
+            [&baseline.hardware(), version("PyTorch"), version("MLX"), &m.commit].map(text::markdown);
         blocks.push(format!(
-            "{}, {}, {}: PyTorch {}, MLX {}, commit {} (`{}`):\n\n{}",
-            baseline.hardware(),
+            "{hardware}, {}, {}: PyTorch {torch}, MLX {mlx}, commit {commit} ({}):\n\n{}",
             baseline.results.headline(),
             m.date,
-            version("PyTorch"),
-            version("MLX"),
-            m.commit,
-            baseline.name,
+            text::markdown_code(&baseline.name),
             table(&speeds)
         ));
     }
@@ -170,12 +173,14 @@ pub fn training_speeds(all: &[PublishedBaseline]) -> Result<String> {
 pub fn baselines(all: &[PublishedBaseline]) -> String {
     let row = |baseline: &PublishedBaseline| {
         let m = &baseline.results.machine;
-        let (name, date) = (format!("`{}`", baseline.name), if m.date.is_empty() { "–" } else { &m.date });
+        let name = text::markdown_code(&baseline.name);
+        let date = if m.date.is_empty() { "–" } else { &m.date };
+        let [hardware, commit] = [&baseline.hardware(), &m.commit].map(|t| text::markdown(t));
         let counts = [all_measured(&baseline.results).len(), baseline.results.interleaved.len()];
-        cells([&name, &baseline.hardware(), &date, &m.commit, &counts[0], &counts[1]])
+        cells([&name, &hardware, &date, &commit, &counts[0], &counts[1]])
     };
     let header = "baseline|machine|date|commit|cases|interleaved";
-    table(&Table::new("", "", header, all.iter().map(row).collect()))
+    table_of_markdown(&Table::new("", "", header, all.iter().map(row).collect()))
 }
 
 /// Returns the results of the Python counterparts, a table per machine.
@@ -190,8 +195,8 @@ pub fn python_results(root: &Path) -> Result<String> {
         let rows: Vec<Vec<String>> = python::read(&folder)?.iter().map(PythonResult::row).collect();
         if !rows.is_empty() {
             let name = folder.file_name().unwrap_or_default().to_string_lossy();
-            let table = table(&Table::new("", "", PythonResult::HEADER, rows));
-            blocks.push(format!("`{name}`:\n\n{table}"));
+            let table = table_of_markdown(&Table::new("", "", PythonResult::HEADER, rows));
+            blocks.push(format!("{}:\n\n{table}", text::markdown_code(&name)));
         }
     }
     Ok(blocks.join("\n"))

@@ -2,9 +2,8 @@
 
 mod blocks;
 mod pictures;
-mod python;
+pub(crate) mod python;
 
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -13,6 +12,7 @@ use anyhow::{Context, Result};
 use super::headline::best_pairs;
 use super::markdown;
 use super::summary::Comparison;
+use crate::files;
 use crate::results::Results;
 use crate::results::baseline;
 use crate::suite::{BackendId, Case};
@@ -76,6 +76,8 @@ pub fn published_baselines(root: &Path) -> Result<Vec<PublishedBaseline>> {
     let tracked = tracked(root);
     for (machine, name, file) in baseline::list(root) {
         if tracked.as_ref().is_none_or(|tracked| tracked.contains(&file)) {
+            // The names become links.
+            baseline::check_name(&machine).and_then(|()| baseline::check_name(&name))?;
             let baseline = baseline::load(&file)?;
             let name = format!("{machine}/{name}");
             all.push(PublishedBaseline { name, results: baseline.results(), command: baseline.command });
@@ -114,8 +116,7 @@ pub fn files(root: &Path) -> Result<Vec<(PathBuf, String)>> {
         })
         .collect();
     let page = |path: &Path, blocks: &[(&str, String)]| -> Result<(PathBuf, String)> {
-        let page =
-            fs::read_to_string(path).with_context(|| format!("{} could not be read", path.display()))?;
+        let page = files::read_text(path)?;
         let replaced = blocks.iter().try_fold(page, |page, (name, text)| replace_block(&page, name, text));
         Ok((path.to_owned(), replaced.with_context(|| path.display().to_string())?))
     };
@@ -142,6 +143,8 @@ pub fn files(root: &Path) -> Result<Vec<(PathBuf, String)>> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
     use crate::files::tests::scratch;
 

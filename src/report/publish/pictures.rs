@@ -11,6 +11,7 @@ use crate::report::plots::{INK, LARGE, SMALL, draw_legend, draw_svg, draw_text, 
 use crate::report::rate;
 use crate::report::summary::Comparison;
 use crate::suite::{Case, Framework, HEADLINE_SHAPE, Variant};
+use crate::text::html;
 
 /// The colors of a picture on a light or dark page.
 pub struct Palette {
@@ -57,8 +58,7 @@ pub fn answer(answers: &[Answer<'_>], palette: &Palette) -> Result<String> {
         }
         Ok(())
     })?;
-    let escaped = |text: &str| text.replace('&', "&amp;").replace('<', "&lt;");
-    let (title, text) = (escaped(&title), escaped(&picture_text(answers)));
+    let (title, text) = (html(&title), html(&picture_text(answers)));
     Ok(svg.replacen('>', &format!(" role=\"img\">\n<title>{title}</title>\n<desc>{text}.</desc>"), 1))
 }
 

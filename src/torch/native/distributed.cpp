@@ -5,6 +5,7 @@
 #define USE_C10D_GLOO
 
 #include <ATen/ATen.h>
+#include <c10/util/Logging.h>
 #include <torch/csrc/distributed/c10d/FileStore.hpp>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
@@ -166,6 +167,8 @@ extern "C" {
 // within `seconds`.
 int tb_init_process_group(int rank, int size, const char* address, int port, bool agent_store, int seconds) {
   return guarded([&] {
+    // Errors have the reason. c10d would also log each of them with its C++ stack.
+    FLAGS_caffe2_log_level = c10::GLOG_FATAL;
     const std::chrono::milliseconds timeout(1000LL * seconds);
     c10::intrusive_ptr<c10d::Store> store;
     if (port == 0) {
