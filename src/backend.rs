@@ -132,6 +132,17 @@ pub trait LoadedCase {
         None
     }
 
+    /// Copies the inputs of `fixture` into the buffers of the case. An optimizer step's inputs are its gradients.
+    fn set_inputs(&mut self, fixture: &Fixture) -> Result<()>;
+
+    /// Returns the parameters (`param/<parameter>`), and if the workload optimizes also AdamW's moments
+    /// (`moment1/<parameter>`, `moment2/<parameter>`) and its number of steps (`step`), in f32.
+    fn checkpoint(&mut self) -> Result<Vec<Tensor>>;
+
+    /// Continues from a checkpoint, and draws the next dropout masks from `seed`. Tensors that `checkpoint` leaves
+    /// out keep their values.
+    fn restore(&mut self, checkpoint: &[Tensor], seed: u64) -> Result<()>;
+
     /// Returns the results of the last step in f32, for the parity check; untimed.
     ///
     /// Names are the outputs of the model (`out`, `selection`, `weights`, `logits`), `loss`,

@@ -50,6 +50,8 @@ pub struct Fixture {
     pub adamw: AdamW,
     /// The sample at each position of the batch.
     samples: Vec<usize>,
+    /// Number of the batch that the inputs and fixed gradients are.
+    batch: usize,
     /// The rank whose share of the batch the inputs are, or `None` for the whole batch.
     rank: Option<usize>,
     /// True if ranks skip the all-reduce of gradients (DDP's `no_sync`), to measure exposed communication.
@@ -74,9 +76,9 @@ const DISTINCT_TOKENS: usize = 1024;
 
 /// Returns the samples of a parity batch. The first ones differ. Later positions repeat them, lower numbers more
 /// often, so that a backend that leaves out a part of the batch changes every mean.
-fn repeated_samples(shape: Shape) -> Vec<usize> {
-    let Some((model, batch)) = shape.model() else { return vec![0] };
-    let distinct = (DISTINCT_TOKENS / model.tokens).max(2).min(batch);
+fn repeated_samples(shape: Shape, distinct: usize) -> Vec<usize> {
+    let Some((_, batch)) = shape.model() else { return vec![0] };
+    let distinct = distinct.min(batch);
     let mut random = Random::new("samples");
     (0..batch)
         .map(|position| {
@@ -116,6 +118,7 @@ impl Fixture {
             dropout: case.dropout(),
             adamw: AdamW::TRAINING,
             samples: (0..case.shape.batch()).collect(),
+            batch: 0,
             rank: None,
             no_sync: false,
             inputs: OnceCell::new(),
@@ -126,8 +129,37 @@ impl Fixture {
 
     /// Creates the fixture of a parity check: no dropout, [`AdamW::PARITY`], and a large batch repeats a few samples.
     pub fn for_parity(case: Case) -> Self {
-        let samples = repeated_samples(case.shape);
+        let distinct = case.shape.model().map_or(1, |(model, _)| (DISTINCT_TOKENS / model.tokens).max(2));
+        let samples = repeated_samples(case.shape, distinct);
         Self { dropout: Dropout::NONE, adamw: AdamW::PARITY, samples, ..Self::new(case) }
+    }
+
+    /// Returns a fixture with the inputs and fixed gradients of another batch.
+    ///
+    /// Later batches of a parity fixture have other parameters too, in f32 with saturated softmax. They have only two
+    /// different samples, so that the reference is fast.
+    pub fn with_batch(self, batch: usize) -> Self {
+        let (inputs, gradients) = (OnceCell::new(), OnceCell::new());
+        if !self.is_for_parity() {
+            return Self { batch, inputs, gradients, ..self };
+        }
+        let samples = repeated_samples(self.case.shape, 2);
+        let mut other = Self { batch, samples, inputs, gradients, parameters: OnceCell::new(), ..self };
+        // In bf16, the error of a score near 100 hides everything.
+        if matches!(self.case.method.precision, Precision::F32 | Precision::Tf32 | Precision::F16) {
+            other.saturate_softmax();
+        }
+        other
+    }
+
+    /// Returns the number of the batch that the inputs are. The first is 0.
+    pub fn batch_number(&self) -> usize {
+        self.batch
+    }
+
+    /// Returns the name of a random stream, which is another one for each batch.
+    fn stream(&self, name: &str) -> String {
+        if self.batch == 0 { name.to_owned() } else { format!("{name} of batch {}", self.batch) }
     }
 
     /// Returns true for the fixture of a parity check.
@@ -164,7 +196,7 @@ impl Fixture {
     /// Returns the initial parameters in the order of [`Shape::parameter_specs`].
     pub fn parameters(&self) -> &[Tensor] {
         self.parameters.get_or_init(|| {
-            self.generate_parameters("parameter", |random, spec| match spec.init {
+            self.generate_parameters(&self.stream("parameter"), |random, spec| match spec.init {
                 Init::Uniform(bound) => random.uniform(bound),
                 Init::NearOne => 1.0 + random.uniform(0.1),
             })
@@ -173,7 +205,9 @@ impl Fixture {
 
     /// Returns the fixed gradients of an optimizer step in the same order.
     pub fn gradients(&self) -> &[Tensor] {
-        self.gradients.get_or_init(|| self.generate_parameters("gradient", |random, _| random.uniform(0.01)))
+        self.gradients.get_or_init(|| {
+            self.generate_parameters(&self.stream("gradient"), |random, _| random.uniform(0.01))
+        })
     }
 
     /// Returns the inputs and targets in this order.
@@ -210,6 +244,37 @@ impl Fixture {
         edit_tensor(&mut self.parameters, name, edit);
     }
 
+    /// Scales the queries, so that softmax saturates. Without subtracting the maximum, its exponentials overflow.
+    fn saturate_softmax(&mut self) {
+        // The largest of 1,000 scores are then above 88.8, whose exponential overflows in f32.
+        const STANDARD_DEVIATION: f32 = 30.0;
+        let precision = self.case.method.precision;
+        self.parameters();
+        let all = self.parameters.get_mut().map(Vec::as_mut_slice).unwrap_or_default();
+        let mean_square = |data: &[f32]| data.iter().map(|v| v * v).sum::<f32>() / data.len() as f32;
+        let blocks: Vec<String> =
+            all.iter().filter_map(|t| t.name.strip_suffix("q.weight").map(str::to_owned)).collect();
+        for block in blocks {
+            let find = |name: &str| all.iter().position(|t| t.name == format!("{block}{name}"));
+            // Inputs have a mean square of about 1. Products of normed queries and keys have it too.
+            let (names, square) = match (find("q-norm.weight"), find("k-norm.weight"), find("k.weight")) {
+                (Some(q), Some(k), _) => (vec![q], mean_square(&all[q].data) * mean_square(&all[k].data)),
+                (_, _, Some(k)) => {
+                    let q = find("q.weight").expect("the block was found by it");
+                    let width = all[q].dims[1] as f32;
+                    let square = mean_square(&all[q].data) * mean_square(&all[k].data) * width * width;
+                    ([q].into_iter().chain(find("q.bias")).collect(), square)
+                }
+                _ => continue,
+            };
+            for index in names {
+                let data = &mut all[index].data;
+                data.iter_mut().for_each(|v| *v *= STANDARD_DEVIATION / square.sqrt());
+                round_to(precision, data);
+            }
+        }
+    }
+
     /// Returns true if the case has a parameter of this name.
     pub fn has_parameter(&self, name: &str) -> bool {
         self.parameters().iter().any(|t| t.name == name)
@@ -242,13 +307,26 @@ impl Fixture {
             .collect()
     }
 
+    /// Makes the last token of each sample larger, so that a kernel that ignores it has a large error.
+    fn emphasize_last_token(&self, dims: &[usize], data: &mut [f32]) {
+        let width: usize = dims[2..].iter().product();
+        for sample in data.chunks_mut(dims[1] * width) {
+            let last = sample.len() - width;
+            // A power of two is exact in every format.
+            sample[last..].iter_mut().for_each(|v| *v *= 8.0);
+        }
+    }
+
     fn generate_inputs(&self) -> Vec<Tensor> {
         let precision = self.case.method.precision;
         let generate = |name: &str, dims: &[usize], value: &dyn Fn(&mut Random) -> f32| {
-            let mut random = Random::new(&format!("input {name}"));
+            let mut random = Random::new(&self.stream(&format!("input {name}")));
             let mut data: Vec<f32> = (0..dims.iter().product()).map(|_| value(&mut random)).collect();
             if !matches!(name, "tokens" | "next") {
                 round_to(precision, &mut data);
+            }
+            if self.is_for_parity() && self.batch > 0 && matches!(name, "x" | "upstream" | "values") {
+                self.emphasize_last_token(dims, &mut data);
             }
             if self.samples.iter().enumerate().any(|(position, &sample)| position != sample) {
                 let each = data.len() / self.samples.len();

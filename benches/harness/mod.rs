@@ -4,6 +4,7 @@
 //! The parity of all selected cases is checked before the first is timed. Records are written after every case, so
 //! that a run that is killed leaves the cases it has measured.
 
+mod ceiling;
 mod criterion_files;
 mod environment;
 mod estimate;
@@ -186,6 +187,7 @@ impl<'a> Suite<'a> {
                 Some(_) => parity::check_in_process(backends, &runnable),
                 None => parity::check_in_subprocess(framework, &runnable)?,
             };
+            parity::refuse_after_failed_f32(&mut self.parity);
             self.parity.extend(failed);
         }
         let mut writer = if writes_records {
@@ -255,7 +257,7 @@ impl<'a> Suite<'a> {
         let mut record = measured.unwrap_or_else(|error| Some(failure_record(case, &error)))?;
         record.parity = parity;
         if record.status == Status::Measured && !self.options.test {
-            record = fill_record(&self.criterion_home, case, record, &self.environment.machine)
+            record = fill_record(&self.criterion_home, case, record, &self.environment.machine, backend)
                 .unwrap_or_else(|error| Record::unmeasured(case, Status::Error, format!("{error:#}")));
         }
         if record.status == Status::Error && !self.options.test {

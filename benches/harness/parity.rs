@@ -10,10 +10,29 @@ use transformer_bench::backend::Backends;
 use transformer_bench::compare::worker::{CheckOutcome, Side, Threads, Worker};
 use transformer_bench::parity::ParityChecker;
 use transformer_bench::results::Status;
-use transformer_bench::suite::{Case, Framework};
+use transformer_bench::suite::{Case, Framework, Method, Precision};
 
 /// The largest error of each case as a share of its tolerance, or the reason why the case must not be timed.
 pub type ParityResults = HashMap<Case, Result<f64, (Status, String)>>;
+
+/// Refuses each case in a lower precision if the same variant failed its check in f32. Rounding hides in the lower
+/// precision what f32 shows.
+pub fn refuse_after_failed_f32(results: &mut ParityResults) {
+    let failed: Vec<Case> = results
+        .iter()
+        .filter(|(case, result)| {
+            case.method.precision == Precision::F32 && matches!(result, Err((Status::ParityFailed, _)))
+        })
+        .map(|(case, _)| *case)
+        .collect();
+    for (case, result) in results.iter_mut().filter(|(_, result)| result.is_ok()) {
+        let in_f32 = Case { method: Method { precision: Precision::F32, ..case.method }, ..*case };
+        if failed.contains(&in_f32) {
+            let reason = format!("{in_f32} failed its check and has the same variant");
+            *result = Err((Status::ParityFailed, reason));
+        }
+    }
+}
 
 /// Checks the cases in this process, for a rank that a launcher started.
 pub fn check_in_process(backends: &Backends, cases: &[Case]) -> ParityResults {

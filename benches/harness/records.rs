@@ -4,10 +4,13 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use serde_json::Value;
+use transformer_bench::backend::Backend;
 use transformer_bench::memory;
-use transformer_bench::results::machine::{self, Machine};
+use transformer_bench::results::machine::Machine;
 use transformer_bench::results::{Record, Status, Throughput, criterion_folder};
 use transformer_bench::suite::{Case, cost};
+
+use super::ceiling;
 
 /// Adds the median, its interval and the throughput from the files that Criterion has written.
 ///
@@ -18,6 +21,7 @@ pub fn fill_record(
     case: &Case,
     mut record: Record,
     machine: &Machine,
+    backend: &dyn Backend,
 ) -> Result<Record> {
     let folder = criterion_folder(criterion_home, case).join("new");
     let read = |name: &str| -> Result<Value> {
@@ -29,8 +33,7 @@ pub fn fill_record(
     let median = read("estimates.json")?["median"].take();
     let number = |value: &Value| value.as_f64().context("Criterion's estimates have no median");
     let median_ns = number(&median["point_estimate"])?;
-    let ceiling = machine::flops_ceiling(case.backend, case.method.precision, machine);
-    machine::check_rate(cost::flops(case) / case.shape.ranks() as u64, median_ns, ceiling)?;
+    ceiling::check(case, median_ns, backend, machine)?;
     let interval = &median["confidence_interval"];
     let work = cost::work(case);
     record.median_ns = Some(median_ns);

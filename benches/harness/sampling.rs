@@ -9,6 +9,7 @@ use transformer_bench::backend::{Backend, LoadedCase};
 use transformer_bench::fixture::Fixture;
 use transformer_bench::interference::CpuUsage;
 use transformer_bench::memory;
+use transformer_bench::parity::timed_work;
 use transformer_bench::profile::gpu;
 use transformer_bench::results::{Record, Status, criterion_folder};
 use transformer_bench::statistics::median;
@@ -27,6 +28,8 @@ struct SampleStats {
     /// Page faults per step of each sample.
     page_faults: Vec<f64>,
     cpu: CpuUsage,
+    /// Number of steps in the last sample.
+    steps: u64,
 }
 
 /// Runs cases with Criterion.
@@ -98,6 +101,9 @@ impl<'a> CaseRunner<'a> {
         if stats.cpu.throttled() {
             eprintln!("{label} {case}: the CPU was throttled because of its temperature");
         }
+        if !self.options.test {
+            timed_work::verify(backend, *case, loaded, stats.steps)?;
+        }
         Ok(Some(record))
     }
 
@@ -121,6 +127,7 @@ impl<'a> CaseRunner<'a> {
             peak_rss: memory::resident_peak_bytes(),
             page_faults: vec![(memory::page_faults() - faults_before) as f64 / steps.len() as f64],
             cpu: CpuUsage::now().since(before),
+            steps: 1,
         };
         if !self.options.test {
             criterion_files::write(&criterion_folder(&self.criterion_home, case), case, &steps)?;
@@ -186,6 +193,7 @@ impl<'a> CaseRunner<'a> {
                 } else {
                     loaded.time(iterations)
                 };
+                stats.steps = iterations;
                 stats.peak_rss = memory::resident_peak_bytes();
                 stats.cpu.add(CpuUsage::now().since(before));
                 stats.page_faults.push((memory::page_faults() - faults_before) as f64 / iterations as f64);

@@ -15,7 +15,7 @@ mod timing;
 
 use anyhow::Result;
 use transformer_bench::backend::LoadedCase;
-use transformer_bench::fixture::Tensor;
+use transformer_bench::fixture::{Fixture, Tensor};
 
 /// A case whose step calls a function.
 struct Step(fn());
@@ -24,6 +24,18 @@ impl LoadedCase for Step {
     fn step(&mut self) -> Result<()> {
         std::hint::black_box(&self);
         (self.0)();
+        Ok(())
+    }
+
+    fn set_inputs(&mut self, _fixture: &Fixture) -> Result<()> {
+        Ok(())
+    }
+
+    fn checkpoint(&mut self) -> Result<Vec<Tensor>> {
+        Ok(Vec::new())
+    }
+
+    fn restore(&mut self, _checkpoint: &[Tensor], _seed: u64) -> Result<()> {
         Ok(())
     }
 

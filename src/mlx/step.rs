@@ -120,6 +120,12 @@ impl Step {
         Ok(step)
     }
 
+    /// Reads one array per parameter, named `prefix/<parameter>`.
+    fn read_all(&self, prefix: &str, arrays: &[Array]) -> Result<Vec<Named>> {
+        let specs = self.program.case.shape.parameter_specs();
+        specs.iter().zip(arrays).map(|(spec, array)| read(format!("{prefix}/{}", spec.name), array)).collect()
+    }
+
     /// Returns the arguments of the function, with AdamW's scalars of step `t`.
     fn arguments(&self, t: i32) -> Vec<Array> {
         let mut args: Vec<Array> =
@@ -287,6 +293,9 @@ fn adamw(a: &Arguments<'_>, gradients: &[Array]) -> Result<Vec<Array>, Exception
     Ok(p_new)
 }
 
+/// Prefixes of the names of a state's arrays, in their order.
+const STATE_NAMES: [&str; 3] = ["param", "moment1", "moment2"];
+
 /// Copies an array to the host as f32.
 fn read(name: String, array: &Array) -> Result<Named> {
     let dims = array.shape().iter().map(|&d| d as usize).collect();
@@ -337,15 +346,45 @@ impl LoadedCase for Step {
         Ok(true)
     }
 
+    fn set_inputs(&mut self, fixture: &Fixture) -> Result<()> {
+        self.inputs = load_inputs(fixture, crate::dtype(self.program.case.method.precision));
+        Ok(eval(&self.inputs)?)
+    }
+
+    fn checkpoint(&mut self) -> Result<Vec<Named>> {
+        let mut all = Vec::new();
+        for (prefix, arrays) in STATE_NAMES.iter().zip(self.state.chunks(self.program.parameters.max(1))) {
+            all.extend(self.read_all(prefix, arrays)?);
+        }
+        if self.program.case.workload.optimizes() {
+            all.push(Named { name: "step".to_owned(), dims: vec![1], data: vec![self.step_count as f32] });
+        }
+        Ok(all)
+    }
+
+    fn restore(&mut self, checkpoint: &[Named], seed: u64) -> Result<()> {
+        let specs = self.program.case.shape.parameter_specs();
+        let names =
+            STATE_NAMES.iter().flat_map(|prefix| specs.iter().map(move |s| format!("{prefix}/{}", s.name)));
+        for (array, name) in self.state.iter_mut().zip(names) {
+            if let Some(named) = checkpoint.iter().find(|tensor| tensor.name == name) {
+                *array = load(named, array.dtype());
+            }
+        }
+        if let Some(step) = checkpoint.iter().find(|tensor| tensor.name == "step") {
+            self.step_count = step.data[0] as i32;
+        }
+        self.key = random::key(seed)?;
+        Ok(eval(self.state.iter().chain([&self.key]))?)
+    }
+
     fn outputs(&mut self) -> Result<Vec<Named>> {
         let case = &self.program.case;
         let names = result_names(case).iter().map(|name| (*name).to_owned());
         let mut all = names.zip(&self.results).map(|(name, a)| read(name, a)).collect::<Result<Vec<_>>>()?;
-        let updated: &[Array] = if case.workload.optimizes() { &self.state } else { &[] };
-        for (prefix, arrays) in [("grad", self.gradients.as_slice()), ("param", updated)] {
-            for (spec, array) in case.shape.parameter_specs().iter().zip(arrays) {
-                all.push(read(format!("{prefix}/{}", spec.name), array)?);
-            }
+        all.extend(self.read_all("grad", &self.gradients)?);
+        if case.workload.optimizes() {
+            all.extend(self.read_all("param", &self.state)?);
         }
         Ok(all)
     }

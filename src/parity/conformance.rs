@@ -11,6 +11,8 @@ use crate::fixture::Fixture;
 use crate::model::{Model, ModelId, OPTION_MODELS};
 use crate::parity::ParityChecker;
 use crate::parity::fault_injection::FAULTS;
+use crate::parity::idle_steps::{IdleCase, IdleStep};
+use crate::parity::timed_work;
 use crate::statistics::median;
 use crate::suite::{Case, Method, Precision, Set, Shape, Variant, Workload, cases};
 use crate::{memory, process};
@@ -136,6 +138,44 @@ pub fn parity_detects_faults(backend: &dyn Backend) -> Result<()> {
         println!("{}: {}: {result}", backend.id(), fault.name);
     }
     ensure!(missed.is_empty(), "faults that were not detected: {}", missed.join("; "));
+    Ok(())
+}
+
+/// Checks that steps that leave work out are refused, by the parity check or after the samples.
+pub fn idle_steps_are_refused(backend: &dyn Backend) -> Result<()> {
+    let method = Method { precision: Precision::F32, variant: Variant::Tuned };
+    for (workload, model) in [
+        (Workload::TrainStep, "gpt2"),
+        (Workload::TrainStep, "indicator"),
+        (Workload::OptimizerStep, "indicator"),
+        (Workload::ForwardBackward, "gpt2"),
+    ] {
+        let case = case(backend, workload, method, miniature(model));
+        let steps = 4;
+        // A case without a fault passes.
+        timed_work::verify(backend, case, backend.load(&Fixture::new(case))?, steps)?;
+        for fault in IdleStep::ALL {
+            let parity = Fixture::for_parity(case);
+            let mut idle = IdleCase::new(backend.load(&parity)?, fault);
+            let checked = ParityChecker::default().compare(&parity, &mut idle, backend.accumulation())?;
+            let idle = IdleCase::new(backend.load(&Fixture::new(case))?, fault);
+            let verified = timed_work::verify(backend, case, Box::new(idle), steps);
+            // Without state, all steps have the same results. The ceilings refuse them if they take no time.
+            let has_no_effect = !workload.optimizes()
+                && matches!(fault, IdleStep::LastOfSeveral | IdleStep::EveryThirdUpdate);
+            ensure!(
+                has_no_effect || checked.is_err() || verified.is_err(),
+                "{case} was accepted with the fault {fault:?}"
+            );
+            // A miniature is read in less time than the noise.
+            if fault == IdleStep::UntilRead {
+                continue;
+            }
+            if workload == Workload::TrainStep {
+                ensure!(checked.is_err(), "the parity check of {case} accepted the fault {fault:?}");
+            }
+        }
+    }
     Ok(())
 }
 
@@ -320,6 +360,7 @@ pub fn assert_all(backends: &Backends) {
         ("parity passes", parity_passes),
         ("mixed computes in bf16", mixed_computes_in_bf16),
         ("parity detects faults", parity_detects_faults),
+        ("idle steps are refused", idle_steps_are_refused),
         ("memory is counted", memory_is_counted),
         ("steps leave nothing pending", steps_leave_nothing_pending),
         ("time follows work", time_follows_work),

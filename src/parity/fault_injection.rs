@@ -276,6 +276,18 @@ impl LoadedCase for FaultyCase {
         Ok(())
     }
 
+    fn set_inputs(&mut self, fixture: &Fixture) -> Result<()> {
+        self.inner.set_inputs(fixture)
+    }
+
+    fn checkpoint(&mut self) -> Result<Vec<Tensor>> {
+        self.inner.checkpoint()
+    }
+
+    fn restore(&mut self, checkpoint: &[Tensor], seed: u64) -> Result<()> {
+        self.inner.restore(checkpoint, seed)
+    }
+
     fn outputs(&mut self) -> Result<Vec<Tensor>> {
         Ok((self.change)(&self.steps))
     }

@@ -5,12 +5,14 @@
 use super::matmul::Real;
 use crate::model::Activation;
 
-/// Replaces scores by their softmax.
-pub fn softmax<R: Real>(row: &mut [R]) {
+/// Replaces scores by their softmax. Returns the rounding error of the logarithm of their sum of exponentials.
+pub fn softmax<R: Real>(row: &mut [R]) -> R {
     let largest = row.iter().copied().fold(R::min_value(), R::max);
     row.iter_mut().for_each(|v| *v = (*v - largest).exp());
     let total = row.iter().copied().sum::<R>();
     row.iter_mut().for_each(|v| *v = *v / total);
+    let logarithm = total.ln();
+    (largest - (largest + logarithm)) + logarithm
 }
 
 /// Returns the activation at `x`.

@@ -8,6 +8,15 @@ use super::matmul::{Matrix, Real};
 use super::rounding::Format;
 
 impl<R: Real> HeadWeights<R> {
+    /// Returns the weights as the backward pass of a fused kernel computes them.
+    fn recomputed(&self) -> Self {
+        let mut weights = self.weights.clone();
+        for (row, &error) in weights.data.chunks_mut(self.weights.columns).zip(&self.logarithm_errors) {
+            row.iter_mut().for_each(|w| *w = *w + *w * error);
+        }
+        Self { weights, dropout: self.dropout.clone(), logarithm_errors: Vec::new() }
+    }
+
     /// Returns the weights after dropout.
     fn dropped(&self, format: Format) -> Cow<'_, Matrix<R>> {
         match &self.dropout {
@@ -75,14 +84,15 @@ impl<R: Real> Graph<R> {
             let HeadColumns { first, key_value, width } = HeadColumns::new(index, heads, columns);
             let keys = k.columns_from(key_value, width).transposed();
             let mut weights = q.columns_from(first, width).product(keys, 1);
+            let mut logarithm_errors = Vec::with_capacity(rows);
             for (n, row) in weights.data.chunks_mut(rows).enumerate() {
                 let (visible, future) = row.split_at_mut(if causal { n + 1 } else { rows });
                 future.fill(R::zero());
                 visible.iter_mut().for_each(|s| *s = round(round(*s) * scale));
-                softmax(visible);
+                logarithm_errors.push(softmax(visible));
                 visible.iter_mut().for_each(|s| *s = round(*s));
             }
-            let head = HeadWeights { dropout: dropout(index), weights };
+            let head = HeadWeights { dropout: dropout(index), weights, logarithm_errors };
             let dropped = head.dropped(format);
             let result =
                 self.as_operand(&dropped, format).view().product(v.columns_from(key_value, width), 1);
@@ -114,13 +124,13 @@ impl<R: Real> Graph<R> {
         let scale = R::from_f64(1.0 / ((inner / heads.len()) as f64).sqrt());
         let g = self.as_operand(gradient, format);
         let parts = for_each_head(heads.len(), self.threads, |index| {
-            let head = &heads[index];
+            let fused = self.rounding.fused_attention;
+            let head = if fused { &heads[index].recomputed() } else { &heads[index] };
             let HeadColumns { first, key_value, width } = HeadColumns::new(index, heads.len(), columns);
             let own = g.columns_from(first, width);
             let dropped = head.dropped(format);
             let to_v = self.as_operand(&dropped, format).view().transposed().product(own, 1);
             let mut scores = own.product(v.columns_from(key_value, width).transposed(), 1);
-            let fused = self.rounding.fused_attention;
             if !fused {
                 scores.data.iter_mut().for_each(|v| *v = round(*v));
             }

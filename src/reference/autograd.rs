@@ -34,6 +34,9 @@ struct Node<R> {
 pub struct HeadWeights<R> {
     pub weights: Matrix<R>,
     pub dropout: Option<Matrix<R>>,
+    /// The backward pass of a fused kernel computes the weights again, as exp(score − logarithm). The rounding error of
+    /// the logarithm, one per row, is then a relative error of the weights.
+    pub logarithm_errors: Vec<R>,
 }
 
 /// An operation, with the values that its gradient needs.
@@ -240,7 +243,7 @@ impl<R: Real> Graph<R> {
 
     pub fn softmax(&mut self, x: Var) -> Var {
         let mut y = self.get(x).clone();
-        softmax(&mut y.data);
+        let _ = softmax(&mut y.data);
         self.push(y, self.rounding.stream, Op::Softmax(x))
     }
 

@@ -9,6 +9,7 @@ use transformer_bench::backend::{LoadedCase, result_names};
 use transformer_bench::fixture::{AdamW, Fixture, Tensor as Named};
 use transformer_bench::suite::Case;
 
+use crate::checkpoint;
 use crate::distributed::{BucketSizes, GradientSync};
 use crate::extension::{self, AdamWState, Graph, PackageRunner};
 use crate::inductor::{self, Package};
@@ -123,6 +124,22 @@ impl LoadedCase for CompiledStep {
             None => extension::catch_panics(|| self.run())?,
         }
         extension::synchronize(self.device)
+    }
+
+    fn set_inputs(&mut self, fixture: &Fixture) -> Result<()> {
+        extension::catch_panics(|| {
+            params::copy_inputs(fixture, &self.arguments);
+            Ok(())
+        })
+    }
+
+    fn checkpoint(&mut self) -> Result<Vec<Named>> {
+        checkpoint::read(&self.layout, self.leaves(), self.adamw_state.as_ref())
+    }
+
+    fn restore(&mut self, tensors: &[Named], seed: u64) -> Result<()> {
+        let leaves = &self.arguments[self.leaves.clone()];
+        checkpoint::restore(&self.layout, leaves, self.adamw_state.as_mut(), tensors, seed)
     }
 
     fn outputs(&mut self) -> Result<Vec<Named>> {

@@ -295,9 +295,23 @@ impl AdamWState {
         self.first.iter().chain(&self.second).chain(steps).map(Tensor::shallow_clone).collect()
     }
 
-    /// Resets the step counter on the host. The caller restores the tensors.
-    pub fn reset_step_count(&mut self) {
-        self.step = 0;
+    /// Returns the first and second moments, one per parameter.
+    pub fn moments(&self) -> [&[Tensor]; 2] {
+        [&self.first, &self.second]
+    }
+
+    /// Returns the number of steps so far.
+    pub fn step_count(&self) -> i64 {
+        let on_device = self.device_steps.iter().flatten().next();
+        on_device.map_or(self.step, |count| count.double_value(&[]) as i64)
+    }
+
+    /// Sets the number of steps, on the host and on the device.
+    pub fn set_step_count(&mut self, count: i64) {
+        self.step = count;
+        for counter in self.device_steps.iter_mut().flatten() {
+            let _ = counter.fill_(count);
+        }
     }
 
     /// Updates the parameters in place.

@@ -3,6 +3,7 @@
 //! `network` is the model, `params` its parameters, and `step` the workloads. `compiled_step` runs the packages that
 //! `inductor` builds. `distributed` connects ranks, and `extension` wraps C++ functions that tch lacks.
 
+mod checkpoint;
 mod compiled_step;
 mod distributed;
 mod extension;

@@ -25,6 +25,13 @@ pub fn load_inputs(fixture: &Fixture, device: Device, kind: Kind) -> Vec<Tensor>
     fixture.inputs().iter().map(|named| load(named, device, kind_of(&named.name))).collect()
 }
 
+/// Copies the inputs of a fixture into tensors that [`load_inputs`] returned.
+pub fn copy_inputs(fixture: &Fixture, inputs: &[Tensor]) {
+    for (named, input) in fixture.inputs().iter().zip(inputs) {
+        input.detach().copy_(&load(named, input.device(), input.kind()));
+    }
+}
+
 /// Copies a tensor to the host as f32.
 fn read(name: String, tensor: &Tensor) -> Result<Named> {
     let dims = tensor.size().iter().map(|&d| d as usize).collect();
@@ -91,6 +98,25 @@ impl ParameterLayout {
         shape.take_parameters(&mut InOrder(tensors))
     }
 
+    /// Reads leaves as one tensor per parameter, named `prefix/<parameter>`.
+    pub fn read_leaves(&self, prefix: &str, leaves: &[Tensor]) -> Result<Vec<Named>> {
+        let read_one = |location: &Location| {
+            let rows = leaves[location.leaf].narrow(0, location.first_row, location.rows);
+            read(format!("{prefix}/{}", location.name), &rows)
+        };
+        self.locations.iter().map(read_one).collect()
+    }
+
+    /// Copies the tensors that are named `prefix/<parameter>` into leaves. Other leaves keep their values.
+    pub fn copy_into_leaves(&self, prefix: &str, tensors: &[Named], leaves: &[Tensor]) {
+        for location in &self.locations {
+            let name = format!("{prefix}/{}", location.name);
+            let Some(named) = tensors.iter().find(|tensor| tensor.name == name) else { continue };
+            let leaf = leaves[location.leaf].detach();
+            leaf.narrow(0, location.first_row, location.rows).copy_(&load(named, leaf.device(), leaf.kind()));
+        }
+    }
+
     /// Reads the results of a step, the gradients of the leaves, and the updated leaves. The last two can be empty.
     pub fn read_outputs(
         &self,
@@ -102,9 +128,8 @@ impl ParameterLayout {
         let names = result_names(case).iter().map(|name| (*name).to_owned());
         let mut all = names.zip(results).map(|(name, t)| read(name, t)).collect::<Result<Vec<_>>>()?;
         for (prefix, leaves) in [("grad", gradients), ("param", updated)] {
-            for location in self.locations.iter().filter(|_| !leaves.is_empty()) {
-                let rows = leaves[location.leaf].narrow(0, location.first_row, location.rows);
-                all.push(read(format!("{prefix}/{}", location.name), &rows)?);
+            if !leaves.is_empty() {
+                all.extend(self.read_leaves(prefix, leaves)?);
             }
         }
         Ok(all)

@@ -10,6 +10,7 @@ use transformer_bench::model::ModelId;
 use transformer_bench::model::parameters::Parameters;
 use transformer_bench::suite::{Case, Precision, Shape, Workload};
 
+use crate::checkpoint;
 use crate::distributed::{self, BucketSizes, GradientSync};
 use crate::extension::{self, AdamWState, Graph};
 use crate::network::{self, Layers};
@@ -125,7 +126,7 @@ impl Step {
             || {
                 let mut this = this.borrow_mut();
                 if let Some(state) = &mut this.adamw_state {
-                    state.reset_step_count();
+                    state.set_step_count(0);
                 }
                 this.run_workload()?;
                 if this.captures_optimizer() { this.run_optimizer() } else { Ok(()) }
@@ -174,6 +175,12 @@ impl Step {
             }
             (Parameters::None, _) => unreachable!("a copy has no forward pass"),
         }
+    }
+
+    fn copy_fixed_gradients(&self, fixture: &Fixture) {
+        let kind = crate::kind(self.case.method.precision);
+        let gradients = self.layout.load(fixture.gradients(), self.device, kind);
+        self.fixed_gradients.iter().zip(&gradients).for_each(|(to, from)| to.shallow_clone().copy_(from));
     }
 
     /// Runs a step.
@@ -255,6 +262,28 @@ impl LoadedCase for Step {
         extension::catch_panics(|| distributed::all_reduce(&self.results[0], steps))?;
         extension::synchronize(self.device)?;
         Ok(true)
+    }
+
+    fn set_inputs(&mut self, fixture: &Fixture) -> Result<()> {
+        extension::catch_panics(|| {
+            match self.case.workload {
+                Workload::OptimizerStep => self.copy_fixed_gradients(fixture),
+                _ => params::copy_inputs(fixture, &self.inputs),
+            }
+            if self.case.workload == Workload::AllReduce {
+                // An all-reduce works in place.
+                self.results[0].copy_(&self.inputs[0]);
+            }
+            Ok(())
+        })
+    }
+
+    fn checkpoint(&mut self) -> Result<Vec<Named>> {
+        checkpoint::read(&self.layout, &self.leaves, self.adamw_state.as_ref())
+    }
+
+    fn restore(&mut self, tensors: &[Named], seed: u64) -> Result<()> {
+        checkpoint::restore(&self.layout, &self.leaves, self.adamw_state.as_mut(), tensors, seed)
     }
 
     fn outputs(&mut self) -> Result<Vec<Named>> {

@@ -8,12 +8,12 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use transformer_bench::backend::{LoadedCase, RankStats};
 use transformer_bench::files::Scratch;
-use transformer_bench::fixture::Tensor;
+use transformer_bench::fixture::{Fixture, Tensor};
 use transformer_bench::parity::RankMismatch;
 use transformer_bench::statistics::{median, sorted};
 use transformer_bench::suite::{Case, Workload};
 
-use super::super::protocol::read_tensors;
+use super::super::protocol::{read_tensors, write_tensors};
 use super::controller::{Controller, LOAD_TIME};
 
 /// Rounds for exposed communication. The second and the eighth of nine sorted values enclose the median with
@@ -63,6 +63,16 @@ impl DistributedCase {
         self.skews.push(1.0 - fastest / slowest);
         self.cpu_wait_share = self.cpu_wait_share.max(cpu_wait);
         Ok(elapsed)
+    }
+
+    /// Reads the tensors that rank 0 writes after a request.
+    fn read(&mut self, request: &str) -> Result<Vec<Tensor>> {
+        let file = self.folder.0.join("tensors");
+        let answer = self.controller.ask(&format!("{request} {}", file.display()), self.step)?;
+        if let Some(name) = answer.strip_prefix("differ ") {
+            return Err(anyhow::Error::new(RankMismatch(name.to_owned())));
+        }
+        read_tensors(&file)
     }
 
     /// Measures `1 - t_no_sync / t_step` in interleaved rounds. Returns the median and its 96 % interval.
@@ -134,12 +144,21 @@ impl LoadedCase for DistributedCase {
         Some(profile())
     }
 
+    fn set_inputs(&mut self, fixture: &Fixture) -> Result<()> {
+        self.controller.ask(&format!("inputs {}", fixture.batch_number()), LOAD_TIME).map(|_| ())
+    }
+
+    fn checkpoint(&mut self) -> Result<Vec<Tensor>> {
+        self.read("checkpoint")
+    }
+
+    fn restore(&mut self, checkpoint: &[Tensor], seed: u64) -> Result<()> {
+        let file = self.folder.0.join("checkpoint");
+        write_tensors(&file, checkpoint)?;
+        self.controller.ask(&format!("restore {seed} {}", file.display()), LOAD_TIME).map(|_| ())
+    }
+
     fn outputs(&mut self) -> Result<Vec<Tensor>> {
-        let file = self.folder.0.join("tensors");
-        let answer = self.controller.ask(&format!("tensors {}", file.display()), self.step)?;
-        if let Some(name) = answer.strip_prefix("differ ") {
-            return Err(anyhow::Error::new(RankMismatch(name.to_owned())));
-        }
-        read_tensors(&file)
+        self.read("tensors")
     }
 }

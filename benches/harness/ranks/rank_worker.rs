@@ -8,6 +8,9 @@
 //! | `steps N`, `no-sync N` | seconds that N steps took on the slowest and the fastest rank, and the largest CPU wait share of any rank; `no-sync` leaves the all-reduce out |
 //! | `profile N FOLDER` | a JSON string with the summary of the profiles of N steps that rank 0 wrote to FOLDER |
 //! | `tensors FILE` | `written` once rank 0 has written the results of the last step, with the loss averaged over ranks; `differ NAME` if the ranks hold different values |
+//! | `inputs N` | `ready` once this rank's inputs are its share of batch N |
+//! | `checkpoint FILE` | as `tensors`, for the parameters and the state of the optimizer |
+//! | `restore SEED FILE` | `ready` once this rank continues from the checkpoint in FILE |
 //! | `memory` | peak bytes of the allocator and of the process, each the largest of any rank; 0 if unknown |
 //!
 //! A rank sends `waiting` before it waits for the others in `join`, `steps` and `no-sync`. So the controller knows
@@ -28,7 +31,7 @@ use transformer_bench::profile::gpu;
 use transformer_bench::suite::{Case, Device};
 
 use super::super::profiler::{self, Sampler};
-use super::super::protocol::{send_line, serve_requests, write_tensors};
+use super::super::protocol::{read_tensors, send_line, serve_requests, write_tensors};
 use super::super::symbols;
 
 /// Injects a fault for tests: rank N fails (`absent N`, `hang N`, `die N`), or all ranks communicate wrongly.
@@ -42,6 +45,8 @@ pub struct RankWorker {
     backend: Rc<dyn Backend>,
     rank: Rank,
     case: Option<Case>,
+    /// True if the loaded case has the fixture of a parity check.
+    parity: bool,
     loaded: Option<Box<dyn LoadedCase>>,
     loaded_without_sync: Option<Box<dyn LoadedCase>>,
     fault: String,
@@ -52,7 +57,16 @@ pub struct RankWorker {
 impl RankWorker {
     pub fn new(backend: Rc<dyn Backend>, rank: Rank, announce_waiting: fn()) -> Self {
         let fault = std::env::var(FAULT).unwrap_or_default();
-        Self { backend, rank, case: None, loaded: None, loaded_without_sync: None, fault, announce_waiting }
+        Self {
+            backend,
+            rank,
+            case: None,
+            parity: false,
+            loaded: None,
+            loaded_without_sync: None,
+            fault,
+            announce_waiting,
+        }
     }
 
     /// Returns true if this rank has to inject `fault`.
@@ -87,6 +101,19 @@ impl RankWorker {
                 Ok(serde_json::to_string(&self.profile(number(steps)?, Path::new(folder))?)?)
             }
             "tensors" => self.write_results(Path::new(rest)),
+            "inputs" => self.set_inputs(rest.parse()?).map(|()| "ready".to_owned()),
+            "checkpoint" => {
+                let tensors = self.loaded.as_mut().context(NO_CASE)?.checkpoint()?;
+                self.write_equal_tensors(&tensors, Path::new(rest))
+            }
+            "restore" => {
+                let (seed, file) = rest.split_once(' ').context("usage: restore SEED FILE")?;
+                // Each rank draws its own masks.
+                let seed = seed.parse::<u64>()? + self.rank.index as u64;
+                let loaded = self.loaded.as_mut().context(NO_CASE)?;
+                loaded.restore(&read_tensors(Path::new(file))?, seed)?;
+                Ok("ready".to_owned())
+            }
             "memory" => self.memory(),
             _ => bail!("'{line}' is not a request to a rank"),
         }
@@ -102,7 +129,7 @@ impl RankWorker {
         (self.loaded, self.loaded_without_sync) = (None, None);
         let case: Case = id.parse().map_err(anyhow::Error::msg)?;
         ensure!(case.shape.ranks() == self.rank.count, "{case} is not a case of {} ranks", self.rank.count);
-        self.case = Some(case);
+        (self.case, self.parity) = (Some(case), parity);
         self.backend.reset_peak_memory()?;
         memory::reset_resident_peak();
         let mut loaded = self.backend.load(&self.fixture(case, parity))?;
@@ -111,6 +138,11 @@ impl RankWorker {
         }
         self.loaded = Some(loaded);
         Ok(())
+    }
+
+    fn set_inputs(&mut self, batch: usize) -> Result<()> {
+        let fixture = self.fixture(self.case.context(NO_CASE)?, self.parity).with_batch(batch);
+        self.loaded.as_mut().context(NO_CASE)?.set_inputs(&fixture)
     }
 
     /// Returns the values of all ranks, in their order.
@@ -196,11 +228,16 @@ impl RankWorker {
                 tensor.data.iter_mut().for_each(|v| *v *= self.rank.count as f32);
             }
         }
-        if let Some(name) = self.first_difference(&tensors)? {
+        self.write_equal_tensors(&tensors, file)
+    }
+
+    /// Writes tensors on rank 0 if they are equal on all ranks.
+    fn write_equal_tensors(&self, tensors: &[Tensor], file: &Path) -> Result<String> {
+        if let Some(name) = self.first_difference(tensors)? {
             return Ok(format!("differ {name}"));
         }
         if self.rank.index == 0 {
-            write_tensors(file, &tensors)?;
+            write_tensors(file, tensors)?;
         }
         Ok("written".to_owned())
     }

@@ -16,18 +16,29 @@ use crate::reference::Site;
 use crate::suite::Case;
 pub use probe::{Masks, Probe};
 
-/// Largest deviation of a count in standard deviations. Chance exceeds it once in 1.7 million.
-const MAX_DEVIATIONS: f64 = 5.0;
+/// Largest deviation of a count in standard deviations. Chance exceeds it once in 500 million, and a run makes about
+/// 10,000 comparisons.
+const MAX_DEVIATIONS: f64 = 6.0;
+/// Shorter masks are not compared with each other: their counts are far from a normal distribution.
+const MIN_COMPARED: usize = 16;
 
 /// Checks the dropout of a case.
 ///
 /// # Errors
 /// Returns an error if the backend fails.
 pub fn check(backend: &dyn Backend, case: Case) -> Result<Option<Mismatch>> {
-    let probe = Probe::new(case);
-    let loaded = backend.load(&probe.fixture());
-    let mut loaded = loaded.with_context(|| format!("{} could not be loaded", probe.case))?;
-    check_loaded(&probe, loaded.as_mut(), backend.accumulation())
+    // Another shape is another package, which takes about a minute.
+    let several =
+        if backend.is_precompiled(case.method.variant) { None } else { Probe::of_several_positions(case) };
+    for probe in [Probe::new(case)].into_iter().chain(several) {
+        let loaded = backend.load(&probe.fixture());
+        let mut loaded = loaded.with_context(|| format!("{} could not be loaded", probe.case))?;
+        let mismatch = check_loaded(&probe, loaded.as_mut(), backend.accumulation())?;
+        if mismatch.is_some() {
+            return Ok(mismatch);
+        }
+    }
+    Ok(None)
 }
 
 /// Checks the dropout of a case that a backend has loaded for a probe.
@@ -89,7 +100,7 @@ fn site_name(site: Site) -> &'static str {
 fn wrong_rate(probe: &Probe, steps: &[Masks]) -> Option<String> {
     let mut counts: BTreeMap<&str, (usize, usize, f64)> = BTreeMap::new();
     for ((_, site), mask) in steps.iter().flatten() {
-        let count = counts.entry(site_name(*site)).or_insert((0, 0, probe.probability(*site)));
+        let count = counts.entry(site_name(*site)).or_insert((0, 0, probe.zero_probability(*site)));
         count.0 += mask.iter().filter(|kept| !**kept).count();
         count.1 += mask.len();
     }
@@ -120,37 +131,65 @@ impl Agreement {
     }
 }
 
-/// Returns a message about masks that depend on each other, or `None` if they are independent: between steps,
-/// between sites, and within a mask.
-fn dependence(probe: &Probe, steps: &[Masks]) -> Option<String> {
-    let mut agreements: BTreeMap<String, Agreement> = BTreeMap::new();
-    let mut compare = |what: String, p: f64, first: &[bool], second: &[bool]| {
-        agreements.entry(what).or_default().add(p, first, second);
-    };
-    for (index, step) in steps.iter().enumerate() {
-        let all: Vec<_> = step.iter().collect();
-        for (at, (key, mask)) in all.iter().enumerate() {
-            let (p, name) = (probe.probability(key.1), site_name(key.1));
-            if index > 0 {
-                compare(format!("{name} and of the previous step"), p, &steps[index - 1][key], mask);
-            }
-            if index > 1 {
-                compare(format!("{name} and of the first step"), p, &steps[0][key], mask);
-            }
-            compare(format!("neighbors in {name}"), p, mask, &mask[1.min(mask.len())..]);
-            // The next mask of the same size: another row, head, layer or block.
-            let next = all[at + 1..].iter().find(|(other, mask_of_other)| {
-                (name == site_name(other.1) || probe.case.shape.batch() == 1)
-                    && probe.probability(other.1) == p
-                    && mask_of_other.len() == mask.len()
-            });
-            if let Some((other, mask_of_other)) = next {
-                compare(format!("{name} and {}", site_name(other.1)), p, mask, mask_of_other);
+/// Agreements by the pairs that are compared.
+#[derive(Default)]
+struct Agreements(BTreeMap<String, Agreement>);
+
+impl Agreements {
+    /// Compares two masks of independent values that are dropped with probability `p`.
+    fn compare(&mut self, pair: impl FnOnce() -> String, p: f64, first: &[bool], second: &[bool]) {
+        if first.len().min(second.len()) >= MIN_COMPARED {
+            self.0.entry(pair()).or_default().add(p, first, second);
+        }
+    }
+
+    /// Compares values of one mask: neighbors, halves and quarters.
+    fn compare_within(&mut self, name: &str, p: f64, mask: &[bool]) {
+        for (parts, distance) in [("neighbors", 1), ("halves", mask.len() / 2), ("quarters", mask.len() / 4)]
+        {
+            if distance > 0 {
+                self.compare(|| format!("{parts} of {name}"), p, mask, &mask[distance..]);
             }
         }
     }
-    let dependent =
-        agreements.iter().find(|(_, a)| (a.equal - a.expected).abs() > MAX_DEVIATIONS * a.variance.sqrt());
+}
+
+/// Returns a message about masks that depend on each other, or `None` if they are independent: between steps,
+/// between sites, samples, layers and heads, and within a mask.
+fn dependence(probe: &Probe, steps: &[Masks]) -> Option<String> {
+    let mut agreements = Agreements::default();
+    for (index, step) in steps.iter().enumerate() {
+        for (key, mask) in step {
+            let (row, site) = *key;
+            let (p, name) = (probe.zero_probability(site), site_name(site));
+            if index > 0 {
+                agreements.compare(
+                    || format!("{name} and of the previous step"),
+                    p,
+                    &steps[index - 1][key],
+                    mask,
+                );
+            }
+            if index > 1 {
+                agreements.compare(|| format!("{name} and of the first step"), p, &steps[0][key], mask);
+            }
+            agreements.compare_within(name, p, mask);
+            let next_sample = probe.row_of_next_sample(row);
+            if let Some(other) = step.get(&(next_sample, site)).filter(|_| next_sample != row) {
+                agreements.compare(|| format!("{name} and of the next sample"), p, mask, other);
+            }
+            // Other masks of the same row and size: of a layer, a head or another kind of site.
+            for ((_, other), mask_of_other) in
+                step.range((row, Site::Embedding)..).take_while(|((r, _), _)| *r == row)
+            {
+                if *other > site && mask_of_other.len() == mask.len() && probe.zero_probability(*other) == p {
+                    agreements.compare(|| format!("{site:?} and {other:?}"), p, mask, mask_of_other);
+                }
+            }
+        }
+    }
+    let is_dependent = |a: &Agreement| (a.equal - a.expected).abs() > MAX_DEVIATIONS * a.variance.sqrt();
+    let dependent = agreements.0.iter().find(|(_, agreement)| is_dependent(agreement));
     dependent.map(|(what, Agreement { pairs, equal, expected, .. })| {
         format!(
             "dropout masks of {what} are equal in {equal} of {pairs} values, expected about {expected:.0}"

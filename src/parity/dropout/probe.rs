@@ -15,8 +15,12 @@ use crate::suite::{Case, Shape};
 /// The masks of a step: true for each value that was not dropped. The key has the site, and the row of a block or 0.
 pub type Masks = BTreeMap<(usize, Site), Vec<bool>>;
 
-/// Number of values that are read per kind of site. 5 standard deviations are then 3.4 percentage points at p = 0.1.
+/// Number of values that are read per kind of site. 6 standard deviations are then 4 percentage points at p = 0.1.
 const MIN_VALUES: usize = 2000;
+
+/// The same at several positions. At 1/16, 6 standard deviations are then 6 percentage points, and masks that two
+/// positions share give 1/4.
+const MIN_SHARED_VALUES: usize = 600;
 
 /// Number of steps that are compared with the reference. A step of a block has tens of thousands of values.
 const COMPARED_STEPS_OF_MODEL: usize = 3;
@@ -40,25 +44,27 @@ impl Gradients<'_> {
     }
 }
 
-/// A case with one token per sample for a model, or a block at its own size.
+/// A training case from whose gradients masks are read.
 pub struct Probe {
     pub case: Case,
     model: Model,
     dropout: Dropout,
 }
 
+/// Dropout probability of a probe with several positions. A gradient shows a dropped value only if it is dropped at
+/// each of them, which must not be rare.
+const SHARED_PROBABILITY: f64 = 0.5;
+
 impl Probe {
-    /// Returns the probe of a case: for a model its miniature with one token, for a block the case itself.
+    /// Returns the probe that reads each mask: for a model all its layers with one sample and one token, for a block
+    /// the case itself.
     ///
     /// # Panics
     /// Panics if the case has no model.
     pub fn new(case: Case) -> Self {
         let (model, _) = case.shape.model().expect("a case with dropout has a model");
         let shape = match case.shape {
-            Shape::Model { .. } => {
-                let small = if model.is_miniature() { model } else { model.miniature() };
-                Shape::for_model(ModelId::intern(Model { tokens: 1, ..*small }), 1)
-            }
+            Shape::Model { .. } => Self::model_shape(model, 1, 1),
             block => block,
         };
         let case = Case { shape, ..case };
@@ -66,10 +72,45 @@ impl Probe {
         Self { case, model: *model, dropout: case.dropout() }
     }
 
+    /// Returns the probe of two samples with two tokens each, if the case is a model. It shows which values are
+    /// dropped at all four positions, and so whether positions share masks.
+    pub fn of_several_positions(case: Case) -> Option<Self> {
+        let Shape::Model { model, .. } = case.shape else { return None };
+        let case = Case { shape: Self::model_shape(model, 2, 2), ..case };
+        let (model, _) = case.shape.model()?;
+        let shared = |p: f64| if p > 0.0 { SHARED_PROBABILITY } else { 0.0 };
+        let d = case.dropout();
+        let dropout = Dropout {
+            embedding: shared(d.embedding),
+            // The weights of a head are at several keys, and no gradient shows one of them.
+            weights: 0.0,
+            residual: shared(d.residual),
+            hidden: shared(d.hidden),
+            heads: shared(d.heads),
+        };
+        Some(Self { case, model: *model, dropout })
+    }
+
+    /// Returns the shape of a model with all its layers, at the width of its miniature. A few thousand masks of each
+    /// kind are then read in milliseconds.
+    fn model_shape(model: ModelId, batch: usize, tokens: usize) -> Shape {
+        let narrow = if model.is_miniature() { *model } else { *model.miniature() };
+        Shape::for_model(ModelId::intern(Model { tokens, layers: model.layers, ..narrow }), batch)
+    }
+
+    /// Returns the number of positions whose gradients add up, for a model.
+    fn positions(&self) -> usize {
+        match self.case.shape {
+            Shape::Model { batch, .. } => batch * self.model.tokens,
+            _ => 1,
+        }
+    }
+
     /// Returns the fixture of the probe. Its learning rate is 0, so the parameters do not change.
     pub fn fixture(&self) -> Fixture {
         let mut fixture = Fixture::new(self.case);
         fixture.adamw = AdamW { lr: 0.0, weight_decay: 0.0, ..AdamW::TRAINING };
+        fixture.dropout = self.dropout;
         let mut raise = |bias: &str, by: f32| {
             fixture.edit_parameter(bias, |data| data.iter_mut().for_each(|v| *v += by));
         };
@@ -83,7 +124,10 @@ impl Probe {
                 self.edit_attention(&mut fixture);
                 self.select_rows(&mut fixture);
             }
-            _ if self.has_indicator_heads() => raise("selection.hidden.bias", 5.0),
+            _ if self.has_indicator_heads() => {
+                raise("selection.hidden.bias", 5.0);
+                raise("allocation.hidden.bias", 5.0);
+            }
             _ => {}
         }
         fixture
@@ -121,15 +165,23 @@ impl Probe {
         });
     }
 
-    /// Returns the rows of the batch that are read in a block.
+    /// Returns the rows of the batch that are read in a block: pairs of rows with the same token in two samples.
     fn selected_rows(&self) -> impl Iterator<Item = usize> + use<> {
-        let all = self.case.shape.batch() * self.model.tokens;
-        let count = self.model.width.min(all);
-        (0..count).map(move |i| i * all / count)
+        let (tokens, batch) = (self.model.tokens, self.case.shape.batch());
+        let count = self.model.width.min(batch * tokens);
+        (0..count).map(move |i| {
+            let row = i / 2 * 2 * batch * tokens / count;
+            let sample = (row / tokens + i % 2) % batch;
+            sample * tokens + row % tokens
+        })
     }
 
-    /// Returns true if the first output head is read. The second has no gradient with one token, because of its
-    /// softmax.
+    /// Returns the row of the same token in the next sample.
+    pub fn row_of_next_sample(&self, row: usize) -> usize {
+        (row + self.model.tokens) % (self.case.shape.batch() * self.model.tokens)
+    }
+
+    /// Returns true if the output heads are read. The second has no gradient with one token, because of its softmax.
     fn has_indicator_heads(&self) -> bool {
         matches!(self.model.output, Output::IndicatorHeads)
     }
@@ -169,24 +221,35 @@ impl Probe {
         if !matches!(self.case.shape, Shape::Model { .. }) {
             return COMPARED_STEPS_OF_MODEL;
         }
+        let weights = if self.positions() == 1 { d.weights } else { 0.0 };
         let values = [
             (d.embedding, m.width),
-            (d.weights, m.layers * m.heads),
+            (weights, m.layers * m.heads),
             (d.residual, 2 * m.layers * m.width),
             (d.hidden, m.layers * m.ffn_width),
             (if self.has_indicator_heads() { d.heads } else { 0.0 }, m.width / 2),
         ];
         let fewest = values.iter().filter(|(p, _)| *p > 0.0).map(|(_, count)| *count).min();
-        MIN_VALUES.div_ceil(fewest.unwrap_or(MIN_VALUES)).max(COMPARED_STEPS_OF_MODEL)
+        let needed = if self.positions() == 1 { MIN_VALUES } else { MIN_SHARED_VALUES };
+        needed.div_ceil(fewest.unwrap_or(needed)).max(COMPARED_STEPS_OF_MODEL)
     }
 
     /// Returns the number of steps that are compared with the reference.
     pub fn compared_steps(&self) -> usize {
-        let model = matches!(self.case.shape, Shape::Model { .. });
-        if model { COMPARED_STEPS_OF_MODEL } else { COMPARED_STEPS_OF_BLOCK }
+        match self.case.shape {
+            Shape::Model { .. } if self.positions() == 1 => COMPARED_STEPS_OF_MODEL,
+            // Masks of single positions are unknown.
+            Shape::Model { .. } => 0,
+            _ => COMPARED_STEPS_OF_BLOCK,
+        }
     }
 
-    /// Returns the configured dropout probability of a site.
+    /// Returns the probability that a gradient shows a value of a site as dropped.
+    pub fn zero_probability(&self, site: Site) -> f64 {
+        self.probability(site).powi(self.positions() as i32)
+    }
+
+    /// Returns the dropout probability of a site.
     pub fn probability(&self, site: Site) -> f64 {
         match site {
             Site::Embedding => self.dropout.embedding,
@@ -206,6 +269,9 @@ impl Probe {
             _ => self.read_model(&gradients)?,
         };
         masks.retain(|(_, site), _| self.probability(*site) > 0.0);
+        if self.positions() > 1 {
+            masks.retain(|(_, site), _| !matches!(site, Site::Weights { .. }));
+        }
         Some(masks)
     }
 
@@ -257,8 +323,11 @@ impl Probe {
             }
         }
         if self.has_indicator_heads() {
-            let head = gradients.get("selection.out.weight")?;
-            masks.insert((0, Site::Head { index: 0 }), nonzero(head));
+            let heads = ["selection", "allocation"].iter().take(m.tokens.min(2)).enumerate();
+            for (index, name) in heads {
+                let head = gradients.get(&format!("{name}.out.weight"))?;
+                masks.insert((0, Site::Head { index }), nonzero(head));
+            }
         }
         Some(masks)
     }

@@ -98,8 +98,13 @@ impl Dump {
         let mut results = Vec::new();
         for (parameter, first) in fixture.parameters().iter().zip(fixture.gradients()) {
             let second = Tensor { data: first.data.iter().rev().copied().collect(), ..first.clone() };
-            let steps = [&first.data[..], &second.data];
-            results.push((first, adamw::<f64>(&options, &parameter.data, &steps, Format::Unrounded)));
+            let start = parameter.data.iter().copied().map(f64::from).collect();
+            let mut state = [start, vec![0.0; parameter.data.len()], vec![0.0; parameter.data.len()]];
+            for (step, gradient) in (1..).zip([first, &second]) {
+                state = adamw::<f64>(&options, &state, &gradient.data, step, Format::Unrounded);
+            }
+            let [updated, ..] = state;
+            results.push((first, updated));
             gradients.extend(self.fixture_tensors(&[first.clone(), second.clone()]));
         }
         let results: Vec<_> =

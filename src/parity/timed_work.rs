@@ -1,0 +1,99 @@
+//! The check of the work that was timed: after the samples of a case, its state is read.
+//!
+//! The timing never reads a result between steps. So a step could leave work out that nobody reads, or delay it until
+//! somebody does. [`verify`] reads the state after the samples, and compares a stretch as long as a sample with the
+//! same steps of a newly loaded case, which are read one at a time.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::state_difference;
+use crate::backend::{Backend, LoadedCase};
+use crate::fixture::{Fixture, Tensor};
+use crate::suite::{Case, Workload};
+
+/// Share of the timed steps that may remain for the first reading. The conformance tests allow the same for a step.
+const DELAYED_SHARE: f64 = 0.2;
+/// Time by which two readings of the same results differ on a busy machine.
+const READING_NOISE: Duration = Duration::from_millis(5);
+/// Other programs can disturb a reading, but not each of these attempts.
+const ATTEMPTS: usize = 3;
+/// Seed of the dropout masks in the compared stretch.
+const SEED: u64 = 7;
+
+/// Verifies a case after its samples had `steps` steps each.
+///
+/// # Errors
+/// Returns an error if the backend fails, if reading the results does work that the timing left out, or if the same
+/// steps have other results when each of them is read.
+pub fn verify(backend: &dyn Backend, case: Case, mut loaded: Box<dyn LoadedCase>, steps: u64) -> Result<()> {
+    check_delayed_work(loaded.as_mut(), steps)?;
+    let start = loaded.checkpoint()?;
+    let inputs = Fixture::new(case).with_batch(1);
+    loaded.set_inputs(&inputs)?;
+    loaded.restore(&[], SEED)?;
+    loaded.time(steps)?;
+    let timed = read_all(loaded.as_mut())?;
+    // Two copies of a large case may not fit into memory.
+    drop(loaded);
+
+    let mut fresh = backend.load(&Fixture::new(case)).context("the case could not be loaded again")?;
+    fresh.set_inputs(&inputs)?;
+    fresh.restore(&start, SEED)?;
+    drop(start);
+    // Without state, the results of each step are the same.
+    let count = if has_state(&case) { steps } else { steps.min(2) };
+    let mut read = Vec::new();
+    for step in 1..=count {
+        fresh.step()?;
+        if case.workload.optimizes() || step == count {
+            read = read_all(fresh.as_mut())?;
+        }
+    }
+    check_finite(&timed)?;
+    match state_difference(&read, &timed, steps as usize) {
+        Some(difference) => bail!("the timed steps did other work than steps that are read: {difference}"),
+        None => Ok(()),
+    }
+}
+
+/// Returns true if the results of a step depend on the steps before it.
+fn has_state(case: &Case) -> bool {
+    // An all-reduce works in place.
+    case.workload.optimizes() || case.dropout().any() || case.workload == Workload::AllReduce
+}
+
+/// Reads the results of the last step and the state.
+fn read_all(loaded: &mut dyn LoadedCase) -> Result<Vec<Tensor>> {
+    let mut all = loaded.outputs()?;
+    all.extend(loaded.checkpoint()?);
+    Ok(all)
+}
+
+/// Checks that the first reading after timed steps takes no longer than a second one, which only copies.
+fn check_delayed_work(loaded: &mut dyn LoadedCase, steps: u64) -> Result<()> {
+    let mut share = 0.0;
+    for _ in 0..ATTEMPTS {
+        let timed = loaded.time(steps)?;
+        let mut reading = || -> Result<Duration> {
+            let start = Instant::now();
+            read_all(loaded)?;
+            Ok(start.elapsed())
+        };
+        let (first, second) = (reading()?, reading()?);
+        let delayed = first.saturating_sub(second.mul_f64(1.0 + DELAYED_SHARE) + READING_NOISE);
+        share = delayed.as_secs_f64() / timed.as_secs_f64();
+        if share <= DELAYED_SHARE {
+            return Ok(());
+        }
+    }
+    bail!("the timed steps left work for the first reading: {:.0} % of their time", share * 100.0)
+}
+
+fn check_finite(results: &[Tensor]) -> Result<()> {
+    for tensor in results.iter().filter(|tensor| tensor.name == "loss") {
+        ensure!(tensor.data.iter().all(|v| v.is_finite()), "the loss after the timed steps is not a number");
+    }
+    Ok(())
+}
