@@ -98,6 +98,9 @@ pub const FAULTS: &[Fault] = &[
     fault("gradients of two parameters swapped", TrainStep, "gpt2", Change::Output(swap_norm_gradients), &[]),
     fault("a zero tile of a gradient", FeedForwardGrad, "gpt2", Change::Output(|all| edit(all, "grad/feed-forward.up.weight", |g| (0..64).for_each(|i| g[i / 8 * 32 + i % 8] = 0.0))), &[]),
     fault("a NaN in a gradient", ForwardBackward, "gpt2", Change::Output(|all| edit(all, "grad/token", |g| g[3] = f32::NAN)), &[]),
+    fault("a gradient 10 % too small", ForwardBackward, "indicator", Change::Output(|all| edit(all, "grad/blocks.1.feed-forward.down.weight", |g| g.iter_mut().for_each(|v| *v *= 0.9))), &[]),
+    fault("gradients of a norm with the wrong sign", ForwardBackward, "indicator", Change::Output(|all| edit(all, "grad/blocks.0.norm1.weight", |g| g.iter_mut().for_each(|v| *v = -*v))), &[]),
+    fault("gradients 1.5 times too large in even steps", TrainStep, "gpt2", Change::Output(enlarge_even_gradients), &[]),
     fault("sum instead of mean", ForwardBackward, "indicator", Change::Output(|all| edit(all, "grad/", |g| g.iter_mut().for_each(|v| *v *= 16.0))), &[]),
     fault("loss 5 % off", ForwardBackward, "indicator", Change::Output(|all| edit(all, "loss", |l| l[0] *= 1.05)), &[]),
     fault("loss 0.1 % off", ForwardBackward, "gpt2", Change::Output(|all| edit(all, "loss", |l| l[0] *= 1.001)), BF16),
@@ -241,6 +244,11 @@ fn accumulate_gradients(steps: &[Vec<Tensor>]) -> Vec<Tensor> {
         }
     }
     sum
+}
+
+fn enlarge_even_gradients(steps: &[Vec<Tensor>]) -> Vec<Tensor> {
+    let factor = if steps.len().is_multiple_of(2) { 1.5 } else { 1.0 };
+    edit(steps, "grad/", |g| g.iter_mut().for_each(|v| *v *= factor))
 }
 
 /// Replaces a parameter by its initial value.

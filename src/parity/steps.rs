@@ -22,7 +22,7 @@ const LATEST_LAST_STEP: usize = 12;
 /// Seconds that the steps up to the last one may take, if it can be an earlier one.
 const STEP_SECONDS: f64 = 1.0;
 
-/// Why a check ended before its last step.
+/// The reason why a check ended before its last step.
 pub enum Failure {
     Mismatch(Mismatch),
     Error(Error),

@@ -18,7 +18,7 @@ pub type Masks = BTreeMap<(usize, Site), Vec<bool>>;
 /// Number of values that are read per kind of site. 6 standard deviations are then 4 percentage points at p = 0.1.
 const MIN_VALUES: usize = 2000;
 
-/// The same at several positions. At 1/16, 6 standard deviations are then 6 percentage points, and masks that two
+/// Number of values per kind of site at several positions. At 1/16, 6 standard deviations are then 6 percentage points, and masks that two
 /// positions share give 1/4.
 const MIN_SHARED_VALUES: usize = 600;
 
