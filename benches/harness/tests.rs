@@ -1,6 +1,7 @@
 //! Tests of the harness. They are a target of their own, because bench targets have no test runner.
 #![allow(dead_code)] // Only the bench targets use the rest of the modules.
 
+mod ceiling;
 mod criterion_files;
 mod estimate;
 #[path = "ranks/failure.rs"]
