@@ -23,8 +23,9 @@ const TOLERANCE_FACTOR: f64 = 3.0;
 const SUM_TOLERANCE_FACTOR: f64 = 16.0;
 
 /// [`SUM_TOLERANCE_FACTOR`] with saturated softmax in f32 and TF32. An attention score near 100 has two digits less, and
-/// kernels differ in how they compute and subtract it. The largest measured value is 30, of MLX's fused attention.
-const SATURATED_TOLERANCE_FACTOR: f64 = 64.0;
+/// kernels differ in how they compute and subtract it. The largest measured value is 85, of PyTorch's fused attention on an
+/// H200.
+const SATURATED_TOLERANCE_FACTOR: f64 = 256.0;
 
 /// Returns true if a backend sums the rows of a gradient in the type of the summands.
 fn is_narrow_sum(name: &str, accumulation: Accumulation) -> bool {
@@ -350,6 +351,11 @@ pub fn layer_name(name: &str) -> &str {
     name.rsplit_once('.').map_or(name, |(layer, _)| layer)
 }
 
+/// Returns half of the spacing at 1 of a 16-bit format, the largest relative rounding error.
+fn half_unit(precision: Precision) -> f64 {
+    if precision == Precision::Bf16 { 2f64.powi(-8) } else { 2f64.powi(-11) }
+}
+
 /// The update of a parameter in one optimizer step.
 pub struct Update<'a> {
     pub name: &'a str,
@@ -371,6 +377,9 @@ pub fn expected_update(
         (Rounding::NONE.leaf, SUM_TOLERANCE_FACTOR)
     };
     let min_scale = precision.is_half().then_some(&(|_: &str| MIN_SCALE_TOLERANCE) as &dyn Fn(&str) -> f64);
+    // Stored values may be off by the rounding of each of a few operations. A large value in a layer of small ones has
+    // a larger error than the layer's mean.
+    let spacing = if precision.is_half() { factor * half_unit(precision) } else { 0.0 };
     let mut all = Vec::new();
     // Each kind of tensor has its own rounding error, so the kinds do not share a tolerance.
     let (mut exact, mut rounded) = ([const { Vec::new() }; 3], [const { Vec::new() }; 3]);
@@ -387,6 +396,9 @@ pub fn expected_update(
     for (exact, rounded) in exact.into_iter().zip(rounded) {
         let errors = rounding_errors(&exact, 1, |_| rounded.clone());
         all.extend(with_tolerances(exact, errors, |_| factor, min_scale));
+    }
+    for expected in &mut all {
+        expected.tolerance = expected.tolerance.max(spacing * norm(expected.values.iter().copied()));
     }
     all
 }

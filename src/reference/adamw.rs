@@ -15,11 +15,12 @@ pub fn adamw<R: Real>(
 ) -> [Vec<R>; 3] {
     let r = |v: R| format.round(v);
     let constant = |v: f64| format.round(R::from_f64(v));
+    // Fused kernels compute 1 − β2 in f32, where it has few significant digits.
+    let one_minus = |v: f64| format.round(R::one() - R::from_f64(v));
     let decay = constant(1.0 - options.lr * options.weight_decay);
-    let [beta1, one_minus_beta1] = [constant(options.beta1), constant(1.0 - options.beta1)];
-    let [beta2, one_minus_beta2] = [constant(options.beta2), constant(1.0 - options.beta2)];
+    let [beta1, one_minus_beta1] = [constant(options.beta1), one_minus(options.beta1)];
+    let [beta2, one_minus_beta2] = [constant(options.beta2), one_minus(options.beta2)];
     let eps = constant(options.eps);
-    // Computed in `R`, as fused kernels do: 1 − β2 has few significant digits in f32.
     let [first, second] = [options.beta1, options.beta2].map(|b| R::one() - R::from_f64(b).powi(step));
     let [step_size, root] = [r(R::from_f64(options.lr) / first), r(R::one() / second.sqrt())];
     let update = |index: usize| {

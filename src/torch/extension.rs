@@ -295,6 +295,12 @@ impl AdamWState {
         self.first.iter().chain(&self.second).chain(steps).map(Tensor::shallow_clone).collect()
     }
 
+    /// Resets the step counter on the host. During a capture, a change of the counters on the device would become a
+    /// part of the graph.
+    pub fn reset_host_count(&mut self) {
+        self.step = 0;
+    }
+
     /// Returns the first and second moments, one per parameter.
     pub fn moments(&self) -> [&[Tensor]; 2] {
         [&self.first, &self.second]

@@ -126,7 +126,7 @@ impl Step {
             || {
                 let mut this = this.borrow_mut();
                 if let Some(state) = &mut this.adamw_state {
-                    state.set_step_count(0);
+                    state.reset_host_count();
                 }
                 this.run_workload()?;
                 if this.captures_optimizer() { this.run_optimizer() } else { Ok(()) }
