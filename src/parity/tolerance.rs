@@ -219,7 +219,7 @@ struct LayerSums {
 /// Measured over 20,000 tensors of both frameworks in bf16, f16 and mixed precision on a CPU, the error of a backend is
 /// 0.5 times as large (median), and 4.7 times at most.
 const SCALE_TOLERANCE_FACTOR: f64 = 8.0;
-/// The scale may be wrong by the spacing of bf16 at 1, 2⁻⁸: a single rounding of a common factor.
+/// The scale may be wrong by half of the spacing of bf16 at 1, 2⁻⁸: a single rounding of a common factor.
 const MIN_SCALE_TOLERANCE: f64 = 1.0 / 256.0;
 
 /// Returns true if the rounding error of values is less than half of their norm. Their scale is then known.
