@@ -86,6 +86,20 @@ pub fn from_environment(capacity: impl FnOnce() -> MachineCapacity) -> Result<Ve
     Ok(notes.into_iter().chain([message]).collect())
 }
 
+/// Returns the tokens per sample: those that the user asked for, or as many as the model takes, up to a limit.
+fn choose_tokens(model: &Model, tokens: Option<usize>) -> Result<usize> {
+    let (name, context) = (model.name, model.tokens);
+    let Some(tokens) = tokens else {
+        return Ok(if model.is_language_model() { DEFAULT_MAX_TOKENS.min(context) } else { context });
+    };
+    ensure!(model.is_language_model(), "--tokens: a sample of {name} always has {context} tokens");
+    ensure!(
+        tokens <= context,
+        "--tokens {tokens}: {name} takes at most {context} (its context or attention window)"
+    );
+    Ok(tokens)
+}
+
 /// Chooses the sizes at which a model is measured. Returns them with a message that gives the reason.
 fn choose_sizes(
     model: Model,
@@ -93,16 +107,8 @@ fn choose_sizes(
     batch: Option<usize>,
     capacity: impl FnOnce() -> MachineCapacity,
 ) -> Result<(CustomModel, String)> {
-    let (name, context) = (model.name, model.tokens);
-    if let Some(tokens) = tokens {
-        ensure!(model.is_language_model(), "--tokens: a sample of {name} always has {context} tokens");
-        ensure!(
-            tokens <= context,
-            "--tokens {tokens}: {name} takes at most {context} (its context or attention window)"
-        );
-    }
-    let longest = if model.is_language_model() { DEFAULT_MAX_TOKENS.min(context) } else { context };
-    let tokens = tokens.unwrap_or(longest);
+    let name = model.name;
+    let tokens = choose_tokens(&model, tokens)?;
     let id = ModelId::intern(Model { tokens, ..model });
     let step = |batch| Case {
         workload: Workload::TrainStep,
