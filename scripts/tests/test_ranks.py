@@ -10,7 +10,7 @@ import time
 import unittest
 from concurrent.futures import ThreadPoolExecutor
 
-from support import CHECK_PARITY, ROOT, TORCH_PYTHON, executables, needs_compile, run, temporary_folder, uses_all_cores
+from support import CHECK_PARITY, ROOT, TORCH_PYTHON, executables, needs_compile, needs_quiet_machine, run, temporary_folder, uses_all_cores
 
 FRAMEWORKS = ("torch", "mlx")
 # Seconds until a lost rank is reported, at most.
@@ -50,7 +50,7 @@ class Ranks(unittest.TestCase):
 
     @uses_all_cores
     def test_a_wrong_all_reduce_is_found(self):
-        faults = {"": "now", "no-sync": "the ranks differ in grad/", "sum": "error 1.00e0", "same": "error"}
+        faults = {"": "now", "no-sync": "the ranks differ in grad/", "sum": "error 5.00e-1", "same": "error"}
 
         def check(framework, fault):
             cases = [self.step(framework, method) for method in ("f32", "f32-overlap", "f32-tuned")]
@@ -185,6 +185,7 @@ class Ranks(unittest.TestCase):
             self.assertEqual(process.returncode, 1, errors)
             self.assertIn("MLX's ring did not connect rank 0 with the others", errors)
 
+    @needs_quiet_machine
     def test_a_launched_rank_that_stays_alone_ends_in_time_with_one_line(self):
         def run_alone(framework, rank):
             ports = [self.free_port(), self.free_port()]
@@ -199,11 +200,11 @@ class Ranks(unittest.TestCase):
                 process.kill()
             return process.returncode, errors, time.monotonic() - start
 
-        # The program starts in a few seconds.
+        # The programs start in a few seconds, four at a time.
         for (framework, rank), (code, errors, seconds) in self.run_with_faults(run_alone, (0, 1), 4):
             with self.subTest(f"{framework}, rank {rank}"):
                 self.assertIn(code, (1, 2), errors)
-                self.assertLess(seconds, REPORT_TIMEOUT + 5)
+                self.assertLess(seconds, REPORT_TIMEOUT + 10)
                 lines = [line for line in errors.splitlines() if not line.startswith(("note:", "rank 0 waits"))]
                 self.assertLessEqual(len(lines), 2, errors)
 

@@ -1,10 +1,11 @@
 //! Tests that every backend must pass. The package of each framework runs them on the available backends.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::ops::RangeInclusive;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::backend::{Backend, Backends, LoadedCase};
 use crate::fixture::Fixture;
@@ -357,29 +358,49 @@ pub fn process_has_one_framework(backend: &dyn Backend) -> Result<()> {
     process::assert_isolated(backend.id().framework())
 }
 
+/// Whether a test measures time.
+#[derive(Clone, Copy)]
+enum Timing {
+    Timed,
+    Untimed,
+}
+
+/// Waits until a test may run. The tests of two frameworks run side by side, except those that measure time. The lock
+/// ends when the file is dropped.
+fn lock_machine(timing: Timing) -> Result<File> {
+    let path = std::env::current_exe()?.with_file_name("conformance.lock");
+    let file = File::create(&path).with_context(|| format!("{} could not be created", path.display()))?;
+    match timing {
+        Timing::Timed => file.lock()?,
+        Timing::Untimed => file.lock_shared()?,
+    }
+    Ok(file)
+}
+
 /// Runs all tests on every available backend, and prints their names.
 ///
 /// # Panics
 /// Panics at the first failure, with the reason.
 pub fn assert_all(backends: &Backends) {
     type Test = fn(&dyn Backend) -> Result<()>;
-    const TESTS: &[(&str, Test)] = &[
-        ("the process has one framework", process_has_one_framework),
-        ("parity passes", parity_passes),
-        ("mixed computes in bf16", mixed_computes_in_bf16),
-        ("parity detects faults", parity_detects_faults),
-        ("idle steps are refused", idle_steps_are_refused),
-        ("memory is counted", memory_is_counted),
-        ("steps leave nothing pending", steps_leave_nothing_pending),
-        ("time follows work", time_follows_work),
-        ("memory does not grow", memory_does_not_grow),
+    const TESTS: &[(&str, Timing, Test)] = &[
+        ("the process has one framework", Timing::Untimed, process_has_one_framework),
+        ("parity passes", Timing::Untimed, parity_passes),
+        ("mixed computes in bf16", Timing::Untimed, mixed_computes_in_bf16),
+        ("parity detects faults", Timing::Untimed, parity_detects_faults),
+        ("memory is counted", Timing::Untimed, memory_is_counted),
+        ("memory does not grow", Timing::Untimed, memory_does_not_grow),
+        ("idle steps are refused", Timing::Timed, idle_steps_are_refused),
+        ("steps leave nothing pending", Timing::Timed, steps_leave_nothing_pending),
+        ("time follows work", Timing::Timed, time_follows_work),
     ];
     memory::retain_freed_memory().unwrap_or_else(|reason| panic!("{reason:#}"));
     for unavailable in &backends.unavailable {
         println!("{}: skipped, {}", unavailable.id, unavailable.reason);
     }
     for backend in &backends.available {
-        for (name, test) in TESTS {
+        for (name, timing, test) in TESTS {
+            let _lock = lock_machine(*timing).unwrap_or_else(|reason| panic!("{reason:#}"));
             let start = Instant::now();
             test(backend.as_ref()).unwrap_or_else(|reason| panic!("{}: {name}: {reason:#}", backend.id()));
             println!("{}: {name} ({:.1} s)", backend.id(), start.elapsed().as_secs_f64());

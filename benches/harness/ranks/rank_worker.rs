@@ -244,6 +244,10 @@ impl RankWorker {
 
     /// Returns the first tensor whose bits differ between ranks.
     fn first_difference(&self, tensors: &[Tensor]) -> Result<Option<String>> {
+        // MLX cannot reduce an empty array.
+        if tensors.is_empty() {
+            return Ok(None);
+        }
         // Each checksum becomes four 16-bit integers, which f32 represents exactly.
         let mut own: Vec<f32> = Vec::new();
         for tensor in tensors {
