@@ -5,7 +5,7 @@ use transformer_bench::parity::conformance;
 use transformer_bench::suite::BackendId;
 
 #[test]
-fn every_backend_conforms() {
+fn mlx_conforms() {
     let found = transformer_bench_mlx::find();
     assert!(found.get(BackendId::MlxCpu).is_some(), "mlx-cpu must run everywhere");
     conformance::assert_all(&found);

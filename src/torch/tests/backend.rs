@@ -5,7 +5,7 @@ use transformer_bench::parity::conformance;
 use transformer_bench::suite::BackendId;
 
 #[test]
-fn every_backend_conforms() {
+fn torch_conforms() {
     let found = transformer_bench_torch::find();
     assert!(found.get(BackendId::TorchCpu).is_some(), "torch-cpu must run everywhere");
     conformance::assert_all(&found);
