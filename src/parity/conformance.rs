@@ -358,7 +358,7 @@ pub fn process_has_one_framework(backend: &dyn Backend) -> Result<()> {
     process::assert_isolated(backend.id().framework())
 }
 
-/// Whether a test measures time.
+/// A distinction of tests that measure time.
 #[derive(Clone, Copy)]
 enum Timing {
     Timed,
