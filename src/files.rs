@@ -81,11 +81,23 @@ pub fn write_atomic(path: &Path, text: &str) -> Result<()> {
 /// # Errors
 /// Returns an error if the lock file cannot be created.
 pub fn lock_file(path: &Path) -> Result<fs::File> {
+    lock_with(path, fs::File::lock)
+}
+
+/// Takes a lock for reading `path`, which others may hold too. It waits while [`lock_file`] holds the lock.
+///
+/// # Errors
+/// Returns an error if the lock file cannot be created.
+pub fn lock_file_shared(path: &Path) -> Result<fs::File> {
+    lock_with(path, fs::File::lock_shared)
+}
+
+fn lock_with(path: &Path, lock_as: impl Fn(&fs::File) -> std::io::Result<()>) -> Result<fs::File> {
     let lock = path.with_extension("lock");
     let take = || -> std::io::Result<fs::File> {
         fs::create_dir_all(path.parent().unwrap_or(Path::new(".")))?;
         let file = fs::File::create(&lock)?;
-        file.lock()?;
+        lock_as(&file)?;
         Ok(file)
     };
     take().with_context(|| format!("{} could not be locked", lock.display()))

@@ -2,7 +2,7 @@
 //!
 //! | source or target | function |
 //! | --- | --- |
-//! | any text, when it is read | [`printable`], [`one_line`], [`parse_json`] |
+//! | any text, when it is read | [`printable`], [`one_line`], [`shortened`], [`parse_json`] |
 //! | an error | [`error_line`] |
 //! | an environment variable | [`variable`] |
 //! | a line or cell of Markdown | [`markdown`] |
@@ -49,7 +49,8 @@ pub fn error_line(error: &anyhow::Error) -> String {
     shortened(printable(&format!("{error:#}")), MAX_ERROR)
 }
 
-fn shortened(mut line: String, length: usize) -> String {
+/// Cuts a text after `length` characters, and marks the cut.
+pub fn shortened(mut line: String, length: usize) -> String {
     if let Some((end, _)) = line.char_indices().nth(length) {
         line.replace_range(end.., "…");
     }

@@ -1,12 +1,15 @@
 //! Limits of the hardware that no time can beat: its FLOP/s, and the rate at which it copies memory.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use transformer_bench::backend::Backend;
 use transformer_bench::fixture::Fixture;
+use transformer_bench::results::Record;
 use transformer_bench::results::machine::{self, Machine};
-use transformer_bench::suite::{Case, Method, Precision, Shape, Workload, cost};
+use transformer_bench::suite::{BackendId, Case, Method, Precision, Shape, Workload, cost};
 
 /// A step may move its bytes at most this many times as fast as a copy of the same size. A copy reads the lines of its
 /// destination too, which is 1.5 times the counted traffic. The rest is the noise of a short measurement.
@@ -17,32 +20,57 @@ const COPIES: usize = 5;
 const MIN_MIB: usize = 1;
 const MAX_MIB: usize = 1024;
 
-/// Checks that a median time is possible on this hardware.
-///
-/// # Errors
-/// Returns an error if the time implies too many FLOP/s or bytes/s: the clock or the synchronization is wrong.
-pub fn check(case: &Case, median_ns: f64, backend: &dyn Backend, machine: &Machine) -> Result<()> {
-    let ceiling = machine::flops_ceiling(case.backend, case.method.precision, machine);
-    machine::check_rate(cost::flops(case) / case.shape.ranks() as u64, median_ns, ceiling)?;
-    // The copy of a rank's device would need the device of a rank.
-    let bytes = cost::min_bytes(case);
-    if case.workload == Workload::CopyPeak && !case.backend.is_cpu() || case.shape.ranks() > 1 || bytes == 0 {
-        return Ok(());
+/// The copies that were timed. Cases of one size share a copy.
+#[derive(Default)]
+pub struct Ceiling {
+    copy_times: HashMap<(BackendId, u64), Duration>,
+}
+
+impl Ceiling {
+    /// Checks that the median time of a record is possible on this hardware.
+    ///
+    /// # Errors
+    /// Returns an error if the time implies too many FLOP/s or bytes/s: the clock or the synchronization is wrong.
+    pub fn check(
+        &mut self,
+        case: &Case,
+        record: &Record,
+        backend: &dyn Backend,
+        machine: &Machine,
+    ) -> Result<()> {
+        let median_ns = record.median_ns.context("the record has no median")?;
+        let ceiling = machine::flops_ceiling(case.backend, case.method.precision, machine);
+        machine::check_rate(cost::flops(case) / case.shape.ranks() as u64, median_ns, ceiling)?;
+        // The copy of a rank's device would need the device of a rank.
+        let bytes = cost::min_bytes(case);
+        if case.workload == Workload::CopyPeak && !case.backend.is_cpu()
+            || case.shape.ranks() > 1
+            || bytes == 0
+        {
+            return Ok(());
+        }
+        let copy = self.copy_time(case, bytes, backend)?.as_nanos() as f64;
+        if median_ns * MAX_SPEED_OVER_COPY < copy {
+            let rate = |ns: f64| bytes as f64 / ns;
+            bail!(
+                "implies {:.1} GB/s, and a copy of the same size reaches {:.1} GB/s: the time is wrong",
+                rate(median_ns),
+                rate(copy)
+            );
+        }
+        Ok(())
     }
-    let copy = copy_time(case, bytes, backend)?.as_nanos() as f64;
-    if median_ns * MAX_SPEED_OVER_COPY < copy {
-        let rate = |ns: f64| bytes as f64 / ns;
-        bail!(
-            "implies {:.1} GB/s, and a copy of the same size reaches {:.1} GB/s: the time is wrong",
-            rate(median_ns),
-            rate(copy)
-        );
+
+    fn copy_time(&mut self, case: &Case, bytes: u64, backend: &dyn Backend) -> Result<Duration> {
+        match self.copy_times.entry((case.backend, bytes)) {
+            Entry::Occupied(known) => Ok(*known.get()),
+            Entry::Vacant(new) => Ok(*new.insert(time_copy(case, bytes, backend)?)),
+        }
     }
-    Ok(())
 }
 
 /// Returns the shortest time in which the device reads and writes `bytes` in total by copying.
-fn copy_time(case: &Case, bytes: u64, backend: &dyn Backend) -> Result<Duration> {
+fn time_copy(case: &Case, bytes: u64, backend: &dyn Backend) -> Result<Duration> {
     if case.backend.is_cpu() {
         return Ok(copy_on_cpu(bytes as usize / 2));
     }

@@ -34,6 +34,7 @@ use transformer_bench::results::{self, Record, Status};
 use transformer_bench::suite::{Case, Framework, cases, custom_model};
 use transformer_bench::{memory, process, text};
 
+use ceiling::Ceiling;
 use environment::Environment;
 use options::Options;
 use parity::ParityResults;
@@ -149,6 +150,7 @@ struct Suite<'a> {
     environment: Environment,
     runner: CaseRunner<'a>,
     parity: ParityResults,
+    ceiling: Ceiling,
 }
 
 impl<'a> Suite<'a> {
@@ -158,7 +160,8 @@ impl<'a> Suite<'a> {
             environment.measure_background_load();
         }
         let runner = CaseRunner::new(options, criterion_home.clone());
-        Self { options, criterion_home, environment, runner, parity: ParityResults::new() }
+        let (parity, ceiling) = (ParityResults::new(), Ceiling::default());
+        Self { options, criterion_home, environment, runner, parity, ceiling }
     }
 
     /// Compiles, checks and measures the cases. Returns true unless a case failed.
@@ -257,7 +260,9 @@ impl<'a> Suite<'a> {
         let mut record = measured.unwrap_or_else(|error| Some(failure_record(case, &error)))?;
         record.parity = parity;
         if record.status == Status::Measured && !self.options.test {
-            record = fill_record(&self.criterion_home, case, record, &self.environment.machine, backend)
+            let machine = &self.environment.machine;
+            record = fill_record(&self.criterion_home, case, record)
+                .and_then(|filled| self.ceiling.check(case, &filled, backend, machine).map(|()| filled))
                 .unwrap_or_else(|error| Record::unmeasured(case, Status::Error, format!("{error:#}")));
         }
         if record.status == Status::Error && !self.options.test {

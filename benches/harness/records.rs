@@ -4,25 +4,15 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use serde_json::Value;
-use transformer_bench::backend::Backend;
 use transformer_bench::memory;
-use transformer_bench::results::machine::Machine;
 use transformer_bench::results::{Record, Status, Throughput, criterion_folder};
 use transformer_bench::suite::{Case, cost};
-
-use super::ceiling;
 
 /// Adds the median, its interval and the throughput from the files that Criterion has written.
 ///
 /// # Errors
-/// Returns an error if a file is missing or damaged, or if the time is impossible on this hardware.
-pub fn fill_record(
-    criterion_home: &Path,
-    case: &Case,
-    mut record: Record,
-    machine: &Machine,
-    backend: &dyn Backend,
-) -> Result<Record> {
+/// Returns an error if a file is missing or damaged.
+pub fn fill_record(criterion_home: &Path, case: &Case, mut record: Record) -> Result<Record> {
     let folder = criterion_folder(criterion_home, case).join("new");
     let read = |name: &str| -> Result<Value> {
         let path = folder.join(name);
@@ -33,7 +23,6 @@ pub fn fill_record(
     let median = read("estimates.json")?["median"].take();
     let number = |value: &Value| value.as_f64().context("Criterion's estimates have no median");
     let median_ns = number(&median["point_estimate"])?;
-    ceiling::check(case, median_ns, backend, machine)?;
     let interval = &median["confidence_interval"];
     let work = cost::work(case);
     record.median_ns = Some(median_ns);

@@ -260,26 +260,34 @@ mod profiler_tests {
         });
     }
 
-    #[test]
-    fn a_function_with_90_percent_of_the_time_is_the_heaviest_frame() {
+    /// Profiles steps under a name. Returns the folder of the profiles.
+    fn profile(name: &str, run: impl FnOnce(&Sampler)) -> Scratch {
         let _only = PROFILER.lock();
-        let path = std::env::temp_dir().join(format!("transformer-bench-profile-{}", std::process::id()));
-        let Scratch(folder) = &Scratch(path);
-        std::fs::create_dir_all(folder).unwrap();
+        let path = std::env::temp_dir().join(format!("transformer-bench-{name}-{}", std::process::id()));
+        let scratch = Scratch(path);
+        std::fs::create_dir_all(&scratch.0).unwrap();
         let sampler = Sampler::default();
         let mut profiler = sampler.clone();
-        profiler.start_profiling("slow", folder);
-        let mut step = Step(|| {
-            slow_function();
-            fast_function();
-        });
-        let mut seconds = 0.0;
-        while seconds < 4.0 {
-            seconds += sampler.run(&mut step, 1000).unwrap().as_secs_f64();
-        }
-        profiler.stop_profiling("slow", folder);
+        profiler.start_profiling(name, &scratch.0);
+        run(&sampler);
+        profiler.stop_profiling(name, &scratch.0);
         assert!(sampler.take_error().is_none());
+        scratch
+    }
 
+    #[test]
+    fn a_function_with_90_percent_of_the_time_is_the_heaviest_frame() {
+        let scratch = profile("slow", |sampler| {
+            let mut step = Step(|| {
+                slow_function();
+                fast_function();
+            });
+            let mut seconds = 0.0;
+            while seconds < 4.0 {
+                seconds += sampler.run(&mut step, 1000).unwrap().as_secs_f64();
+            }
+        });
+        let Scratch(folder) = &scratch;
         let read = |name: &str| std::fs::read(folder.join(name)).unwrap();
         let folded = String::from_utf8(read("flamegraph.folded")).unwrap();
         let profile = Profile::parse(&folded).unwrap();
@@ -299,24 +307,18 @@ mod profiler_tests {
 
     #[test]
     fn a_single_long_step_is_profiled() {
-        let _only = PROFILER.lock();
-        let path = std::env::temp_dir().join(format!("transformer-bench-long-{}", std::process::id()));
-        let Scratch(folder) = &Scratch(path);
-        std::fs::create_dir_all(folder).unwrap();
-        let sampler = Sampler::default();
-        let mut profiler = sampler.clone();
-        profiler.start_profiling("long", folder);
-        let mut step = Step(|| {
-            let start = std::time::Instant::now();
-            while start.elapsed().as_secs() < 2 {
-                slow_function();
-            }
+        let scratch = profile("long", |sampler| {
+            let mut step = Step(|| {
+                let start = std::time::Instant::now();
+                while start.elapsed().as_secs() < 2 {
+                    slow_function();
+                }
+            });
+            // Criterion asks for no more steps if the first one exceeds the profile time.
+            sampler.run(&mut step, 1).unwrap();
+            sampler.run(&mut step, 0).unwrap();
         });
-        // Criterion asks for no more steps if the first one exceeds the profile time.
-        sampler.run(&mut step, 1).unwrap();
-        sampler.run(&mut step, 0).unwrap();
-        profiler.stop_profiling("long", folder);
-        assert!(sampler.take_error().is_none());
+        let Scratch(folder) = &scratch;
         let folded = std::fs::read_to_string(folder.join("flamegraph.folded")).unwrap();
         assert!(Profile::parse(&folded).unwrap().total() > 50, "{folded}");
         assert!(folder.join("flamegraph.svg").exists());

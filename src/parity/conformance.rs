@@ -5,7 +5,7 @@ use std::fs::File;
 use std::ops::RangeInclusive;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 
 use crate::backend::{Backend, Backends, LoadedCase};
 use crate::fixture::Fixture;
@@ -16,7 +16,7 @@ use crate::parity::idle_steps::{IdleCase, IdleStep};
 use crate::parity::timed_work;
 use crate::statistics::median;
 use crate::suite::{Case, Method, Precision, Set, Shape, Variant, Workload, cases};
-use crate::{memory, process};
+use crate::{files, memory, process};
 
 const F32: Method = Method::eager(Precision::F32);
 
@@ -368,13 +368,11 @@ enum Timing {
 /// Waits until a test may run. The tests of two frameworks run side by side, except those that measure time. The lock
 /// ends when the file is dropped.
 fn lock_machine(timing: Timing) -> Result<File> {
-    let path = std::env::current_exe()?.with_file_name("conformance.lock");
-    let file = File::create(&path).with_context(|| format!("{} could not be created", path.display()))?;
+    let path = std::env::current_exe()?.with_file_name("conformance");
     match timing {
-        Timing::Timed => file.lock()?,
-        Timing::Untimed => file.lock_shared()?,
+        Timing::Timed => files::lock_file(&path),
+        Timing::Untimed => files::lock_file_shared(&path),
     }
-    Ok(file)
 }
 
 /// Runs all tests on every available backend, and prints their names.

@@ -157,7 +157,7 @@ impl StepCheck<'_> {
         for (fixture, batch) in [(self.fixture, ""), (&other, " on the second batch")] {
             let expected = self.reference.expected(fixture, self.accumulation);
             if fixture.batch_number() > 0 {
-                self.loaded.restore(&initial_checkpoint(fixture), 0)?;
+                self.loaded.restore(&parameter_checkpoint(fixture), 0)?;
                 self.set_inputs(fixture)?;
             }
             for steps in [1, several] {
@@ -242,6 +242,13 @@ impl StepCheck<'_> {
         Ok(results)
     }
 
+    /// Returns the values of `prefix/<parameter>`, which must be as many as those of the parameter.
+    fn values<'t>(&self, all: &'t [Tensor], prefix: &str, parameter: &Tensor) -> Outcome<&'t [f32]> {
+        let name = format!("{prefix}/{}", parameter.name);
+        let found = find(all, &name).filter(|tensor| tensor.data.len() == parameter.data.len());
+        Ok(&found.ok_or_else(|| self.mismatch(format!("{name} is missing")))?.data)
+    }
+
     fn compare_update(
         &self,
         fixture: &Fixture,
@@ -261,21 +268,14 @@ impl StepCheck<'_> {
             let mut updates = Vec::new();
             for (index, parameter) in layer.iter().enumerate() {
                 let name = &parameter.name;
-                let tensor = |all: &'_ [Tensor], prefix: &str| -> Outcome<Vec<f32>> {
-                    let found = find(all, &format!("{prefix}/{name}"));
-                    let found = found.filter(|tensor| tensor.data.len() == parameter.data.len());
-                    Ok(found
-                        .ok_or_else(|| self.mismatch(format!("{prefix}/{name} is missing")))?
-                        .data
-                        .clone())
-                };
+                let values = |all, prefix| self.values(all, prefix, parameter);
                 let gradient = if fixed {
-                    fixture.gradients()[start + index].data.clone()
+                    &fixture.gradients()[start + index].data[..]
                 } else {
-                    tensor(results, "grad")?
+                    values(results, "grad")?
                 };
                 let state =
-                    [tensor(before, "param")?, tensor(before, "moment1")?, tensor(before, "moment2")?];
+                    [values(before, "param")?, values(before, "moment1")?, values(before, "moment2")?];
                 updates.push(tolerance::Update { name, state, gradient });
             }
             let expected = tolerance::expected_update(&fixture.adamw, &updates, step, case.method.precision);
@@ -286,18 +286,22 @@ impl StepCheck<'_> {
     }
 }
 
-/// Returns the checkpoint before the first step.
+/// Returns the checkpoint before the first step of a case without an optimizer.
+fn parameter_checkpoint(fixture: &Fixture) -> Vec<Tensor> {
+    let named = |t: &Tensor| Tensor { name: format!("param/{}", t.name), ..t.clone() };
+    fixture.parameters().iter().map(named).collect()
+}
+
+/// Returns the checkpoint before the first step of a case with an optimizer.
 fn initial_checkpoint(fixture: &Fixture) -> Vec<Tensor> {
-    let named = |prefix: &str, zero: bool| -> Vec<Tensor> {
-        let copy = |parameter: &Tensor| {
-            let data = if zero { vec![0.0; parameter.data.len()] } else { parameter.data.clone() };
-            Tensor { name: format!("{prefix}/{}", parameter.name), dims: parameter.dims.clone(), data }
-        };
-        fixture.parameters().iter().map(copy).collect()
-    };
-    let mut all = named("param", false);
-    all.extend(named("moment1", true));
-    all.extend(named("moment2", true));
+    let mut all = parameter_checkpoint(fixture);
+    for prefix in ["moment1", "moment2"] {
+        all.extend(fixture.parameters().iter().map(|parameter| Tensor {
+            name: format!("{prefix}/{}", parameter.name),
+            dims: parameter.dims.clone(),
+            data: vec![0.0; parameter.data.len()],
+        }));
+    }
     all.push(Tensor { name: "step".to_owned(), dims: vec![1], data: vec![0.0] });
     all
 }
@@ -328,10 +332,8 @@ pub fn state_difference(first: &[Tensor], second: &[Tensor], steps: usize) -> Op
         if tensor.name == "step" {
             return Some(format!("the optimizer counted {} steps, not {}", other.data[0], tensor.data[0]));
         }
-        let square =
-            |values: &mut dyn Iterator<Item = f32>| values.map(|v| f64::from(v).powi(2)).sum::<f64>();
-        let difference = square(&mut tensor.data.iter().zip(&other.data).map(|(a, b)| a - b)).sqrt();
-        let norm = square(&mut tensor.data.iter().copied()).sqrt();
+        let difference = tolerance::norm(tensor.data.iter().zip(&other.data).map(|(a, b)| f64::from(a - b)));
+        let norm = tolerance::norm(tensor.data.iter().copied().map(f64::from));
         let limit = 0.5 / steps.max(1) as f64;
         if difference.is_nan() || difference > limit * norm {
             return Some(format!("{} differs by {:.1e} of its norm", tensor.name, difference / norm));

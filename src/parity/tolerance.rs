@@ -131,8 +131,13 @@ impl fmt::Display for TensorError {
     }
 }
 
-fn norm(values: impl Iterator<Item = f64>) -> f64 {
-    values.map(|v| v * v).sum::<f64>().sqrt()
+fn sum_of_squares(values: impl Iterator<Item = f64>) -> f64 {
+    values.map(|v| v * v).sum()
+}
+
+/// Returns the L2 norm.
+pub fn norm(values: impl Iterator<Item = f64>) -> f64 {
+    sum_of_squares(values).sqrt()
 }
 
 impl Expected {
@@ -169,7 +174,7 @@ struct RoundingError {
 /// Returns the projection of `found - exact` on `exact` as a share of the norm of `exact`.
 fn scale_error(exact: &[f64], found: &[f32]) -> f64 {
     let projection: f64 = exact.iter().zip(found).map(|(a, &b)| (f64::from(b) - a) * a).sum();
-    projection / exact.iter().map(|a| a * a).sum::<f64>()
+    projection / sum_of_squares(exact.iter().copied())
 }
 
 /// Returns the rounding error of each tensor, as a mean over `runs` runs with different seeds.
@@ -181,8 +186,8 @@ fn rounding_errors(
     let mut errors = vec![RoundingError::default(); exact.len()];
     for seed in 0..runs {
         for ((error, (_, exact)), rounded) in errors.iter_mut().zip(exact).zip(rounded(seed as u64)) {
-            let square = exact.iter().zip(&rounded.data).map(|(a, &b)| (a - f64::from(b)).powi(2));
-            error.square += square.sum::<f64>() / runs as f64;
+            let differences = exact.iter().zip(&rounded.data).map(|(a, &b)| a - f64::from(b));
+            error.square += sum_of_squares(differences) / runs as f64;
             error.scale_square += scale_error(exact, &rounded.data).powi(2) / runs as f64;
         }
     }
@@ -230,7 +235,7 @@ fn has_scale(square: f64, error_square: f64) -> bool {
 /// Returns the tolerance of the scale, or `None` if the values have none. It is not below the error of independent
 /// values.
 fn scale_tolerance(values: &[f64], variance: f64, layer: &LayerSums, min: f64) -> Option<f64> {
-    let square: f64 = values.iter().map(|v| v * v).sum();
+    let square = sum_of_squares(values.iter().copied());
     let of_layer = layer.scale_square / layer.tensors.max(1.0);
     let tolerance = SCALE_TOLERANCE_FACTOR * of_layer.max(variance / square).sqrt();
     has_scale(square, variance * values.len() as f64).then(|| tolerance.max(min))
@@ -249,7 +254,7 @@ fn with_tolerances(
         let sums = layers.entry(layer_name(name).to_owned()).or_default();
         sums.square += error.square;
         sums.values += values.len() as f64;
-        if has_scale(values.iter().map(|v| v * v).sum(), error.square) {
+        if has_scale(sum_of_squares(values.iter().copied()), error.square) {
             sums.scale_square += error.scale_square;
             sums.tensors += 1.0;
         }
@@ -360,8 +365,8 @@ fn half_unit(precision: Precision) -> f64 {
 pub struct Update<'a> {
     pub name: &'a str,
     /// Parameter, first and second moment before the step.
-    pub state: [Vec<f32>; 3],
-    pub gradient: Vec<f32>,
+    pub state: [&'a [f32]; 3],
+    pub gradient: &'a [f32],
 }
 
 /// Returns the expected parameters and moments of a layer after step number `step` of AdamW.
@@ -384,9 +389,9 @@ pub fn expected_update(
     // Each kind of tensor has its own rounding error, so the kinds do not share a tolerance.
     let (mut exact, mut rounded) = ([const { Vec::new() }; 3], [const { Vec::new() }; 3]);
     for Update { name, state, gradient } in layer {
-        let wide = state.each_ref().map(|values| values.iter().copied().map(f64::from).collect());
+        let wide = state.map(|values| values.iter().copied().map(f64::from).collect());
         let values = adamw::<f64>(options, &wide, gradient, step, Rounding::NONE.leaf);
-        let data = adamw::<f32>(options, state, gradient, step, format);
+        let data = adamw::<f32>(options, &state.map(<[f32]>::to_vec), gradient, step, format);
         for (kind, (values, data)) in values.into_iter().zip(data).enumerate() {
             let name = format!("{}/{name}", ["param", "moment1", "moment2"][kind]);
             exact[kind].push((name.clone(), Arc::new(values)));

@@ -99,19 +99,11 @@ fn main() -> ExitCode {
             notes.iter().for_each(|note| eprintln!("note: {note}"));
         }
         Ok(_) => {}
-        Err(reason) => {
-            eprintln!("error: {}", error_line(&reason));
-            return ExitCode::from(2);
-        }
+        Err(reason) => return refuse("error", &reason),
     }
     if std::env::var_os(CHECK_ARGUMENTS).is_some() {
-        return match check_arguments(&command) {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(reason) => {
-                eprintln!("error: {}", error_line(&reason));
-                ExitCode::from(2)
-            }
-        };
+        return check_arguments(&command)
+            .map_or_else(|reason| refuse("error", &reason), |()| ExitCode::SUCCESS);
     }
     // Other subcommands take less than a second, so an interrupt may end them at once.
     if !matches!(command, Command::Report(_) | Command::Baseline(_) | Command::List(_) | Command::Publish(_))
@@ -135,9 +127,12 @@ fn main() -> ExitCode {
             eprintln!("{name}: interrupted");
             ExitCode::from(130)
         }
-        Err(reason) => {
-            eprintln!("{name}: {}", error_line(&reason));
-            ExitCode::from(2)
-        }
+        Err(reason) => refuse(name, &reason),
     }
+}
+
+/// Prints an error in one line. Returns the exit code.
+fn refuse(name: &str, reason: &anyhow::Error) -> ExitCode {
+    eprintln!("{name}: {}", error_line(reason));
+    ExitCode::from(2)
 }

@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 
 use super::super::{Activation, Biases, Dropout, GPT2, Input, Model, NormKind, NormOrder, Output, Position};
 use super::validate::MAX_SIZE;
+use crate::text::shortened;
 
 type Family = fn(&Fields<'_>) -> Result<Model>;
 
@@ -300,7 +301,7 @@ impl Fields<'_> {
             .all
             .iter()
             .filter(|(name, value)| !used.contains(name.as_str()) && !ignored(name) && !value.is_null())
-            .map(|(name, value)| format!("{} ({})", cut(name), short(value)))
+            .map(|(name, value)| format!("{} ({})", shortened(name.clone(), MAX_CHARS), short(value)))
             .collect();
         let fields = if unknown.len() == 1 { "field" } else { "fields" };
         let shown = unknown[..unknown.len().min(MAX_FIELDS)].join(", ");
@@ -315,15 +316,10 @@ impl Fields<'_> {
 /// Largest number of unknown fields in a note.
 const MAX_FIELDS: usize = 20;
 
-/// Formats a value in at most 61 characters.
-fn short(value: &Value) -> String {
-    cut(&value.to_string())
-}
+/// Largest number of characters of a name or value in a message, before the mark of the cut.
+const MAX_CHARS: usize = 60;
 
-fn cut(text: &str) -> String {
-    const MAX_CHARS: usize = 60;
-    match text.char_indices().nth(MAX_CHARS) {
-        Some((end, _)) => format!("{}…", &text[..end]),
-        None => text.to_owned(),
-    }
+/// Formats a value for a message.
+fn short(value: &Value) -> String {
+    shortened(value.to_string(), MAX_CHARS)
 }
