@@ -90,6 +90,9 @@ impl Backend for Mlx {
             (_, Variant::Sdpa) if case.dropout().weights > 0.0 => {
                 "MLX's fused attention has no dropout on the weights, and this model trains with it"
             }
+            (_, Variant::Sdpa) if case.caps_scores() => {
+                "MLX's fused attention has no soft cap of the scores, which this model has"
+            }
             (Precision::Amp, _) => "MLX has no autocast; mixed computes in bf16 in both frameworks",
             _ if tf32 && self.id.is_cpu() => "MLX has TF32 only on GPUs",
             _ if tf32 && self.id == BackendId::MlxMetal && !library::uses_neural_accelerators() => {

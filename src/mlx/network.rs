@@ -8,7 +8,9 @@ use mlx_rs::{Array, Dtype, fast, ops};
 use transformer_bench::model::parameters::{
     Attention, Embedding, FeedForward, IndicatorHead, Layer, Linear, Network, Norm, OutputHead,
 };
-use transformer_bench::model::{Activation, Dropout, Model, ModelId, NormKind, NormOrder, Output, Position};
+use transformer_bench::model::{
+    Activation, AttentionKind, Dropout, Model, ModelId, NormKind, NormOrder, Output, Position,
+};
 
 /// Returns a scalar array. MLX promotes bf16 × f32 to f32, so a constant needs the type of the other operand.
 pub fn scalar(value: f64, dtype: Dtype) -> Array {
@@ -20,12 +22,61 @@ pub fn scalar(value: f64, dtype: Dtype) -> Array {
 }
 
 fn scale(x: &Array, factor: f64) -> Result<Array> {
-    x.multiply(scalar(factor, x.dtype()))
+    if factor == 1.0 { Ok(x.clone()) } else { x.multiply(scalar(factor, x.dtype())) }
+}
+
+/// Limits values softly: cap · tanh(x / cap).
+fn soft_cap(x: Array, cap: Option<f64>) -> Result<Array> {
+    let Some(cap) = cap else { return Ok(x) };
+    scale(&ops::tanh(x.divide(scalar(cap, x.dtype()))?)?, cap)
+}
+
+/// Constants of a kind of attention.
+pub struct AttentionCache {
+    kind: AttentionKind,
+    /// 1 / frequency of each pair that rotates, if the frequencies do not follow from a base.
+    periods: Option<Array>,
+}
+
+/// Returns the constants of each kind of attention.
+pub fn attention_caches(m: &Model) -> Vec<AttentionCache> {
+    let cache = |kind: AttentionKind| {
+        let listed = match kind.position {
+            Position::Rotary(rotary) if rotary.frequencies.is_some() => rotary.frequencies(m.head_width),
+            _ => Vec::new(),
+        };
+        let periods: Vec<f32> = listed.iter().map(|frequency| (1.0 / frequency) as f32).collect();
+        let periods = (!periods.is_empty()).then(|| Array::from_slice(&periods, &[periods.len() as i32]));
+        AttentionCache { kind, periods }
+    };
+    m.attention_kinds().into_iter().map(cache).collect()
+}
+
+impl AttentionCache {
+    /// Applies the rotary position to queries or keys [B, H, N, d].
+    fn rotate(&self, x: Array) -> Result<Array> {
+        let Position::Rotary(rotary) = self.kind.position else { return Ok(x) };
+        let head_width = x.dim(-1);
+        let width = rotary.width(head_width as usize) as i32;
+        let base = self.periods.is_none().then_some(rotary.theta as f32);
+        let turn = |x: &Array| fast::rope(x, width, rotary.pairs, base, 1.0, 0, self.periods.as_ref());
+        if rotary.factor == 1.0 {
+            return turn(&x);
+        }
+        // The factor applies to the rotating features only.
+        if width == head_width {
+            return turn(&scale(&x, rotary.factor)?);
+        }
+        let parts = ops::split_at_indices(&x, &[width], -1)?;
+        ops::concatenate(&[turn(&scale(&parts[0], rotary.factor)?)?, parts[1].clone()], -1)
+    }
 }
 
 /// Configuration of the layers, and the random state of dropout.
 pub struct Layers {
     pub model: ModelId,
+    /// What attention needs, by the model's kinds of attention.
+    pub caches: Vec<AttentionCache>,
     /// True for fused attention, unless the attention weights need dropout, which MLX's kernel does not have.
     pub fused: bool,
     /// Dropout probabilities, which are 0 outside training.
@@ -64,30 +115,20 @@ fn softmax(x: &Array) -> Result<Array> {
 
 fn norm_of_kind(x: &Array, layer: &Norm<Array>, kind: NormKind) -> Result<Array> {
     match kind {
-        NormKind::Layer { eps } => {
+        NormKind::Layer { eps, .. } => {
             fast::layer_norm(x, layer.weight.as_ref(), layer.bias.as_ref(), eps as f32)
         }
-        NormKind::Rms { eps, .. } => fast::rms_norm(x, layer.weight.as_ref(), eps as f32),
+        NormKind::Rms { eps, .. } => {
+            let one = scalar(1.0, x.dtype());
+            let with_offset = layer.weight.as_ref().filter(|_| kind.has_offset()).map(|w| w.add(one));
+            fast::rms_norm(x, with_offset.transpose()?.as_ref().or(layer.weight.as_ref()), eps as f32)
+        }
     }
 }
 
 impl Layers {
     fn norm(&self, x: &Array, layer: &Norm<Array>) -> Result<Array> {
         norm_of_kind(x, layer, self.model.norm)
-    }
-
-    /// Applies the query-key norm and the rotary embedding, if the model has them, to queries or keys [B, H, N, d].
-    fn norm_and_rope(&self, x: Array, norm: Option<&Norm<Array>>) -> Result<Array> {
-        let x = match (norm, self.model.qk_norm) {
-            (Some(norm), Some(kind)) => norm_of_kind(&x, norm, kind)?,
-            _ => x,
-        };
-        match self.model.position {
-            Position::Rotary { theta } => {
-                fast::rope(x, self.model.head_width as i32, false, theta as f32, 1.0, 0, None::<&Array>)
-            }
-            Position::Learned | Position::None => Ok(x),
-        }
     }
 
     fn dropout(&mut self, x: Array, p: f64) -> Result<Array> {
@@ -100,35 +141,61 @@ impl Layers {
         scale(&x.multiply(mask)?, 1.0 / keep)
     }
 
-    /// Applies attention: x [B, N, D] → [B, N, D].
-    pub fn attention(&mut self, x: &Array, a: &Attention<Array>) -> Result<Array> {
+    /// Returns queries, keys and values [B, H, N, d] before the rotary position.
+    fn heads(&self, x: &Array, a: &Attention<Array>) -> Result<[Array; 3]> {
         let m = self.model;
         let &[b, n, _] = x.shape() else { unreachable!("x is [B, N, D]") };
-        let (heads, key_value_heads, width) = (m.heads as i32, m.key_value_heads as i32, m.head_width as i32);
-        let project = |layer: &Linear<Array>, heads: i32| {
-            linear(x, layer)?.reshape(&[b, n, heads, width])?.transpose_axes(&[0, 2, 1, 3])
+        let project = |layer: &Linear<Array>, heads: usize, norm: Option<&Norm<Array>>| {
+            let all = linear(x, layer)?;
+            let split = |x: &Array| {
+                x.reshape(&[b, n, heads as i32, m.head_width as i32])?.transpose_axes(&[0, 2, 1, 3])
+            };
+            match norm.zip(m.qk_norm) {
+                Some((norm, kind)) if m.qk_norm_across_heads => split(&norm_of_kind(&all, norm, kind)?),
+                Some((norm, kind)) => norm_of_kind(&split(&all)?, norm, kind),
+                None => split(&all),
+            }
         };
         let norms = a.qk_norms.as_ref();
-        let q = self.norm_and_rope(project(&a.q, heads)?, norms.map(|all| &all[0]))?; // [B, H, N, d]
-        let k = self.norm_and_rope(project(&a.k, key_value_heads)?, norms.map(|all| &all[1]))?;
-        let v = project(&a.v, key_value_heads)?;
-        let factor = 1.0 / f64::from(width).sqrt();
-        let context = if self.fused && self.dropout.weights == 0.0 {
-            let mask = m.causal.then_some(fast::ScaledDotProductAttentionMask::Causal);
-            fast::scaled_dot_product_attention(&q, &k, &v, factor as f32, mask, None)?
+        Ok([
+            project(&a.q, m.heads, norms.map(|all| &all[0]))?,
+            project(&a.k, m.key_value_heads, norms.map(|all| &all[1]))?,
+            project(&a.v, m.key_value_heads, None)?,
+        ])
+    }
+
+    /// Applies the attention of a layer: x [B, N, D] → [B, N, D].
+    pub fn attention(&mut self, x: &Array, a: &Attention<Array>, layer: usize) -> Result<Array> {
+        let m = self.model;
+        let &[b, n, _] = x.shape() else { unreachable!("x is [B, N, D]") };
+        let cache = &self.caches[m.attention_index(layer)];
+        let [q, k, v] = self.heads(x, a)?;
+        let (q, k) = (cache.rotate(q)?, cache.rotate(k)?);
+        let window = cache.kind.window;
+        let mask = || mask(n, m.causal, window, x.dtype());
+        // The fused function has neither dropout nor a soft cap.
+        let context = if self.fused && self.dropout.weights == 0.0 && m.cap.scores.is_none() {
+            let windowed = window.map(|_| mask()).transpose()?;
+            let mask = match &windowed {
+                Some(mask) => Some(fast::ScaledDotProductAttentionMask::Array(mask)),
+                None => m.causal.then_some(fast::ScaledDotProductAttentionMask::Causal),
+            };
+            fast::scaled_dot_product_attention(&q, &k, &v, m.score_scale() as f32, mask, None)?
         } else {
             // Each key-value head serves a group of query heads.
-            let groups = heads / key_value_heads;
+            let groups = (m.heads / m.key_value_heads) as i32;
             let repeat = |x: Array| if groups > 1 { ops::repeat_axis::<f32>(x, groups, 1) } else { Ok(x) };
             let (k, v) = (repeat(k)?, repeat(v)?);
-            let mut scores = scale(&q, factor)?.matmul(k.transpose_axes(&[0, 1, 3, 2])?)?; // [B, H, N, N]
-            if m.causal {
-                scores = scores.add(causal_mask(n, x.dtype())?)?;
+            let scores = scale(&q, m.score_scale())?.matmul(k.transpose_axes(&[0, 1, 3, 2])?)?; // [B, H, N, N]
+            let mut scores = soft_cap(scores, m.cap.scores)?;
+            if m.causal || window.is_some() {
+                scores = scores.add(mask()?)?;
             }
             let weights = softmax(&scores)?;
             self.dropout(weights, self.dropout.weights)?.matmul(v)?
         };
-        linear(&context.transpose_axes(&[0, 2, 1, 3])?.reshape(&[b, n, heads * width])?, &a.o)
+        let inner = (m.heads * m.head_width) as i32;
+        linear(&context.transpose_axes(&[0, 2, 1, 3])?.reshape(&[b, n, inner])?, &a.o)
     }
 
     /// Applies the feed-forward block: x [.., D] → [.., D].
@@ -141,22 +208,43 @@ impl Layers {
         linear(&self.dropout(hidden, self.dropout.hidden)?, &f.down)
     }
 
-    fn layer(&mut self, x: &Array, layer: &Layer<Array>) -> Result<Array> {
-        let x = self.residual(x, &layer.norm1, |layers, x| layers.attention(x, &layer.attention))?;
-        self.residual(&x, &layer.norm2, |layers, x| layers.feed_forward(x, &layer.feed_forward))
+    fn layer(&mut self, x: &Array, l: &Layer<Array>, index: usize) -> Result<Array> {
+        let dropouts = [self.dropout.attention(), self.dropout.residual];
+        if self.model.norm_order.is_parallel() {
+            let input = self.norm(x, &l.norm1)?;
+            let attention = self.attention(&input, &l.attention, index)?;
+            let attention = self.branch(attention, None, dropouts[0])?;
+            let input = l.norm2.as_ref().map_or(Ok(input), |norm| self.norm(x, norm))?;
+            let feed_forward = self.feed_forward(&input, &l.feed_forward)?;
+            return attention.add(self.branch(feed_forward, None, dropouts[1])?)?.add(x);
+        }
+        let norm2 = l.norm2.as_ref().expect("two norms unless the blocks are parallel");
+        let [output1, output2] = l.output_norms.as_ref().map_or([&l.norm1, norm2], |[a, b]| [a, b]);
+        let x = self.residual(x, [&l.norm1, output1], dropouts[0], |layers, x| {
+            layers.attention(x, &l.attention, index)
+        })?;
+        self.residual(&x, [norm2, output2], dropouts[1], |layers, x| layers.feed_forward(x, &l.feed_forward))
     }
 
-    /// Adds the result of a block to the residual stream, with the norm before or after it.
+    /// Completes the result of a block for the residual addition.
+    fn branch(&mut self, y: Array, norm: Option<&Norm<Array>>, p: f64) -> Result<Array> {
+        let y = norm.map_or(Ok(y.clone()), |norm| self.norm(&y, norm))?;
+        scale(&self.dropout(y, p)?, self.model.scale.residual)
+    }
+
+    /// Adds the result of a block to the residual stream, with norms where the model has them. `norms` are that of
+    /// the input or of the sum, and that of the output.
     fn residual(
         &mut self,
         x: &Array,
-        norm: &Norm<Array>,
+        [norm, output_norm]: [&Norm<Array>; 2],
+        p: f64,
         block: impl FnOnce(&mut Self, &Array) -> Result<Array>,
     ) -> Result<Array> {
-        let pre_norm = self.model.norm_order == NormOrder::PreNorm;
-        let y = if pre_norm { block(self, &self.norm(x, norm)?)? } else { block(self, x)? };
-        let sum = x.add(self.dropout(y, self.dropout.residual)?)?;
-        if pre_norm { Ok(sum) } else { self.norm(&sum, norm) }
+        let order = self.model.norm_order;
+        let y = if order.norms_inputs() { block(self, &self.norm(x, norm)?)? } else { block(self, x)? };
+        let sum = x.add(self.branch(y, order.norms_outputs().then_some(output_norm), p)?)?;
+        if order == NormOrder::PostNorm { self.norm(&sum, norm) } else { Ok(sum) }
     }
 
     fn head(&mut self, x: &Array, h: &IndicatorHead<Array>) -> Result<Array> {
@@ -177,39 +265,49 @@ impl Layers {
                 values.add(linear(&inputs[1], market)?.expand_dims_axes(&[1])?)?
             }
         };
+        let embedded = scale(&embedded, self.model.scale.embedding)?;
         let mut x = p.position.as_ref().map_or(Ok(embedded.clone()), |position| embedded.add(position))?;
         if let Some(norm) = &p.embedding_norm {
             x = self.norm(&x, norm)?;
         }
         x = self.dropout(x, self.dropout.embedding)?; // [B, N, D]
-        for layer in &p.blocks {
-            x = self.layer(&x, layer)?;
+        for (index, layer) in p.blocks.iter().enumerate() {
+            x = self.layer(&x, layer, index)?;
         }
         if let Some(norm) = &p.final_norm {
             x = self.norm(&x, norm)?;
         }
-        match &p.output {
+        x = scale(&x, self.model.scale.hidden)?;
+        let logits = match &p.output {
             OutputHead::IndicatorHeads([selection, allocation]) => {
                 let selection = self.head(&x, selection)?;
-                Ok(vec![selection, softmax(&self.head(&x, allocation)?)?])
+                return Ok(vec![selection, softmax(&self.head(&x, allocation)?)?]);
             }
             OutputHead::MlmHead { dense, norm, bias } => {
                 let hidden = activate(&linear(&x, dense)?, self.model.activation)?;
                 let hidden = self.norm(&hidden, norm)?;
-                Ok(vec![ops::addmm(bias, hidden, p.token_table().transpose()?, None, None)?])
+                ops::addmm(bias, hidden, p.token_table().transpose()?, None, None)?
             }
-            OutputHead::Untied(table) => Ok(vec![x.matmul(table.transpose()?)?]),
-            OutputHead::Tied => Ok(vec![x.matmul(p.token_table().transpose()?)?]),
-        }
+            OutputHead::Untied(output) => linear(&x, output)?,
+            OutputHead::Tied => x.matmul(p.token_table().transpose()?)?,
+        };
+        Ok(vec![soft_cap(scale(&logits, self.model.scale.logits)?, self.model.cap.logits)?])
     }
 }
 
-/// Returns the additive causal mask [N, N]: 0 at and below the diagonal, and a large negative number above it.
-fn causal_mask(n: i32, dtype: Dtype) -> Result<Array> {
+/// Returns the additive mask [N, N]: 0 where a token attends to another, and a large negative number elsewhere.
+fn mask(n: i32, causal: bool, window: Option<usize>, dtype: Dtype) -> Result<Array> {
     let index = ops::arange::<f32, f32>(None, n as f32, None)?;
-    let future = index.expand_dims_axes(&[1])?.lt(index.expand_dims_axes(&[0])?)?;
+    let distance = index.expand_dims_axes(&[1])?.subtract(index.expand_dims_axes(&[0])?)?;
+    let future = distance.lt(Array::from_f32(0.0))?;
+    let far = |window: usize| distance.abs()?.ge(Array::from_f32(window as f32));
+    let hidden = match window {
+        Some(window) if causal => future.logical_or(far(window)?)?,
+        Some(window) => far(window)?,
+        None => future,
+    };
     // The largest f16 is 65,504.
-    future.as_dtype(dtype)?.multiply(scalar(-3e4, dtype))
+    hidden.as_dtype(dtype)?.multiply(scalar(-3e4, dtype))
 }
 
 /// Returns the loss in f32.

@@ -198,8 +198,10 @@ impl Program {
     }
 
     fn layers(&self, key: Array) -> Layers {
+        let model = self.case.shape.model().map_or(ModelId::indicator(), |(model, _)| model);
         Layers {
-            model: self.case.shape.model().map_or(ModelId::indicator(), |(model, _)| model),
+            model,
+            caches: network::attention_caches(&model),
             fused: self.case.method.variant.uses_sdpa(),
             dropout: self.dropout,
             random: RandomState::from_key(key),
@@ -232,7 +234,7 @@ impl Program {
         let inputs = inputs.iter().take(2).map(cast).collect::<Result<Vec<_>, _>>()?;
         Ok(match self.case.shape.take_parameters(&mut InOrder(parameters.into_iter())) {
             Parameters::Model(network) => layers.model(&inputs, &network)?,
-            Parameters::Attention(attention) => vec![layers.attention(&inputs[0], &attention)?],
+            Parameters::Attention(attention) => vec![layers.attention(&inputs[0], &attention, 0)?],
             Parameters::FeedForward(block) => vec![layers.feed_forward(&inputs[0], &block)?],
             Parameters::None => unreachable!("peak cases have no forward pass"),
         })

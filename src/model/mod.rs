@@ -5,6 +5,7 @@
 
 pub mod config;
 pub mod parameters;
+mod position;
 mod presets;
 
 use std::fmt;
@@ -12,6 +13,7 @@ use std::ops::Deref;
 
 use serde::{Deserialize, Serialize};
 
+pub use position::{AttentionKind, Position, Rotary, SecondAttention};
 pub use presets::{GPT2, INDICATOR, ModelId, OPTION_MODELS};
 
 /// A part of a transformer layer that is benchmarked alone.
@@ -21,60 +23,98 @@ pub enum Block {
     FeedForward,
 }
 
-/// Position of the norms in a transformer layer.
+/// Arrangement of the norms and the two parts f (attention) and g (feed-forward) in a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum NormOrder {
-    /// x + f(norm(x)) (GPT-2).
+    /// x + f(norm(x)), then the same with g (GPT-2).
     PreNorm,
     /// norm(x + f(x)) (Vaswani et al. 2017).
     PostNorm,
+    /// x + norm(f(x)) (OLMo 2).
+    OutputNorm,
+    /// x + norm(f(norm(x))) (Gemma 2).
+    SandwichNorm,
+    /// x + f(norm(x)) + g(norm(x)), with two norms (GPT-NeoX).
+    Parallel,
+    /// The same with one norm for both parts (Phi).
+    ParallelSharedNorm,
+}
+
+impl NormOrder {
+    /// Returns true if a norm precedes each part.
+    pub fn norms_inputs(self) -> bool {
+        !matches!(self, Self::PostNorm | Self::OutputNorm)
+    }
+
+    /// Returns true if both parts have the same input.
+    pub fn is_parallel(self) -> bool {
+        matches!(self, Self::Parallel | Self::ParallelSharedNorm)
+    }
+
+    /// Returns true if a norm follows each part, before the residual addition.
+    pub fn norms_outputs(self) -> bool {
+        matches!(self, Self::OutputNorm | Self::SandwichNorm)
+    }
 }
 
 /// Kind of a norm.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum NormKind {
-    /// Layer norm with weight and bias (Ba et al. 2016).
-    Layer { eps: f64 },
+    /// Layer norm (Ba et al. 2016).
+    Layer {
+        eps: f64,
+        #[serde(default = "default_true")]
+        weight: bool,
+        #[serde(default = "default_true")]
+        bias: bool,
+    },
     /// RMS norm, with or without a weight (Zhang and Sennrich 2019).
-    Rms { eps: f64, weight: bool },
+    Rms {
+        eps: f64,
+        weight: bool,
+        /// True if the parameter is the weight minus 1 (Gemma).
+        #[serde(default)]
+        offset: bool,
+    },
 }
 
 impl NormKind {
+    /// Returns a layer norm with weight and bias.
+    pub const fn layer(eps: f64) -> Self {
+        Self::Layer { eps, weight: true, bias: true }
+    }
+
+    /// Returns an RMS norm with a weight.
+    pub const fn rms(eps: f64) -> Self {
+        Self::Rms { eps, weight: true, offset: false }
+    }
+
     pub fn eps(self) -> f64 {
         match self {
-            Self::Layer { eps } | Self::Rms { eps, .. } => eps,
+            Self::Layer { eps, .. } | Self::Rms { eps, .. } => eps,
         }
     }
 
     pub fn set_eps(&mut self, value: f64) {
         match self {
-            Self::Layer { eps } | Self::Rms { eps, .. } => *eps = value,
+            Self::Layer { eps, .. } | Self::Rms { eps, .. } => *eps = value,
         }
     }
 
     /// Returns whether it has a weight, and whether it has a bias.
     pub fn has_weight_and_bias(self) -> (bool, bool) {
         match self {
-            Self::Layer { .. } => (true, true),
+            Self::Layer { weight, bias, .. } => (weight, bias),
             Self::Rms { weight, .. } => (weight, false),
         }
     }
-}
 
-/// Encoding of token positions.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields)]
-pub enum Position {
-    /// A learned table [T, D] that is added to the embedding.
-    Learned,
-    /// Rotary positions (Su et al. 2021): feature i of the first half of a head and its partner in the second
-    /// half rotate by token · theta^(−2i/d), as in GPT-NeoX and Hugging Face.
-    Rotary {
-        theta: f64,
-    },
-    None,
+    /// Returns true if the parameter is the weight minus 1.
+    pub fn has_offset(self) -> bool {
+        matches!(self, Self::Rms { weight: true, offset: true, .. })
+    }
 }
 
 /// Activation of the feed-forward block.
@@ -102,11 +142,15 @@ pub struct Biases {
     pub out: bool,
     /// Biases of the feed-forward block.
     pub feed_forward: bool,
+    /// Bias of an untied output matrix.
+    #[serde(default)]
+    pub output: bool,
 }
 
 impl Biases {
-    pub const ALL: Self = Self { qkv: true, out: true, feed_forward: true };
-    pub const NONE: Self = Self { qkv: false, out: false, feed_forward: false };
+    /// Biases of all blocks.
+    pub const ALL: Self = Self { qkv: true, out: true, feed_forward: true, output: false };
+    pub const NONE: Self = Self { qkv: false, out: false, feed_forward: false, output: false };
 }
 
 /// Inputs of a model.
@@ -145,6 +189,9 @@ pub struct Dropout {
     pub weights: f64,
     /// On the output of a block, before the residual addition.
     pub residual: f64,
+    /// The same for attention alone, if it differs (DistilBERT).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub attention: Option<f64>,
     /// Inside the feed-forward block.
     pub hidden: f64,
     /// Inside the output heads.
@@ -155,12 +202,17 @@ impl Dropout {
     pub const NONE: Self = Self::everywhere(0.0);
 
     pub const fn everywhere(p: f64) -> Self {
-        Self { embedding: p, weights: p, residual: p, hidden: p, heads: p }
+        Self { embedding: p, weights: p, residual: p, attention: None, hidden: p, heads: p }
+    }
+
+    /// Returns the probability on the output of attention.
+    pub fn attention(&self) -> f64 {
+        self.attention.unwrap_or(self.residual)
     }
 
     /// Returns every probability.
-    pub fn all(&self) -> [f64; 5] {
-        [self.embedding, self.weights, self.residual, self.hidden, self.heads]
+    pub fn all(&self) -> [f64; 6] {
+        [self.embedding, self.weights, self.attention(), self.residual, self.hidden, self.heads]
     }
 
     pub fn any(&self) -> bool {
@@ -174,6 +226,49 @@ impl Default for Dropout {
     }
 }
 
+/// Constant factors. All are 1 by default, except that of the scores.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Scales {
+    /// Of the embedding.
+    pub embedding: f64,
+    /// Of the attention scores; 1/√(head width) by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub scores: Option<f64>,
+    /// Of the output of a block, before the residual addition.
+    pub residual: f64,
+    /// Of the result of the last layer, before the output head.
+    pub hidden: f64,
+    /// Of the logits.
+    pub logits: f64,
+}
+
+impl Scales {
+    pub const NONE: Self = Self { embedding: 1.0, scores: None, residual: 1.0, hidden: 1.0, logits: 1.0 };
+}
+
+impl Default for Scales {
+    fn default() -> Self {
+        Self::NONE
+    }
+}
+
+/// Soft caps: x becomes cap · tanh(x / cap) (Gemma 2).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Caps {
+    /// Of the attention scores.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub scores: Option<f64>,
+    /// Of the logits.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub logits: Option<f64>,
+}
+
+impl Caps {
+    pub const NONE: Self = Self { scores: None, logits: None };
+}
+
 /// The name of a model, which lives as long as the process.
 type Name = &'static str;
 
@@ -185,11 +280,15 @@ fn default_true() -> bool {
     true
 }
 
+fn one() -> f64 {
+    1.0
+}
+
 /// Sizes and options of a transformer. README.md describes the fields.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Model {
-    /// `[a-z0-9-]+`
+    /// `[a-z0-9._-]+`
     #[serde(deserialize_with = "deserialize_name")]
     pub name: Name,
     /// Tokens T per sample.
@@ -208,9 +307,12 @@ pub struct Model {
     pub vocabulary: usize,
     pub norm: NormKind,
     pub norm_order: NormOrder,
-    /// Norm of the queries and keys of each head, before rotary positions.
+    /// Norm of the queries and keys, before rotary positions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub qk_norm: Option<NormKind>,
+    /// True if that norm is over all heads (OLMo 2). By default each head has its own.
+    #[serde(default)]
+    pub qk_norm_across_heads: bool,
     /// True if a norm follows the embedding.
     #[serde(default)]
     pub embedding_norm: bool,
@@ -218,6 +320,11 @@ pub struct Model {
     #[serde(default = "default_true")]
     pub final_norm: bool,
     pub position: Position,
+    /// Attention window: a token attends to tokens at a distance below it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub window: Option<usize>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub second_attention: Option<SecondAttention>,
     /// True if the embedding adds BERT's row of the first sentence to every token.
     #[serde(default)]
     pub token_type: bool,
@@ -228,6 +335,10 @@ pub struct Model {
     pub glu: bool,
     pub bias: Biases,
     pub causal: bool,
+    #[serde(default)]
+    pub scale: Scales,
+    #[serde(default)]
+    pub cap: Caps,
     #[serde(default)]
     pub dropout: Dropout,
     pub input: Input,
@@ -254,6 +365,17 @@ impl Model {
     /// Returns the width of all query heads, and of all key (or value) heads.
     pub fn qkv_widths(&self) -> (usize, usize) {
         (self.heads * self.head_width, self.key_value_heads * self.head_width)
+    }
+
+    /// Returns the factor of the attention scores.
+    pub fn score_scale(&self) -> f64 {
+        self.scale.scores.unwrap_or_else(|| 1.0 / (self.head_width as f64).sqrt())
+    }
+
+    /// Returns the widths of the norms of queries and of keys.
+    pub fn qk_norm_widths(&self) -> [usize; 2] {
+        let (queries, keys) = self.qkv_widths();
+        if self.qk_norm_across_heads { [queries, keys] } else { [self.head_width; 2] }
     }
 
     /// Returns true if a sample is a sequence of tokens. Ids then contain the number of tokens.

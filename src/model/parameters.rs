@@ -3,7 +3,7 @@
 //! The reference and both frameworks store their own tensors in the structures below, filled in the same
 //! order. Weights are [out, in], as in the linear layers of both frameworks.
 
-use super::{Block, Input, Model, NormKind, Output, Position};
+use super::{Block, Input, Model, NormKind, NormOrder, Output, Position};
 
 /// Distribution of a parameter's initial values.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -52,7 +52,7 @@ pub struct Attention<T> {
     pub q: Linear<T>,
     pub k: Linear<T>,
     pub v: Linear<T>,
-    /// Norms of the queries and of the keys of each head.
+    /// Norms of the queries and of the keys.
     pub qk_norms: Option<[Norm<T>; 2]>,
     pub o: Linear<T>,
 }
@@ -69,9 +69,13 @@ pub struct FeedForward<T> {
 #[derive(Clone, Debug)]
 pub struct Layer<T> {
     pub attention: Attention<T>,
+    /// The norm of attention: of its input, of its output or of the sum, as [`NormOrder`] says.
     pub norm1: Norm<T>,
     pub feed_forward: FeedForward<T>,
-    pub norm2: Norm<T>,
+    /// The norm of the feed-forward block, or `None` if both blocks share one.
+    pub norm2: Option<Norm<T>>,
+    /// The norms of both outputs, if there are others for the inputs.
+    pub output_norms: Option<[Norm<T>; 2]>,
 }
 
 /// D → D/2, ReLU, → 1
@@ -108,8 +112,8 @@ pub struct Network<T> {
 pub enum OutputHead<T> {
     /// Uses the token table.
     Tied,
-    /// [V, D]
-    Untied(T),
+    /// D → V
+    Untied(Linear<T>),
     /// BERT's masked-token head: a linear layer, a norm, the token table and a bias [V].
     MlmHead { dense: Linear<T>, norm: Norm<T>, bias: T },
     /// The selection head and the allocation head.
@@ -180,7 +184,10 @@ impl<T> Norm<T> {
     fn take(source: &mut impl ParameterSource<Item = T>, name: &str, width: usize, kind: NormKind) -> Self {
         let (weight, bias) = kind.has_weight_and_bias();
         Self {
-            weight: weight.then(|| source.next(&format!("{name}.weight"), &[width], Init::NearOne)),
+            weight: weight.then(|| {
+                let init = if kind.has_offset() { Init::Uniform(0.1) } else { Init::NearOne };
+                source.next(&format!("{name}.weight"), &[width], init)
+            }),
             bias: bias.then(|| source.next(&format!("{name}.bias"), &[width], Init::Uniform(0.1))),
         }
     }
@@ -195,8 +202,10 @@ impl<T> Attention<T> {
         let k = linear("k", m.width, shared, m.bias.qkv);
         let v = linear("v", m.width, shared, m.bias.qkv);
         let o = linear("o", inner, m.width, m.bias.out);
+        let [q_width, k_width] = m.qk_norm_widths();
         let norms = m.qk_norm.map(|kind| {
-            ["q-norm", "k-norm"].map(|part| Norm::take(source, &format!("{name}.{part}"), m.head_width, kind))
+            [("q-norm", q_width), ("k-norm", k_width)]
+                .map(|(part, width)| Norm::take(source, &format!("{name}.{part}"), width, kind))
         });
         Self { q, k, v, qk_norms: norms, o }
     }
@@ -217,12 +226,14 @@ impl<T> FeedForward<T> {
 
 impl<T> Layer<T> {
     fn take(source: &mut impl ParameterSource<Item = T>, name: &str, m: &Model) -> Self {
-        Self {
-            attention: Attention::take(source, &format!("{name}.attention"), m),
-            norm1: Norm::take(source, &format!("{name}.norm1"), m.width, m.norm),
-            feed_forward: FeedForward::take(source, &format!("{name}.feed-forward"), m),
-            norm2: Norm::take(source, &format!("{name}.norm2"), m.width, m.norm),
-        }
+        let attention = Attention::take(source, &format!("{name}.attention"), m);
+        let norm1 = Norm::take(source, &format!("{name}.norm1"), m.width, m.norm);
+        let feed_forward = FeedForward::take(source, &format!("{name}.feed-forward"), m);
+        let mut norm = |part: &str| Norm::take(source, &format!("{name}.{part}"), m.width, m.norm);
+        let norm2 = (m.norm_order != NormOrder::ParallelSharedNorm).then(|| norm("norm2"));
+        let output_norms = (m.norm_order == NormOrder::SandwichNorm)
+            .then(|| ["output-norm1", "output-norm2"].map(&mut norm));
+        Self { attention, norm1, feed_forward, norm2, output_norms }
     }
 }
 
@@ -259,8 +270,7 @@ impl<T> OutputHead<T> {
         match m.output {
             Output::Tied => Self::Tied,
             Output::Untied => {
-                let bound = Init::Uniform(1.0 / (m.width as f32).sqrt());
-                Self::Untied(source.next("output.weight", &[m.vocabulary, m.width], bound))
+                Self::Untied(Linear::take(source, "output", m.width, m.vocabulary, m.bias.output))
             }
             Output::MlmHead => Self::MlmHead {
                 dense: Linear::take(source, "output.dense", m.width, m.width, true),

@@ -17,17 +17,22 @@ pub const INDICATOR: Model = Model {
     head_width: 32,
     ffn_width: 1024,
     vocabulary: 0,
-    norm: NormKind::Layer { eps: 1e-5 },
+    norm: NormKind::layer(1e-5),
     norm_order: NormOrder::PostNorm,
     qk_norm: None,
+    qk_norm_across_heads: false,
     embedding_norm: false,
     final_norm: true,
     position: Position::Learned,
+    window: None,
+    second_attention: None,
     token_type: false,
     activation: Activation::Gelu,
     glu: false,
     bias: Biases::ALL,
     causal: false,
+    scale: Scales::NONE,
+    cap: Caps::NONE,
     dropout: Dropout { embedding: 0.0, ..Dropout::everywhere(0.1) },
     input: Input::Indicator { market: 10 },
     output: Output::IndicatorHeads,
@@ -44,29 +49,34 @@ pub const GPT2: Model = Model {
     head_width: 64,
     ffn_width: 3072,
     vocabulary: 50304,
-    norm: NormKind::Layer { eps: 1e-5 },
+    norm: NormKind::layer(1e-5),
     norm_order: NormOrder::PreNorm,
     qk_norm: None,
+    qk_norm_across_heads: false,
     embedding_norm: false,
     final_norm: true,
     position: Position::Learned,
+    window: None,
+    second_attention: None,
     token_type: false,
     activation: Activation::GeluTanh,
     glu: false,
     bias: Biases::ALL,
     causal: true,
+    scale: Scales::NONE,
+    cap: Caps::NONE,
     dropout: Dropout::NONE,
     input: Input::Tokens,
     output: Output::Tied,
 };
 
 /// Miniatures with the options that no built-in model has, so that the tests cover the options of custom models.
-pub const OPTION_MODELS: [Model; 3] = [
+pub const OPTION_MODELS: [Model; 6] = [
     // Like Llama and Qwen 2: grouped heads, rotary positions, gated SiLU, an untied output, biases of q, k, v.
     Model {
         key_value_heads: 2,
-        norm: NormKind::Rms { eps: 1e-5, weight: true },
-        position: Position::Rotary { theta: 1e4 },
+        norm: NormKind::rms(1e-5),
+        position: Position::Rotary(Rotary::new(1e4)),
         activation: Activation::Silu,
         glu: true,
         bias: Biases { qkv: true, ..Biases::NONE },
@@ -75,10 +85,10 @@ pub const OPTION_MODELS: [Model; 3] = [
     },
     // Like nanochat and Qwen 3: norms without weights, norms of queries and keys, squared ReLU.
     Model {
-        norm: NormKind::Rms { eps: 1e-6, weight: false },
-        qk_norm: Some(NormKind::Rms { eps: 1e-6, weight: true }),
+        norm: NormKind::Rms { eps: 1e-6, weight: false, offset: false },
+        qk_norm: Some(NormKind::rms(1e-6)),
         embedding_norm: true,
-        position: Position::Rotary { theta: 1e5 },
+        position: Position::Rotary(Rotary::new(1e5)),
         activation: Activation::ReluSquared,
         bias: Biases::NONE,
         ..GPT2.miniature("normed-tiny", 16)
@@ -95,6 +105,66 @@ pub const OPTION_MODELS: [Model; 3] = [
         output: Output::MlmHead,
         ..GPT2.miniature("masked-tiny", 16)
     },
+    // Like Gemma 2 and 3 and Granite: norms around each block with an offset, caps, factors, and two kinds of
+    // attention, with a window in one.
+    Model {
+        key_value_heads: 1,
+        norm: NormKind::Rms { eps: 1e-6, weight: true, offset: true },
+        norm_order: NormOrder::SandwichNorm,
+        qk_norm: Some(NormKind::Rms { eps: 1e-6, weight: true, offset: true }),
+        position: Position::Rotary(Rotary {
+            frequencies: Some(&[0.5, 0.125, 0.02, 0.001]),
+            ..Rotary::new(1e6)
+        }),
+        second_attention: Some(SecondAttention {
+            layers: &[true, false],
+            position: Position::Rotary(Rotary::new(1e4)),
+            window: Some(5),
+        }),
+        glu: true,
+        bias: Biases::NONE,
+        scale: Scales {
+            embedding: 5.656854249492381,
+            scores: Some(0.25),
+            residual: 0.5,
+            hidden: 0.75,
+            logits: 1.5,
+        },
+        cap: Caps { scores: Some(2.0), logits: Some(4.0) },
+        ..GPT2.miniature("capped-tiny", 16)
+    },
+    // Like GPT-NeoX, Phi and ERNIE: parallel blocks, partial rotary positions in neighboring pairs with a factor, a
+    // bias of the output, dropout of the embedding.
+    Model {
+        norm_order: NormOrder::Parallel,
+        position: Position::Rotary(Rotary { share: 0.5, factor: 1.1875, pairs: true, ..Rotary::new(1e4) }),
+        activation: Activation::Gelu,
+        bias: Biases { output: true, ..Biases::ALL },
+        dropout: Dropout { hidden: 0.0, heads: 0.0, attention: Some(0.0), ..Dropout::everywhere(0.1) },
+        output: Output::Untied,
+        ..GPT2.miniature("parallel-tiny", 16)
+    },
+    // Like OLMo 1 and 2 and SmolLM3: norms after each block without weight and bias, a query-key norm across heads,
+    // layers without rotary positions, a window in both directions.
+    Model {
+        key_value_heads: 2,
+        norm: NormKind::Layer { eps: 1e-5, weight: false, bias: false },
+        norm_order: NormOrder::OutputNorm,
+        qk_norm: Some(NormKind::rms(1e-6)),
+        qk_norm_across_heads: true,
+        position: Position::Rotary(Rotary::new(1e4)),
+        window: Some(7),
+        second_attention: Some(SecondAttention {
+            layers: &[false, true],
+            position: Position::None,
+            window: None,
+        }),
+        activation: Activation::Silu,
+        glu: true,
+        bias: Biases::NONE,
+        causal: false,
+        ..GPT2.miniature("unturned-tiny", 16)
+    },
 ];
 
 impl Model {
@@ -106,9 +176,15 @@ impl Model {
             shared if shared < self.heads => 2,
             _ => 4,
         };
+        // Two layers have both kinds of attention.
+        let second_attention = match self.second_attention {
+            Some(second) => Some(SecondAttention { layers: &[true, false], ..second }),
+            None => None,
+        };
         Self {
             name,
             tokens,
+            second_attention,
             width: 32,
             layers: 2,
             heads: 4,

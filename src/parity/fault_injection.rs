@@ -12,7 +12,7 @@ use super::{ParityChecker, ParityResult, compare_tensors};
 use crate::backend::{Backend, LoadedCase};
 use crate::fixture::{Fixture, Tensor};
 use crate::model::{
-    Activation, Dropout, Model, ModelId, NormKind, NormOrder, OPTION_MODELS, Output, Position,
+    Activation, Dropout, Model, ModelId, NormKind, NormOrder, OPTION_MODELS, Output, Position, Rotary,
 };
 use crate::reference::{self, Accumulation, NamedValues, Rounding};
 use crate::suite::{Case, Method, Precision, Shape, Workload};
@@ -118,14 +118,14 @@ pub const FAULTS: &[Fault] = &[
     fault("dropout without 1/(1 − p)", FeedForwardGrad, "indicator", Change::DropoutOutput(|all| edit(all, "grad/feed-forward.down.weight", |g| g.iter_mut().for_each(|v| *v *= 0.9))), &[]),
     fault("dropout without 1/(1 − p) in one layer", TrainStep, "indicator", Change::DropoutInput(|f| scale(f, "blocks.0.feed-forward.down.weight", 0.9)), &[]),
     fault("the same masks in every step", TrainStep, "indicator", Change::DropoutOutput(|all| all[0].clone()), &[]),
-    fault("rotary theta 500 instead of 10,000", AttentionGrad, "grouped-tiny", Change::Model(|m| m.position = Position::Rotary { theta: 500.0 }), &[]),
+    fault("rotary theta 500 instead of 10,000", AttentionGrad, "grouped-tiny", Change::Model(|m| m.position = Position::Rotary(Rotary::new(500.0))), &[]),
     fault("no rotary positions", Attention, "grouped-tiny", Change::Model(|m| m.position = Position::None), &[]),
     fault("rotary pairs instead of halves", Attention, "grouped-tiny", Change::Input(pair_rotary_features), &[]),
     fault("query heads grouped in another order", Attention, "grouped-tiny", Change::Input(swap_two_heads), &[]),
     fault("one key head for all query heads", Attention, "grouped-tiny", Change::Input(copy_first_key_head), &[]),
     fault("gate and up projection swapped", FeedForward, "grouped-tiny", Change::Input(|f| swap_parameters(f, "feed-forward.gate.weight", "feed-forward.up.weight")), &[]),
     fault("no gate", FeedForward, "grouped-tiny", Change::Model(|m| m.glu = false), &[]),
-    fault("layer norm instead of RMS norm", Forward, "grouped-tiny", Change::Model(|m| m.norm = NormKind::Layer { eps: m.norm.eps() }), &[]),
+    fault("layer norm instead of RMS norm", Forward, "grouped-tiny", Change::Model(|m| m.norm = NormKind::layer(m.norm.eps())), &[]),
     fault("RMS norm's ε of 1e-2", Forward, "grouped-tiny", Change::Model(|m| m.norm.set_eps(1e-2)), &[]),
     fault("no norm of queries and keys", Attention, "normed-tiny", Change::Model(|m| m.qk_norm = None), &[]),
     fault("norm of queries without weight", AttentionGrad, "normed-tiny", Change::Input(|f| fill(f, "attention.q-norm.weight", 1.0)), &[]),

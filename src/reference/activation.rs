@@ -15,6 +15,12 @@ pub fn softmax<R: Real>(row: &mut [R]) -> R {
     (largest - (largest + logarithm)) + logarithm
 }
 
+/// Returns cap · tanh(x / cap) and its derivative.
+pub fn soft_cap<R: Real>(x: R, cap: R, round: &impl Fn(R) -> R) -> (R, R) {
+    let tanh = round(round(x / cap).tanh());
+    (round(cap * tanh), round(R::one() - round(tanh * tanh)))
+}
+
 /// Returns the activation at `x`.
 pub fn activate<R: Real>(x: R, kind: Activation, round: &impl Fn(R) -> R) -> R {
     match kind {
@@ -109,6 +115,14 @@ mod tests {
             let approximate = activate(x, Activation::GeluTanh, &EXACT);
             assert!((approximate - tanh).abs() < 1e-7, "{approximate}");
         }
+    }
+
+    #[test]
+    fn a_soft_cap_agrees_with_hand_computed_values() {
+        let (value, slope) = soft_cap(30.0, 30.0, &EXACT);
+        // tanh(1) = 0.76159…, and 1 − tanh(1)² = 0.41997….
+        assert!((value - 30.0 * 0.761_594_155_955_765).abs() < 1e-12);
+        assert!((slope - 0.419_974_341_614_026).abs() < 1e-12);
     }
 
     #[test]

@@ -1,8 +1,9 @@
 //! Multi-head attention on the graph, forward and backward.
 
 use std::borrow::Cow;
+use std::ops::Range;
 
-use super::activation::softmax;
+use super::activation::{soft_cap, softmax};
 use super::autograd::{Graph, HeadWeights, Op, Var};
 use super::matmul::{Matrix, Real};
 use super::rounding::Format;
@@ -14,7 +15,12 @@ impl<R: Real> HeadWeights<R> {
         for (row, &error) in weights.data.chunks_mut(self.weights.columns).zip(&self.logarithm_errors) {
             row.iter_mut().for_each(|w| *w = *w + *w * error);
         }
-        Self { weights, dropout: self.dropout.clone(), logarithm_errors: Vec::new() }
+        Self {
+            weights,
+            dropout: self.dropout.clone(),
+            logarithm_errors: Vec::new(),
+            cap_slopes: self.cap_slopes.clone(),
+        }
     }
 
     /// Returns the weights after dropout.
@@ -24,6 +30,16 @@ impl<R: Real> HeadWeights<R> {
             Some(factors) => Cow::Owned(self.weights.zip(factors, 1, |w, f| format.round(w * f))),
         }
     }
+}
+
+/// How the scores of attention are computed.
+pub struct Scores<'a> {
+    pub heads: usize,
+    pub scale: f64,
+    /// The soft cap.
+    pub cap: Option<f64>,
+    /// Returns the tokens to which a token attends.
+    pub visible: &'a (dyn Fn(usize) -> Range<usize> + Sync),
 }
 
 /// The columns of a head.
@@ -70,14 +86,13 @@ impl<R: Real> Graph<R> {
     pub fn attention(
         &mut self,
         qkv: [Var; 3],
-        heads: usize,
-        causal: bool,
+        scores: &Scores<'_>,
         dropout: impl Fn(usize) -> Option<Matrix<R>> + Sync,
     ) -> Var {
         let [q, k, v] = qkv.map(|a| self.operand(a));
-        let (rows, inner) = (q.rows, q.columns);
+        let (rows, inner, heads) = (q.rows, q.columns, scores.heads);
         let columns = [inner, k.columns];
-        let scale = R::from_f64(1.0 / ((inner / heads) as f64).sqrt());
+        let (scale, cap) = (R::from_f64(scores.scale), scores.cap.map(R::from_f64));
         let format = self.rounding.product;
         let round = |v| self.rounding.round(format, v);
         let results = for_each_head(heads, self.threads, |index| {
@@ -85,14 +100,23 @@ impl<R: Real> Graph<R> {
             let keys = k.columns_from(key_value, width).transposed();
             let mut weights = q.columns_from(first, width).product(keys, 1);
             let mut logarithm_errors = Vec::with_capacity(rows);
+            let mut cap_slopes = cap.map(|_| Matrix::zeros(rows, rows));
             for (n, row) in weights.data.chunks_mut(rows).enumerate() {
-                let (visible, future) = row.split_at_mut(if causal { n + 1 } else { rows });
-                future.fill(R::zero());
-                visible.iter_mut().for_each(|s| *s = round(round(*s) * scale));
-                logarithm_errors.push(softmax(visible));
-                visible.iter_mut().for_each(|s| *s = round(*s));
+                let visible = (scores.visible)(n);
+                row[..visible.start].fill(R::zero());
+                row[visible.end..].fill(R::zero());
+                let own = &mut row[visible.clone()];
+                own.iter_mut().for_each(|s| *s = round(round(*s) * scale));
+                if let (Some(cap), Some(slopes)) = (cap, &mut cap_slopes) {
+                    let slopes = &mut slopes.data[n * rows..][visible];
+                    own.iter_mut()
+                        .zip(slopes)
+                        .for_each(|(s, slope)| (*s, *slope) = soft_cap(*s, cap, &round));
+                }
+                logarithm_errors.push(softmax(own));
+                own.iter_mut().for_each(|s| *s = round(*s));
             }
-            let head = HeadWeights { dropout: dropout(index), weights, logarithm_errors };
+            let head = HeadWeights { dropout: dropout(index), weights, logarithm_errors, cap_slopes };
             let dropped = head.dropped(format);
             let result =
                 self.as_operand(&dropped, format).view().product(v.columns_from(key_value, width), 1);
@@ -105,13 +129,14 @@ impl<R: Real> Graph<R> {
             y.add_to_columns(HeadColumns::new(index, heads, columns).first, &result);
             all_weights.push(head);
         }
-        self.push(y, format, Op::Attention { qkv, heads: all_weights })
+        self.push(y, format, Op::Attention { qkv, scale, heads: all_weights })
     }
 
     /// Returns the gradients of queries, keys and values, given the result and its gradient.
     pub(super) fn attention_gradients(
         &self,
         qkv: [Var; 3],
+        scale: R,
         heads: &[HeadWeights<R>],
         result: &Matrix<R>,
         gradient: &Matrix<R>,
@@ -121,7 +146,6 @@ impl<R: Real> Graph<R> {
         let [q, k, v] = qkv.map(|a| self.operand(a));
         let (rows, inner) = (q.rows, q.columns);
         let columns = [inner, k.columns];
-        let scale = R::from_f64(1.0 / ((inner / heads.len()) as f64).sqrt());
         let g = self.as_operand(gradient, format);
         let parts = for_each_head(heads.len(), self.threads, |index| {
             let fused = self.rounding.fused_attention;
@@ -146,6 +170,9 @@ impl<R: Real> Graph<R> {
                     row.iter_mut().zip(weights).for_each(|(g, &w)| *g = w * (*g - mean));
                 } else {
                     self.softmax_gradient(format, weights, row);
+                }
+                if let Some(slopes) = &head.cap_slopes {
+                    row.iter_mut().zip(slopes.row(n)).for_each(|(s, &slope)| *s = round(round(*s) * slope));
                 }
                 row.iter_mut().for_each(|s| *s = round(round(*s) * scale));
             }

@@ -3,11 +3,11 @@
 
 use std::borrow::Cow;
 
-use super::activation::{activate, activation_gradient, softmax};
+use super::activation::{activate, activation_gradient, soft_cap, softmax};
 use super::matmul::{Matrix, Real};
 use super::rounding::{Accumulation, Format, Rounding};
 use crate::model::parameters::Norm;
-use crate::model::{Activation, NormKind};
+use crate::model::{Activation, NormKind, Rotary};
 
 /// A matrix on the graph.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +37,8 @@ pub struct HeadWeights<R> {
     /// The backward pass of a fused kernel computes the weights again, as exp(score − logarithm). The rounding error of
     /// the logarithm, one per row, is then a relative error of the weights.
     pub logarithm_errors: Vec<R>,
+    /// The derivatives of the soft cap of the scores, if there is one.
+    pub cap_slopes: Option<Matrix<R>>,
 }
 
 /// An operation, with the values that its gradient needs.
@@ -52,6 +54,12 @@ pub(super) enum Op<R> {
     /// Adds the single row of the second to each row of the first.
     AddRow(Var, Var),
     Mul(Var, Var),
+    /// Multiplies by a constant.
+    Scale(Var, R),
+    /// Adds a constant.
+    Shift(Var),
+    /// cap · tanh(x / cap)
+    Cap(Var, R),
     Norm {
         x: Var,
         weight: Option<Var>,
@@ -63,13 +71,13 @@ pub(super) enum Op<R> {
         /// 1 / deviation of each row of `normalised`.
         inverse_deviations: Vec<R>,
     },
-    /// Rotary position, with cosines and sines [N, d/2].
     Rotary {
         x: Var,
-        cos_sin: [Matrix<R>; 2],
+        angles: Angles<R>,
     },
     Attention {
         qkv: [Var; 3],
+        scale: R,
         heads: Vec<HeadWeights<R>>,
     },
     Activate(Var, Activation),
@@ -82,6 +90,15 @@ pub(super) enum Op<R> {
     Gather(Var, Vec<usize>),
     /// The terms of a loss, with the gradients of their sum.
     Loss(Vec<(Var, Matrix<R>)>),
+}
+
+/// The rotation of the heads of each token.
+pub(super) struct Angles<R> {
+    /// Cosines and sines [N, pairs].
+    cos_sin: [Matrix<R>; 2],
+    head_width: usize,
+    /// True if a pair is two neighboring features.
+    pairs: bool,
 }
 
 /// The operations of a step, in order.
@@ -154,10 +171,42 @@ impl<R: Real> Graph<R> {
         self.push(y, self.nodes[a.0].format, Op::Mul(a, b))
     }
 
+    /// Multiplies by a constant in the format of `x`.
+    pub fn scale(&mut self, x: Var, factor: f64) -> Var {
+        if factor == 1.0 {
+            return x;
+        }
+        let format = self.nodes[x.0].format;
+        let factor = format.round(R::from_f64(factor));
+        let y = self.get(x).map(self.threads, |v| v * factor);
+        self.push(y, format, Op::Scale(x, factor))
+    }
+
+    /// Limits values softly: cap · tanh(x / cap).
+    pub fn cap(&mut self, x: Var, cap: Option<f64>) -> Var {
+        let Some(cap) = cap.map(R::from_f64) else { return x };
+        let format = self.nodes[x.0].format;
+        let r = |v| self.rounding.round(format, v);
+        let y = self.get(x).map(self.threads, |v| soft_cap(v, cap, &r).0);
+        self.push(y, format, Op::Cap(x, cap))
+    }
+
+    /// Returns the layer with 1 + weight as its weight, if that is the kind of the norm.
+    fn with_offset(&mut self, layer: &Norm<Var>, kind: NormKind) -> Norm<Var> {
+        let weight = layer.weight.map(|weight| {
+            if !kind.has_offset() {
+                return weight;
+            }
+            let sum = self.get(weight).map(1, |w| R::one() + w);
+            self.push(sum, self.nodes[weight.0].format, Op::Shift(weight))
+        });
+        Norm { weight, bias: layer.bias }
+    }
+
     /// Normalises each group of `width` features.
     pub fn norm(&mut self, x: Var, width: usize, layer: &Norm<Var>, kind: NormKind) -> Var {
         let centered = matches!(kind, NormKind::Layer { .. });
-        let (weight, bias) = (layer.weight, layer.bias);
+        let Norm { weight, bias } = self.with_offset(layer, kind);
         let values = self.get(x);
         let (rows, columns) = (values.rows, values.columns);
         let (count, eps) = (R::from_f64(width as f64), R::from_f64(kind.eps()));
@@ -185,37 +234,37 @@ impl<R: Real> Graph<R> {
         self.push(Matrix::new(rows, columns, y), self.rounding.stream, op)
     }
 
-    /// Rotates each head of `width` columns by angles token · theta^(−2i/width).
-    pub fn rotary(&mut self, x: Var, width: usize, theta: f64) -> Var {
-        let (rows, half) = (self.get(x).rows, width / 2);
-        let format = self.rounding.stream;
-        let theta = R::from_f64(theta);
-        let angle = |at: usize| {
-            let power = R::from_f64(-2.0 * (at % half) as f64 / width as f64);
-            R::from_f64((at / half) as f64) * theta.powf(power)
-        };
+    /// Rotates pairs of features in each head of `head_width` columns by token · frequency.
+    pub fn rotary(&mut self, x: Var, head_width: usize, rotary: &Rotary) -> Var {
+        let (rows, format) = (self.get(x).rows, self.rounding.stream);
+        let factor = R::from_f64(rotary.factor);
+        let frequencies: Vec<R> = rotary.frequencies(head_width).into_iter().map(R::from_f64).collect();
         let table = |function: fn(R) -> R| {
-            Matrix::new(rows, half, (0..rows * half).map(|at| format.round(function(angle(at)))).collect())
+            let value = |token: usize, frequency: R| function(R::from_f64(token as f64) * frequency) * factor;
+            let row = |token| frequencies.iter().map(move |&frequency| format.round(value(token, frequency)));
+            Matrix::new(rows, frequencies.len(), (0..rows).flat_map(row).collect())
         };
-        let cos_sin = [table(R::cos), table(R::sin)];
-        let y = self.rotated(self.get(x), format, &cos_sin, false);
-        self.push(y, format, Op::Rotary { x, cos_sin })
+        let angles = Angles { cos_sin: [table(R::cos), table(R::sin)], head_width, pairs: rotary.pairs };
+        let y = self.rotated(self.get(x), format, &angles, false);
+        self.push(y, format, Op::Rotary { x, angles })
     }
 
     /// Rotates each head by its row's angles, or back.
-    fn rotated(&self, x: &Matrix<R>, format: Format, [cos, sin]: &[Matrix<R>; 2], back: bool) -> Matrix<R> {
+    fn rotated(&self, x: &Matrix<R>, format: Format, angles: &Angles<R>, back: bool) -> Matrix<R> {
         let r = |v: R| self.rounding.round(format, v);
         let mut y = x.clone();
+        let [cos, sin] = &angles.cos_sin;
         let half = cos.columns;
         for (n, row) in y.data.chunks_mut(x.columns).enumerate() {
-            for head in row.chunks_mut(2 * half) {
-                let (left, right) = head.split_at_mut(half);
-                for (i, (a, b)) in left.iter_mut().zip(right).enumerate() {
+            for head in row.chunks_mut(angles.head_width) {
+                for i in 0..half {
+                    let (first, second) = if angles.pairs { (2 * i, 2 * i + 1) } else { (i, i + half) };
+                    let (a, b) = (head[first], head[second]);
                     let (cos, mut sin) = (cos.row(n)[i], sin.row(n)[i]);
                     if back {
                         sin = -sin;
                     }
-                    (*a, *b) = (r(*a * cos) - r(*b * sin), r(*b * cos) + r(*a * sin));
+                    (head[first], head[second]) = (r(a * cos) - r(b * sin), r(b * cos) + r(a * sin));
                 }
             }
         }
@@ -311,9 +360,18 @@ impl<R: Real> Graph<R> {
                 let times = |other: Var| g.zip(self.get(other), self.threads, |g, v| g * v);
                 vec![(*a, times(*b)), (*b, times(*a))]
             }
+            Op::Scale(x, factor) => vec![(*x, g.map(self.threads, |g| g * *factor))],
+            Op::Shift(x) => vec![(*x, g.clone())],
+            Op::Cap(x, cap) => {
+                let round = |v| self.rounding.round(node.format, v);
+                let to_x = |v: R, g: R| g * soft_cap(v, *cap, &round).1;
+                vec![(*x, self.get(*x).zip(g, self.threads, to_x))]
+            }
             Op::Norm { .. } => self.norm_gradients(&node.op, g),
-            Op::Rotary { x, cos_sin } => vec![(*x, self.rotated(g, node.format, cos_sin, true))],
-            Op::Attention { qkv, heads } => self.attention_gradients(*qkv, heads, &node.value, g),
+            Op::Rotary { x, angles } => vec![(*x, self.rotated(g, node.format, angles, true))],
+            Op::Attention { qkv, scale, heads } => {
+                self.attention_gradients(*qkv, *scale, heads, &node.value, g)
+            }
             Op::Activate(x, kind) => {
                 let round = |v| self.rounding.round(node.format, v);
                 let to_x = |v: R, g: R| activation_gradient(v, g, *kind, &round);

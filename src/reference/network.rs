@@ -1,5 +1,6 @@
 //! The network of one sample: its layers, and the results of its step.
 
+use super::attention::Scores;
 use super::autograd::{Gradients, Graph, Var};
 use super::matmul::{Matrix, Real};
 use super::rounding::Rounding;
@@ -101,16 +102,18 @@ impl<R: Real> Sample<'_, R> {
         let mut qkv = [&a.q, &a.k, &a.v].map(|part| self.linear(x, part));
         for (which, x) in qkv[..2].iter_mut().enumerate() {
             if let (Some(norms), Some(kind)) = (&a.qk_norms, m.qk_norm) {
-                *x = self.graph.norm(*x, m.head_width, &norms[which], kind);
+                *x = self.graph.norm(*x, m.qk_norm_widths()[which], &norms[which], kind);
             }
-            if let Position::Rotary { theta } = m.position {
-                *x = self.graph.rotary(*x, m.head_width, theta);
+            if let Position::Rotary(rotary) = m.attention_kind(layer).position {
+                *x = self.graph.rotary(*x, m.head_width, &rotary);
             }
         }
         let tokens = self.graph.get(x).rows;
         let factors = |head| self.dropout_factors(Site::Weights { layer, head }, tokens, tokens);
         let factors: Vec<_> = (0..m.heads).map(factors).collect();
-        let heads = self.graph.attention(qkv, m.heads, m.causal, |head| factors[head].clone());
+        let visible = |token| m.visible_tokens(layer, token);
+        let scores = Scores { heads: m.heads, scale: m.score_scale(), cap: m.cap.scores, visible: &visible };
+        let heads = self.graph.attention(qkv, &scores, |head| factors[head].clone());
         self.linear(heads, &a.o)
     }
 
@@ -130,36 +133,46 @@ impl<R: Real> Sample<'_, R> {
     }
 
     fn layer(&mut self, x: Var, l: &Layer<Var>, layer: usize) -> Var {
-        let x = self.residual(x, &l.norm1, Site::AttentionResidual { layer }, |s, x| {
-            s.attention(x, &l.attention, layer)
-        });
-        self.residual(x, &l.norm2, Site::FeedForwardResidual { layer }, |s, x| {
-            s.feed_forward(x, &l.feed_forward, layer)
-        })
+        let sites = [Site::AttentionResidual { layer }, Site::FeedForwardResidual { layer }];
+        let order = self.batch.model.norm_order;
+        if order.is_parallel() {
+            let input = self.norm(x, &l.norm1);
+            let attention = self.attention(input, &l.attention, layer);
+            let attention = self.branch(attention, None, sites[0]);
+            let input = l.norm2.as_ref().map_or(input, |norm| self.norm(x, norm));
+            let feed_forward = self.feed_forward(input, &l.feed_forward, layer);
+            let feed_forward = self.branch(feed_forward, None, sites[1]);
+            let sum = self.graph.add(attention, feed_forward);
+            return self.graph.add(sum, x);
+        }
+        let norm2 = l.norm2.as_ref().expect("two norms unless the blocks are parallel");
+        let [output1, output2] = l.output_norms.as_ref().map_or([&l.norm1, norm2], |[a, b]| [a, b]);
+        let x = self.residual(x, [&l.norm1, output1], sites[0], |s, x| s.attention(x, &l.attention, layer));
+        self.residual(x, [norm2, output2], sites[1], |s, x| s.feed_forward(x, &l.feed_forward, layer))
     }
 
-    /// Adds the result of `part` to the residual stream, with the norm before `part` or after the sum.
+    /// Completes the result of a part for the residual addition.
+    fn branch(&mut self, y: Var, norm: Option<&Norm<Var>>, site: Site) -> Var {
+        let y = norm.map_or(y, |norm| self.norm(y, norm));
+        let y = self.dropout(y, site);
+        self.graph.scale(y, self.batch.model.scale.residual)
+    }
+
+    /// Adds the result of `part` to the residual stream, with norms where the model has them. `norms` are that of the
+    /// input or of the sum, and that of the output.
     fn residual(
         &mut self,
         x: Var,
-        norm: &Norm<Var>,
+        [norm, output_norm]: [&Norm<Var>; 2],
         site: Site,
         part: impl FnOnce(&mut Self, Var) -> Var,
     ) -> Var {
-        match self.batch.model.norm_order {
-            NormOrder::PostNorm => {
-                let y = part(self, x);
-                let y = self.dropout(y, site);
-                let sum = self.graph.add(x, y);
-                self.norm(sum, norm)
-            }
-            NormOrder::PreNorm => {
-                let normed = self.norm(x, norm);
-                let y = part(self, normed);
-                let y = self.dropout(y, site);
-                self.graph.add(x, y)
-            }
-        }
+        let order = self.batch.model.norm_order;
+        let input = if order.norms_inputs() { self.norm(x, norm) } else { x };
+        let y = part(self, input);
+        let y = self.branch(y, order.norms_outputs().then_some(output_norm), site);
+        let sum = self.graph.add(x, y);
+        if order == NormOrder::PostNorm { self.norm(sum, norm) } else { sum }
     }
 
     fn indicator_head(&mut self, x: Var, head: &IndicatorHead<Var>, index: usize) -> Var {
@@ -187,6 +200,7 @@ impl<R: Real> Sample<'_, R> {
             }
             _ => unreachable!("the embedding fits the input"),
         };
+        let x = self.graph.scale(x, m.scale.embedding);
         let x = p.position.map_or(x, |position| self.graph.add(x, position));
         let x = p.embedding_norm.as_ref().map_or(x, |norm| self.norm(x, norm));
         self.dropout(x, Site::Embedding)
@@ -194,16 +208,19 @@ impl<R: Real> Sample<'_, R> {
 
     /// x [N, D] → logits [N, V]
     fn logits(&mut self, x: Var, p: &Network<Var>) -> Var {
-        match &p.output {
-            OutputHead::Untied(table) => self.graph.linear(x, *table, None),
+        let m = self.batch.model;
+        let logits = match &p.output {
+            OutputHead::Untied(output) => self.linear(x, output),
             OutputHead::MlmHead { dense, norm, bias } => {
                 let hidden = self.linear(x, dense);
-                let active = self.graph.activate(hidden, self.batch.model.activation);
+                let active = self.graph.activate(hidden, m.activation);
                 let normed = self.norm(active, norm);
                 self.graph.linear(normed, *p.token_table(), Some(*bias))
             }
             OutputHead::Tied | OutputHead::IndicatorHeads(_) => self.graph.linear(x, *p.token_table(), None),
-        }
+        };
+        let logits = self.graph.scale(logits, m.scale.logits);
+        self.graph.cap(logits, m.cap.logits)
     }
 
     /// Computes the step of a whole model.
@@ -214,6 +231,7 @@ impl<R: Real> Sample<'_, R> {
             x = self.layer(x, l, layer);
         }
         let x = p.final_norm.as_ref().map_or(x, |norm| self.norm(x, norm));
+        let x = self.graph.scale(x, m.scale.hidden);
         let out = match &p.output {
             OutputHead::IndicatorHeads([selection, allocation]) => {
                 let selection = self.indicator_head(x, selection, 0);

@@ -27,8 +27,16 @@ impl Case {
     /// Returns true if a fused kernel computes attention. Its backward pass rounds differently.
     pub fn fuses_attention(&self) -> bool {
         let variant = self.method.variant;
+        if self.caps_scores() {
+            return false;
+        }
         // The network that PyTorch compiles calls fused attention.
         variant.uses_sdpa() || (variant == Variant::Compile && self.backend.framework() == Framework::Torch)
+    }
+
+    /// Returns true if attention has a soft cap of the scores, which no fused kernel of the frameworks has.
+    pub fn caps_scores(&self) -> bool {
+        self.shape.model().is_some_and(|(model, _)| model.cap.scores.is_some())
     }
 
     /// Returns a description from which a program in another language can build the same step. It is null for

@@ -156,12 +156,12 @@ pub fn min_bytes(case: &Case) -> u64 {
 }
 
 /// Returns the activations per token that eager attention saves for the backward pass, including its norms.
-/// Rotary positions and the norm of queries and keys save another copy of both.
+/// Rotary positions and the norm of queries and keys save another copy of both, and a soft cap two of the scores.
 fn attention_activations(m: &Model) -> usize {
     let (q_width, kv_width) = m.qkv_widths();
-    let copies =
-        usize::from(matches!(m.position, Position::Rotary { .. })) + usize::from(m.qk_norm.is_some());
-    8 * m.width + 3 * m.heads * m.tokens + copies * (q_width + kv_width)
+    let copies = usize::from(matches!(m.position, Position::Rotary(_))) + usize::from(m.qk_norm.is_some());
+    let scores = 3 + 2 * usize::from(m.cap.scores.is_some());
+    8 * m.width + scores * m.heads * m.tokens + copies * (q_width + kv_width)
 }
 
 /// Returns the activations per token that an eager feed-forward block saves.

@@ -93,11 +93,17 @@ fn choose_tokens(model: &Model, tokens: Option<usize>) -> Result<usize> {
         return Ok(if model.is_language_model() { DEFAULT_MAX_TOKENS.min(context) } else { context });
     };
     ensure!(model.is_language_model(), "--tokens: a sample of {name} always has {context} tokens");
-    ensure!(
-        tokens <= context,
-        "--tokens {tokens}: {name} takes at most {context} (its context or attention window)"
-    );
+    ensure!(tokens <= context, "--tokens {tokens}: {name} takes at most {context} (its context)");
     Ok(tokens)
+}
+
+/// Returns what attention windows change at the model's number of tokens, for the message about its sizes.
+fn window_message(model: &Model) -> String {
+    match model.smallest_window() {
+        Some(window) if window < model.tokens => format!(", with attention windows of {window} tokens"),
+        Some(window) => format!(", with plain attention (the window of {window} tokens contains all)"),
+        None => String::new(),
+    }
 }
 
 /// Chooses the sizes at which a model is measured. Returns them with a message that gives the reason.
@@ -123,10 +129,11 @@ fn choose_sizes(
     );
     let with_batch = |batch| CustomModel { model: id, batch };
     let parameters = with_batch(1).shape().parameter_count() as f64 / 1e6;
+    let window = window_message(&id);
     let message = |batch, reason: String| {
         let custom = with_batch(batch);
         let shape = custom.shape();
-        Ok((custom, format!("{name}: {parameters:.1} M parameters, measured as {shape}, {reason}")))
+        Ok((custom, format!("{name}: {parameters:.1} M parameters, measured as {shape}{window}, {reason}")))
     };
     if let Some(batch) = batch {
         return message(batch, "as requested".to_owned());
@@ -187,6 +194,15 @@ mod tests {
         let (custom, message) =
             choose_sizes(model(), Some(128), Some(3), || unreachable!("nothing is estimated")).unwrap();
         assert!(custom.batch == 3 && message.contains("as requested"), "{message}");
+    }
+
+    #[test]
+    fn the_message_says_whether_a_window_has_an_effect() {
+        let windowed = Model { window: Some(64), ..model() };
+        for (tokens, words) in [(64, "plain attention (the window of 64"), (65, "attention windows of 64")] {
+            let (_, message) = choose_sizes(windowed, Some(tokens), Some(1), || unreachable!()).unwrap();
+            assert!(message.contains(words), "{message}");
+        }
     }
 
     #[test]

@@ -87,6 +87,9 @@ impl Backend for Torch {
             inductor::check_supported(case.workload)?;
         }
         let reason = match (precision, variant) {
+            (_, Variant::Sdpa) if case.caps_scores() => {
+                "scaled_dot_product_attention has no soft cap of the scores, which this model has"
+            }
             (_, Variant::CudaGraph) if !cuda => "CUDA graphs need CUDA",
             (Precision::Amp, _) if variant.captures_full_step() => {
                 "torch.autocast casts in every operation, but a captured step casts once, as mixed does"

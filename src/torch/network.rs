@@ -1,10 +1,14 @@
 //! The network in tch. Dimensions: B batch, N (T) tokens, D width, H heads, F feed-forward width, V vocabulary.
 
 use tch::{Device, Kind, Reduction, Tensor};
+use transformer_bench::fixture::round_to;
 use transformer_bench::model::parameters::{
     Attention, Embedding, FeedForward, IndicatorHead, Layer, Linear, Network, Norm, OutputHead,
 };
-use transformer_bench::model::{Activation, Dropout, Model, ModelId, NormKind, NormOrder, Output, Position};
+use transformer_bench::model::{
+    Activation, AttentionKind, Dropout, Model, ModelId, NormKind, NormOrder, Output, Position, Rotary,
+};
+use transformer_bench::suite::Precision;
 
 /// Configuration of the layers.
 #[derive(Debug)]
@@ -12,21 +16,85 @@ pub struct Layers {
     pub model: ModelId,
     /// True for one q-k-v projection and `scaled_dot_product_attention`.
     pub fused: bool,
-    /// See [`rope_cache`].
-    pub rope_cache: Option<[Tensor; 2]>,
+    /// What attention needs, by the model's kinds of attention.
+    pub caches: Vec<AttentionCache>,
     /// Dropout probabilities, which are 0 outside training.
     pub dropout: Dropout,
 }
 
-/// Returns the cosines and sines [N, d/2] of the rotary embedding. They are computed in f32 and stored in the type of
-/// the queries and keys, once per model as in training scripts. Returns `None` if the model has no rotary embedding.
-pub fn rope_cache(m: &Model, device: Device, kind: Kind) -> Option<[Tensor; 2]> {
-    let Position::Rotary { theta } = m.position else { return None };
-    let float = (Kind::Float, device);
-    let token = Tensor::arange(m.tokens as i64, float).unsqueeze(1);
-    let power = Tensor::arange_start_step(0, m.head_width as i64, 2, float) / m.head_width as f64;
-    let angle = token / Tensor::from(theta as f32).to_device(device).pow(&power).unsqueeze(0);
-    Some([angle.cos().to_kind(kind), angle.sin().to_kind(kind)])
+/// Constants of a kind of attention. They are computed once per model, as in training scripts.
+#[derive(Debug)]
+pub struct AttentionCache {
+    /// The cosines and sines [N, pairs] of the rotary position, in the type of the queries and keys.
+    rope: Option<[Tensor; 2]>,
+    pairs: bool,
+    /// True [N, N] where a token attends to another, if the kind has a window.
+    visible: Option<Tensor>,
+}
+
+/// Returns the constants of each kind of attention.
+pub fn attention_caches(m: &Model, device: Device, kind: Kind) -> Vec<AttentionCache> {
+    let cache = |attention: &AttentionKind| {
+        let token = Tensor::arange(m.tokens as i64, (Kind::Float, device));
+        let rope = |rotary: &Rotary| {
+            let frequencies: Vec<f32> =
+                rotary.frequencies(m.head_width).into_iter().map(|w| w as f32).collect();
+            let angle = token.unsqueeze(1) * Tensor::from_slice(&frequencies).to_device(device).unsqueeze(0);
+            [angle.cos(), angle.sin()].map(|table| (table * rotary.factor).to_kind(kind))
+        };
+        let distance = || token.unsqueeze(1) - token.unsqueeze(0);
+        let visible = |window: usize| {
+            let near = distance().abs().lt(window as f64);
+            if m.causal { near.logical_and(&distance().ge(0.0)) } else { near }
+        };
+        let rotary = if let Position::Rotary(rotary) = &attention.position { Some(rotary) } else { None };
+        AttentionCache {
+            rope: rotary.map(rope),
+            pairs: rotary.is_some_and(|rotary| rotary.pairs),
+            visible: attention.window.map(visible),
+        }
+    };
+    m.attention_kinds().iter().map(cache).collect()
+}
+
+impl AttentionCache {
+    /// Applies the rotary position to queries or keys [B, H, N, d].
+    fn rotate(&self, x: Tensor) -> Tensor {
+        let Some([cos, sin]) = &self.rope else { return x };
+        let (width, head_width) = (2 * cos.size()[1], x.size()[3]);
+        let turning = x.narrow(-1, 0, width);
+        let turned = if self.pairs {
+            let (left, right) = (turning.slice(-1, 0, None, 2), turning.slice(-1, 1, None, 2));
+            Tensor::stack(&[&left * cos - &right * sin, right * cos + left * sin], -1).flatten(-2, -1)
+        } else {
+            let halves = turning.chunk(2, -1);
+            let [left, right] = &halves[..] else { panic!("chunk(2) returns two tensors") };
+            Tensor::cat(&[left * cos - right * sin, right * cos + left * sin], -1)
+        };
+        if width == head_width {
+            return turned;
+        }
+        Tensor::cat(&[turned, x.narrow(-1, width, head_width - width)], -1)
+    }
+}
+
+/// Multiplies by a constant in the type of `x`, as both frameworks' model libraries do.
+fn scale(x: Tensor, factor: f64) -> Tensor {
+    if factor == 1.0 {
+        return x;
+    }
+    let mut rounded = [factor as f32];
+    match x.kind() {
+        Kind::BFloat16 => round_to(Precision::Bf16, &mut rounded),
+        Kind::Half => round_to(Precision::F16, &mut rounded),
+        _ => return x * factor,
+    }
+    x * f64::from(rounded[0])
+}
+
+/// Limits values softly: cap · tanh(x / cap).
+fn soft_cap(x: Tensor, cap: Option<f64>) -> Tensor {
+    cap.map_or_else(|| x.shallow_clone(), |cap| (&x / cap).tanh() * cap)
 }
 
 impl Layers {
@@ -42,25 +110,16 @@ impl Layers {
         let last = &x.size()[x.dim() - 1..];
         let (weight, bias) = (layer.weight.as_ref(), layer.bias.as_ref());
         match kind {
-            NormKind::Layer { eps } => x.layer_norm(last, weight, bias, eps, true),
-            NormKind::Rms { eps, .. } => x.rms_norm(last, weight, eps),
+            NormKind::Layer { eps, .. } => x.layer_norm(last, weight, bias, eps, true),
+            NormKind::Rms { eps, .. } => {
+                let with_offset = weight.filter(|_| kind.has_offset()).map(|weight| weight + 1.0);
+                x.rms_norm(last, with_offset.as_ref().or(weight), eps)
+            }
         }
     }
 
-    /// Applies the query-key norm and the rotary embedding, if the model has them, to queries or keys [B, H, N, d].
-    fn norm_and_rope(&self, x: Tensor, norm: Option<&Norm<Tensor>>) -> Tensor {
-        let x = match (norm, self.model.qk_norm) {
-            (Some(norm), Some(kind)) => self.norm_of_kind(&x, norm, kind),
-            _ => x,
-        };
-        let Some([cos, sin]) = &self.rope_cache else { return x };
-        let halves = x.chunk(2, -1);
-        let [left, right] = &halves[..] else { panic!("chunk(2) returns two tensors") };
-        Tensor::cat(&[left * cos - right * sin, right * cos + left * sin], -1)
-    }
-
-    /// Applies attention: x [B, N, D] → [B, N, D].
-    pub fn attention(&self, x: &Tensor, a: &Attention<Tensor>) -> Tensor {
+    /// Returns queries, keys and values [B, H, N, d] before the rotary position.
+    fn heads(&self, x: &Tensor, a: &Attention<Tensor>) -> [Tensor; 3] {
         let m = &self.model;
         let (b, n, _) = x.size3().expect("x is [B, N, D]");
         let (heads, key_value_heads, width) = (m.heads as i64, m.key_value_heads as i64, m.head_width as i64);
@@ -71,29 +130,55 @@ impl Layers {
         } else {
             [&a.q, &a.k, &a.v].map(|layer| self.linear(x, layer)).into()
         };
-        let split_heads = |i: usize, heads: i64| qkv[i].view([b, n, heads, width]).transpose(1, 2);
-        let norms = a.qk_norms.as_ref();
-        let q = self.norm_and_rope(split_heads(0, heads), norms.map(|all| &all[0])); // [B, H, N, d]
-        let k = self.norm_and_rope(split_heads(1, key_value_heads), norms.map(|all| &all[1]));
-        let v = split_heads(2, key_value_heads);
-        let grouped = key_value_heads < heads;
-        let context = if self.fused {
-            let p = self.dropout.weights;
-            Tensor::scaled_dot_product_attention(&q, &k, &v, None::<Tensor>, p, m.causal, None, grouped)
+        let split = |x: Tensor, heads: i64| x.view([b, n, heads, width]).transpose(1, 2);
+        let counts = [heads, key_value_heads, key_value_heads];
+        std::array::from_fn(|i| {
+            let norm = a.qk_norms.as_ref().and_then(|norms| norms.get(i)).zip(m.qk_norm);
+            match norm {
+                Some((norm, kind)) if m.qk_norm_across_heads => {
+                    split(self.norm_of_kind(&qkv[i], norm, kind), counts[i])
+                }
+                Some((norm, kind)) => {
+                    self.norm_of_kind(&split(qkv[i].shallow_clone(), counts[i]), norm, kind)
+                }
+                None => split(qkv[i].shallow_clone(), counts[i]),
+            }
+        })
+    }
+
+    /// Applies the attention of a layer: x [B, N, D] → [B, N, D].
+    pub fn attention(&self, x: &Tensor, a: &Attention<Tensor>, layer: usize) -> Tensor {
+        let m = &self.model;
+        let (b, n, _) = x.size3().expect("x is [B, N, D]");
+        let cache = &self.caches[m.attention_index(layer)];
+        let [q, k, v] = self.heads(x, a);
+        let (q, k) = (cache.rotate(q), cache.rotate(k));
+        let groups = (m.heads / m.key_value_heads) as i64;
+        // The fused function has no soft cap of the scores.
+        let context = if self.fused && m.cap.scores.is_none() {
+            let (p, mask, grouped) = (self.dropout.weights, cache.visible.as_ref(), groups > 1);
+            let causal = m.causal && mask.is_none();
+            Tensor::scaled_dot_product_attention(&q, &k, &v, mask, p, causal, m.scale.scores, grouped)
         } else {
             // Each key-value head serves a group of query heads.
-            let repeat = |x: Tensor| {
-                if grouped { x.repeat_interleave_self_int(heads / key_value_heads, 1, None) } else { x }
-            };
+            let repeat =
+                |x: Tensor| if groups > 1 { x.repeat_interleave_self_int(groups, 1, None) } else { x };
             let (k, v) = (repeat(k), repeat(v));
-            let mut scores = q.matmul(&k.transpose(-2, -1)) / (width as f64).sqrt(); // [B, H, N, N]
-            if m.causal {
+            let scores = q.matmul(&k.transpose(-2, -1)); // [B, H, N, N]
+            let scores = match m.scale.scores {
+                Some(factor) => scores * factor,
+                None => scores / (m.head_width as f64).sqrt(),
+            };
+            let mut scores = soft_cap(scores, m.cap.scores);
+            if let Some(visible) = &cache.visible {
+                scores = scores.masked_fill(&visible.logical_not(), f64::NEG_INFINITY);
+            } else if m.causal {
                 let future = Tensor::ones([n, n], (Kind::Bool, x.device())).triu(1);
                 scores = scores.masked_fill(&future, f64::NEG_INFINITY);
             }
             dropout(scores.softmax(-1, None::<Kind>), self.dropout.weights).matmul(&v)
         };
-        self.linear(&context.transpose(1, 2).reshape([b, n, heads * width]), &a.o)
+        self.linear(&context.transpose(1, 2).reshape([b, n, (m.heads * m.head_width) as i64]), &a.o)
     }
 
     fn activate(&self, x: &Tensor) -> Tensor {
@@ -116,17 +201,42 @@ impl Layers {
         self.linear(&dropout(hidden, self.dropout.hidden), &f.down)
     }
 
-    fn layer(&self, x: &Tensor, layer: &Layer<Tensor>) -> Tensor {
-        let x = self.residual(x, &layer.norm1, |x| self.attention(x, &layer.attention));
-        self.residual(&x, &layer.norm2, |x| self.feed_forward(x, &layer.feed_forward))
+    fn layer(&self, x: &Tensor, l: &Layer<Tensor>, index: usize) -> Tensor {
+        let dropouts = [self.dropout.attention(), self.dropout.residual];
+        if self.model.norm_order.is_parallel() {
+            let input = self.norm(x, &l.norm1);
+            let attention = self.branch(self.attention(&input, &l.attention, index), None, dropouts[0]);
+            let input = l.norm2.as_ref().map_or(input, |norm| self.norm(x, norm));
+            return attention
+                + self.branch(self.feed_forward(&input, &l.feed_forward), None, dropouts[1])
+                + x;
+        }
+        let norm2 = l.norm2.as_ref().expect("two norms unless the blocks are parallel");
+        let [output1, output2] = l.output_norms.as_ref().map_or([&l.norm1, norm2], |[a, b]| [a, b]);
+        let attention = |x: &Tensor| self.attention(x, &l.attention, index);
+        let x = self.residual(x, [&l.norm1, output1], dropouts[0], attention);
+        self.residual(&x, [norm2, output2], dropouts[1], |x| self.feed_forward(x, &l.feed_forward))
     }
 
-    /// Adds the result of a block to the residual stream, with the norm before or after it.
-    fn residual(&self, x: &Tensor, norm: &Norm<Tensor>, block: impl FnOnce(&Tensor) -> Tensor) -> Tensor {
-        match self.model.norm_order {
-            NormOrder::PostNorm => self.norm(&(x + dropout(block(x), self.dropout.residual)), norm),
-            NormOrder::PreNorm => x + dropout(block(&self.norm(x, norm)), self.dropout.residual),
-        }
+    /// Completes the result of a block for the residual addition.
+    fn branch(&self, y: Tensor, norm: Option<&Norm<Tensor>>, p: f64) -> Tensor {
+        let y = norm.map_or_else(|| y.shallow_clone(), |norm| self.norm(&y, norm));
+        scale(dropout(y, p), self.model.scale.residual)
+    }
+
+    /// Adds the result of a block to the residual stream, with norms where the model has them. `norms` are that of
+    /// the input or of the sum, and that of the output.
+    fn residual(
+        &self,
+        x: &Tensor,
+        [norm, output_norm]: [&Norm<Tensor>; 2],
+        p: f64,
+        block: impl FnOnce(&Tensor) -> Tensor,
+    ) -> Tensor {
+        let order = self.model.norm_order;
+        let y = if order.norms_inputs() { block(&self.norm(x, norm)) } else { block(x) };
+        let sum = x + self.branch(y, order.norms_outputs().then_some(output_norm), p);
+        if order == NormOrder::PostNorm { self.norm(&sum, norm) } else { sum }
     }
 
     fn head(&self, x: &Tensor, h: &IndicatorHead<Tensor>) -> Tensor {
@@ -145,31 +255,34 @@ impl Layers {
                 self.linear(&inputs[0].unsqueeze(-1), value) + self.linear(&inputs[1], market).unsqueeze(1)
             }
         };
+        let embedded = scale(embedded, self.model.scale.embedding);
         let mut x = p.position.as_ref().map_or(embedded.shallow_clone(), |position| embedded + position);
         if let Some(norm) = &p.embedding_norm {
             x = self.norm(&x, norm);
         }
         x = dropout(x, self.dropout.embedding);
-        for layer in &p.blocks {
-            x = self.layer(&x, layer);
+        for (index, layer) in p.blocks.iter().enumerate() {
+            x = self.layer(&x, layer, index);
         }
-        p.final_norm.as_ref().map_or(x.shallow_clone(), |norm| self.norm(&x, norm))
+        let x = p.final_norm.as_ref().map_or(x.shallow_clone(), |norm| self.norm(&x, norm));
+        scale(x, self.model.scale.hidden)
     }
 
     /// Returns the outputs of the model, in the order of [`Model::output_names`].
     pub fn model(&self, inputs: &[Tensor], p: &Network<Tensor>) -> Vec<Tensor> {
         let x = self.hidden(inputs, p);
-        match &p.output {
+        let logits = match &p.output {
             OutputHead::IndicatorHeads([selection, allocation]) => {
-                vec![self.head(&x, selection), self.head(&x, allocation).softmax(-1, None::<Kind>)]
+                return vec![self.head(&x, selection), self.head(&x, allocation).softmax(-1, None::<Kind>)];
             }
             OutputHead::MlmHead { dense, norm, bias } => {
                 let hidden = self.norm(&self.activate(&self.linear(&x, dense)), norm);
-                vec![hidden.linear(p.token_table(), Some(bias))]
+                hidden.linear(p.token_table(), Some(bias))
             }
-            OutputHead::Untied(table) => vec![x.linear(table, None::<&Tensor>)],
-            OutputHead::Tied => vec![x.linear(p.token_table(), None::<&Tensor>)],
-        }
+            OutputHead::Untied(output) => self.linear(&x, output),
+            OutputHead::Tied => x.linear(p.token_table(), None::<&Tensor>),
+        };
+        vec![soft_cap(scale(logits, self.model.scale.logits), self.model.cap.logits)]
     }
 }
 

@@ -48,7 +48,7 @@ fn layers(fixture: &Fixture, device: Device) -> Layers {
     let model = shape.model().map_or(ModelId::indicator(), |(model, _)| model);
     Layers {
         model,
-        rope_cache: network::rope_cache(&model, device, kind),
+        caches: network::attention_caches(&model, device, kind),
         fused: method.variant.uses_sdpa(),
         dropout: fixture.dropout,
     }
@@ -167,7 +167,7 @@ impl Step {
     fn forward_from(&self, inputs: &[Tensor]) -> Vec<Tensor> {
         match (&self.parameters, self.case.shape) {
             (Parameters::Model(network), _) => self.layers.model(inputs, network),
-            (Parameters::Attention(attention), _) => vec![self.layers.attention(&inputs[0], attention)],
+            (Parameters::Attention(attention), _) => vec![self.layers.attention(&inputs[0], attention, 0)],
             (Parameters::FeedForward(block), _) => vec![self.layers.feed_forward(&inputs[0], block)],
             (Parameters::None, Shape::Square { chain, .. }) => {
                 let first = inputs[0].matmul(&inputs[1]);

@@ -43,8 +43,8 @@ pub fn read(path: &Path) -> Result<ParsedModel> {
     } else {
         let json = text::parse_json(&text).with_context(|| format!("{} is not JSON", file.display()))?;
         let parsed = hugging_face::parse(&json).with_context(|| shown.clone())?;
-        let name =
-            parsed.name.and_then(|name| published_name(&name)).unwrap_or_else(|| name_from_path(&file));
+        let published = || parsed.name.as_deref().and_then(published_name).unwrap_or_default();
+        let name = Some(name_from_path(&file)).filter(|name| !name.is_empty()).unwrap_or_else(published);
         (Model { name: name.leak(), ..parsed.model }, parsed.notes)
     };
     let model = complete_and_check(model).with_context(|| shown.clone())?;
@@ -99,19 +99,20 @@ fn name_from_path(file: &Path) -> String {
     name_in_cache(&folder).unwrap_or_else(|| text(folder.file_name()))
 }
 
-/// Longest name in characters. An id with the longest workload, precision and sizes then has fewer than 72.
-const MAX_NAME_LENGTH: usize = 16;
+/// Longest name in characters. With the largest sizes, a shape then has at most 64, as many as Criterion's folders.
+const MAX_NAME_LENGTH: usize = 44;
 
-/// Converts a name to the form of ids: lower-case letters, digits and hyphens.
+/// Converts a name to the form of ids: lower-case letters, digits, dots, underscores and hyphens.
 fn id_name(text: &str) -> String {
-    let plain: String =
-        text.to_lowercase().chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
-    let words: Vec<&str> = plain.split('-').filter(|word| !word.is_empty()).collect();
+    let is_plain = |c: &char| c.is_ascii_alphanumeric() || "._".contains(*c);
+    let plain: String = text.to_lowercase().chars().map(|c| if is_plain(&c) { c } else { '-' }).collect();
+    let words = plain.split('-').map(|word| word.trim_matches(['.', '_']));
+    let words: Vec<&str> = words.filter(|word| !word.is_empty()).collect();
     let mut name: String = words.join("-").chars().take(MAX_NAME_LENGTH).collect();
-    name.truncate(name.trim_end_matches('-').len());
+    name.truncate(name.trim_end_matches(['-', '.', '_']).len());
     // A letter with a number is a size in ids.
     let is_size = |word: &str| word.len() > 1 && word[1..].bytes().all(|b| b.is_ascii_digit());
-    if name.is_empty() || is_size(words[0]) {
+    if words.first().is_none_or(|first| is_size(first)) {
         name = format!("m-{name}").trim_end_matches('-').chars().take(MAX_NAME_LENGTH).collect();
     }
     if ModelId::named(&name).is_some() || name.ends_with("-tiny") {

@@ -68,13 +68,13 @@ fn parameter_counts_match_the_published_ones() {
     // GPT-2 small: 124,439,808.
     let gpt2 = r#"{"model_type": "gpt2", "n_embd": 768, "n_head": 12, "n_layer": 12, "vocab_size": 50257}"#;
     assert_eq!(parameters(json_model(gpt2)), 124_439_808);
-    // Mistral 7B: 7,241,732,096. Its window limits the tokens.
+    // Mistral 7B: 7,241,732,096.
     let mistral = r#"{"model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336,
         "max_position_embeddings": 32768, "num_attention_heads": 32, "num_hidden_layers": 32,
         "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "sliding_window": 4096,
         "tie_word_embeddings": false, "vocab_size": 32000}"#;
     let mistral = json_model(mistral);
-    assert_eq!((parameters(mistral), mistral.tokens), (7_241_732_096, 4096));
+    assert_eq!((parameters(mistral), mistral.tokens, mistral.window), (7_241_732_096, 32768, Some(4096)));
 }
 
 #[test]
@@ -102,17 +102,17 @@ fn an_error_names_the_field_that_is_not_implemented() {
     };
     for change in [
         r#""rope_scaling": {"factor": 8.0, "rope_type": "llama3"}"#,
-        r#""rope_parameters": {"rope_theta": 10000.0, "rope_type": "yarn"}"#,
+        r#""rope_scaling": {"factor": -8.0, "rope_type": "linear"}"#,
+        r#""rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}"#,
+        r#""rope_scaling": "yarn""#,
+        r#""rope_parameters": {"rope_theta": 10000.0, "rope_type": "ntk"}"#,
         r#""partial_rotary_factor": 0.5"#,
         r#""rope_interleaved": true"#,
         r#""num_local_experts": 8"#,
         r#""layer_types": ["full_attention", "sliding_attention"]"#,
-        r#""final_logit_softcapping": 30.0"#,
-        r#""quantization_config": {"bits": 4}"#,
-        r#""quantization": {"bits": 4}"#,
-        r#""is_causal": false"#,
+        r#""is_causal": 3"#,
         r#""hidden_act": "laplace""#,
-        r#""model_type": "gemma3""#,
+        r#""model_type": "gemma3n""#,
         r#""hidden_size": -576"#,
         r#""num_hidden_layers": "many""#,
         r#""vocab_size": 99999999999"#,
@@ -131,11 +131,9 @@ fn an_error_names_the_field_that_is_not_implemented() {
         let error = format!("{:#}", with(change).1.unwrap_err());
         assert!(error.contains(word), "{change}: {error}");
     }
-    // A window longer than the context, and an unknown field, change nothing.
-    let read = with(r#""sliding_window": 100000, "use_mup": true"#).1.unwrap();
-    assert_eq!(read.model.tokens, 8192);
+    // An unknown field is a note. A field that is known to change nothing is not.
+    let read = with(r#""use_mup": true, "use_mrope": false, "temperature": 0.7"#).1.unwrap();
     assert!(read.notes.len() == 1 && read.notes[0].contains("use_mup (true)"), "{:?}", read.notes);
-    assert_eq!(with(r#""sliding_window": 512"#).1.unwrap().model.tokens, 512);
 }
 
 #[test]
@@ -198,16 +196,19 @@ fn a_model_in_the_cache_of_hugging_face_has_its_own_name() {
     }
     fs::remove_dir_all(hub).unwrap();
     for (name_or_path, name) in [
-        ("gpt2-medium/", "gpt2-medium"),
-        ("openai-community/gpt2-medium", "gpt2-medium"),
-        ("/root/hub/models--O--N/snapshots/93efa2f0", "n"),
-        ("/fsx/checkpoints/500000", "some-model"),
-        ("./", "some-model"),
-        ("", "some-model"),
+        ("gpt2-medium/", Some("gpt2-medium")),
+        ("openai-community/gpt2-medium", Some("gpt2-medium")),
+        ("/root/hub/models--O--N/snapshots/93efa2f0", Some("N")),
+        ("/fsx/checkpoints/500000", None),
+        ("./", None),
+        ("", None),
     ] {
+        assert_eq!(published_name(name_or_path).as_deref(), name, "{name_or_path}");
+        // The file's own name comes first.
         let config = SMOLLM2.replacen('{', &format!("{{\"_name_or_path\": \"{name_or_path}\", "), 1);
-        assert_eq!(json_model(&config).name, name, "{name_or_path}");
+        assert_eq!(json_model(&config).name, "some-model", "{name_or_path}");
     }
+    assert_eq!(name_from_path(Path::new("/config.json")), "");
 }
 
 #[test]
@@ -222,8 +223,9 @@ fn another_head_is_reported() {
 fn names_get_the_form_of_ids() {
     for (text, name) in [
         ("SmolLM2-135M", "smollm2-135m"),
-        ("Qwen2.5-0.5B", "qwen2-5-0-5b"),
-        ("Meta Llama 3.1 8B Instruct", "meta-llama-3-1-8"),
+        ("Qwen2.5-0.5B", "qwen2.5-0.5b"),
+        ("Meta Llama 3.1 8B Instruct", "meta-llama-3.1-8b-instruct"),
+        ("phi-1_5", "phi-1_5"),
         ("b16", "m-b16"),
         ("gpt2", "own-gpt2"),
         ("___", "m"),

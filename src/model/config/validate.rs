@@ -2,7 +2,7 @@
 
 use anyhow::{Result, ensure};
 
-use super::super::{Activation, Input, Model, Output, Position};
+use super::super::{Activation, Input, Model, Output, Position, Rotary};
 use super::id_name;
 
 /// Largest size of any kind: four times the longest context and the largest vocabulary in use.
@@ -70,14 +70,47 @@ fn check_options(m: &Model) -> Result<()> {
         "output does not match input: use tied, untied or mlm-head with tokens, and indicator-heads with indicator"
     );
     ensure!(!m.token_type || language, "token-type needs input = \"tokens\"");
-    if let Position::Rotary { theta } = m.position {
-        let width = m.head_width;
-        ensure!(width.is_multiple_of(2), "rotary positions need an even head-width, not {width}");
-        ensure!(theta.is_finite() && theta > 1.0, "rotary theta is {theta}: use a number above 1");
+    check_attention(m)?;
+    ensure!(!m.bias.output || m.output == Output::Untied, "bias.output needs output = \"untied\"");
+    let scales = [m.scale.embedding, m.score_scale(), m.scale.residual, m.scale.hidden, m.scale.logits];
+    let caps = [m.cap.scores, m.cap.logits];
+    for factor in scales.into_iter().chain(caps.into_iter().flatten()) {
+        ensure!(factor.is_finite() && factor > 0.0, "a scale or cap is {factor}: use a number above 0");
     }
+    ensure!(
+        language || (m.scale.logits, m.cap.logits) == (1.0, None),
+        "scale.logits and cap.logits need input = \"tokens\""
+    );
     for norm in [Some(m.norm), m.qk_norm].into_iter().flatten() {
         let eps = norm.eps();
         ensure!(eps.is_finite() && eps >= 0.0, "eps of a norm is {eps}: use a number of at least 0");
+    }
+    Ok(())
+}
+
+/// Checks the positions and windows of both kinds of attention.
+fn check_attention(m: &Model) -> Result<()> {
+    if let Some(second) = m.second_attention {
+        ensure!(!second.layers.is_empty(), "second-attention.layers is empty");
+        ensure!(
+            second.position != Position::Learned && m.position != Position::Learned,
+            "second-attention needs rotary positions or none"
+        );
+    }
+    for kind in m.attention_kinds() {
+        ensure!(kind.window != Some(0), "window is 0: use a number of at least 1");
+        let Position::Rotary(rotary) = kind.position else { continue };
+        let Rotary { theta, share, factor, frequencies, .. } = rotary;
+        let width = m.head_width;
+        ensure!(width.is_multiple_of(2), "rotary positions need an even head-width, not {width}");
+        ensure!(theta.is_finite() && theta > 1.0, "rotary theta is {theta}: use a number above 1");
+        ensure!(share > 0.0 && share <= 1.0, "rotary share is {share}: use a number above 0 and at most 1");
+        ensure!(factor.is_finite() && factor > 0.0, "rotary factor is {factor}: use a number above 0");
+        let pairs = rotary.width(width) / 2;
+        ensure!(
+            frequencies.is_none_or(|list| list.len() == pairs && list.iter().all(|w| w.is_finite())),
+            "rotary frequencies are not a list of {pairs} numbers, one per pair"
+        );
     }
     Ok(())
 }
@@ -93,10 +126,12 @@ fn check_dropout(m: &Model) -> Result<()> {
         "dropout.hidden cannot be checked with a gate, with ReLU, or without feed-forward biases: set it to 0"
     );
     ensure!(
-        m.dropout.embedding == 0.0
-            || m.position == Position::Learned
-            || m.embedding_norm && m.norm.has_weight_and_bias().1,
-        "dropout.embedding can only be checked with learned positions or a layer norm after the embedding: set it to 0"
+        m.dropout.embedding == 0.0 || !m.embedding_norm || m.norm.has_weight_and_bias().1,
+        "dropout.embedding cannot be checked after a norm without bias: set it to 0"
+    );
+    ensure!(
+        m.dropout.residual == 0.0 || !m.norm_order.norms_outputs(),
+        "dropout.residual cannot be checked with a norm behind each block: set it to 0"
     );
     Ok(())
 }

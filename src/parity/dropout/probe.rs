@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use crate::fixture::{AdamW, Fixture, Tensor};
-use crate::model::{Block, Dropout, Model, ModelId, Output};
+use crate::model::{Block, Dropout, Model, ModelId, Output, Position};
 use crate::reference::Site;
 use crate::suite::{Case, Shape};
 
@@ -85,6 +85,7 @@ impl Probe {
             // The weights of a head are at several keys, and no gradient shows one of them.
             weights: 0.0,
             residual: shared(d.residual),
+            attention: d.attention.map(shared),
             hidden: shared(d.hidden),
             heads: shared(d.heads),
         };
@@ -95,7 +96,13 @@ impl Probe {
     /// kind are then read in milliseconds.
     fn model_shape(model: ModelId, batch: usize, tokens: usize) -> Shape {
         let narrow = if model.is_miniature() { *model } else { *model.miniature() };
-        Shape::for_model(ModelId::intern(Model { tokens, layers: model.layers, ..narrow }), batch)
+        let mut probed =
+            Model { tokens, layers: model.layers, second_attention: model.second_attention, ..narrow };
+        // The rows of a token table show the dropout of the embedding, if the output does not use the same table.
+        if probed.dropout.embedding > 0.0 && !probed.embedding_norm && probed.position != Position::Learned {
+            probed.output = Output::Untied;
+        }
+        Shape::for_model(ModelId::intern(probed), batch)
     }
 
     /// Returns the number of positions whose gradients add up, for a model.
@@ -212,7 +219,8 @@ impl Probe {
         let first = columns.start;
         let tokens =
             columns.map(move |column| (column - first, self.token_of_key(self.key_of_column(column))));
-        tokens.filter(move |(_, token)| !m.causal || *token <= row % m.tokens)
+        let visible = m.visible_tokens(0, row % m.tokens);
+        tokens.filter(move |(_, token)| visible.contains(token))
     }
 
     /// Returns the number of steps until every kind of site has enough values.
@@ -225,7 +233,8 @@ impl Probe {
         let values = [
             (d.embedding, m.width),
             (weights, m.layers * m.heads),
-            (d.residual, 2 * m.layers * m.width),
+            (d.attention.unwrap_or(0.0), m.layers * m.width),
+            (d.residual, if d.attention.is_some() { 1 } else { 2 } * m.layers * m.width),
             (d.hidden, m.layers * m.ffn_width),
             (if self.has_indicator_heads() { d.heads } else { 0.0 }, m.width / 2),
         ];
@@ -254,7 +263,8 @@ impl Probe {
         match site {
             Site::Embedding => self.dropout.embedding,
             Site::Weights { .. } => self.dropout.weights,
-            Site::AttentionResidual { .. } | Site::FeedForwardResidual { .. } => self.dropout.residual,
+            Site::AttentionResidual { .. } => self.dropout.attention(),
+            Site::FeedForwardResidual { .. } => self.dropout.residual,
             Site::Hidden { .. } => self.dropout.hidden,
             Site::Head { .. } => self.dropout.heads,
         }
@@ -298,10 +308,15 @@ impl Probe {
         let m = &self.model;
         let inner = m.heads * m.head_width;
         let mut masks = Masks::new();
-        // The parameter after the dropout of the embedding has no gradient for a dropped value.
-        let after_embedding = if m.embedding_norm { "embedding-norm.bias" } else { "position" };
-        if let Some(gradient) = gradients.get(after_embedding) {
-            masks.insert((0, Site::Embedding), nonzero(gradient));
+        // The parameter before the dropout of the embedding has no gradient for a dropped value.
+        let before_dropout = match (m.embedding_norm, m.position) {
+            (true, _) => "embedding-norm.bias",
+            (false, Position::Learned) => "position",
+            (false, _) => "token",
+        };
+        if let Some(gradient) = gradients.get(before_dropout) {
+            let has_column = |column| has_nonzero(gradient.iter().skip(column).step_by(m.width));
+            masks.insert((0, Site::Embedding), (0..m.width).map(has_column).collect());
         }
         for layer in 0..m.layers {
             let of_layer = |name: &str| gradients.get(&format!("blocks.{layer}.{name}"));

@@ -19,8 +19,12 @@ class Dropout:
     def __init__(self, probabilities):
         self.probabilities = probabilities
 
+    def probability(self, site):
+        """Returns the probability of a site. That of attention's output is that of the residual unless it is set."""
+        return self.probabilities.get(site, self.probabilities.get("residual"))
+
     def __call__(self, x, site, training):
-        p = self.probabilities[site]
+        p = self.probability(site)
         return F.dropout(x, p, training) if p else x
 
     def attention_probability(self, training):
@@ -28,27 +32,89 @@ class Dropout:
         return self.probabilities["weights"] if training else 0.0
 
 
+class OffsetRMSNorm(nn.Module):
+    """An RMS norm whose parameter is the weight minus 1 (Gemma)."""
+
+    def __init__(self, width, eps):
+        super().__init__()
+        self.eps, self.weight = eps, nn.Parameter(torch.zeros(width))
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight + 1, self.eps)
+
+
 def norm(kind, width):
     [(name, choices)] = kind.items()
     if name == "layer":
-        return nn.LayerNorm(width, choices["eps"])
+        return nn.LayerNorm(width, choices["eps"], elementwise_affine=choices["weight"], bias=choices["bias"])
+    if choices["weight"] and choices["offset"]:
+        return OffsetRMSNorm(width, choices["eps"])
     return nn.RMSNorm(width, choices["eps"], elementwise_affine=choices["weight"])
 
 
-class RopeCache(nn.Module):
-    """The cosines and sines [N, d/2] of a rotary position, or None for another position."""
+class Scale:
+    """Multiplies by a constant, which it first rounds to the type of the operand."""
 
-    def __init__(self, m):
+    def __init__(self, factor):
+        types = torch.float64, torch.float32, torch.bfloat16, torch.float16
+        self.changes, self.factors = factor != 1, {kind: torch.tensor(factor, dtype=kind).item() for kind in types}
+
+    def __call__(self, x):
+        return x * self.factors[x.dtype] if self.changes else x
+
+
+def soft_cap(x, cap):
+    return x if cap is None else (x / cap).tanh() * cap
+
+
+def frequencies(rotary, head_width):
+    """Returns the frequencies of the pairs that rotate, as `Rotary::frequencies` in src/model/position.rs."""
+    width = 2 * max(int(head_width * rotary["share"] / 2), 1)
+    listed, pairs = rotary.get("frequencies"), width // 2
+    if listed:
+        return torch.tensor([listed[i * len(listed) // pairs] for i in range(pairs)], dtype=torch.float64)
+    return rotary["theta"] ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+
+
+class AttentionCache(nn.Module):
+    """The cosines and sines [N, pairs] of a rotary position, and the mask [N, N] of a window, if there are any."""
+
+    def __init__(self, m, position, window):
         super().__init__()
-        self.rotary = "rotary" in m["position"]
-        if self.rotary:
-            power = torch.arange(0, m["head-width"], 2) / m["head-width"]
-            angle = torch.arange(m["tokens"]).unsqueeze(1) / m["position"]["rotary"]["theta"] ** power
-            self.register_buffer("cos", angle.cos())
-            self.register_buffer("sin", angle.sin())
+        rotary = position.get("rotary") if isinstance(position, dict) else None
+        self.has_rotary, self.pairs = rotary is not None, bool(rotary and rotary["pairs"])
+        token = torch.arange(m["tokens"])
+        if rotary:
+            angle = token.unsqueeze(1) * frequencies(rotary, m["head-width"]).to(torch.get_default_dtype())
+            self.register_buffer("cos", angle.cos() * rotary["factor"])
+            self.register_buffer("sin", angle.sin() * rotary["factor"])
+        self.has_window = window is not None and window < m["tokens"]
+        if self.has_window:
+            distance = token.unsqueeze(1) - token
+            self.register_buffer("visible", (distance.abs() < window) & ((distance >= 0) | (not m["causal"])))
 
-    def forward(self):
-        return (self.cos, self.sin) if self.rotary else None
+    def rotate(self, x):
+        """Applies the rotary position to queries or keys [B, H, N, d]."""
+        if not self.has_rotary:
+            return x
+        cos, sin, width = self.cos, self.sin, 2 * self.cos.shape[1]
+        turning, rest = x[..., :width], x[..., width:]
+        left, right = (turning[..., ::2], turning[..., 1::2]) if self.pairs else turning.chunk(2, -1)
+        turned = left * cos - right * sin, right * cos + left * sin
+        turned = torch.stack(turned, -1).flatten(-2) if self.pairs else torch.cat(turned, -1)
+        return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
+
+
+def attention_caches(m):
+    """Returns a cache for each of the model's kinds of attention."""
+    second = m.get("second-attention")
+    kinds = [m] + ([second] if second else [])
+    return nn.ModuleList(AttentionCache(m, kind["position"], kind.get("window")) for kind in kinds)
+
+
+def attention_index(m, layer):
+    second = m.get("second-attention")
+    return int(second["layers"][layer % len(second["layers"])]) if second else 0
 
 
 class Attention(nn.Module):
@@ -58,6 +124,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.key_value_heads, self.head_width = m["heads"], m["key-value-heads"], m["head-width"]
         self.fused, self.causal, self.dropout = fused, m["causal"], dropout
+        self.score_scale, self.score_cap = m["scale"].get("scores"), m["cap"].get("scores")
         inner, key_value = self.heads * self.head_width, self.key_value_heads * self.head_width
         self.qkv_widths = [inner, key_value, key_value]
         bias = m["bias"]["qkv"]
@@ -66,32 +133,39 @@ class Attention(nn.Module):
         else:
             self.q, self.k, self.v = (nn.Linear(m["width"], width, bias) for width in self.qkv_widths)
         self.o = nn.Linear(inner, m["width"], m["bias"]["out"])
-        kind = m.get("qk-norm")
-        self.q_norm, self.k_norm = (norm(kind, self.head_width) if kind else None for _ in range(2))
+        kind, self.across_heads = m.get("qk-norm"), m["qk-norm-across-heads"]
+        widths = self.qkv_widths[:2] if self.across_heads else [self.head_width] * 2
+        self.q_norm, self.k_norm = (norm(kind, width) if kind else None for width in widths)
 
-    def norm_and_rope(self, x, qk_norm, rope):
-        """Applies the model's norm and rotary position, if it has them, to queries or keys [B, H, N, d]."""
-        x = qk_norm(x) if qk_norm else x
-        if rope is None:
-            return x
-        (cos, sin), (left, right) = rope, x.chunk(2, -1)
-        return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
+    def split_heads(self, x, qk_norm=None):
+        """[B, N, H·d] → [B, H, N, d], with the norm of queries or keys."""
+        if qk_norm and self.across_heads:
+            x = qk_norm(x)
+        x = x.view(*x.shape[:2], -1, self.head_width).transpose(1, 2)
+        return qk_norm(x) if qk_norm and not self.across_heads else x
 
-    def forward(self, x, rope=None):
+    def forward(self, x, cache):
         b, n, _ = x.shape
-        parts = self.qkv(x).split(self.qkv_widths, -1) if self.fused else (self.q(x), self.k(x), self.v(x))
-        q, k, v = (part.view(b, n, -1, self.head_width).transpose(1, 2) for part in parts)
-        q, k = self.norm_and_rope(q, self.q_norm, rope), self.norm_and_rope(k, self.k_norm, rope)
+        q, k, v = self.qkv(x).split(self.qkv_widths, -1) if self.fused else (self.q(x), self.k(x), self.v(x))
+        q, k, v = self.split_heads(q, self.q_norm), self.split_heads(k, self.k_norm), self.split_heads(v)
+        q, k = cache.rotate(q), cache.rotate(k)
         p, grouped = self.dropout.attention_probability(self.training), self.key_value_heads < self.heads
-        if self.fused and p is not None:
-            heads = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=self.causal, enable_gqa=grouped)
+        visible = cache.visible if cache.has_window else None
+        # The fused function has no soft cap of the scores.
+        if self.fused and p is not None and self.score_cap is None:
+            heads = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=visible, dropout_p=p, is_causal=self.causal and visible is None,
+                scale=self.score_scale, enable_gqa=grouped)
         else:
             if grouped:
                 k, v = (each.repeat_interleave(self.heads // self.key_value_heads, 1) for each in (k, v))
-            scores = q @ k.transpose(-2, -1) / self.head_width ** 0.5
-            if self.causal:
-                future = torch.ones(n, n, dtype=torch.bool, device=x.device).triu(1)
-                scores = scores.masked_fill(future, float("-inf"))
+            scores = q @ k.transpose(-2, -1)
+            scores = scores * self.score_scale if self.score_scale else scores / self.head_width ** 0.5
+            scores = soft_cap(scores, self.score_cap)
+            if visible is None and self.causal:
+                visible = torch.ones(n, n, dtype=torch.bool, device=x.device).tril()
+            if visible is not None:
+                scores = scores.masked_fill(~visible, float("-inf"))
             heads = self.dropout(scores.softmax(-1), "weights", self.training) @ v
         return self.o(heads.transpose(1, 2).reshape(b, n, -1))
 
@@ -124,18 +198,34 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     def __init__(self, m, fused, dropout):
         super().__init__()
-        self.pre_norm, self.dropout = m["norm-order"] == "pre-norm", dropout
+        self.order, self.dropout, self.scale = m["norm-order"], dropout, Scale(m["scale"]["residual"])
         self.attention, self.feed_forward = Attention(m, fused, dropout), FeedForward(m, dropout)
-        self.norm1, self.norm2 = norm(m["norm"], m["width"]), norm(m["norm"], m["width"])
+        self.norm1 = norm(m["norm"], m["width"])
+        self.norm2 = norm(m["norm"], m["width"]) if self.order != "parallel-shared-norm" else None
+        if self.order == "sandwich-norm":
+            self.output_norm1, self.output_norm2 = norm(m["norm"], m["width"]), norm(m["norm"], m["width"])
+        elif self.order == "output-norm":
+            self.output_norm1, self.output_norm2 = self.norm1, self.norm2
 
-    def residual(self, x, norm, part):
-        if self.pre_norm:
-            return x + self.dropout(part(norm(x)), "residual", self.training)
-        return norm(x + self.dropout(part(x), "residual", self.training))
+    def branch(self, y, site, output_norm=None):
+        """Completes the result of a part for the residual addition."""
+        y = output_norm(y) if output_norm else y
+        return self.scale(self.dropout(y, site, self.training))
 
-    def forward(self, x, rope):
-        x = self.residual(x, self.norm1, lambda x: self.attention(x, rope))
-        return self.residual(x, self.norm2, self.feed_forward)
+    def residual(self, x, number, site, part):
+        norm, output_norm = getattr(self, f"norm{number}"), getattr(self, f"output_norm{number}", None)
+        y = part(norm(x)) if self.order in ("pre-norm", "sandwich-norm") else part(x)
+        y = x + self.branch(y, site, output_norm)
+        return norm(y) if self.order == "post-norm" else y
+
+    def forward(self, x, cache):
+        if self.order.startswith("parallel"):
+            first = self.norm1(x)
+            attention = self.branch(self.attention(first, cache), "attention")
+            second = self.norm2(x) if self.norm2 else first
+            return attention + self.branch(self.feed_forward(second), "residual") + x
+        x = self.residual(x, 1, "attention", lambda x: self.attention(x, cache))
+        return self.residual(x, 2, "residual", self.feed_forward)
 
 
 class Head(nn.Module):
@@ -174,14 +264,17 @@ class Model(nn.Module):
         else:
             self.value, self.market = nn.Linear(1, width), nn.Linear(m["input"]["indicator"]["market"], width)
         self.position = small(m["tokens"], width) if m["position"] == "learned" else None
-        self.rope = RopeCache(m)
+        self.caches, self.indices = attention_caches(m), [attention_index(m, i) for i in range(m["layers"])]
+        self.embedding_scale, self.hidden_scale, self.logit_scale = (
+            Scale(m["scale"][name]) for name in ("embedding", "hidden", "logits"))
+        self.logit_cap = m["cap"].get("logits")
         self.embedding_norm = norm(m["norm"], width) if m["embedding-norm"] else None
         self.blocks = nn.ModuleList(Block(m, fused, dropout) for _ in range(m["layers"]))
         self.norm = norm(m["norm"], width) if m["final-norm"] else None
         if self.head == "indicator-heads":
             self.selection, self.allocation = Head(width, dropout), Head(width, dropout)
         elif self.head != "tied":
-            self.output = MlmHead(m) if self.head == "mlm-head" else nn.Linear(width, m["vocabulary"], bias=False)
+            self.output = MlmHead(m) if self.head == "mlm-head" else nn.Linear(width, m["vocabulary"], m["bias"]["output"])
 
     def forward(self, *data):
         if hasattr(self, "token"):
@@ -189,17 +282,21 @@ class Model(nn.Module):
             x = x if self.type_ is None else x + self.type_
         else:
             x = self.value(data[0].unsqueeze(-1)) + self.market(data[1]).unsqueeze(1)
+        x = self.embedding_scale(x)
         x = x if self.position is None else x + self.position
         x = self.embedding_norm(x) if self.embedding_norm else x
         x = self.dropout(x, "embedding", self.training)
-        for block in self.blocks:
-            x = block(x, self.rope())
+        for block, index in zip(self.blocks, self.indices):
+            x = block(x, self.caches[index])
         x = self.norm(x) if self.norm else x
+        x = self.hidden_scale(x)
         if self.head == "indicator-heads":
             return self.selection(x), self.allocation(x).softmax(-1)
         if self.head == "tied":
-            return (F.linear(x, self.token),)
-        return (self.output(x, self.token) if self.head == "mlm-head" else self.output(x),)
+            x = F.linear(x, self.token)
+        else:
+            x = self.output(x, self.token) if self.head == "mlm-head" else self.output(x)
+        return (soft_cap(self.logit_scale(x), self.logit_cap),)
 
     def loss(self, *data):
         out = self(*data)
@@ -219,12 +316,13 @@ class BlockPart(nn.Module):
     def __init__(self, workload, m, fused, dropout):
         super().__init__()
         if workload.startswith("attention"):
-            self.attention, self.rope = Attention(m, fused, dropout), RopeCache(m)
+            self.attention = Attention(m, fused, dropout)
+            self.caches, self.index = attention_caches(m), attention_index(m, 0)
         else:
             self.feed_forward = FeedForward(m, dropout)
 
     def forward(self, x):
-        return (self.attention(x, self.rope()) if hasattr(self, "attention") else self.feed_forward(x),)
+        return (self.attention(x, self.caches[self.index]) if hasattr(self, "attention") else self.feed_forward(x),)
 
 
 class Loss(nn.Module):
@@ -254,8 +352,8 @@ def build(case, fused, dropout=None):
     net = BlockPart(case["workload"], m, fused, dropout) if is_part else Model(m, fused, dropout)
     net = net.to(case["device"], DTYPES.get(precision, torch.float32))
     if precision == "mixed":
-        if hasattr(net, "rope"):
-            net.rope.bfloat16()
+        if hasattr(net, "caches"):
+            net.caches.bfloat16()
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     return net.train(case["trains"])

@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import network
 
-SITES = ["embedding", "weights", "residual", "hidden", "heads"]
+SITES = ["embedding", "weights", "attention", "residual", "hidden", "heads"]
 
 
 class TensorDropout(network.Dropout):
@@ -37,7 +37,7 @@ class TensorDropout(network.Dropout):
         self.rows = None
 
     def __call__(self, x, site, training):
-        if not training or not self.probabilities[site]:
+        if not training or not self.probability(site):
             return x
         probability, scale = self.rows[SITES.index(site)]
         return x * (torch.rand(x.shape, device=x.device) > probability) * scale.to(x.dtype)

@@ -53,7 +53,7 @@ impl Dump {
     /// Writes the dropout masks [B, …] of a case in the order in which a network applies them.
     fn masks(&mut self, case: Case) -> Vec<Value> {
         let (m, batch) = case.shape.model().expect("a model or a block");
-        let residual = |site| ("residual", vec![site], [m.tokens, m.width]);
+        let residual = |name, site| (name, vec![site], [m.tokens, m.width]);
         let weights = |layer| {
             let heads = (0..m.heads).map(|head| Site::Weights { layer, head }).collect();
             ("weights", heads, [m.tokens, m.tokens])
@@ -66,8 +66,8 @@ impl Dump {
             None => {
                 sites.push(("embedding", vec![Site::Embedding], [m.tokens, m.width]));
                 for layer in 0..m.layers {
-                    sites.extend([weights(layer), residual(Site::AttentionResidual { layer })]);
-                    sites.extend([hidden(layer), residual(Site::FeedForwardResidual { layer })]);
+                    sites.extend([weights(layer), residual("attention", Site::AttentionResidual { layer })]);
+                    sites.extend([hidden(layer), residual("residual", Site::FeedForwardResidual { layer })]);
                 }
                 if !m.is_language_model() {
                     let head = |index| ("heads", vec![Site::Head { index }], [m.tokens, m.width / 2]);
