@@ -1,4 +1,4 @@
-"""Hugging Face's names for the suite's parameters, and comparisons of tensors between the two."""
+"""Conversion of the suite's parameters to Hugging Face's, and comparisons of tensors between the two."""
 import json
 import re
 import sys
@@ -6,52 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-# From the suite's name to Hugging Face's name, or that name and the index of a part in a stacked parameter.
-# L is the number of a layer.
-LLAMA = {
-    "token": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-    **{f"blocks.L.attention.{part}.{kind}": f"model.layers.L.self_attn.{part}_proj.{kind}"
-       for part in "qkvo" for kind in ("weight", "bias")},
-    **{f"blocks.L.attention.{part}-norm.weight": f"model.layers.L.self_attn.{part}_norm.weight" for part in "qk"},
-    "blocks.L.norm1.weight": "model.layers.L.input_layernorm.weight",
-    "blocks.L.norm2.weight": "model.layers.L.post_attention_layernorm.weight",
-    **{f"blocks.L.feed-forward.{part}.{kind}": f"model.layers.L.mlp.{part}_proj.{kind}"
-       for part in ("gate", "up", "down") for kind in ("weight", "bias")},
-}
-GPT2 = {
-    "token": "transformer.wte.weight",
-    "position": "transformer.wpe.weight",
-    "output.weight": "lm_head.weight",
-    **{f"{name}.{kind}": f"transformer.{hf_name}.{kind}"
-       for kind in ("weight", "bias")
-       for name, hf_name in (("norm", "ln_f"), ("blocks.L.norm1", "h.L.ln_1"), ("blocks.L.norm2", "h.L.ln_2"),
-                            ("blocks.L.attention.o", "h.L.attn.c_proj"), ("blocks.L.feed-forward.up", "h.L.mlp.c_fc"),
-                            ("blocks.L.feed-forward.down", "h.L.mlp.c_proj"))},
-    **{f"blocks.L.attention.{part}.{kind}": (f"transformer.h.L.attn.c_attn.{kind}", index)
-       for kind in ("weight", "bias") for index, part in enumerate("qkv")},
-}
-BERT = {
-    "token": "bert.embeddings.word_embeddings.weight",
-    "type": ("bert.embeddings.token_type_embeddings.weight", 0),
-    "position": "bert.embeddings.position_embeddings.weight",
-    "output.bias": "cls.predictions.bias",
-    **{f"{name}.{kind}": f"{hf_name}.{kind}"
-       for kind in ("weight", "bias")
-       for name, hf_name in (
-           ("embedding-norm", "bert.embeddings.LayerNorm"),
-           *((f"blocks.L.attention.{part}", f"bert.encoder.layer.L.attention.self.{name}")
-             for part, name in (("q", "query"), ("k", "key"), ("v", "value"))),
-           ("blocks.L.attention.o", "bert.encoder.layer.L.attention.output.dense"),
-           ("blocks.L.norm1", "bert.encoder.layer.L.attention.output.LayerNorm"),
-           ("blocks.L.feed-forward.up", "bert.encoder.layer.L.intermediate.dense"),
-           ("blocks.L.feed-forward.down", "bert.encoder.layer.L.output.dense"),
-           ("blocks.L.norm2", "bert.encoder.layer.L.output.LayerNorm"),
-           ("output.dense", "cls.predictions.transform.dense"),
-           ("output.norm", "cls.predictions.transform.LayerNorm"))},
-}
-FAMILIES = {"llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA, "gpt2": GPT2, "bert": BERT}
+from families import FAMILIES, Rows
 
 
 def run(compare_outputs, time_steps):
@@ -65,45 +20,68 @@ def run(compare_outputs, time_steps):
     time_steps(case, *sys.argv[2:])
 
 
-def hf_name(family, name):
-    """Returns Hugging Face's name of a parameter, and its index in a stacked parameter or None."""
+def entry(family, name):
+    """Returns Hugging Face's name of a parameter, and its rows there."""
+    if family not in FAMILIES:
+        sys.exit(f"the names of the parameters of {family} are unknown (scripts/python_counterparts/families.py)")
     layer = re.search(r"blocks\.(\d+)\.", name)
-    entry = FAMILIES[family].get(re.sub(r"blocks\.\d+\.", "blocks.L.", name))
-    if entry is None:
+    found = FAMILIES[family].get(re.sub(r"blocks\.\d+\.", "blocks.L.", name))
+    if found is None:
         sys.exit(f"{family} has no parameter {name}")
-    stacked_name, index = (entry, None) if isinstance(entry, str) else entry
-    return (stacked_name.replace(".L.", f".{layer[1]}.") if layer else stacked_name), index
+    rows = found if isinstance(found, Rows) else Rows(found)
+    return rows._replace(name=rows.name.replace(".L.", f".{layer[1]}.") if layer else rows.name)
 
 
-def stack(family, parameters):
+def stack(family, parameters, heads):
     """Converts the suite's parameters to Hugging Face's: a dict of arrays, weights [out, in]."""
     parts = {}
     for name, data in parameters.items():
-        stacked_name, index = hf_name(family, name)
-        parts.setdefault(stacked_name, {})[index] = data
+        rows = entry(family, name)
+        parts.setdefault(rows.name, []).append((rows, data[None] if name == "type" else data))
     stacked = {}
-    for name, by_index in parts.items():
-        if None in by_index:
-            stacked[name] = by_index[None]
-        elif "token_type" in name:
-            stacked[name] = by_index[0][None]
+    for name, all_rows in parts.items():
+        all_rows.sort(key=lambda part: part[0].index)
+        rows, arrays = all_rows[0][0], [data for _, data in all_rows]
+        if rows.by_head:
+            by_head = [data.reshape(heads, -1, *data.shape[1:]) for data in arrays]
+            stacked[name] = np.concatenate(by_head, 1).reshape(-1, *arrays[0].shape[1:])
         else:
-            stacked[name] = np.concatenate([by_index[index] for index in sorted(by_index)])
+            unused = np.zeros((rows.first, *arrays[0].shape[1:]), arrays[0].dtype)
+            stacked[name] = np.concatenate([unused, *arrays])
     return stacked
 
 
-def unstack(array, index, dims):
-    """Returns the part of a stacked array that is one of the suite's parameters, of shape `dims`."""
-    if index is None:
-        return array
-    # A row of a table, or stacked rows.
-    return array[index] if array.ndim > len(dims) else array[index * dims[0]:(index + 1) * dims[0]]
+def unstack(family, parameters, gradients, heads):
+    """Returns the gradients of the suite's parameters, from those of Hugging Face's. Yields names and arrays."""
+    sizes = {}
+    for name, data in parameters.items():
+        rows = entry(family, name)
+        sizes.setdefault(rows.name, {})[rows.index] = 1 if name == "type" else len(data)
+    for name, data in parameters.items():
+        rows = entry(family, name)
+        if rows.name not in gradients:
+            sys.exit(f"no gradient of {rows.name}")
+        gradient, of_part = np.asarray(gradients[rows.name]), sizes[rows.name]
+        if rows.by_head:
+            by_head = gradient.reshape(heads, len(of_part), -1, *gradient.shape[1:])
+            yield name, by_head[:, rows.index].reshape(data.shape)
+        else:
+            start = rows.first + sum(size for index, size in of_part.items() if index < rows.index)
+            yield name, gradient[start:start + of_part[rows.index]]
 
 
 def read_config(path):
-    """Returns the JSON of a config.json. `path` is the file or its folder."""
+    """Returns the JSON of a config.json, or of the text model inside. `path` is the file or its folder."""
     path = Path(path)
-    return json.loads((path / "config.json" if path.is_dir() else path).read_text())
+    fields = json.loads((path / "config.json" if path.is_dir() else path).read_text())
+    if "text_config" not in fields:
+        return fields
+    shared = {"model_type": fields.get("model_type"), "tie_word_embeddings": fields.get("tie_word_embeddings")}
+    return {**{name: value for name, value in shared.items() if value is not None}, **fields["text_config"]}
+
+
+def head_count(fields):
+    return next(fields[name] for name in ("num_attention_heads", "n_head", "n_heads") if name in fields)
 
 
 def read_outputs(files):
@@ -125,17 +103,14 @@ def of_kind(tensors, kind):
     return {name.removeprefix(kind + "/"): data for name, data in tensors.items() if name.startswith(kind + "/")}
 
 
-def report(family, suite, loss, logits, gradients):
+def report(family, suite, loss, logits, gradients, heads):
     """Prints a line of JSON for each tensor: its name, and the norm of the difference over Hugging Face's norm."""
     suite_gradients = of_kind(suite, "grad")
     rows = {"loss": (suite["loss"], np.asarray([loss]))}
     if logits is not None:
         rows["logits"] = (suite["logits"], logits)
-    for name, gradient in suite_gradients.items():
-        stacked_name, index = hf_name(family, name)
-        if stacked_name not in gradients:
-            sys.exit(f"no gradient of {stacked_name}")
-        rows[name] = (gradient, unstack(np.asarray(gradients[stacked_name]), index, gradient.shape))
+    for name, gradient in unstack(family, suite_gradients, gradients, heads):
+        rows[name] = (suite_gradients[name], gradient)
     # A gradient that vanishes by symmetry (the bias of keys) is measured by the largest gradient.
     largest = max(float(np.linalg.norm(gradient)) for gradient in suite_gradients.values())
     for name, (actual, expected) in rows.items():

@@ -51,7 +51,8 @@ def compare_outputs(path, files):
     tokens, following = (mx.array(suite[f"input/{name}"].astype("int32")) for name in ("tokens", "next"))
     family, net = build(path, tokens.shape[1])
     mlx_lm_name = lambda name: re.sub("^transformer", "model", name)
-    stacked = hugging_face.stack(family, hugging_face.of_kind(suite, "parameter"))
+    heads = hugging_face.head_count(hugging_face.read_config(path))
+    stacked = hugging_face.stack(family, hugging_face.of_kind(suite, "parameter"), heads)
     known = dict(tree_flatten(net.parameters()))
     parameters = [(mlx_lm_name(name), mx.array(data.copy())) for name, data in stacked.items()]
     net.update(tree_unflatten([(name, data) for name, data in parameters if name in known]))
@@ -60,7 +61,7 @@ def compare_outputs(path, files):
     mx.eval(logits, loss, gradients)
     gradients = {name: np.array(g) for name, g in tree_flatten(gradients)}
     by_hf_name = {name: gradients[mlx_lm_name(name)] for name in stacked if mlx_lm_name(name) in gradients}
-    hugging_face.report(family, suite, loss.item(), np.array(logits), by_hf_name)
+    hugging_face.report(family, suite, loss.item(), np.array(logits), by_hf_name, heads)
 
 
 def time_steps(case, variant, path):

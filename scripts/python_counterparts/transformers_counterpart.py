@@ -16,7 +16,9 @@ import hugging_face
 from protocol import serve
 
 DROPOUTS = ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout_prob",
-            "attention_probs_dropout_prob")
+            "attention_probs_dropout_prob", "dropout", "hidden_dropout", "residual_dropout", "embedding_dropout")
+# Encoders, and the number of their first position.
+ENCODERS = {"bert": 0, "distilbert": 0, "roberta": 2, "xlm-roberta": 2, "camembert": 2}
 
 
 def build(path, tokens, attention, dropout):
@@ -28,15 +30,23 @@ def build(path, tokens, attention, dropout):
             setattr(config, name, 0.0)
     # The suite has one learned position per token.
     for name in ("n_positions", "max_position_embeddings"):
-        if family in ("gpt2", "bert") and hasattr(config, name):
-            setattr(config, name, tokens)
+        if family in ("gpt2", "gpt_bigcode", "opt", *ENCODERS) and hasattr(config, name):
+            setattr(config, name, tokens + ENCODERS.get(family, 0))
     config.use_cache = False
-    auto_model = AutoModelForMaskedLM if family == "bert" else AutoModelForCausalLM
-    return family, auto_model.from_config(config, attn_implementation=attention).float().train()
+    auto_model = AutoModelForMaskedLM if family in ENCODERS else AutoModelForCausalLM
+    net = auto_model.from_config(config, attn_implementation=attention).float().train()
+    # The suite has no padding, so the row of its token has a gradient.
+    for module in net.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.padding_idx = None
+    return family, net
 
 
 def loss_of(net, tokens, following):
-    logits = net(input_ids=tokens).logits
+    options = {}
+    if first := ENCODERS.get(net.config.model_type):
+        options["position_ids"] = torch.arange(first, first + tokens.shape[1], device=tokens.device).expand_as(tokens)
+    logits = net(input_ids=tokens, **options).logits
     return logits, F.cross_entropy(logits.flatten(0, 1).float(), following.flatten())
 
 
@@ -46,17 +56,19 @@ def compare_outputs(path, files):
     family, net = build(path, tokens.shape[1], "eager", False)
     net.eval()
     named = dict(net.named_parameters())
+    heads = hugging_face.head_count(hugging_face.read_config(path))
     # GPT-2's Conv1D has weights [in, out].
-    out_in = lambda name, a: a.T if re.search(r"\.c_(attn|proj|fc)\.weight$", name) else a
+    is_conv = lambda name: family == "gpt2" and re.search(r"\.c_(attn|proj|fc)\.weight$", name)
+    out_in = lambda name, a: a.T if is_conv(name) else a
     with torch.no_grad():
-        for name, data in hugging_face.stack(family, hugging_face.of_kind(suite, "parameter")).items():
+        for name, data in hugging_face.stack(family, hugging_face.of_kind(suite, "parameter"), heads).items():
             target = out_in(name, named[name])
             # BERT's row for the type of a second sentence has no counterpart in the suite.
             target[:len(data)].copy_(torch.from_numpy(data.copy()))
     logits, loss = loss_of(net, tokens, following)
     loss.backward()
     gradients = {name: out_in(name, p.grad).numpy() for name, p in named.items() if p.grad is not None}
-    hugging_face.report(family, suite, loss.item(), logits.detach().numpy(), gradients)
+    hugging_face.report(family, suite, loss.item(), logits.detach().numpy(), gradients, heads)
 
 
 def time_steps(case, variant, path):
