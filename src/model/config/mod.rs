@@ -3,6 +3,8 @@
 //! A field that changes the computation and is not implemented is an error. An unknown field is a note for the
 //! user.
 
+#[cfg(test)]
+mod family_tests;
 mod hugging_face;
 #[cfg(test)]
 mod tests;

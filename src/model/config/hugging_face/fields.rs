@@ -32,7 +32,7 @@ const IGNORED_FIELDS: &str = "
 /// Fields that change nothing if they are false.
 const IGNORED_IF_FALSE: &str = "use_mrope tie_encoder_decoder cross_attention_hidden_size";
 
-/// The fields of a configuration, and what was found in them.
+/// The fields of a configuration, and messages about them.
 pub struct Fields<'a> {
     pub all: &'a Map<String, Value>,
     /// The names of the fields that were read.

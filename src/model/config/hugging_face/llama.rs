@@ -195,7 +195,7 @@ pub fn gemma(f: &Fields<'_>) -> Result<Model> {
     })
 }
 
-/// What Gemma 2 and 3 share: norms on both sides of a block, the scale of the scores, and soft caps.
+/// Options that Gemma 2 and 3 share: norms on both sides of a block, and the scale of the scores.
 fn gemma_2_or_3(f: &Fields<'_>, rope: Defaults) -> Result<Model> {
     f.get("hidden_act");
     let m = gemma_decoder(f, rope)?;

@@ -151,7 +151,7 @@ fn parse_text(all: &Map<String, Value>) -> Result<(Model, Vec<String>)> {
     }
     if [f.get("quantization_config"), f.get("quantization")].iter().any(Option::is_some) {
         f.note(
-            "the measured step is that of the unquantised model, although the file says quantization"
+            "the measured step is that of the unquantized model, although the file says quantization"
                 .to_owned(),
         );
     }
