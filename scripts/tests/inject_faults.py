@@ -26,16 +26,16 @@ FAULTS = {
         ("dropout without 1/(1 - p)", TRAIN, TORCH_DROP, "x.dropout(p, true) * (1.0 - p)"),
         ("dropout that drops nothing", ATTENTION, TORCH_DROP, "x"),
         ("no dropout in fused attention", "train-step/{}/f32-tuned/indicator-b16",
-         "let p = self.dropout.weights;", "let p = 0.0;"),
+         "(self.dropout.weights, cache.visible", "(0.0, cache.visible"),
         ("keys past the hundredth ignored", "forward/{}/f32/indicator-b16",
-         "            let mut scores =",
-         "            let (k, v) = (k.narrow(2, 0, n.min(100)), v.narrow(2, 0, n.min(100)));\n            let mut scores ="),
+         "            let scores = q.matmul(",
+         "            let (k, v) = (k.narrow(2, 0, n.min(100)), v.narrow(2, 0, n.min(100)));\n            let scores = q.matmul("),
         ("feed-forward 5 % too large in bf16", "train-step/{}/mixed/indicator-b16", TORCH_LAST,
          f"{{ let y = {TORCH_LAST}; if y.kind() == Kind::BFloat16 {{ y * 1.05 }} else {{ y }} }}"),
         ("feed-forward 5 % too large in the tuned variant", "train-step/{}/mixed-tuned/indicator-b16", TORCH_LAST,
          f"{{ let y = {TORCH_LAST}; if y.kind() == Kind::BFloat16 {{ y * 1.05 }} else {{ y }} }}"),
-        ("attention scale 10 % off in bf16", "train-step/{}/mixed/indicator-b16", "/ (width as f64).sqrt();",
-         "/ (width as f64).sqrt() * if x.kind() == Kind::BFloat16 { 1.1 } else { 1.0 };"),
+        ("attention scale 10 % off in bf16", "train-step/{}/mixed/indicator-b16", "/ (m.head_width as f64).sqrt(),",
+         "/ (m.head_width as f64).sqrt() * if x.kind() == Kind::BFloat16 { 1.1 } else { 1.0 },"),
         ("the tanh approximation of GELU", FFN, 'x.gelu("none")', 'x.gelu("tanh")'),
     ],
     "mlx": [
@@ -47,8 +47,7 @@ FAULTS = {
         ("keys past the hundredth ignored", "forward/{}/f32/indicator-b16", "let weights = softmax(&scores)?;",
          "let past = ops::arange::<f32, f32>(None, n as f32, None)?.ge(Array::from_f32(100.0))?;\n"
          "            let weights = softmax(&scores.add(past.as_dtype(x.dtype())?.multiply(scalar(-3e4, x.dtype()))?)?)?;"),
-        ("attention scale 10 % off", ATTENTION, "let factor = 1.0 / f64::from(width).sqrt();",
-         "let factor = 1.1 / f64::from(width).sqrt();"),
+        ("attention scale 10 % off", ATTENTION, "scale(&q, m.score_scale())", "scale(&q, 1.1 * m.score_scale())"),
     ],
 }
 

@@ -75,7 +75,7 @@ impl AttentionCache {
 /// Configuration of the layers, and the random state of dropout.
 pub struct Layers {
     pub model: ModelId,
-    /// What attention needs, by the model's kinds of attention.
+    /// Constants of attention, by the model's kinds of attention.
     pub caches: Vec<AttentionCache>,
     /// True for fused attention, unless the attention weights need dropout, which MLX's kernel does not have.
     pub fused: bool,

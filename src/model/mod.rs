@@ -37,7 +37,7 @@ pub enum NormOrder {
     SandwichNorm,
     /// x + f(norm(x)) + g(norm(x)), with two norms (GPT-NeoX).
     Parallel,
-    /// The same with one norm for both parts (Phi).
+    /// Both parts in parallel with one norm (Phi).
     ParallelSharedNorm,
 }
 
@@ -189,7 +189,7 @@ pub struct Dropout {
     pub weights: f64,
     /// On the output of a block, before the residual addition.
     pub residual: f64,
-    /// The same for attention alone, if it differs (DistilBERT).
+    /// On the output of attention, if it differs from `residual` (DistilBERT).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub attention: Option<f64>,
     /// Inside the feed-forward block.
@@ -230,16 +230,16 @@ impl Default for Dropout {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Scales {
-    /// Of the embedding.
+    /// Factor of the embedding.
     pub embedding: f64,
-    /// Of the attention scores; 1/√(head width) by default.
+    /// Factor of the attention scores; 1/√(head width) by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub scores: Option<f64>,
-    /// Of the output of a block, before the residual addition.
+    /// Factor of the output of a block, before the residual addition.
     pub residual: f64,
-    /// Of the result of the last layer, before the output head.
+    /// Factor of the result of the last layer, before the output head.
     pub hidden: f64,
-    /// Of the logits.
+    /// Factor of the logits.
     pub logits: f64,
 }
 
@@ -257,10 +257,10 @@ impl Default for Scales {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Caps {
-    /// Of the attention scores.
+    /// Cap of the attention scores.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub scores: Option<f64>,
-    /// Of the logits.
+    /// Cap of the logits.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub logits: Option<f64>,
 }

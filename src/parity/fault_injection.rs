@@ -13,6 +13,7 @@ use crate::backend::{Backend, LoadedCase};
 use crate::fixture::{Fixture, Tensor};
 use crate::model::{
     Activation, Dropout, Model, ModelId, NormKind, NormOrder, OPTION_MODELS, Output, Position, Rotary,
+    SecondAttention,
 };
 use crate::reference::{self, Accumulation, NamedValues, Rounding};
 use crate::suite::{Case, Method, Precision, Shape, Workload};
@@ -135,6 +136,22 @@ pub const FAULTS: &[Fault] = &[
     fault("no token type", Forward, "masked-tiny", Change::Model(|m| m.token_type = false), &[]),
     fault("no bias of the output", ForwardBackward, "masked-tiny", Change::Input(|f| fill(f, "output.bias", 0.0)), &[Bf16, Mixed]),
     fault("no dropout of the embedding", TrainStep, "masked-tiny", Change::DropoutInput(|f| f.dropout.embedding = 0.0), &[]),
+    fault("no soft cap of the scores", Attention, "capped-tiny", Change::Model(|m| m.cap.scores = None), &[]),
+    fault("no soft cap of the logits", Forward, "capped-tiny", Change::Model(|m| m.cap.logits = None), &[]),
+    fault("embedding not scaled", Forward, "capped-tiny", Change::Model(|m| m.scale.embedding = 1.0), &[]),
+    fault("blocks not scaled", ForwardBackward, "capped-tiny", Change::Model(|m| m.scale.residual = 1.0), &[]),
+    fault("norm without its offset", Forward, "capped-tiny", Change::Model(|m| m.norm = NormKind::rms(m.norm.eps())), &[]),
+    fault("no attention window", Attention, "capped-tiny", Change::Model(|m| m.second_attention = m.second_attention.map(|s| SecondAttention { window: None, ..s })), &[]),
+    fault("one rotary base for all layers", Forward, "capped-tiny", Change::Model(|m| m.position = Position::Rotary(Rotary::new(1e4))), &[]),
+    fault("blocks one after the other", Forward, "parallel-tiny", Change::Model(|m| m.norm_order = NormOrder::PreNorm), &[]),
+    fault("rotary halves instead of pairs", Attention, "parallel-tiny", Change::Model(|m| edit_rotary(m, |r| r.pairs = false)), &[]),
+    fault("all features rotate", Attention, "parallel-tiny", Change::Model(|m| edit_rotary(m, |r| r.share = 1.0)), &[]),
+    fault("no factor on cosines and sines", AttentionGrad, "parallel-tiny", Change::Model(|m| edit_rotary(m, |r| r.factor = 1.0)), &[]),
+    fault("no bias of an untied output", Forward, "parallel-tiny", Change::Input(|f| fill(f, "output.bias", 0.0)), &[]),
+    fault("no dropout of an embedding without positions", TrainStep, "parallel-tiny", Change::DropoutInput(|f| f.dropout.embedding = 0.0), &[]),
+    fault("dropout behind attention too", TrainStep, "parallel-tiny", Change::DropoutInput(|f| f.dropout.attention = None), &[]),
+    fault("norms before the blocks instead of behind", Forward, "unturned-tiny", Change::Model(|m| m.norm_order = NormOrder::PreNorm), &[]),
+    fault("rotary positions in every layer", Forward, "unturned-tiny", Change::Model(|m| m.second_attention = None), &[]),
     fault("TF32 in f32", ForwardBackward, "indicator", Change::Rounding(|| Rounding::for_precision(Tf32, Accumulation::Wide)), &[Tf32, Bf16, F16, Mixed, Amp]),
     fault("bf16 products in f32 and f16", ForwardBackward, "gpt2", Change::Rounding(|| Rounding::for_precision(Bf16, Accumulation::Wide)), BF16),
     fault("sums accumulated in bf16", FeedForwardGrad, "indicator", Change::Rounding(|| Rounding::for_precision(Bf16, Accumulation::Narrow)), BF16),
@@ -157,6 +174,12 @@ fn fill(f: &mut Fixture, name: &str, value: f32) {
 fn scale_queries(f: &mut Fixture, name: &str, factor: f32) {
     scale(f, &format!("{name}.q.weight"), factor);
     scale(f, &format!("{name}.q.bias"), factor);
+}
+
+fn edit_rotary(m: &mut Model, change: fn(&mut Rotary)) {
+    if let Position::Rotary(rotary) = &mut m.position {
+        change(rotary);
+    }
 }
 
 fn model_of(f: &Fixture) -> ModelId {

@@ -32,7 +32,7 @@ impl<R: Real> HeadWeights<R> {
     }
 }
 
-/// How the scores of attention are computed.
+/// Options of the scores of attention.
 pub struct Scores<'a> {
     pub heads: usize,
     pub scale: f64,

@@ -16,7 +16,7 @@ pub struct Layers {
     pub model: ModelId,
     /// True for one q-k-v projection and `scaled_dot_product_attention`.
     pub fused: bool,
-    /// What attention needs, by the model's kinds of attention.
+    /// Constants of attention, by the model's kinds of attention.
     pub caches: Vec<AttentionCache>,
     /// Dropout probabilities, which are 0 outside training.
     pub dropout: Dropout,
