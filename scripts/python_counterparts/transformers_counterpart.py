@@ -24,6 +24,9 @@ ENCODERS = {"bert": 0, "distilbert": 0, "roberta": 2, "xlm-roberta": 2, "camembe
 def build(path, tokens, attention, dropout):
     fields = hugging_face.read_config(path)
     family = fields.pop("model_type")
+    # The library would round constants to the type of the published weights.
+    for name in ("dtype", "torch_dtype"):
+        fields.pop(name, None)
     config = AutoConfig.for_model(family, **fields)
     for name in DROPOUTS:
         if not dropout and hasattr(config, name):
@@ -55,7 +58,7 @@ def compare_outputs(path, files):
     tokens, following = (torch.from_numpy(suite[f"input/{name}"].astype("int64")) for name in ("tokens", "next"))
     family, net = build(path, tokens.shape[1], "eager", False)
     net.eval()
-    named = dict(net.named_parameters())
+    named = dict(net.named_parameters(remove_duplicate=False))
     heads = hugging_face.head_count(hugging_face.read_config(path))
     # GPT-2's Conv1D has weights [in, out].
     is_conv = lambda name: family == "gpt2" and re.search(r"\.c_(attn|proj|fc)\.weight$", name)

@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-LAYERS, WIDTH, HEADS, HEAD_WIDTH, VOCABULARY = 3, 64, 4, 16, 64
+LAYERS, WIDTH, HEADS, HEAD_WIDTH, VOCABULARY = 3, 64, 4, 16, 80
 SIZES = {
     LAYERS: ("num_hidden_layers", "n_layer", "n_layers"),
     WIDTH: ("hidden_size", "n_embd", "dim", "word_embed_proj_dim"),
@@ -21,7 +21,7 @@ SIZES = {
     5: ("sliding_window",),
 }
 # Ids of tokens that a small vocabulary lacks, and storage that the step does not have.
-DROPPED = ("pad_token_id", "bos_token_id", "eos_token_id", "quantization", "quantization_config", "auto_map")
+DROPPED = ("bos_token_id", "eos_token_id", "quantization", "quantization_config", "auto_map")
 FIRST_LAYERS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "no_rope_layers": [1, 0, 1]}
 
 
@@ -42,6 +42,8 @@ def shortened(value, pairs):
 def miniature(fields):
     """Returns the fields of the miniature."""
     small = {name: value for name, value in fields.items() if name not in DROPPED}
+    # Its default is outside the vocabulary in some families.
+    small["pad_token_id"] = 1
     for size, names in SIZES.items():
         small.update({name: size for name in names if small.get(name) is not None})
     shared = small.get("num_key_value_heads")
@@ -52,8 +54,8 @@ def miniature(fields):
         if small.get(name):
             small[name] = shortened(small[name], rotating_pairs(small))
     for name, value in FIRST_LAYERS.items():
-        if len(set(small.get(name) or [])) > 1:
-            small[name] = value
+        if small.get(name):
+            small[name] = value if len(set(small[name])) > 1 else small[name][:LAYERS]
     if "text_config" in small:
         small["text_config"] = miniature(small["text_config"])
     return small

@@ -74,7 +74,7 @@ class CustomModel(unittest.TestCase):
         broken = self.folder / "broken.json"
         broken.write_text("{")
         for path, more, word in (
-                (self.config("scaled", rope_scaling={"rope_type": "yarn", "factor": 4.0}), {}, "rope_scaling"),
+                (self.config("scaled", rope_scaling={"rope_type": "ntk", "factor": 4.0}), {}, "rope_scaling"),
                 (self.config("experts", num_local_experts=8), {}, "num_local_experts"),
                 (self.config("odd", num_attention_heads=5), {}, "do not divide"),
                 (self.config("huge", hidden_size=16384, num_hidden_layers=400, intermediate_size=65536), {}, "GB"),
