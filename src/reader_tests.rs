@@ -28,8 +28,8 @@ const EXTREME_SIZE: usize = 200_000;
 const CONFIG: &str = r#"{"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
     "num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 96, "rope_theta": 1e4, "rope_scaling": null,
     "rope_parameters": {"rope_type": "default"}, "architectures": ["LlamaForCausalLM"], "_name_or_path": "a/b"}"#;
-const PYTHON: &str = "date,case,python,suite_ms,python_ms,ratio,low,high\n\
-                      2026-11-25,train-step/mlx-cpu/f32/indicator-b16,eager,1340,1388,0.967,0.9,1.1\n";
+const PYTHON: &str = "date,group,case,program,ms,low,high\n\
+                      2026-11-25,g,train-step/mlx-cpu/f32/indicator-b16,eager,1340,1300,1400\n";
 const HOSTS: &str = r#"[["127.0.0.1:5000", "10.0.0.1:80"], ["host:5001"]]"#;
 const ID: &str = "train-step/torch-cuda/mixed-tuned/indicator-b16-dp2";
 
@@ -77,7 +77,7 @@ fn readers() -> Vec<Reader> {
             parsed.map(|baseline| use_baseline(text, &baseline)).is_ok()
         }),
         reader("python.csv", PYTHON, |text| {
-            python::parse(text).map(|rows| rows.iter().for_each(|row| drop(row.row()))).is_ok()
+            python::parse(text).map(|rows| rows.iter().for_each(|row| drop(row.row(&rows)))).is_ok()
         }),
         reader("hosts file", HOSTS, |text| read_file("hosts", text, rendezvous::count_hosts)),
         reader("folded stacks", "step;a;b 3\nstep;c 1\n", |text| {
@@ -201,7 +201,7 @@ fn an_extreme_file_is_read_in_time() {
 
 #[test]
 fn any_observations_give_a_verdict() {
-    let rule = Rule { threshold: 0.02, cases: 1, max_rounds: 60 };
+    let rule = Rule { threshold: 0.02, cases: 1, max_rounds: 60, precision: None };
     let rounds = prop::collection::vec((-30.0..30.0f64, 0.0..30.0f64), 0..100);
     proptest!(configuration(), |(rounds in rounds)| {
         let rounds: Vec<[f64; 2]> = rounds.into_iter().map(|(centre, error)| [centre, error]).collect();

@@ -11,6 +11,7 @@ mod estimate;
 mod measurement;
 mod options;
 mod parity;
+mod processes;
 mod profiler;
 mod protocol;
 mod ranks;
@@ -28,6 +29,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use transformer_bench::backend::{self, Backends, Rank};
+use transformer_bench::compare::worker::WrongSteps;
 use transformer_bench::results::machine::{self, Machine};
 use transformer_bench::results::run::{Selection, Writer};
 use transformer_bench::results::{self, Record, Status};
@@ -260,10 +262,7 @@ impl<'a> Suite<'a> {
         let mut record = measured.unwrap_or_else(|error| Some(failure_record(case, &error)))?;
         record.parity = parity;
         if record.status == Status::Measured && !self.options.test {
-            let machine = &self.environment.machine;
-            record = fill_record(&self.criterion_home, case, record)
-                .and_then(|filled| self.ceiling.check(case, &filled, backend, machine).map(|()| filled))
-                .unwrap_or_else(|error| Record::unmeasured(case, Status::Error, format!("{error:#}")));
+            record = self.complete(case, record, label).unwrap_or_else(|error| failure_record(case, &error));
         }
         if record.status == Status::Error && !self.options.test {
             // No comparison may use the samples of a failed case.
@@ -272,6 +271,28 @@ impl<'a> Suite<'a> {
         }
         report_status(&record, label, self.options.test);
         Some(record)
+    }
+}
+
+impl Suite<'_> {
+    /// Adds the times of a measured case to its record and checks that they are possible.
+    ///
+    /// # Errors
+    /// Returns an error if a process fails, if a file of Criterion is missing, or if the time is impossible.
+    fn complete(&mut self, case: &Case, mut record: Record, label: &str) -> Result<Record> {
+        if processes::depends_on_process(case, &record) {
+            eprintln!("{label} {case}: {} fresh processes", processes::PROCESSES);
+            match processes::time(&processes::own_side(case)?, case) {
+                Ok(times) => record.process_ns = times,
+                Err(error) if error.is::<WrongSteps>() => return Err(error),
+                // Memory that this process holds can be missing in another.
+                Err(error) => eprintln!("{label} {case}: timed in one process only: {error:#}"),
+            }
+        }
+        let record = fill_record(&self.criterion_home, case, record)?;
+        let backend = self.environment.backend_for(case).map_err(|reason| anyhow!(reason))?;
+        self.ceiling.check(case, &record, backend, &self.environment.machine)?;
+        Ok(record)
     }
 }
 

@@ -6,9 +6,11 @@ use anyhow::{Context, Result};
 use serde_json::Value;
 use transformer_bench::memory;
 use transformer_bench::results::{Record, Status, Throughput, criterion_folder};
+use transformer_bench::statistics::{self, sorted};
 use transformer_bench::suite::{Case, cost};
 
-/// Adds the median, its interval and the throughput from the files that Criterion has written.
+/// Adds the median, its interval and the throughput from the files that Criterion has written. If several processes
+/// timed the case, the median and the range of their times replace those of Criterion's process.
 ///
 /// # Errors
 /// Returns an error if a file is missing or damaged.
@@ -22,11 +24,15 @@ pub fn fill_record(criterion_home: &Path, case: &Case, mut record: Record) -> Re
     };
     let median = read("estimates.json")?["median"].take();
     let number = |value: &Value| value.as_f64().context("Criterion's estimates have no median");
-    let median_ns = number(&median["point_estimate"])?;
     let interval = &median["confidence_interval"];
+    let ends = [number(&interval["lower_bound"])?, number(&interval["upper_bound"])?];
+    let (median_ns, ci_ns) = match &sorted(record.process_ns.iter().copied())[..] {
+        [first, .., last] => (statistics::median(&record.process_ns), [*first, *last]),
+        _ => (number(&median["point_estimate"])?, ends),
+    };
     let work = cost::work(case);
     record.median_ns = Some(median_ns);
-    record.ci_ns = Some([number(&interval["lower_bound"])?, number(&interval["upper_bound"])?]);
+    record.ci_ns = Some(ci_ns);
     record.page_fault_share = record.page_faults.map(|faults| faults * memory::page_fault_ns() / median_ns);
     record.samples = read("sample.json")?["times"].as_array().map(|times| times.len() as u64);
     record.throughput =

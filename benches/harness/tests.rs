@@ -8,6 +8,8 @@ mod estimate;
 mod failure;
 mod measurement;
 mod options;
+mod processes;
+mod processes_tests;
 mod profiler;
 mod records;
 mod sampling_timer;

@@ -10,6 +10,7 @@
 //! | `outputs ID FILE` | `written` once the inputs, parameters and results of the first parity step are in FILE |
 //! | `describe ID` | the case as JSON, from which a program in another language builds the same step |
 //! | `work ROUNDS` | the nanoseconds that ROUNDS of unrelated arithmetic take |
+//! | `verify` | `verified` if a step with other inputs has other results. Later steps use these inputs |
 //! | a number N | nanoseconds of N steps of the loaded case: wall time, CPU time, and time that runnable threads waited for a CPU |
 //!
 //! A request that fails is answered with `failed: REASON`. With an ID, the worker starts as if by `case ID`, and exits
@@ -25,8 +26,9 @@ use transformer_bench::backend::{
 };
 use transformer_bench::fixture::{Fixture, Tensor};
 use transformer_bench::interference::{cpu_time, scheduler_delay_ns};
-use transformer_bench::parity::ParityChecker;
 use transformer_bench::parity::cache::PassedChecks;
+use transformer_bench::parity::idle_steps::{IdleCase, IdleStep};
+use transformer_bench::parity::{ParityChecker, timed_work};
 use transformer_bench::process;
 use transformer_bench::results::{self, one_line, upgrade};
 use transformer_bench::suite::{Case, Framework, cases, parse_filter};
@@ -38,10 +40,15 @@ use super::ranks::{self, rank_worker};
 /// Slows steps down, to verify that comparisons find it: `ID=ROUNDS` of [`burn_cpu`] per step, separated by `;`.
 const EXTRA_WORK: &str = "TRANSFORMER_BENCH_EXTRA_WORK";
 
+/// Makes the steps of a case stop computing, to verify that comparisons find it: the id of the case.
+const IDLE_CASE: &str = "TRANSFORMER_BENCH_IDLE_CASE";
+
+const NO_CASE: &str = "no case is loaded: send 'case ID' first";
+
 struct Worker<'a> {
     backends: &'a Backends,
     framework: Framework,
-    loaded: Option<Box<dyn LoadedCase>>,
+    loaded: Option<(Case, Box<dyn LoadedCase>)>,
     /// Rounds of extra work per step of the loaded case.
     extra_rounds: u64,
     checker: ParityChecker,
@@ -97,6 +104,7 @@ impl<'a> Worker<'a> {
                 let (set, filter) = rest.split_once(' ').unwrap_or((rest, ""));
                 self.cases(set, filter)
             }
+            ("verify", "") => self.verify().map(|()| "verified".to_owned()),
             ("prove", id) => self.check_parity(id),
             ("outputs", rest) => {
                 let (id, file) = rest.split_once(' ').context("usage: outputs ID FILE")?;
@@ -187,14 +195,23 @@ impl<'a> Worker<'a> {
         backend.reset_peak_memory()?;
         let mut loaded = backend.load(&Fixture::new(case))?;
         loaded.step()?;
+        if std::env::var(IDLE_CASE).is_ok_and(|idle| idle == id) {
+            loaded = Box::new(IdleCase::new(loaded, IdleStep::FromTheFourth));
+        }
         self.extra_rounds = extra_work(id)?.unwrap_or(0);
-        self.loaded = Some(loaded);
+        self.loaded = Some((case, loaded));
         Ok(())
+    }
+
+    /// Verifies that the steps of the loaded case still do their work.
+    fn verify(&mut self) -> Result<()> {
+        let (case, loaded) = self.loaded.as_mut().context(NO_CASE)?;
+        timed_work::verify_progress(loaded.as_mut(), *case)
     }
 
     fn time(&mut self, steps: u64) -> Result<String> {
         let (delay_before, cpu_before) = (scheduler_delay_ns(), cpu_time());
-        let loaded = self.loaded.as_mut().context("no case is loaded: send 'case ID' first")?;
+        let (_, loaded) = self.loaded.as_mut().context(NO_CASE)?;
         let mut wall = loaded.time(steps)?;
         if self.extra_rounds > 0 {
             let start = Instant::now();

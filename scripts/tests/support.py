@@ -82,6 +82,37 @@ def temporary_folder(test):
     return Path(folder.name)
 
 
+def fake_worker(path, case, script="", parity="now 0.5", step=200_000):
+    """Writes a worker that reports times instead of measuring them: `step` nanoseconds, with a noise of 0.1 %.
+
+    `script` runs before each answer. `parity` is the answer to a request for a parity check.
+    """
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"""#!/usr/bin/env python3
+import os, sys, random
+for line in sys.stdin:
+    word = line.split()[0]
+    step = {step}
+    {script or 'pass'}
+    if word == "cases":
+        print("{case}")
+    elif word == "case":
+        print("ready")
+    elif word == "version":
+        print(4)
+    elif word == "work":
+        print(0)
+    elif word == "verify":
+        print("verified")
+    elif word == "{CHECK_PARITY}":
+        print({parity!r})
+    else:
+        print(int(int(word) * step * random.gauss(1, 0.001)))
+    sys.stdout.flush()
+""")
+    path.chmod(0o755)
+
+
 class CompareCase(unittest.TestCase):
     """Comparisons of workers that report times instead of measuring them."""
 
@@ -94,34 +125,9 @@ class CompareCase(unittest.TestCase):
         cls.addClassCleanup(shutil.rmtree, cls.folder)
 
     def side(self, name, script="", parity="now 0.5"):
-        """Returns a side of a comparison, whose worker reports 0.2 ms per step.
-
-        `script` runs before each answer. `parity` is the answer to a request for a parity check.
-        """
+        """Returns a side of a comparison with a worker that reports 0.2 ms per step."""
         folder = self.folder / name
-        folder.mkdir(exist_ok=True)
-        worker = folder / "torch"
-        worker.write_text(f"""#!/usr/bin/env python3
-import os, sys, random
-for line in sys.stdin:
-    word = line.split()[0]
-    step = 200_000
-    {script or 'pass'}
-    if word == "cases":
-        print("{self.CASE}")
-    elif word == "case":
-        print("ready")
-    elif word == "version":
-        print(3)
-    elif word == "work":
-        print(0)
-    elif word == "{CHECK_PARITY}":
-        print({parity!r})
-    else:
-        print(int(int(word) * step * random.gauss(1, 0.001)))
-    sys.stdout.flush()
-""")
-        worker.chmod(0o755)
+        fake_worker(folder / "torch", self.CASE, script, parity)
         return f"dir:{folder}"
 
     def compare(self, *arguments, env=None):

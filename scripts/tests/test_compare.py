@@ -60,6 +60,20 @@ class Compare(CompareCase):
         self.assertIn("failed", text)
         self.assertIn("the kernel is broken", text)
 
+    def test_processes_of_two_speeds_are_no_regression(self):
+        """PyTorch on Metal: 40 % of the processes take 2.5 times as long."""
+        side = self.side("bimodal", "step *= random.Random(os.getpid()).choice([1, 1, 1, 2.5, 2.5])")
+        for _ in range(3):
+            code, text = self.compare(side, side, "--set", "smoke")
+            self.assertEqual(code, 0, text)
+            self.assertIn("inconclusive", text)
+
+    def test_steps_that_stop_computing_fail(self):
+        idle = 'if word == "verify": print("failed: no work", flush=True); continue'
+        code, text = self.compare(self.side("base"), self.side("head", idle), "--set", "smoke")
+        self.assertEqual(code, 1, text)
+        self.assertIn("head: no work", text)
+
     def test_an_inconclusive_case_fails_only_when_strict(self):
         noisy = "step *= random.Random(os.getpid()).choice([0.5, 2])"
         arguments = (self.side("base"), self.side("head", noisy), "--set", "smoke", "--minutes", "0.05")

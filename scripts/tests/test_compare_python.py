@@ -2,31 +2,72 @@
 import contextlib
 import io
 import os
+import random
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
+import types
 import unittest
 from pathlib import Path
 
-from support import ROOT, load, run
+from support import ROOT, load, run, temporary_folder
+
+sys.path.insert(0, str(ROOT / "scripts" / "helpers"))
+import timing  # noqa: E402
 
 
 class ComparePython(unittest.TestCase):
-    def test_saved_rows_replace_those_of_the_same_case(self):
+    def test_saved_groups_replace_those_of_the_same_steps(self):
         script = load("compare-python")
-        row = {"case": "train-step/torch-cpu/f32/indicator-b16", "variant": "eager", "suite_ms": 600.4, "python_ms": 640.0,
-               "ratio": 0.938, "low": 0.9, "high": 0.95}
+        case = "train-step/torch-cpu/f32/indicator-b16"
+        row = {"case": case, "program": script.SUITE, "ms": 600.4, "low": 590.0, "high": 610.0}
+        group = [row, {**row, "program": "eager", "ms": 640.0}]
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "machine" / "python.csv"
             with contextlib.redirect_stdout(io.StringIO()):
-                script.save(path, [row, {**row, "case": row["case"].replace("torch", "mlx"), "variant": "compile"}])
-                script.save(path, [{**row, "ratio": 0.5}])
+                script.save(path, [group, [{**row, "case": case.replace("torch", "mlx")}]])
+                script.save(path, [[row, {**group[1], "ms": 650.0}]])
             rows = path.read_text().splitlines()
-        self.assertEqual(rows[0], "date,case,python,suite_ms,python_ms,ratio,low,high")
-        self.assertEqual(len(rows), 3)
-        self.assertIn("/mlx-cpu/f32/indicator-b16,mx.compile,600.4,640,0.938,0.900,0.950", rows[1])
-        self.assertIn("/torch-cpu/f32/indicator-b16,eager,600.4,640,0.500", rows[2])
+        self.assertEqual(rows[0], "date,group,case,program,ms,low,high")
+        self.assertEqual(len(rows), 4)
+        self.assertIn("mlx-cpu/f32/indicator-b16,this suite,600.4,590,610", rows[1])
+        self.assertIn("/torch-cpu/f32/indicator-b16,eager,650,590,610", rows[3])
+
+    def test_steps_of_one_group_are_timed_in_the_same_rounds(self):
+        script = load("compare-python")
+        folder = temporary_folder(self)
+        log = folder / "log"
+        built = {}
+        for name, milliseconds in (("torch", 10), ("mlx", 40)):
+            built[name] = folder / name
+            built[name].write_text(f"""#!/usr/bin/env python3
+import sys
+print("ready", flush=True)
+for line in sys.stdin:
+    open("{log}", "a").write("{name} ")
+    print(int(line) * {milliseconds}_000_000, 0, 0, flush=True)
+""")
+            built[name].chmod(0o755)
+        steps = [script.Step(f"train-step/{name}-cpu/f32/indicator-b16", "{}") for name in built]
+        arguments = types.SimpleNamespace(python=None, model=None, rounds=8)
+        rows, missing = script.compare(steps, built, arguments)
+        self.assertEqual(([round(row["ms"], 6) for row in rows], missing), ([10, 40], []))
+        # One step each to choose the number of steps, then the rounds.
+        names = log.read_text().split()[2:]
+        pairs = {tuple(names[i:i + 2]) for i in range(0, len(names), 2)}
+        self.assertEqual(pairs, {("torch", "mlx"), ("mlx", "torch")})
+        self.assertEqual(script.frameworks_sentence(rows), "MLX time / PyTorch time: 4.00 in this suite")
+
+    def test_the_interval_of_a_median_holds_it_as_often_as_it_says(self):
+        dice = random.Random(1)
+        for count in (6, 15, 40):
+            held = 0
+            for _ in range(2000):
+                _, low, high = timing.median_with_interval([dice.gauss(5, 1) for _ in range(count)])
+                held += low <= 5 <= high
+            self.assertGreaterEqual(held, 1880, count)
 
     def test_wrong_input_is_refused_before_anything_is_built(self):
         case = "train-step/mlx-cpu/f32/indicator-b1"

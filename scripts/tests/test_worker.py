@@ -1,5 +1,6 @@
 """The bench executables as workers: their libraries, their protocol, and their use of memory."""
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -26,6 +27,16 @@ class Worker(unittest.TestCase):
         worker.close()
         with self.assertRaises(script.ComparisonError):
             script.Worker([executable, "--bench", "--worker", "copy-peak/torch-mps/f32/1mib"])
+
+    def test_steps_that_stop_computing_are_noticed(self):
+        for name, executable in executables().items():
+            for workload in ("train-step", "forward"):
+                case = f"{workload}/{name}-cpu/f32/indicator-tiny-b2"
+                command = [executable, "--bench", "--worker"]
+                answers = lambda env: subprocess.run(command, input=f"case {case}\n9\nverify\n", text=True, capture_output=True,
+                                                     env={**os.environ, **env}).stdout.splitlines()
+                self.assertEqual(answers({})[2], "verified")
+                self.assertIn("the timed steps did no work", answers({"TRANSFORMER_BENCH_IDLE_CASE": case})[2])
 
     def test_a_worker_describes_a_case(self):
         script, executable = load("compare-python"), executables()["torch"]

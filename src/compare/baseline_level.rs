@@ -12,8 +12,8 @@ use super::worker::{Side, Threads, Worker};
 use crate::statistics::{mean, midmean, std_dev, student_t_two_sided};
 use crate::suite::{Case, Framework};
 
-/// The level of a baseline. It comes from one process, so the drift within the run replaces the spread between
-/// processes.
+/// The level of a baseline. Most cases were timed in one process, so the drift within the run replaces the spread
+/// between processes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct BaselineLevel {
     /// Log of the median step time.
@@ -34,6 +34,13 @@ pub fn summarize(samples: &[f64]) -> Option<BaselineLevel> {
     let each = logs.len() / SEGMENTS;
     let levels: Vec<f64> = logs.chunks(each).take(SEGMENTS).map(midmean).collect();
     Some(BaselineLevel { level: midmean(&logs), drift: std_dev(&levels) })
+}
+
+/// Summarizes the step times of several processes in seconds. The drift is their spread. Returns `None` for fewer than
+/// three processes.
+pub fn summarize_processes(times: &[f64]) -> Option<BaselineLevel> {
+    let logs: Vec<f64> = times.iter().map(|time| time.ln()).collect();
+    (logs.len() > 2).then(|| BaselineLevel { level: mean(&logs), drift: std_dev(&logs) })
 }
 
 /// Compares a baseline with rounds of another side. `head` has one log level per round. The interval is that of
@@ -117,8 +124,11 @@ pub fn levels(
     Ok(all)
 }
 
-/// Returns the midmean of the log times of a case's blocks, after a warm-up.
-fn level(worker: &mut Worker, case: &Case) -> Result<f64> {
+/// Returns the log of a case's step time in seconds, the midmean of its blocks after a warm-up.
+///
+/// # Errors
+/// Returns an error if the process ends or the case fails.
+pub fn level(worker: &mut Worker, case: &Case) -> Result<f64> {
     worker.load(case)?;
     let each = worker.time(1)?.wall.min(worker.time(1)?.wall);
     let steps = steps_per_block(each);
@@ -148,6 +158,10 @@ mod tests {
         assert_eq!(verdict(&quiet, 0.1), Verdict::Slower);
         assert_eq!(verdict(&quiet, -0.1), Verdict::Faster);
         assert_eq!(verdict(&restless, 0.1), Verdict::Inconclusive);
+        // Two of six processes of the baseline and all of the head are slow.
+        let base = summarize_processes(&[1.0, 1.0, 2.5, 1.0, 2.5, 1.0]).unwrap();
+        assert_eq!(compare_with_baseline(&base, &[2.5f64.ln(); 5], THRESHOLD).0, Verdict::Inconclusive);
+        assert_eq!(compare_with_baseline(&base, &[25f64.ln(); 5], THRESHOLD).0, Verdict::Slower);
         assert!(summarize(&[1.0; 9]).is_none() && summarize(&[f64::INFINITY; 20]).is_none());
         assert_eq!(
             compare_baselines(&summarize(&quiet).unwrap(), &summarize(&quiet).unwrap(), THRESHOLD).0,

@@ -14,7 +14,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::statistics::{mean, sorted, std_dev, student_t_two_sided};
+use crate::statistics::{
+    REPORT_CONFIDENCE, mean, sorted, std_dev, student_t_two_sided, trim, trimmed_error, trimmed_mean,
+};
 
 /// Result of a comparison of one case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -65,6 +67,16 @@ pub struct Rule {
     pub cases: usize,
     /// Rounds after which a case is inconclusive. A flagged case gets twice this number.
     pub max_rounds: usize,
+    /// The goal of a case that is compared for its interval and not for a verdict.
+    pub precision: Option<Precision>,
+}
+
+/// The interval after which a case needs no further round.
+#[derive(Clone, Copy, Debug)]
+pub struct Precision {
+    pub min_rounds: usize,
+    /// Largest distance of either end of the 95 % interval from the ratio, as a share of the ratio.
+    pub half_width: f64,
 }
 
 /// The default of [`Rule::threshold`].
@@ -86,8 +98,8 @@ fn alpha_share(rounds: usize) -> f64 {
     rounds as f64 / CONFIRM_LOOKS.iter().sum::<usize>() as f64
 }
 
-/// Confidence level of the reported interval.
-pub const CONFIDENCE: f64 = 0.99;
+/// Confidence level of the interval that is reported with a verdict, and with which a case is flagged.
+pub const CONFIDENCE: f64 = 1.0 - FLAG_ALPHA;
 /// Confidence level of the interval that must be within the threshold for `equivalent`. It is tested many times, and
 /// a wrong claim hides a regression.
 const EQUIVALENCE_CONFIDENCE: f64 = 0.998;
@@ -129,41 +141,26 @@ impl Round {
     }
 }
 
-/// Returns the number of rounds to trim at each end. Some processes are a third slower for their whole life.
-fn trim(count: usize) -> usize {
-    count / 8
-}
-
-fn sorted_centres(rounds: &[Round]) -> Vec<f64> {
-    sorted(rounds.iter().map(|r| r.centre))
+fn centres(rounds: &[Round]) -> Vec<f64> {
+    rounds.iter().map(|round| round.centre).collect()
 }
 
 /// Returns the trimmed mean of the rounds.
 fn centre(rounds: &[Round]) -> f64 {
-    let cut = trim(rounds.len());
-    mean(&sorted_centres(rounds)[cut..rounds.len() - cut])
+    trimmed_mean(&centres(rounds))
 }
 
 /// Returns half the width of the two-sided interval of the trimmed mean at level `alpha`.
 ///
-/// It is Student's t with the spread of the winsorized rounds (Yuen, "The two-sample trimmed t for unequal
-/// population variances", Biometrika 1974; here for one sample). A few rounds can agree by chance, so their spread
-/// counts as no less than their standard errors.
+/// A few rounds can agree by chance, so their spread counts as no less than their standard errors.
 fn half_width(rounds: &[Round], alpha: f64) -> f64 {
-    if rounds.len() < 2 {
-        return f64::INFINITY;
-    }
-    let (n, cut) = (rounds.len(), trim(rounds.len()));
-    let mut centres = sorted_centres(rounds);
-    let (low, high) = (centres[cut], centres[n - 1 - cut]);
-    centres.iter_mut().for_each(|c| *c = c.clamp(low, high));
-    let (n, remaining) = (n as f64, (n - 2 * cut) as f64);
-    let error = std_dev(&centres) * ((n - 1.0) / (remaining * (remaining - 1.0))).sqrt();
+    let (error, freedom) = trimmed_error(&centres(rounds));
+    let n = rounds.len() as f64;
     let own = rounds.iter().map(|r| r.error).sum::<f64>() / n / n.sqrt();
-    error.max(own) * student_t_two_sided(remaining - 1.0, alpha)
+    error.max(own) * student_t_two_sided(freedom, alpha)
 }
 
-/// Ratio head / base of step times, with its 99 % confidence interval.
+/// Ratio head / base of step times, with its confidence interval.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Estimate {
     pub ratio: f64,
@@ -288,8 +285,18 @@ impl SequentialTest {
     /// Returns the estimate from the rounds so far, or `None` without rounds. A confirmed difference is estimated
     /// from the confirming rounds, because the earlier ones were selected for a large difference.
     pub fn estimate(&self) -> Option<Estimate> {
+        self.estimate_at(CONFIDENCE)
+    }
+
+    /// Returns [`Self::estimate`] with an interval of another confidence level.
+    pub fn estimate_at(&self, confidence: f64) -> Option<Estimate> {
         let rounds = self.counted_rounds();
-        (!rounds.is_empty()).then(|| estimate(centre(rounds), half_width(rounds, 1.0 - CONFIDENCE)))
+        (!rounds.is_empty()).then(|| estimate(centre(rounds), half_width(rounds, 1.0 - confidence)))
+    }
+
+    /// Returns the step times of base and head in each round, in the unit of the pairs.
+    pub fn round_times(&self) -> Vec<[f64; 2]> {
+        self.counted_rounds().iter().map(|r| [r.base.exp(), (r.base + r.centre).exp()]).collect()
     }
 
     fn counted_rounds(&self) -> &[Round] {
@@ -305,6 +312,13 @@ impl SequentialTest {
 
     fn look(&mut self) {
         let count = self.rounds.len();
+        if let Some(precision) = self.rule.precision {
+            let narrow = || half_width(&self.rounds, 1.0 - REPORT_CONFIDENCE) <= precision.half_width.ln_1p();
+            if count >= self.rule.max_rounds || count >= precision.min_rounds && narrow() {
+                self.verdict = Some(Verdict::Inconclusive);
+            }
+            return;
+        }
         if let Some(flag) = self.flagged {
             let fresh = &self.rounds[flag.from..];
             if CONFIRM_LOOKS.contains(&fresh.len()) {

@@ -49,7 +49,7 @@ impl Dice {
     }
 }
 
-const RULE: Rule = Rule { threshold: THRESHOLD, cases: 30, max_rounds: 60 };
+const RULE: Rule = Rule { threshold: THRESHOLD, cases: 30, max_rounds: 60, precision: None };
 const FINE: Rule = Rule { threshold: 0.01, ..RULE };
 
 /// Runs the test on rounds, with a slowdown added to head.
@@ -265,7 +265,7 @@ fn intervals_hold_the_truth_as_often_as_they_say() {
 #[test]
 fn the_second_gate_errs_no_more_than_it_may_over_all_its_looks() {
     let mut dice = Dice::new(10);
-    let rule = Rule { threshold: 1e-9, cases: 1, max_rounds: 60 };
+    let rule = Rule { threshold: 1e-9, cases: 1, max_rounds: 60, precision: None };
     let (trials, mut wrong) = (4000, 0);
     for _ in 0..trials {
         let mut test = SequentialTest::new(rule);
@@ -323,4 +323,29 @@ fn nothing_that_is_not_a_time_counts() {
     assert_eq!(test.rounds(), 0);
     assert!(test.estimate().is_none());
     assert_eq!(test.close(), Verdict::Inconclusive);
+}
+
+#[test]
+fn rounds_end_at_a_narrow_interval_that_still_holds_the_truth() {
+    let precision = Precision { min_rounds: 8, half_width: 0.05 };
+    let rule = Rule { max_rounds: 20, precision: Some(precision), ..RULE };
+    let mut dice = Dice::new(11);
+    // The spread of processes, from a quiet machine to one that is too noisy for the goal.
+    for spread in [0.02, 0.06, 0.3] {
+        let (mut held, mut rounds) = (0, 0);
+        for _ in 0..1000 {
+            let mut test = SequentialTest::new(rule);
+            while test.verdict().is_none() {
+                let head = (0.7 + spread * dice.normal()).exp();
+                test.add(&[(1.0, head), (1.0, head)]);
+            }
+            let [low, high] = test.estimate_at(REPORT_CONFIDENCE).unwrap().ci;
+            held += usize::from(low.ln() < 0.7 && 0.7 < high.ln());
+            rounds += test.rounds();
+        }
+        println!("spread {spread}: {held} of 1,000, {} rounds on average", rounds / 1000);
+        // 95 %, three standard errors of the simulation, and 1 % because a narrow interval ends the rounds.
+        assert!(held >= 920, "spread {spread}: {held} of 1,000");
+        assert!((8..=20).contains(&(rounds / 1000)));
+    }
 }

@@ -9,9 +9,9 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
 use super::cores::{physical_cores, run_on_cores};
-use super::decision::{Estimate, Rule, SequentialTest, THRESHOLD, Verdict};
+use super::decision::{Estimate, Precision, Rule, SequentialTest, THRESHOLD, Verdict};
 use super::signals::check_interrupted;
-use super::worker::{BlockTiming, Side, Threads, Worker, never_wait};
+use super::worker::{BlockTiming, Side, Threads, Worker, WrongSteps, never_wait};
 use crate::statistics::median;
 use crate::suite::{BackendId, Case, cost};
 
@@ -43,8 +43,17 @@ pub struct Row {
     pub rounds: Vec<Vec<(f64, f64)>>,
     /// True if a round has only a few long steps.
     slow: bool,
-    /// The side that failed, with the reason.
-    pub failed: Option<(usize, String)>,
+    pub failed: Option<Failure>,
+}
+
+/// The failure of a side.
+#[derive(Clone, Debug)]
+pub struct Failure {
+    /// Index of the side: 0 base, 1 head.
+    pub side: usize,
+    pub reason: String,
+    /// True if the timed steps did not do their work.
+    pub wrong_steps: bool,
 }
 
 impl Row {
@@ -76,7 +85,10 @@ impl Row {
                 self.test.add(&round.pairs);
                 self.rounds.push(round.pairs);
             }
-            Err((side, reason)) => self.failed = Some((side, format!("{reason:#}"))),
+            Err((side, error)) => {
+                let wrong_steps = error.is::<WrongSteps>();
+                self.failed = Some(Failure { side, reason: format!("{error:#}"), wrong_steps });
+            }
         }
     }
 
@@ -90,16 +102,12 @@ impl Row {
 
 /// Returns the decision rule for a number of cases.
 pub fn rule(threshold: f64, cases: usize) -> Rule {
-    Rule { threshold, cases, max_rounds: MAX_ROUNDS }
+    Rule { threshold, cases, max_rounds: MAX_ROUNDS, precision: None }
 }
 
-/// Rounds of a comparison that needs an interval and no verdict: the fewest with a spread (Student's t with two degrees
-/// of freedom).
-pub const MIN_ROUNDS: usize = 3;
-
 /// Returns the rule for a case that is compared for its interval.
-pub fn quick_rule() -> Rule {
-    Rule { max_rounds: MIN_ROUNDS, ..rule(THRESHOLD, 1) }
+pub fn interval_rule(precision: Precision) -> Rule {
+    Rule { max_rounds: MAX_LONG_ROUNDS, precision: Some(precision), ..rule(THRESHOLD, 1) }
 }
 
 /// Runs rounds until every row has a verdict or the deadline passes.
@@ -321,6 +329,9 @@ impl<'a> WorkerPair<'a> {
                 let by_cpu = by_cpu && never_wait(&pairs);
                 let time = |step: BlockTiming| if by_cpu { step.cpu } else { step.wall };
                 let pairs = pairs.iter().map(|[base, head]| (time(*base), time(*head))).collect();
+                for side in 0..2 {
+                    self.worker(side).verify().map_err(|error| (side, error))?;
+                }
                 return Ok(Round { pairs, slow });
             }
         }

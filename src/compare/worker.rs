@@ -1,6 +1,7 @@
 //! A side of a comparison, and the client of its worker processes (`benches/harness/worker.rs`).
 
 use std::collections::{BTreeMap, HashMap};
+use std::fmt;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::AsRawFd;
 #[cfg(target_os = "linux")]
@@ -25,12 +26,14 @@ const MAX_WAIT_SHARE: f64 = 0.01;
 /// Longest wait for an answer that needs only a loaded framework. Loading it from a slow disk takes seconds.
 const STARTUP_TIMEOUT: Duration = Duration::from_secs(120);
 /// Longest wait for loading or timing a case. MLX compiles the kernels of a step for minutes.
-const REQUEST_TIMEOUT: Duration = Duration::from_secs(900);
+pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(900);
 /// Longest wait for a parity check. On two cores the reference of GPT-2 takes two minutes, and a step of the
 /// slowest backend as long.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(3600);
 /// Request for a parity check, unchanged since the executables of older revisions.
 const CHECK_REQUEST: &str = "prove";
+/// Request to verify the steps of the loaded case.
+const VERIFY_REQUEST: &str = "verify";
 /// Extra wait after the deadline of a comparison.
 const GRACE_PERIOD: Duration = Duration::from_secs(20);
 
@@ -251,9 +254,7 @@ impl Worker {
     fn old_ids(&mut self) -> Result<Option<&HashMap<Case, String>>> {
         if !self.ids_known {
             let answer = self.ask("version", STARTUP_TIMEOUT);
-            // An older executable does not know the request and refuses it.
-            let refused = answer.as_ref().is_err_and(|error| error.to_string().ends_with(" request"));
-            if !refused {
+            if !answer.as_ref().is_err_and(is_unknown_request) {
                 answer?;
             } else {
                 let mut ids = HashMap::new();
@@ -303,6 +304,20 @@ impl Worker {
         }
     }
 
+    /// Verifies that the timed steps still do their work. An older executable cannot.
+    ///
+    /// # Errors
+    /// Returns [`WrongSteps`] if they do not, and another error if the process does not answer.
+    pub fn verify(&mut self) -> Result<()> {
+        let answer = self.ask(VERIFY_REQUEST, REQUEST_TIMEOUT).map(|_| ());
+        let old = answer.as_ref().is_err_and(is_unknown_request);
+        match answer {
+            Err(error) if !old && self.is_alive() => Err(WrongSteps(format!("{error:#}")).into()),
+            Err(error) if !old => Err(error),
+            _ => Ok(()),
+        }
+    }
+
     /// Returns true if the process still runs.
     pub fn is_alive(&mut self) -> bool {
         self.input.is_some() && matches!(self.child.try_wait(), Ok(None))
@@ -328,6 +343,18 @@ impl Worker {
     }
 }
 
+/// The error of steps that ran and did not do their work.
+#[derive(Debug)]
+pub struct WrongSteps(String);
+
+impl fmt::Display for WrongSteps {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for WrongSteps {}
+
 /// Outcome of a parity check in a worker.
 #[derive(Clone, Debug, PartialEq)]
 pub enum CheckOutcome {
@@ -337,6 +364,11 @@ pub enum CheckOutcome {
     Before(f64),
     /// Failed, with the mismatch.
     Wrong(String),
+}
+
+/// Returns true if an older executable does not know a request and refuses it.
+pub fn is_unknown_request(error: &anyhow::Error) -> bool {
+    error.to_string().ends_with(" request")
 }
 
 /// Ends a process when the thread that starts it ends. Outside Linux it ends when it reads the end of its

@@ -9,7 +9,7 @@ pub mod cache;
 pub mod conformance;
 pub mod dropout;
 pub mod fault_injection;
-mod idle_steps;
+pub mod idle_steps;
 mod steps;
 pub mod timed_work;
 pub mod tolerance;

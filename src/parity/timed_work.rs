@@ -57,6 +57,27 @@ pub fn verify(backend: &dyn Backend, case: Case, mut loaded: Box<dyn LoadedCase>
     }
 }
 
+/// Verifies that a case still computes after it was timed: a step with other inputs has other results.
+///
+/// A device that fails silently ends a step at once and leaves the results of an earlier one. libtorch does not read
+/// the error status of a Metal command buffer, so a step that ran out of memory there ends like this.
+///
+/// # Errors
+/// Returns an error if the results stay the same or are not finite.
+pub fn verify_progress(loaded: &mut dyn LoadedCase, case: Case) -> Result<()> {
+    let before = read_all(loaded)?;
+    loaded.set_inputs(&Fixture::new(case).with_batch(1))?;
+    loaded.step()?;
+    let after = read_all(loaded)?;
+    check_finite(&after)?;
+    let same = |(a, b): (&Tensor, &Tensor)| a.name == "step" || a.data == b.data;
+    ensure!(
+        before.len() != after.len() || !before.iter().zip(&after).all(same),
+        "the timed steps did no work: a step with other inputs left their results unchanged"
+    );
+    Ok(())
+}
+
 /// Returns true if the results of a step depend on the steps before it.
 fn has_state(case: &Case) -> bool {
     // An all-reduce works in place.

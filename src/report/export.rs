@@ -153,7 +153,7 @@ mod tests {
         assert_eq!(keys(&json), "cases env_effects interleaved machine version");
         assert_eq!(
             keys(&json["cases"][1]),
-            "backend ci_ns cpu_wait_share id median_ns page_fault_share page_faults parity peak_bytes precision ranks reason rss_peak_bytes samples shape status throttled throughput workload"
+            "backend ci_ns cpu_wait_share gpu_busy_share id median_ns page_fault_share page_faults parity peak_bytes precision ranks reason rss_peak_bytes samples shape status throttled throughput workload"
         );
         assert_eq!(
             keys(&json["machine"]),
@@ -161,7 +161,10 @@ mod tests {
         );
         assert_eq!(keys(&json["env_effects"][0]), "commit id ratio ratio_ci variables with_ns without_ns");
         let readme = include_str!("../../criterion-baselines/README.md");
-        assert_eq!(keys(&json["interleaved"][0]), "base base_ns commit head head_ns ratio ratio_ci rounds");
+        assert_eq!(
+            keys(&json["interleaved"][0]),
+            "base base_ns commit head head_ns ratio ratio_ci round_ns rounds"
+        );
         let parts = [&json["cases"][1], &json["machine"], &json["env_effects"][0], &json["interleaved"][0]];
         let all = parts.map(keys).join(" ");
         for key in all.split(' ') {

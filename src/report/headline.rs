@@ -1,6 +1,6 @@
 //! The rows of the headline tables, and the pairs of training steps that a run compares in interleaved rounds.
 
-use super::{Measured, all_measured, find_measured};
+use super::{Measured, all_measured, find_measured, find_record};
 use crate::results::Results;
 use crate::suite::{BackendId, Case, Method, Precision, Shape, Variant, Workload};
 
@@ -9,6 +9,10 @@ pub struct Headline {
     pub label: String,
     pub case: Case,
 }
+
+/// The largest ratio of two runs of the same code, one after the other, that counts as noise. On a shared machine
+/// such runs differ by 13 to 24 % (src/compare/README.md).
+pub(super) const RUN_TO_RUN: f64 = 1.25;
 
 /// Suffix of the label of a backend's fastest variant.
 pub const ALL_OPT: &str = " + All Opt";
@@ -76,7 +80,9 @@ pub(super) fn find_eager(results: &Results, backend: BackendId) -> Option<Measur
 pub(super) fn fastest_first(results: &Results, backend: BackendId) -> Vec<Measured<'_>> {
     let mut steps = all_measured(results);
     steps.retain(|m| m.case == train_step(backend, m.case.method, results.headline()));
-    steps.sort_by(|a, b| a.median_ns.total_cmp(&b.median_ns));
+    // The choice must not depend on which steps have rounds.
+    let median = |m: &Measured<'_>| m.record.median_ns.unwrap_or(f64::INFINITY);
+    steps.sort_by(|a, b| median(a).total_cmp(&median(b)));
     steps
 }
 
@@ -91,6 +97,15 @@ fn f32_param_steps(results: &Results, backend: BackendId) -> Vec<Case> {
 pub fn top_two(results: &Results) -> Vec<[Case; 2]> {
     let first_two = |&backend: &BackendId| f32_param_steps(results, backend).first_chunk::<2>().copied();
     BackendId::ALL.iter().filter_map(first_two).collect()
+}
+
+/// Returns the pairs of [`top_two`] that one run cannot rank.
+pub fn near_ties(results: &Results) -> Vec<[Case; 2]> {
+    let median = |case: &Case| find_record(results, case).and_then(|record| record.median_ns);
+    let is_tie = |[first, second]: &[Case; 2]| {
+        median(first).zip(median(second)).is_some_and(|(a, b)| b < RUN_TO_RUN * a)
+    };
+    top_two(results).into_iter().filter(is_tie).collect()
 }
 
 /// Returns a backend's fastest step with f32 parameters, by interleaved rounds or else by the medians. Returns
@@ -207,6 +222,8 @@ mod tests {
         assert_eq!(label(&results), "PyTorch CPU + All Opt: mixed-compile");
         let [first, second] = top_two(&results)[0].map(|case| case.to_string());
         assert!(first.contains("mixed-compile") && second.contains("mixed-tuned"));
+        assert_eq!(near_ties(&results), top_two(&results));
+        assert!(near_ties(&run(&[(&first, 4e6), (&second, 5.1e6)])).is_empty());
         results.interleaved.push(interleaved([&first, &second], 0.9, [0.85, 0.95]));
         assert_eq!(label(&results), "PyTorch CPU + All Opt: mixed-tuned");
     }

@@ -15,11 +15,36 @@ pub mod table;
 pub mod tables;
 
 #[cfg(test)]
+mod division_tests;
+#[cfg(test)]
 pub(crate) mod hostile_tests;
+
+use std::fmt;
 
 use crate::model::ModelId;
 use crate::results::{Record, Results, Status};
 use crate::suite::{BackendId, Case, Method, Precision, Shape, Workload, cost};
+
+/// Origin of the step time of a case and of its interval.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// Samples of one process: the interval is within one run.
+    OneRun,
+    /// Several fresh processes: the interval is between processes.
+    Processes(usize),
+    /// Interleaved rounds of fresh processes: the interval is between processes.
+    Rounds(u64),
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::OneRun => f.write_str("one run"),
+            Self::Processes(count) => write!(f, "{count} processes"),
+            Self::Rounds(count) => write!(f, "{count} rounds"),
+        }
+    }
+}
 
 /// A measured case of a run.
 #[derive(Clone, Copy)]
@@ -29,13 +54,31 @@ pub struct Measured<'a> {
     pub median_ns: f64,
     /// 95 % confidence interval of the median.
     pub ci_ns: [f64; 2],
+    pub source: Source,
 }
 
 impl<'a> Measured<'a> {
-    /// Returns `None` if the case has no result, or if this version does not know its id.
+    /// Returns the result in the record. Returns `None` if the case has none, or if this version does not know its id.
     pub fn new(record: &'a Record) -> Option<Self> {
         let case = record.id.parse().ok().filter(|_| record.status == Status::Measured)?;
-        Some(Self { case, record, median_ns: record.median_ns?, ci_ns: record.ci_ns? })
+        let source = match record.process_ns.len() {
+            0 => Source::OneRun,
+            count => Source::Processes(count),
+        };
+        Some(Self { case, record, median_ns: record.median_ns?, ci_ns: record.ci_ns?, source })
+    }
+
+    /// Returns the result of the interleaved rounds that have the case, or else the one in the record.
+    fn best(results: &Results, record: &'a Record) -> Option<Self> {
+        let own = Self::new(record)?;
+        let rounds = results.interleaved.iter().filter_map(|r| Some((r.rounds, r.step_time(&record.id)?)));
+        let most = rounds.max_by_key(|(rounds, _)| *rounds);
+        Some(most.map_or(own, |(rounds, (median_ns, ci_ns))| Self {
+            median_ns,
+            ci_ns,
+            source: Source::Rounds(rounds),
+            ..own
+        }))
     }
 
     /// Returns the speed relative to `base`, with the range that both intervals allow.
@@ -72,7 +115,7 @@ impl Ratio {
 
 /// Returns every measured case in the order of the run.
 pub fn all_measured(results: &Results) -> Vec<Measured<'_>> {
-    results.cases.iter().filter_map(Measured::new).collect()
+    results.cases.iter().filter_map(|record| Measured::best(results, record)).collect()
 }
 
 /// Returns the record of a case, or `None` if the run does not have it.
@@ -83,7 +126,7 @@ pub fn find_record<'a>(results: &'a Results, case: &Case) -> Option<&'a Record> 
 
 /// Returns a case with its result, or `None` if it was not measured.
 pub fn find_measured<'a>(results: &'a Results, case: &Case) -> Option<Measured<'a>> {
-    find_record(results, case).and_then(Measured::new)
+    find_record(results, case).and_then(|record| Measured::best(results, record))
 }
 
 /// Returns the speed at a step time in nanoseconds, and its unit: tokens/s for language models, else samples/s.
@@ -182,7 +225,8 @@ mod tests {
     pub(super) fn interleaved([base, head]: [&str; 2], ratio: f64, ratio_ci: [f64; 2]) -> InterleavedResult {
         let (base, head) = (base.to_owned(), head.to_owned());
         let (base_ns, head_ns) = (Some(500e6), Some(500e6 * ratio));
-        InterleavedResult { base, head, base_ns, head_ns, ratio, ratio_ci, rounds: 3, commit: String::new() }
+        let (round_ns, commit) = (vec![[500e6, 500e6 * ratio]; 3], String::new());
+        InterleavedResult { base, head, base_ns, head_ns, ratio, ratio_ci, rounds: 3, round_ns, commit }
     }
 
     #[test]

@@ -1,27 +1,22 @@
 //! The findings of a run as sentences.
 
 use super::format::{count, digits, megabytes, range, speed};
-use super::headline::{best_pairs, fastest_first, find_eager, rivals, same_method_pairs};
+use super::headline::{RUN_TO_RUN, best_pairs, fastest_first, find_eager, rivals, same_method_pairs};
 use super::{Measured, Ratio, Sweep, all_measured, batches, find_measured, scaling};
+use crate::compare::decision::THRESHOLD;
 use crate::results::{Record, Results};
 use crate::suite::{BackendId, Case, Framework, Method, Precision, Variant, Workload};
 use crate::{interference, memory};
-
-/// The largest ratio of two runs of the same code, one after the other, that counts as noise. On a shared machine
-/// such runs differ by 13 to 24 % (src/compare/README.md).
-const RUN_TO_RUN: f64 = 1.25;
 
 const EAGER: Method = Method::eager(Precision::F32);
 
 /// Two training steps on one device, PyTorch's first.
 pub struct Comparison<'a> {
     pub steps: [Measured<'a>; 2],
-    /// Speed of the first step over the speed of the second, with a 99 % CI if rounds measured it.
+    /// Speed of the first step over the speed of the second, with a 95 % CI if rounds measured it.
     pub speedup: Ratio,
-    /// Median step times of the rounds. If they were not saved, medians of Criterion's samples, which need not
-    /// divide to the speedup.
+    /// Step times of the rounds, or else medians of one run. The speedup is their ratio.
     pub times_ns: [f64; 2],
-    pub has_round_times: bool,
     /// Number of interleaved rounds. `None` if the steps were only measured one after the other.
     pub rounds: Option<u64>,
 }
@@ -31,19 +26,16 @@ impl<'a> Comparison<'a> {
     pub fn new(results: &'a Results, cases: [Case; 2]) -> Option<Self> {
         let steps = [find_measured(results, &cases[0])?, find_measured(results, &cases[1])?];
         let [base, head] = [&steps[0].record.id, &steps[1].record.id];
-        let interleaved = results.interleaved.iter().find(|r| (&r.base, &r.head) == (base, head));
-        let speedup = match interleaved {
-            Some(result) => Ratio { value: result.ratio, range: result.ratio_ci },
-            None => steps[0].speedup_over(&steps[1]),
+        // Files of version 2 have a ratio without the times that it divides.
+        let interleaved = results.interleaved.iter().find_map(|r| {
+            let times = [r.base_ns?, r.head_ns?];
+            ((&r.base, &r.head) == (base, head)).then_some((r, times))
+        });
+        let (speedup, times_ns) = match interleaved {
+            Some((result, times)) => (Ratio { value: result.ratio, range: result.ratio_ci }, times),
+            None => (steps[0].speedup_over(&steps[1]), steps.map(|step| step.median_ns)),
         };
-        let round_times = interleaved.and_then(|result| Some([result.base_ns?, result.head_ns?]));
-        Some(Self {
-            steps,
-            speedup,
-            times_ns: round_times.unwrap_or(steps.map(|step| step.median_ns)),
-            has_round_times: round_times.is_some(),
-            rounds: interleaved.map(|result| result.rounds),
-        })
+        Some(Self { steps, speedup, times_ns, rounds: interleaved.map(|(result, _)| result.rounds) })
     }
 
     /// Returns the reason why this comparison allows no conclusion, if there is one.
@@ -51,10 +43,11 @@ impl<'a> Comparison<'a> {
         self.steps.iter().find_map(disturbance)
     }
 
-    /// Returns the index of the faster step with its speedup. Returns `None` without a clear difference. Steps that
-    /// were not interleaved must differ by more than runs of the same code.
+    /// Returns the index of the faster step with its speedup. Returns `None` without a clear difference: the whole
+    /// interval must be beyond the difference that a comparison of revisions counts as none. Steps that were not
+    /// interleaved must differ by more than runs of the same code.
     pub fn winner(&self) -> Option<(usize, Ratio)> {
-        let noise = if self.rounds.is_some() { 1.0 } else { RUN_TO_RUN };
+        let noise = if self.rounds.is_some() { 1.0 + THRESHOLD } else { RUN_TO_RUN };
         let speedups = [self.speedup, self.speedup.inverse()].into_iter().enumerate();
         let mut clear = speedups.filter(|(_, speedup)| speedup.range[0] > noise);
         clear.next().filter(|_| self.disturbance().is_none())
@@ -77,9 +70,11 @@ impl<'a> Comparison<'a> {
     /// Describes how reliable a speedup is.
     fn evidence(&self, speedup: Ratio) -> String {
         match self.rounds {
-            Some(rounds) => format!("99 % CI {}, {rounds} interleaved rounds", range(speedup.range)),
+            Some(rounds) => {
+                format!("95 % CI {} between processes, {rounds} interleaved rounds", range(speedup.range))
+            }
             None => format!(
-                "{} from both 95 % CIs, measured one after the other; such runs of the same code differ by up to {:.0} %",
+                "{} from both 95 % CIs within one run, measured one after the other; such runs of the same code differ by up to {:.0} %",
                 range(speedup.range),
                 100.0 * (RUN_TO_RUN - 1.0)
             ),
@@ -144,21 +139,14 @@ pub fn answer(results: &Results) -> Vec<String> {
 
 /// Returns the scope of the answer.
 pub fn limits(results: &Results) -> String {
-    let mut text = "The result applies only to this model, batch and machine. ".to_owned();
-    let pairs = best_pairs(results);
-    if pairs.is_empty() {
-        return text + "It is about single training steps on resident data.";
+    let text = "The result applies only to this model, batch and machine. ";
+    if best_pairs(results).is_empty() {
+        return format!("{text}It is about single training steps on resident data.");
     }
-    text += &format!(
-        "It is about single training steps of {} on resident data, with parameters in f32.",
+    format!(
+        "{text}It is about single training steps of {} on resident data, with parameters in f32.",
         results.headline()
-    );
-    let mut comparisons = pairs.into_iter().filter_map(|pair| Comparison::new(results, pair));
-    if comparisons.any(|comparison| comparison.rounds.is_some() && !comparison.has_round_times) {
-        text += " Ratios come from interleaved rounds and speeds from Criterion's samples, so two speeds need not \
-                 divide to their ratio.";
-    }
-    text
+    )
 }
 
 /// Returns the reason why the report does not name the faster framework.
@@ -351,14 +339,14 @@ mod tests {
         let text = answer_for(Some([3.1, 2.5, 3.8]), 0.0);
         assert!(
             text.starts_with(
-                "On the CPU, PyTorch trains indicator 3.10 times as fast as MLX (99 % CI 2.50 to 3.80"
+                "On the CPU, PyTorch trains indicator 3.10 times as fast as MLX (95 % CI 2.50 to 3.80"
             ),
             "{text}"
         );
         assert!(text.contains("3 interleaved rounds): 32.0 samples/s with f32 and 10.3"), "{text}");
         let text = answer_for(Some([0.5, 0.4, 0.625]), 0.0);
         assert!(
-            text.contains("MLX trains indicator 2.00 times as fast as PyTorch (99 % CI 1.60 to 2.50"),
+            text.contains("MLX trains indicator 2.00 times as fast as PyTorch (95 % CI 1.60 to 2.50"),
             "{text}"
         );
         let text = answer_for(Some([1.1, 0.9, 1.3]), 0.0);
@@ -388,7 +376,7 @@ mod tests {
         assert!(text(0.3).contains("3.33 times as fast as PyTorch"), "{}", text(0.3));
         let mut results = results(3.5);
         results.interleaved = vec![interleaved(ids, 3.5, [3.2, 3.9])];
-        assert!(answer(&results)[0].contains("99 % CI 3.20 to 3.90"), "{}", answer(&results)[0]);
+        assert!(answer(&results)[0].contains("95 % CI 3.20 to 3.90"), "{}", answer(&results)[0]);
     }
 
     #[test]

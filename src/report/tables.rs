@@ -8,7 +8,7 @@ use super::{
     scaling,
 };
 use crate::memory;
-use crate::results::{EnvEffect, Record, Results, Status, machine};
+use crate::results::{EnvEffect, LAUNCH_BOUND_SHARE, Record, Results, Status, machine};
 use crate::suite::{Case, Device, Shape, Variant, Workload, cost};
 
 /// Title of the table of all cases.
@@ -21,20 +21,22 @@ fn training_speed(results: &Results) -> Table {
     let relative = |ns: f64| base.as_ref().map(|(_, base)| format!("{:.2}×", base.median_ns / ns));
     let row = |row: &Headline| {
         let record = find_record(results, &row.case)?;
-        let cells = match Measured::new(record) {
+        let cells = match find_measured(results, &row.case) {
             Some(m) => {
                 let Ratio { value, range: interval } = m.speed();
                 [
                     digits(value),
                     range(interval),
                     or_dash(relative(m.median_ns)),
+                    m.source.to_string(),
                     remarks(results, row, record),
                 ]
             }
             None if record.status == Status::TooSlow => {
                 let once = record.median_ns?;
-                let remark = format!("{}, measured once", record.reason);
-                [digits(rate(shape, once).0), "–".to_owned(), or_dash(relative(once)), remark]
+                let timed = "one step".to_owned();
+                let speed = digits(rate(shape, once).0);
+                [speed, "–".to_owned(), or_dash(relative(once)), timed, record.reason.clone()]
             }
             None => return None,
         };
@@ -45,8 +47,9 @@ fn training_speed(results: &Results) -> Table {
     Table::new(
         format!("Training speed, {shape}"),
         "All Opt is the fastest checked variant with parameters in f32. AMP is torch.autocast with bf16, and mixed is f32 \
-         master weights with bf16 compute.",
-        &format!("|{}|95 % CI|vs {versus}|remarks", rate(shape, 1.0).1),
+         master weights with bf16 compute. The 95 % CI is between processes if a row was timed in rounds or processes, \
+         and within one run otherwise.",
+        &format!("|{}|95 % CI|vs {versus}|timed in|remarks", rate(shape, 1.0).1),
         rows,
     )
 }
@@ -66,8 +69,18 @@ fn remarks(results: &Results, row: &Headline, record: &Record) -> String {
     let share = record.cpu_wait_share.filter(|_| record.disturbed());
     let disturbed = share.map(|share| format!("disturbed: {} CPU wait", percent(share)));
     let hot = record.throttled.then(|| "throttled: too hot".to_owned());
+    let launches = record.gpu_busy_share.filter(|share| *share < LAUNCH_BOUND_SHARE);
+    let launches = launches.map(|share| {
+        format!("limited by kernel launches on the CPU: the GPU was busy for {} of the step", percent(share))
+    });
     let uncompiled = lacks_compile(results, row).then(|| "without -compile, see \"Not measured\"".to_owned());
-    few.into_iter().chain(disturbed).chain(hot).chain(uncompiled).collect::<Vec<_>>().join("; ")
+    few.into_iter()
+        .chain(disturbed)
+        .chain(hot)
+        .chain(launches)
+        .chain(uncompiled)
+        .collect::<Vec<_>>()
+        .join("; ")
 }
 
 fn memory_peaks(results: &Results) -> Table {
@@ -115,7 +128,7 @@ fn env_effects(results: &Results) -> Table {
     Table::new(
         "Effects of environment variables",
         "Each case was measured with and without the variables, interleaved.",
-        "variables|case|without|with|speedup|99 % CI",
+        "variables|case|without|with|speedup|95 % CI",
         results.env_effects.iter().map(row).collect(),
     )
 }
@@ -175,13 +188,14 @@ fn language_models(results: &Results, all: &[Measured<'_>]) -> Table {
     )
 }
 
-fn all_cases(all: &[Measured<'_>]) -> Table {
+fn all_cases(results: &Results) -> Table {
+    let all = results.cases.iter().filter_map(Measured::new);
     Table::new(
         ALL_CASES,
-        "Error / tolerance is the largest error in the parity check as a share of its tolerance, at the measured shape. CPU \
+        "The 95 % CI is within one run. Error / tolerance is the largest error in the parity check as a share of its tolerance, at the measured shape. CPU \
          wait is the share of time that runnable threads waited for a core.",
         "case|median|95 % CI|throughput|samples|page faults|error / tolerance|CPU wait",
-        all.iter().map(case_row).collect(),
+        all.map(|m| case_row(&m)).collect(),
     )
 }
 
@@ -226,7 +240,7 @@ pub fn all(results: &Results) -> Vec<Table> {
         batch_sizes(&measured),
         scaling::table(&measured),
         language_models(results, &measured),
-        all_cases(&measured),
+        all_cases(results),
     ];
     tables.retain(|table| !table.rows.is_empty());
     tables
@@ -270,9 +284,9 @@ mod tests {
         assert_eq!(rows(&methods).rows.len(), 2);
         methods.push(("bf16-compile", 1e6));
         let table = rows(&methods);
-        assert_eq!(table.header, ["", "samples/s", "95 % CI", "vs PyTorch CUDA"]);
+        assert_eq!(table.header, ["", "samples/s", "95 % CI", "vs PyTorch CUDA", "timed in"]);
         assert_eq!(table.rows[2][0], "PyTorch CUDA, bf16 parameters: bf16-compile");
-        assert_eq!(table.rows[2][1..], ["16,000", "14,545 to 17,778", "20.00×"]);
+        assert_eq!(table.rows[2][1..], ["16,000", "14,545 to 17,778", "20.00×", "one run"]);
         methods.push(("tf32-tuned", 0.5e6));
         assert_eq!(rows(&methods).rows[2][0], "PyTorch CUDA, TF32 matrix products: tf32-tuned");
     }

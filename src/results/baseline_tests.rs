@@ -34,6 +34,7 @@ fn baseline() -> Baseline {
             ratio: 2.0,
             ratio_ci: [1.5, 2.5],
             rounds: 3,
+            round_ns: vec![[1e6, 2e6]; 3],
             commit: "a".to_owned(),
         }],
         env_effects: Vec::new(),
@@ -51,7 +52,7 @@ fn a_baseline_comes_back_as_it_was_with_a_line_a_case() {
 #[test]
 fn files_that_are_no_longer_what_was_saved_are_refused_with_the_way_out() {
     let good = baseline().render().unwrap();
-    let newer = good.replace("\"version\": 3", "\"version\": 4");
+    let newer = good.replace(&format!("\"version\": {VERSION}"), &format!("\"version\": {}", VERSION + 1));
     let edited = good.replace("5.0]", "4.1]");
     let unmeasured = {
         let mut b = baseline();

@@ -19,6 +19,7 @@ use crate::backend::RankStats;
 use crate::files::{self, lock_file, write_atomic};
 use crate::interference;
 use crate::model::{Model, ModelId, config};
+use crate::statistics::{REPORT_CONFIDENCE, trimmed_half_width};
 use crate::suite::{Case, CustomModel, HEADLINE_SHAPE, MAX_BATCH, Shape, custom_model};
 use crate::text;
 use machine::Machine;
@@ -57,7 +58,7 @@ pub struct Record {
     /// Reason why the case has no result; empty if it was measured.
     pub reason: String,
     pub median_ns: Option<f64>,
-    /// 95 % confidence interval of the median, within this run.
+    /// 95 % confidence interval of the median: within this run, or between the processes of `process_ns`.
     pub ci_ns: Option<[f64; 2]>,
     pub samples: Option<u64>,
     pub throughput: Option<Throughput>,
@@ -80,6 +81,12 @@ pub struct Record {
     /// True if the processor was slowed down because of its temperature.
     #[serde(default)]
     pub throttled: bool,
+    /// Share of the step in which an NVIDIA GPU was busy, if CUPTI recorded it.
+    #[serde(default)]
+    pub gpu_busy_share: Option<f64>,
+    /// Step times of several fresh processes, of which `median_ns` is the median and `ci_ns` the range.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub process_ns: Vec<f64>,
     /// Statistics of the ranks, for a case on several devices.
     #[serde(default)]
     pub ranks: Option<RankStats>,
@@ -107,6 +114,8 @@ impl Record {
             parity: None,
             cpu_wait_share: None,
             throttled: false,
+            gpu_busy_share: None,
+            process_ns: Vec::new(),
             ranks: None,
         }
     }
@@ -126,6 +135,9 @@ impl Record {
     }
 }
 
+/// Share of a step below which a GPU waits for the CPU to launch its kernels for most of the time.
+pub const LAUNCH_BOUND_SHARE: f64 = 0.5;
+
 /// Effect of environment variables on a case, measured interleaved by `scripts/compare --env`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct EnvEffect {
@@ -135,7 +147,7 @@ pub struct EnvEffect {
     /// Median step times in nanoseconds.
     pub without_ns: f64,
     pub with_ns: f64,
-    /// Time with the variables over time without, and its 99 % confidence interval.
+    /// Time with the variables over time without, and its 95 % confidence interval between processes.
     pub ratio: f64,
     pub ratio_ci: [f64; 2],
     pub commit: String,
@@ -153,11 +165,26 @@ pub struct InterleavedResult {
     pub base_ns: Option<f64>,
     #[serde(default)]
     pub head_ns: Option<f64>,
-    /// Step time of head over step time of base, and its 99 % confidence interval.
+    /// Step time of head over step time of base, and its 95 % confidence interval between processes.
     pub ratio: f64,
     pub ratio_ci: [f64; 2],
     pub rounds: u64,
+    /// Step times of base and head in each round, in nanoseconds. Files of version 3 lack them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub round_ns: Vec<[f64; 2]>,
     pub commit: String,
+}
+
+impl InterleavedResult {
+    /// Returns the step time of a case in nanoseconds with its 95 % confidence interval between processes. Returns
+    /// `None` if it is neither side, or if the file lacks the rounds.
+    pub fn step_time(&self, id: &str) -> Option<(f64, [f64; 2])> {
+        let side = [&self.base, &self.head].iter().position(|side| *side == id)?;
+        let time = [self.base_ns?, self.head_ns?][side];
+        let logs: Vec<f64> = self.round_ns.iter().map(|round| round[side].ln()).collect();
+        let half = trimmed_half_width(&logs, REPORT_CONFIDENCE);
+        half.is_finite().then(|| (time, [time * (-half).exp(), time * half.exp()]))
+    }
 }
 
 /// Reads the effects of environment variables, of every commit.

@@ -9,7 +9,9 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
 use super::machine::Machine;
-use super::{Record, Results, RunModel, VERSION, env_effects, interleaved_results, read_json, validate};
+use super::{
+    Record, Results, RunModel, Status, VERSION, env_effects, interleaved_results, read_json, validate,
+};
 use crate::files::{executable_checksum, write_atomic};
 use crate::suite::{Case, Framework, Set, cases_for, custom_model};
 
@@ -169,6 +171,21 @@ pub fn merge(folder: &Path) -> Result<(Results, Vec<ProcessRecord>)> {
     Ok((results, parts))
 }
 
+/// Replaces the result of a case of the last run by an error.
+///
+/// # Errors
+/// Returns an error if a record cannot be read or written.
+pub fn fail_case(folder: &Path, id: &str, reason: &str) -> Result<()> {
+    for (path, mut part) in parts(folder)? {
+        if let Some(record) = part.results.cases.iter_mut().find(|record| record.id == id) {
+            let case = id.parse().map_err(anyhow::Error::msg)?;
+            *record = Record::unmeasured(&case, Status::Error, reason);
+            write_atomic(&path, &serde_json::to_string_pretty(&part)?)?;
+        }
+    }
+    Ok(())
+}
+
 /// Returns the command that repeats the run.
 pub fn command(parts: &[ProcessRecord]) -> String {
     let mut lines: Vec<String> = Vec::new();
@@ -192,7 +209,7 @@ pub fn command(parts: &[ProcessRecord]) -> String {
 mod tests {
     use super::*;
     use crate::files::tests::scratch;
-    use crate::results::{EnvEffect, Status, save_env_effects, settings_path};
+    use crate::results::{EnvEffect, save_env_effects, settings_path};
 
     fn part(framework: Framework, id: &str) -> ProcessRecord {
         let case: Case = id.parse().unwrap();
@@ -223,6 +240,18 @@ mod tests {
         assert!(results.cases[0].id.starts_with("attention/"));
         let json = serde_json::to_value(&results).unwrap();
         assert_eq!(json["cases"][1]["status"], "skipped");
+        fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[test]
+    fn a_case_of_the_last_run_can_become_an_error() {
+        let folder = scratch("fail-case");
+        let id = "train-step/torch-cpu/f32/indicator-b16";
+        let text = serde_json::to_string(&part(Framework::Torch, id)).unwrap();
+        write_atomic(&part_path(&folder, Framework::Torch, false), &text).unwrap();
+        fail_case(&folder, id, "it stopped").unwrap();
+        let record = merge(&folder).unwrap().0.cases.remove(0);
+        assert_eq!((record.status, record.reason.as_str()), (Status::Error, "it stopped"));
         fs::remove_dir_all(folder).unwrap();
     }
 

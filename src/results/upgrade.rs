@@ -4,15 +4,17 @@
 //! | --- | --- |
 //! | 2 | PyTorch's autocast is a precision of its own; `-captured` is `-graph` (PyTorch) or `-compile` (MLX) |
 //! | 3 | ids and fields have the names of the PyTorch and MLX documentation: see [`RENAMED_WORDS`] and [`RENAMED_KEYS`] |
+//! | 4 | intervals of comparisons are 95 % intervals, like those of the cases, and no longer 99 % |
 
 use once_cell::sync::Lazy;
 use regex::Regex;
 use serde_json::Value;
 
+use crate::statistics::{REPORT_CONFIDENCE, student_t_two_sided, trim};
 use crate::suite::{BackendId, Framework};
 
 /// The version of `results.json` and of baselines that is written, and the newest that is read.
-pub const VERSION: u64 = 3;
+pub const VERSION: u64 = 4;
 
 /// Keys of version 2 and their names in version 3.
 const RENAMED_KEYS: &[(&str, &str)] = &[
@@ -73,11 +75,39 @@ const RENAMED_TEXTS: &[(&str, &str)] = &[
 
 /// Translates a parsed file of `version` into the present one.
 pub fn upgrade(file: &mut Value, version: u64) {
-    if version < VERSION {
+    if version < 3 {
         upgrade_value(file, version, None);
+    }
+    if version < VERSION {
+        narrow_intervals(file);
         // Anything else is not a file of this suite, and its reader says so.
         if let Value::Object(fields) = file {
             fields.insert("version".to_owned(), VERSION.into());
+        }
+    }
+}
+
+/// A number of rounds from which Student's t hardly depends on it.
+const MANY_ROUNDS: u64 = 1000;
+
+/// Turns 99 % intervals into 95 % intervals. Both are intervals of a log ratio by Student's t, so their widths have the
+/// ratio of two critical values.
+fn narrow_intervals(file: &mut Value) {
+    for list in ["interleaved", "env_effects"] {
+        for result in file.get_mut(list).and_then(Value::as_array_mut).into_iter().flatten() {
+            // Effects of variables lack the number of rounds. For many rounds, the interval shrinks the least.
+            let rounds =
+                result.get("rounds").and_then(Value::as_u64).unwrap_or(MANY_ROUNDS).clamp(2, MANY_ROUNDS);
+            let rounds = rounds as usize;
+            let freedom = (rounds - 2 * trim(rounds) - 1) as f64;
+            let critical = |confidence| student_t_two_sided(freedom, 1.0 - confidence);
+            let share = critical(REPORT_CONFIDENCE) / critical(0.99);
+            let Some(ratio) = result.get("ratio").and_then(Value::as_f64) else { continue };
+            for end in result.get_mut("ratio_ci").and_then(Value::as_array_mut).into_iter().flatten() {
+                if let Some(value) = end.as_f64() {
+                    *end = (ratio * (value / ratio).powf(share)).into();
+                }
+            }
         }
     }
 }
@@ -213,7 +243,7 @@ mod tests {
         });
         upgrade(&mut file, 1);
         let expected = json!({
-            "version": 3,
+            "version": VERSION,
             "machine": {"background_load": 0.5, "simd": "AVX2",
                         "versions": [["malloc", "glibc 2.36, retains freed memory"]]},
             "env_effects": [{"variables": "TRANSFORMER_BENCH_MALLOC=default"}],
@@ -227,5 +257,16 @@ mod tests {
         let unchanged = file.clone();
         upgrade(&mut file, VERSION);
         assert_eq!(file, unchanged);
+    }
+
+    #[test]
+    fn intervals_of_99_percent_become_intervals_of_95_percent() {
+        let mut file = json!({"interleaved": [{"ratio": 2.0, "ratio_ci": [1.0, 4.0], "rounds": 3}]});
+        upgrade(&mut file, 3);
+        let end = |i: usize| file["interleaved"][0]["ratio_ci"][i].as_f64().unwrap();
+        // Student's t with two degrees of freedom: 4.303 and 9.925.
+        let share = 4.302_65 / 9.924_84;
+        assert!((end(1) - 2.0 * 2f64.powf(share)).abs() < 1e-4, "{file}");
+        assert!((end(0) * end(1) - 4.0).abs() < 1e-9, "{file}");
     }
 }

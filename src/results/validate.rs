@@ -90,7 +90,8 @@ fn is_ratio(ratio: f64, [low, high]: [f64; 2]) -> bool {
 /// Returns true if the step times divide to the ratio, up to rounding.
 fn times_divide_to_ratio(result: &InterleavedResult) -> bool {
     let (Some(base), Some(head)) = (result.base_ns, result.head_ns) else { return true };
-    is_positive(base) && is_positive(head) && (head / base / result.ratio - 1.0).abs() < 1e-9
+    let rounds = result.round_ns.iter().flatten().copied();
+    rounds.chain([base, head]).all(is_positive) && (head / base / result.ratio - 1.0).abs() < 1e-9
 }
 
 /// Checks the comparisons that are saved with a run.
@@ -138,9 +139,12 @@ pub fn check_record(record: &Record) -> Result<()> {
     for count in [record.page_faults, record.page_fault_share].into_iter().flatten() {
         ensure!(count.is_finite() && count >= 0.0, "{count} page faults are impossible");
     }
+    ensure!(record.process_ns.iter().copied().all(is_positive), "a process has a time that is not positive");
     let ranks = record.ranks.as_ref();
     let of_ranks = ranks.into_iter().flat_map(|ranks| [ranks.skew, ranks.cpu_wait_share]);
-    for share in [record.parity, record.cpu_wait_share].into_iter().flatten().chain(of_ranks) {
+    for share in
+        [record.parity, record.cpu_wait_share, record.gpu_busy_share].into_iter().flatten().chain(of_ranks)
+    {
         ensure!((0.0..=1.0).contains(&share), "{share} is not a share");
     }
     // Noise can make a step without communication take longer than one with it.

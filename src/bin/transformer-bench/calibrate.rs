@@ -261,7 +261,7 @@ fn sample_cases(cases: &[Case], count: usize, random: &mut ChaCha8Rng) -> Vec<Ca
 /// Writes the rounds of equal sides as logs of step times in units of 0.001, relative to the round's first.
 fn record_noise(side: &Side, cases: &[Case], path: &Path) -> Result<()> {
     // This rule never decides.
-    let rule = Rule { threshold: 0.0, cases: 1_000_000, max_rounds: 24 };
+    let rule = Rule { threshold: 0.0, cases: 1_000_000, max_rounds: 24, precision: None };
     let mut rows: Vec<Row> = cases.iter().map(|c| Row::new(*c, *c, rule)).collect();
     let sides = [side.clone(), side.clone()];
     let until = Instant::now() + Duration::from_secs(3600);
@@ -307,8 +307,8 @@ fn run_scenario(side: &Side, scenario: Scenario, cases: &[Case], tally: &mut Tal
     tally.seconds += start.elapsed().as_secs_f64();
     for row in rows {
         let verdict = row.verdict().unwrap_or(Verdict::Inconclusive);
-        if let Some((_, reason)) = &row.failed {
-            bail!("{} failed: {reason}", row.base);
+        if let Some(failure) = &row.failed {
+            bail!("{} failed: {}", row.base, failure.reason);
         }
         tally.comparisons += 1;
         match verdict {

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use transformer_bench::compare::cores;
 use transformer_bench::compare::decision::Verdict;
 use transformer_bench::compare::revisions::{self, Source, Spec};
-use transformer_bench::compare::rounds::{self, Row};
+use transformer_bench::compare::rounds::{self, Failure, Row};
 use transformer_bench::compare::worker::{self, CheckOutcome, Side, Threads, Worker};
 use transformer_bench::files;
 use transformer_bench::results;
@@ -178,14 +178,19 @@ fn check_parity(sides: &[Side; 2], rows: &mut [Row], until: Instant) -> Result<O
             }
             let worker = workers.get_mut(&framework).context("just started")?;
             match worker.check(&case) {
-                Ok(CheckOutcome::Wrong(text)) => row.failed = Some((index, text)),
+                Ok(CheckOutcome::Wrong(reason)) => {
+                    row.failed = Some(Failure { side: index, reason, wrong_steps: true });
+                }
                 Ok(_) => {}
                 // Early revisions do not know this request.
-                Err(error) if error.to_string().ends_with(" request") => {
+                Err(error) if worker::is_unknown_request(&error) => {
                     note = Some(format!("{} is too old to check its cases at these shapes", side.name));
                     break;
                 }
-                Err(error) => row.failed = Some((index, format!("parity could not be checked: {error:#}"))),
+                Err(error) => {
+                    let reason = format!("parity could not be checked: {error:#}");
+                    row.failed = Some(Failure { side: index, reason, wrong_steps: false });
+                }
             }
         }
     }

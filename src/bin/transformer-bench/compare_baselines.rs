@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use transformer_bench::compare::baseline_level;
+use transformer_bench::compare::baseline_level::{self, BaselineLevel};
 use transformer_bench::compare::decision::Verdict;
 use transformer_bench::compare::revisions::{self, Source, Spec};
 use transformer_bench::compare::worker::{Side, Threads, Worker};
-use transformer_bench::results::baseline::{self, Baseline};
+use transformer_bench::results::baseline::{self, Baseline, SavedCase};
 use transformer_bench::results::machine::Machine;
 use transformer_bench::results::{RunModel, Status};
 use transformer_bench::statistics::midmean;
@@ -67,8 +67,8 @@ pub fn compare_with_baseline(
     let levels = baseline_level::levels(&side, &cases, until, progress)?;
     for case in cases {
         let id = case.to_string();
-        let samples = base.case(&id).context("taken from the baseline")?.samples();
-        lines.push(match (baseline_level::summarize(&samples), &levels[&id]) {
+        let saved = base.case(&id).context("taken from the baseline")?;
+        lines.push(match (level_of(saved), &levels[&id]) {
             (Some(old), Ok(new)) if new.len() >= 2 => {
                 let threshold = arguments.threshold / 100.0;
                 let (verdict, estimate) = baseline_level::compare_with_baseline(&old, new, threshold);
@@ -80,6 +80,12 @@ pub fn compare_with_baseline(
     }
     let names = [format!("baseline {name}"), side.name];
     Ok(Report::new(names, lines, notes, arguments.threshold, start.elapsed()))
+}
+
+/// Returns the level of a case of a baseline, from its processes or else from the samples of one.
+fn level_of(case: &SavedCase) -> Option<BaselineLevel> {
+    let processes: Vec<f64> = case.record.process_ns.iter().map(|ns| 1e-9 * ns).collect();
+    baseline_level::summarize_processes(&processes).or_else(|| baseline_level::summarize(&case.samples()))
 }
 
 /// Checks that this process and a baseline measure the same model.
@@ -169,7 +175,7 @@ pub fn compare_baselines(arguments: &Arguments, spec: &Spec, base: &str, head: &
             continue;
         };
         let case: Case = id.parse().map_err(anyhow::Error::msg)?;
-        let levels = [old, new].map(|case| baseline_level::summarize(&case.samples()));
+        let levels = [old, new].map(level_of);
         let line = match levels {
             [Some(old), Some(new)] => {
                 let threshold = arguments.threshold / 100.0;

@@ -3,6 +3,8 @@
 use anyhow::{Result, bail};
 use clap::Args;
 use transformer_bench::report::format::prefixed;
+use transformer_bench::report::headline::best_pairs;
+use transformer_bench::results::{self, run};
 use transformer_bench::suite::{Case, Framework, Set, cases, cost, parse_filter};
 
 use super::options;
@@ -25,11 +27,19 @@ pub struct Arguments {
     /// Print only the number of FLOPs of one case
     #[arg(long, value_name = "CASE")]
     flops: Option<Case>,
+    /// Print the fastest training steps of both frameworks in the last run, a line per device
+    #[arg(long, conflicts_with = "flops")]
+    fastest: bool,
 }
 
 pub fn run(arguments: &Arguments) -> Result<()> {
     if let Some(case) = arguments.flops {
         return super::show(&format!("{}\n", cost::flops(&case)));
+    }
+    if arguments.fastest {
+        let (last, _) = run::merge(&results::folder())?;
+        let lines = best_pairs(&last).into_iter().map(|[torch, mlx]| format!("{torch} {mlx}\n"));
+        return super::show(&lines.collect::<String>());
     }
     let line =
         |cells: [&str; 4]| format!("{:64} {:>12} {:>10} {:>10}\n", cells[0], cells[1], cells[2], cells[3]);

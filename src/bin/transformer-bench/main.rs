@@ -117,7 +117,7 @@ fn main() -> ExitCode {
         Command::Compare(arguments) => ("compare", compare::run(&arguments)),
         Command::Flamegraph(arguments) => ("flamegraph", flamegraph::run(&arguments).map(|()| 0)),
         Command::List(arguments) => ("list", list::run(&arguments).map(|()| 0)),
-        Command::Interleave(arguments) => ("interleave", interleave::run(&arguments).map(|()| 0)),
+        Command::Interleave(arguments) => ("interleave", interleave::run(&arguments)),
         Command::Calibrate(arguments) => ("calibrate", calibrate::run(&arguments).map(|()| 0)),
         Command::Publish(arguments) => ("publish", publish::run(&arguments).map(|()| 0)),
     };

@@ -8,8 +8,9 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use transformer_bench::compare::baseline_level;
 use transformer_bench::compare::decision::{Estimate, Rule, SequentialTest, Verdict};
-use transformer_bench::compare::rounds::{self, Row};
+use transformer_bench::compare::rounds::{self, Failure, Row};
 use transformer_bench::results::EnvEffect;
+use transformer_bench::statistics::REPORT_CONFIDENCE;
 use transformer_bench::suite::Case;
 use transformer_bench::text;
 
@@ -76,6 +77,8 @@ pub struct Line {
     pub id: String,
     pub verdict: Verdict,
     pub estimate: Option<Estimate>,
+    /// 95 % interval of the ratio, for the report of a run.
+    report_ci: Option<[f64; 2]>,
     /// Step times in seconds, base and head.
     pub times: Option<[f64; 2]>,
     pub rounds: usize,
@@ -92,6 +95,7 @@ impl Line {
             id: id.to_owned(),
             verdict,
             estimate: None,
+            report_ci: None,
             times: None,
             rounds: 0,
             observations: Vec::new(),
@@ -163,12 +167,13 @@ impl Line {
             // The id of a pair of backends has no backend.
             line.id = format!("{}/{}/{}", row.base.workload, row.base.method, row.base.shape);
         }
-        if let Some((side, reason)) = &row.failed {
+        if let Some(Failure { side, reason, .. }) = &row.failed {
             line.reason = format!("{}: {reason}", names[*side]);
             line.failed_side = Some(*side);
             return line;
         }
         line.estimate = row.estimate();
+        line.report_ci = row.test.estimate_at(REPORT_CONFIDENCE).map(|estimate| estimate.ci);
         line.rounds = row.test.rounds();
         line.observations = row.test.observations();
         line.times = (line.rounds > 0).then(|| [row.step_time(0), row.step_time(1)]);
@@ -301,15 +306,15 @@ impl Report {
     /// Returns the effect of the head's environment variables on each case that both sides ran.
     pub fn env_effects(&self, variables: &str, commit: &str) -> Vec<EnvEffect> {
         let effect = |line: &Line| {
-            let ([base, head], estimate) = (line.times?, line.estimate?);
-            let finite = estimate.ci.iter().all(|c| c.is_finite());
+            let ([base, head], estimate, ratio_ci) = (line.times?, line.estimate?, line.report_ci?);
+            let finite = ratio_ci.iter().all(|c| c.is_finite());
             finite.then(|| EnvEffect {
                 variables: variables.to_owned(),
                 id: line.id.clone(),
                 without_ns: base * 1e9,
                 with_ns: head * 1e9,
                 ratio: estimate.ratio,
-                ratio_ci: estimate.ci,
+                ratio_ci,
                 commit: commit.to_owned(),
             })
         };

@@ -79,21 +79,20 @@ pub fn answer(answers: &[Answer<'_>]) -> Result<String> {
         let missing = "Apple silicon: no results yet ([send yours](CONTRIBUTING.md#send-results))";
         rows.push([missing, "–", "–", "–"].map(str::to_owned).into());
     }
-    let header = "machine|PyTorch, samples/s|MLX, samples/s|PyTorch speed / MLX speed (99 % CI)";
+    let header = "machine|PyTorch, samples/s|MLX, samples/s|PyTorch speed / MLX speed (95 % CI)";
     let text = text::html(&picture_text(answers));
-    let (subject, restriction) = if answers.iter().all(|answer| answer.comparison.has_round_times) {
-        ("Speeds and ratios come from", ".")
-    } else {
-        (
-            "The ratios come from",
-            ", and the speeds come from Criterion's samples of the same run. Therefore the two speeds of a row need not \
-             divide to its ratio.",
-        )
-    };
+    let rounds = list_different(answers.iter().filter_map(|answer| answer.comparison.rounds), " or ");
+    let mut origin = String::new();
+    if !rounds.is_empty() {
+        origin += &format!("Speeds and ratios come from {rounds} interleaved rounds of fresh processes. ");
+    }
+    if answers.iter().any(|answer| answer.comparison.rounds.is_none()) {
+        origin += "The ratio of a row that was not interleaved is that of two medians from one run. ";
+    }
     Ok(format!(
         "The table shows the training speed of `{}`, a {:.1} M-parameter {}, at batch {batch} × {} tokens. It compares the \
          fastest variant of each framework that stores its parameters in f32.\n\n{}\n\
-         {} {} interleaved rounds of fresh processes{} The runs are from {}.\n\n\
+         {origin}The runs are from {}.\n\n\
          <picture><source media=\"(prefers-color-scheme: dark)\" srcset=\"criterion-baselines/answer-dark.svg\">\
          <img src=\"criterion-baselines/answer-light.svg\" alt=\"{text}\"></picture>\n",
         model.name,
@@ -101,9 +100,6 @@ pub fn answer(answers: &[Answer<'_>]) -> Result<String> {
         if model.causal { "decoder" } else { "encoder" },
         model.tokens,
         table_of_markdown(&Table::new("", "", header, rows)),
-        subject,
-        list_different(answers.iter().filter_map(|answer| answer.comparison.rounds), " or "),
-        restriction,
         list_different(answers.iter().map(|answer| &answer.baseline.results.machine.date), " and "),
     ))
 }
@@ -192,7 +188,8 @@ pub fn python_results(root: &Path) -> Result<String> {
     folders.sort();
     let mut blocks = Vec::new();
     for folder in folders {
-        let rows: Vec<Vec<String>> = python::read(&folder)?.iter().map(PythonResult::row).collect();
+        let results = python::read(&folder)?;
+        let rows: Vec<Vec<String>> = results.iter().map(|result| result.row(&results)).collect();
         if !rows.is_empty() {
             let name = folder.file_name().unwrap_or_default().to_string_lossy();
             let table = table_of_markdown(&Table::new("", "", PythonResult::HEADER, rows));

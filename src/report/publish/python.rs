@@ -6,40 +6,44 @@ use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 
 use crate::files;
-use crate::report::format::digits;
+use crate::report::format::{digits, or_dash, range};
 use crate::report::table::cells;
-use crate::results::upgrade::upgrade_id;
 use crate::results::validate;
 use crate::suite::Case;
 use crate::text::{markdown, printable};
 
-/// A training step and its Python counterpart, measured interleaved.
+/// A step of this suite or of a program in Python. The steps of a group were timed in the same rounds.
 #[derive(Clone, Debug, Deserialize)]
 pub struct PythonResult {
     pub date: String,
+    pub group: String,
     pub case: String,
-    /// Variant of the Python step: `eager`, `torch.compile, reduce-overhead`, …
-    pub python: String,
-    #[serde(alias = "ours_ms")]
-    pub suite_ms: f64,
-    pub python_ms: f64,
-    /// Suite time / Python time, the median over the rounds.
-    pub ratio: f64,
-    /// Quartiles of the rounds' ratios. Older files lack them.
+    /// `this suite`, or the variant of the Python step: `eager`, `torch.compile, reduce-overhead`, …
+    pub program: String,
+    /// Median step time in milliseconds.
+    pub ms: f64,
+    /// 95 % confidence interval of the median within one run. Older results lack it.
     low: Option<f64>,
     high: Option<f64>,
 }
 
-impl PythonResult {
-    pub const HEADER: &str = "case|Python counterpart|this suite, ms|Python, ms|ratio (quartiles)|date";
+/// The program of a row that this suite runs.
+const SUITE: &str = "this suite";
 
-    /// Returns the cells of a row below [`Self::HEADER`].
-    pub fn row(&self) -> Vec<String> {
-        let quartiles = self.low.zip(self.high).map(|(low, high)| format!(" ({low:.2} to {high:.2})"));
-        let ratio = format!("{:.2}{}", self.ratio, quartiles.unwrap_or_default());
+impl PythonResult {
+    pub const HEADER: &str = "case|program|ms|95 % CI within one run|time / this suite|date";
+
+    /// Returns the cells of a row below [`Self::HEADER`]. `all` has the other rows of its group.
+    pub fn row(&self, all: &[Self]) -> Vec<String> {
+        let is_suite = |other: &&Self| {
+            (&other.group, &other.case, other.program.as_str()) == (&self.group, &self.case, SUITE)
+        };
+        let ratio = all.iter().find(is_suite).filter(|_| self.program != SUITE);
+        let ratio = ratio.map(|suite| format!("{:.2}", self.ms / suite.ms));
+        let interval = self.low.zip(self.high).map(|(low, high)| range([low, high]));
         let case = format!("`{}`", self.case);
-        let [suite, python] = [self.suite_ms, self.python_ms].map(digits);
-        cells([&case, &markdown(&self.python), &suite, &python, &ratio, &self.date])
+        let program = markdown(&self.program);
+        cells([&case, &program, &digits(self.ms), &or_dash(interval), &or_dash(ratio), &self.date])
     }
 }
 
@@ -58,24 +62,18 @@ pub fn read(folder: &Path) -> Result<Vec<PythonResult>> {
 
 pub(crate) fn parse(text: &str) -> Result<Vec<PythonResult>> {
     let mut reader = csv::Reader::from_reader(text.as_bytes());
-    // The column was renamed together with the ids.
-    let old_ids = reader.headers()?.iter().any(|name| name == "ours_ms");
     let mut rows: Vec<PythonResult> = reader.deserialize().collect::<Result<_, _>>()?;
     ensure!(!rows.is_empty(), "it has no row");
     for row in &mut rows {
-        if old_ids {
-            row.case = upgrade_id(&row.case, 2);
-        }
         row.case.parse::<Case>().map_err(anyhow::Error::msg)?;
-        let times = [row.suite_ms, row.python_ms, row.ratio];
-        let low_to_high = [row.low.unwrap_or(row.ratio), row.ratio, row.high.unwrap_or(row.ratio)];
+        let low_to_high = [row.low.unwrap_or(row.ms), row.ms, row.high.unwrap_or(row.ms)];
         ensure!(
-            times.iter().chain(&low_to_high).all(|v| v.is_finite() && *v > 0.0) && low_to_high.is_sorted(),
-            "{} has no times with a ratio",
+            low_to_high.iter().all(|v| v.is_finite() && *v > 0.0) && low_to_high.is_sorted(),
+            "{} has no time with an interval",
             row.case
         );
         ensure!(validate::is_day(&row.date), "{} has no date such as 2026-11-25", row.case);
-        row.python = printable(&row.python);
+        row.program = printable(&row.program);
     }
     Ok(rows)
 }
@@ -84,27 +82,22 @@ pub(crate) fn parse(text: &str) -> Result<Vec<PythonResult>> {
 mod tests {
     use super::*;
 
+    const HEADER: &str = "date,group,case,program,ms,low,high\n";
+    const ROW: &str = "2026-11-25,g,train-step/mlx-cpu/f32/indicator-b16,this suite,1340,1300,1400\n";
+
     #[test]
-    fn files_with_old_ids_are_translated() {
-        let rows = |column, method| {
-            let text = format!(
-                "date,case,python,{column},python_ms,ratio,low,high\n\
-                 2026-11-25,train-step/torch-cpu/{method}/indicator-b16,eager,445.2,485.3,0.897,0.875,0.947\n\
-                 2026-11-25,train-step/mlx-cpu/f32/indicator-b16,eager,1340,1388,0.967,,\n"
-            );
-            parse(&text).unwrap().iter().map(PythonResult::row).collect::<Vec<_>>()
-        };
-        let old = rows("ours_ms", "amp");
-        assert_eq!(old, rows("suite_ms", "mixed"));
-        let id = "`train-step/torch-cpu/mixed/indicator-b16`";
-        assert_eq!(old[0], [id, "eager", "445", "485", "0.90 (0.88 to 0.95)", "2026-11-25"]);
-        assert_eq!(old[1][2..5], ["1,340", "1,388", "0.97"]);
+    fn the_ratio_of_a_row_is_that_of_two_printed_times() {
+        let python = ROW.replace("this suite,1340,1300,1400", "mx.compile,1273,,");
+        let other = ROW.replace(",g,", ",h,").replace("1340", "1350");
+        let rows = parse(&format!("{HEADER}{other}{ROW}{python}")).unwrap();
+        let cells: Vec<Vec<String>> = rows.iter().map(|row| row.row(&rows)).collect();
+        let id = "`train-step/mlx-cpu/f32/indicator-b16`";
+        assert_eq!(cells[1], [id, "this suite", "1,340", "1,300 to 1,400", "–", "2026-11-25"]);
+        assert_eq!(cells[2], [id, "mx.compile", "1,273", "–", "0.95", "2026-11-25"]);
     }
 
     #[test]
     fn damaged_files_and_those_of_others_are_errors() {
-        const HEADER: &str = "date,case,python,suite_ms,python_ms,ratio,low,high\n";
-        const ROW: &str = "2026-11-25,train-step/mlx-cpu/f32/indicator-b16,eager,1340,1388,0.967,,\n";
         assert!(parse(&format!("{HEADER}{ROW}")).is_ok());
         for (text, word) in [
             (String::new(), "no row"),
@@ -112,14 +105,14 @@ mod tests {
             ("a,b\n1,2\n".to_owned(), "missing field"),
             ("\0\0".to_owned(), "no row"),
             (format!("{HEADER}{}", ROW.replace("f32", "f99")), "unknown precision"),
-            (format!("{HEADER}{}", ROW.replace("1340", "-1")), "no times"),
-            (format!("{HEADER}{}", ROW.replace(",,", ",2,1")), "no times"),
+            (format!("{HEADER}{}", ROW.replace("1340", "-1")), "no time"),
+            (format!("{HEADER}{}", ROW.replace("1300,1400", "1400,1300")), "no time"),
             (format!("{HEADER}{}", ROW.replace("2026-11-25", "![i](http://x)")), "no date"),
         ] {
             let error = format!("{:#}", parse(&text).unwrap_err());
             assert!(error.contains(word), "{text:?}: {error}");
         }
-        let row = parse(&format!("{HEADER}{}", ROW.replace("eager", "[l](x)\u{1b}"))).unwrap()[0].row();
-        assert_eq!(row[1], "\\[l](x) ");
+        let rows = parse(&format!("{HEADER}{}", ROW.replace("this suite", "[l](x)\u{1b}"))).unwrap();
+        assert_eq!(rows[0].row(&rows)[1], "\\[l](x) ");
     }
 }
