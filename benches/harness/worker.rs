@@ -5,7 +5,7 @@
 //! | --- | --- |
 //! | `cases SET FILTER` | the ids of the cases in the set that match the regular expression and can run here, separated by spaces |
 //! | `machine` | the machine and the versions, as JSON |
-//! | `case ID` | `ready` once the case is loaded and has done a step |
+//! | `case ID` | `ready` once the case is loaded and has done a step, with the nanoseconds of this step |
 //! | `prove ID` | the parity check at the case's shape: `now SHARE` if it passed, `before SHARE` if it passed in an earlier process, `wrong REASON` if it failed. SHARE is the largest error as a share of its tolerance |
 //! | `outputs ID FILE` | `written` once the inputs, parameters and results of the first parity step are in FILE |
 //! | `describe ID` | the case as JSON, from which a program in another language builds the same step |
@@ -18,7 +18,7 @@
 
 use std::convert::Infallible;
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use transformer_bench::backend::{
@@ -99,7 +99,7 @@ impl<'a> Worker<'a> {
             return self.time(steps);
         }
         match line.split_once(' ').unwrap_or((line, "")) {
-            ("case", id) => self.load(id).map(|()| "ready".to_owned()),
+            ("case", id) => Ok(format!("ready {}", self.load(id)?.as_nanos())),
             ("cases", rest) => {
                 let (set, filter) = rest.split_once(' ').unwrap_or((rest, ""));
                 self.cases(set, filter)
@@ -188,19 +188,20 @@ impl<'a> Worker<'a> {
         Ok((case, backend.map_err(anyhow::Error::msg).with_context(|| case.to_string())?))
     }
 
-    fn load(&mut self, id: &str) -> Result<()> {
+    /// Loads a case and runs a step. Returns the time of the step.
+    fn load(&mut self, id: &str) -> Result<Duration> {
         // Freed first, because two cases may not fit into memory.
         self.loaded = None;
         let (case, backend) = self.find(id)?;
         backend.reset_peak_memory()?;
         let mut loaded = backend.load(&Fixture::new(case))?;
-        loaded.step()?;
+        let first = loaded.time(1)?;
         if std::env::var(IDLE_CASE).is_ok_and(|idle| idle == id) {
             loaded = Box::new(IdleCase::new(loaded, IdleStep::FromTheFourth));
         }
         self.extra_rounds = extra_work(id)?.unwrap_or(0);
         self.loaded = Some((case, loaded));
-        Ok(())
+        Ok(first)
     }
 
     /// Verifies that the steps of the loaded case still do their work.

@@ -40,7 +40,7 @@ class Worker:
     def read_answer(self):
         """Returns the first word of the next answer: a time in ns, or `ready`. Skips what libraries print."""
         for line in self.process.stdout:
-            if re.fullmatch(r"\d+( \d+)*|ready", line.strip()):
+            if re.fullmatch(r"\d+( \d+)*|ready( \d+)?", line.strip()):
                 return line.split()[0]
         return None
 

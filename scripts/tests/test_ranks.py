@@ -87,7 +87,7 @@ class Ranks(unittest.TestCase):
                 self.assertIn("all ranks were stopped", failure)
                 for waited in re.findall(r"within (\d+) s", failure):
                     self.assertLessEqual(int(waited), REPORT_TIMEOUT)
-                self.assertEqual(next_case, "ready")
+                self.assertRegex(next_case, r"^ready \d+$")
                 self.assertRegex(times, r"^\d+ \d+ \d+$")
                 self.assertEqual(running, [])
 
@@ -133,7 +133,7 @@ class Ranks(unittest.TestCase):
                 process = self.start(framework, "--worker")
                 process.stdin.write(f"case {self.step(framework)}\n")
                 process.stdin.flush()
-                self.assertEqual(process.stdout.readline().strip(), "ready")
+                self.assertRegex(process.stdout.readline(), r"^ready \d+$")
                 self.assertEqual(len(group_of(process)), 3)
                 process.kill()
                 process.communicate()

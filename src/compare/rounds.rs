@@ -279,7 +279,13 @@ impl<'a> WorkerPair<'a> {
     fn load(&mut self, cases: &[Case; 2]) -> Result<[f64; 2], (usize, anyhow::Error)> {
         let mut each = [f64::MAX; 2];
         for side in self.order {
-            self.worker(side).load(&cases[side]).map_err(|error| (side, error))?;
+            let first = self.worker(side).load(&cases[side]).map_err(|error| (side, error))?;
+            // On a GPU, a first step is long because it compiles kernels. On a CPU, the round has room for few steps.
+            let long = |first: &f64| cases[side].backend.is_cpu() && *first > MIN_ROUND_TIME.as_secs_f64();
+            if let Some(first) = first.filter(long) {
+                each[side] = first;
+                continue;
+            }
             let start = Instant::now();
             for count in 1..=5 {
                 each[side] = each[side].min(self.time(side, 1)?.wall);

@@ -284,10 +284,13 @@ impl Worker {
         serde_json::from_value(machine).context("the executable describes its machine in another format")
     }
 
-    /// Loads a case, ready to be timed.
-    pub fn load(&mut self, case: &Case) -> Result<()> {
+    /// Loads a case, ready to be timed. Returns the time of its first step in seconds. An older executable does not
+    /// send it.
+    pub fn load(&mut self, case: &Case) -> Result<Option<f64>> {
         let id = self.id_of(case)?;
-        self.ask(&format!("case {id}"), REQUEST_TIMEOUT).map(|_| ())
+        let answer = self.ask(&format!("case {id}"), REQUEST_TIMEOUT)?;
+        let first: Option<f64> = answer.strip_prefix("ready ").and_then(|time| time.parse().ok());
+        Ok(first.map(|nanoseconds| nanoseconds * 1e-9))
     }
 
     /// Checks the parity of a case, or recalls an earlier check.
