@@ -2,7 +2,8 @@
 //!
 //! The timing never reads a result between steps. So a step could leave work out that nobody reads, or delay it until
 //! somebody does. [`verify`] reads the state after the samples, and compares a stretch as long as a sample with the
-//! same steps of a newly loaded case, which are read one at a time.
+//! same steps of a newly loaded case, which are read one at a time. Steps without state have the same results each
+//! time, so [`verify`] also compares the time of several of them with that of single ones.
 
 use std::time::{Duration, Instant};
 
@@ -19,6 +20,13 @@ const DELAYED_SHARE: f64 = 0.2;
 const READING_NOISE: Duration = Duration::from_millis(5);
 /// Other programs can disturb a reading, but not each of these attempts.
 const ATTEMPTS: usize = 3;
+/// Several steps take at least this share of the time of as many single ones. Two steps take as long as two single
+/// ones, or half as long if one of them is left out. The limit is the middle.
+const MIN_TIME_OF_SEVERAL: f64 = 0.75;
+/// The shortest of at most this many times counts, within [`COUNTING_TIME`].
+const MAX_COUNTED: usize = 15;
+/// Time for the comparison of several steps with single ones. A step of the headline is measured once or twice.
+const COUNTING_TIME: Duration = Duration::from_millis(500);
 /// Seed of the dropout masks in the compared stretch.
 const SEED: u64 = 7;
 
@@ -28,6 +36,9 @@ const SEED: u64 = 7;
 /// Returns an error if the backend fails, if reading the results does work that the timing left out, or if the same
 /// steps have other results when each of them is read.
 pub fn verify(backend: &dyn Backend, case: Case, mut loaded: Box<dyn LoadedCase>, steps: u64) -> Result<()> {
+    if !has_state(&case) {
+        check_number_of_steps(loaded.as_mut(), steps)?;
+    }
     let start = check_delayed_work(loaded.as_mut(), steps)?;
     let inputs = Fixture::new(case).with_batch(1);
     loaded.set_inputs(&inputs)?;
@@ -111,6 +122,32 @@ fn check_delayed_work(loaded: &mut dyn LoadedCase, steps: u64) -> Result<Vec<Ten
         }
     }
     bail!("the timed steps left work for the first reading: {:.0} % of their time", share * 100.0)
+}
+
+/// Checks that two steps, and `steps` steps, take as long as that number of single ones.
+fn check_number_of_steps(loaded: &mut dyn LoadedCase, steps: u64) -> Result<()> {
+    let mut shares = [0.0; 2];
+    for _ in 0..ATTEMPTS {
+        let [mut one, mut two] = [Duration::MAX; 2];
+        let started = Instant::now();
+        for _ in 0..MAX_COUNTED {
+            one = one.min(loaded.time(1)?);
+            two = two.min(loaded.time(2)?);
+            if started.elapsed() > COUNTING_TIME {
+                break;
+            }
+        }
+        let all = if steps > 2 { loaded.time(steps)? } else { two };
+        let share = |time: Duration, steps: u64| time.as_secs_f64() / (one.as_secs_f64() * steps as f64);
+        shares = [share(two, 2), share(all, steps.max(2))];
+        if shares.iter().all(|share| *share >= MIN_TIME_OF_SEVERAL) {
+            return Ok(());
+        }
+    }
+    let [two, all] = shares.map(|share| 100.0 * share);
+    bail!(
+        "2 steps take {two:.0} % of the time of 2 single ones, and {steps} steps {all:.0} %: some are left out"
+    )
 }
 
 fn check_finite(results: &[Tensor]) -> Result<()> {
