@@ -1,88 +1,164 @@
 #!/usr/bin/env python3
-"""Injects faults into the networks, one after the other, and checks that `cargo bench` refuses to time them.
+"""Injects faults into the sources, and checks that `cargo bench` refuses to time them.
 
-Usage: scripts/tests/inject_faults.py [torch | mlx]
+Usage: scripts/tests/inject_faults.py [torch | mlx] [--only TEXT]
 
-A fault is a changed line of src/torch/network.rs or src/mlx/network.rs, which is built and then restored. Each
-takes about half a minute. These files must have no uncommitted changes.
+faults_torch.py and faults_mlx.py list the faults. All faults of a framework are in one executable, and the variable
+INJECTED_FAULT selects one of them. The changed sources are then restored. They must have no uncommitted changes.
+Each run takes 5 to 20 seconds, or minutes for a fault in a compiled step. With --only, the faults run whose name
+or case contains TEXT.
 """
+import argparse
+import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+sys.dont_write_bytecode = True
+import faults_mlx  # noqa: E402
+import faults_torch  # noqa: E402
+
 ROOT = Path(__file__).resolve().parents[2]
+FAULTS = {"torch": faults_torch.FAULTS, "mlx": faults_mlx.FAULTS}
+HELPERS = {"torch": faults_torch.HELPERS, "mlx": faults_mlx.HELPERS}
+VARIABLE = "INJECTED_FAULT"
 
-TRAIN = "train-step/{}/f32/indicator-b16"
-FFN = "feed-forward-grad/{}/f32/b16-t111-d256-f1024"
-ATTENTION = "attention-grad/{}/f32/b16-h8-t111-d32"
+# Functions for the injected code: the selected fault, and named counters.
+RUST = f"""
+pub fn injected(name: &str) -> bool {{
+    std::env::var("{VARIABLE}").is_ok_and(|selected| selected == name)
+}}
 
-# Name, the id of a case that must be refused, a part of the source, and its replacement.
-TORCH_DROP = "x.dropout(p, true)"
-TORCH_LAST = "self.linear(&dropout(hidden, self.dropout.hidden), &f.down)"
-FAULTS = {
-    "torch": [
-        ("dropout 0.2 for 0.1", TRAIN, TORCH_DROP, "x.dropout(2.0 * p, true)"),
-        ("dropout 0.01 for 0.1", FFN, TORCH_DROP, "x.dropout(0.1 * p, true)"),
-        ("dropout without 1/(1 - p)", TRAIN, TORCH_DROP, "x.dropout(p, true) * (1.0 - p)"),
-        ("dropout that drops nothing", ATTENTION, TORCH_DROP, "x"),
-        ("no dropout in fused attention", "train-step/{}/f32-tuned/indicator-b16",
-         "(self.dropout.weights, cache.visible", "(0.0, cache.visible"),
-        ("keys past the hundredth ignored", "forward/{}/f32/indicator-b16",
-         "            let scores = q.matmul(",
-         "            let (k, v) = (k.narrow(2, 0, n.min(100)), v.narrow(2, 0, n.min(100)));\n            let scores = q.matmul("),
-        ("feed-forward 5 % too large in bf16", "train-step/{}/mixed/indicator-b16", TORCH_LAST,
-         f"{{ let y = {TORCH_LAST}; if y.kind() == Kind::BFloat16 {{ y * 1.05 }} else {{ y }} }}"),
-        ("feed-forward 5 % too large in the tuned variant", "train-step/{}/mixed-tuned/indicator-b16", TORCH_LAST,
-         f"{{ let y = {TORCH_LAST}; if y.kind() == Kind::BFloat16 {{ y * 1.05 }} else {{ y }} }}"),
-        ("attention scale 10 % off in bf16", "train-step/{}/mixed/indicator-b16", "/ (m.head_width as f64).sqrt(),",
-         "/ (m.head_width as f64).sqrt() * if x.kind() == Kind::BFloat16 { 1.1 } else { 1.0 },"),
-        ("the tanh approximation of GELU", FFN, 'x.gelu("none")', 'x.gelu("tanh")'),
-    ],
-    "mlx": [
-        ("dropout 0.2 for 0.1", TRAIN, "let keep = 1.0 - p;", "let keep = 1.0 - 2.0 * p;"),
-        ("dropout without 1/(1 - p)", FFN, "scale(&x.multiply(mask)?, 1.0 / keep)", "x.multiply(mask)"),
-        ("dropout that drops nothing", ATTENTION, "if p == 0.0 {", "if p < 2.0 {"),
-        ("the same random key at every site", "train-step/{}/f32-tuned/indicator-b16", "self.random.next_key()?",
-         "mlx_rs::random::key(7)?"),
-        ("keys past the hundredth ignored", "forward/{}/f32/indicator-b16", "let weights = softmax(&scores)?;",
-         "let past = ops::arange::<f32, f32>(None, n as f32, None)?.ge(Array::from_f32(100.0))?;\n"
-         "            let weights = softmax(&scores.add(past.as_dtype(x.dtype())?.multiply(scalar(-3e4, x.dtype()))?)?)?;"),
-        ("attention scale 10 % off", ATTENTION, "scale(&q, m.score_scale())", "scale(&q, 1.1 * m.score_scale())"),
-    ],
-}
+static COUNTS: std::sync::Mutex<std::collections::BTreeMap<&str, u64>> =
+    std::sync::Mutex::new(std::collections::BTreeMap::new());
+
+/// Returns how often it was called with this name before.
+pub fn count(name: &'static str) -> u64 {{
+    let mut all = COUNTS.lock().unwrap();
+    let count = all.entry(name).or_insert(0);
+    *count += 1;
+    *count - 1
+}}
+
+/// Returns a count, and sets it to 0.
+pub fn take_count(name: &str) -> u64 {{
+    COUNTS.lock().unwrap().remove(name).unwrap_or(0)
+}}
+"""
 
 
-def source(framework):
-    return ROOT / "src" / framework / "network.rs"
+def folder(framework):
+    return ROOT / "src" / framework
 
 
-def run(*words):
-    return subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def parse(anchor):
+    """Splits an anchor into its text, and the range of the marked part."""
+    before, rest = anchor.split("«")
+    old, after = rest.split("»")
+    return before + old + after, len(before), len(before) + len(old)
+
+
+def regions(framework):
+    """Returns the changes of each file: {file: {(start, end): [(fault, new)]}}. Each anchor must occur once."""
+    files = {}
+    for name, _, edits in FAULTS[framework]:
+        for file, anchor, new in edits:
+            source = (folder(framework) / file).read_text()
+            text, start, end = parse(anchor)
+            assert source.count(text) == 1, f"{framework}: {name}: {file} has {source.count(text)} of: {text}"
+            at = source.index(text)
+            files.setdefault(file, {}).setdefault((at + start, at + end), []).append((name, new))
+    for file, changes in files.items():
+        ranges = sorted(changes)
+        for (start, end), (next_start, _) in zip(ranges, ranges[1:]):
+            assert end <= next_start, f"{file}: the faults {changes[start, end][0][0]} and others overlap"
+    return files
+
+
+def injected(file, old, changes):
+    """Returns the code that replaces `old`. Without `old`, the new code is inserted, with FAULT for its condition."""
+    python = file.endswith(".py")
+    if python:
+        condition = lambda name: f'__import__("os").environ.get("{VARIABLE}") == "{name}"'
+    else:
+        condition = lambda name: f'crate::injected("{name}")'
+    if not old:
+        return "".join(new.replace("FAULT", condition(name)) for name, new in changes)
+    if python:
+        return "(" + "".join(f"({new}) if {condition(name)} else " for name, new in changes) + f"({old}))"
+    return "(" + "".join(f"if {condition(name)} {{ {new} }} else " for name, new in changes) + f"{{ {old} }})"
+
+
+def inject(framework):
+    """Writes all faults of a framework into its sources. Returns the original sources."""
+    originals = {}
+    for file, changes in regions(framework).items():
+        path = folder(framework) / file
+        source = originals[path] = path.read_text()
+        for (start, end), faults in sorted(changes.items(), reverse=True):
+            source = source[:start] + injected(file, source[start:end], faults) + source[end:]
+        path.write_text(source)
+    library = folder(framework) / "lib.rs"
+    originals.setdefault(library, library.read_text())
+    library.write_text(library.read_text() + RUST + HELPERS[framework])
+    return originals
+
+
+def build(framework):
+    """Builds the executable with all faults, and returns its path."""
+    changed = subprocess.run(["git", "diff", "--quiet", "--", folder(framework)], cwd=ROOT)
+    if changed.returncode:
+        sys.exit(f"inject_faults: {folder(framework)} has changes: commit them first")
+    originals = inject(framework)
+    try:
+        done = subprocess.run(["cargo", "bench", "--locked", "--no-run", "--bench", framework], cwd=ROOT, text=True,
+                              capture_output=True)
+    finally:
+        for path, source in originals.items():
+            path.write_text(source)
+    if done.returncode:
+        sys.exit(f"inject_faults: the faults do not compile\n{done.stderr}")
+    path = next(line for line in done.stderr.splitlines() if "Executable" in line).split("(")[-1].rstrip(")")
+    # A later build must not replace it.
+    copy = ROOT / "target" / f"injected-faults-{framework}"
+    copy.unlink(missing_ok=True)
+    copy.hardlink_to(ROOT / path)
+    return copy
+
+
+def run(executable, name, case):
+    """Runs a case with a fault. Returns the reason for which it was refused, or None if it was timed."""
+    with tempfile.TemporaryDirectory(prefix="transformer-bench-fault-") as scratch:
+        env = {**os.environ, VARIABLE: name, "TRANSFORMER_BENCH_RESULTS": f"{scratch}/results",
+               "CRITERION_HOME": f"{scratch}/criterion",
+               "TRANSFORMER_BENCH_SET": "smoke" if "-tiny" in case else "full"}
+        if "-compile" in case and "torch" in case:
+            # Packages of faults are not cached.
+            env["XDG_CACHE_HOME"] = scratch
+        done = subprocess.run([executable, "--bench", "--warm-up-time=0.1", "--measurement-time=1", f"^{case}$"],
+                              cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    reasons = [line for line in done.stdout.splitlines() if " failed" in line and case in line]
+    if done.returncode == 0:
+        return None
+    return reasons[-1] if reasons else f"exit code {done.returncode}: {done.stdout[-400:]}"
 
 
 def main():
-    frameworks = sys.argv[1:] or list(FAULTS)
-    unknown = set(frameworks) - set(FAULTS)
-    if unknown:
-        sys.exit(f"inject_faults: unknown framework '{unknown.pop()}': {' or '.join(FAULTS)}")
+    parser = argparse.ArgumentParser(usage=__doc__.split("Usage: ")[1].splitlines()[0])
+    parser.add_argument("framework", nargs="?", choices=FAULTS)
+    parser.add_argument("--only", default="")
+    options = parser.parse_args()
     missed = 0
-    for framework in frameworks:
-        path = source(framework)
-        if run("git", "diff", "--quiet", "--", path).returncode:
-            sys.exit(f"inject_faults: {path} has changes: commit them first")
-        original = path.read_text()
-        try:
-            for name, case, old, new in FAULTS[framework]:
-                path.write_text(original.replace(old, new))
-                case = case.format(f"{framework}-cpu")
-                done = run("cargo", "bench", "--quiet", "--bench", framework, "--", f"^{case}$")
-                failures = [line for line in done.stdout.splitlines() if "parity" in line and " failed: " in line]
-                found = done.returncode != 0 and failures
-                missed += not found
-                print(f"{'found ' if found else 'MISSED'}  {framework}: {name}\n        "
-                      f"{failures[-1] if failures else done.stdout[-300:]}", flush=True)
-        finally:
-            path.write_text(original)
+    for framework in [options.framework] if options.framework else FAULTS:
+        executable = build(framework)
+        for name, cases, _ in FAULTS[framework]:
+            for case in cases:
+                if options.only not in f"{name} {case}":
+                    continue
+                reason = run(executable, name, case)
+                missed += reason is None
+                print(f"{'found ' if reason else 'MISSED'}  {name}: {case}\n        {reason or ''}", flush=True)
     sys.exit(1 if missed else 0)
 
 
