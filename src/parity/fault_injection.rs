@@ -6,7 +6,7 @@
 
 use anyhow::Result;
 
-use super::dropout::{self, Probe};
+use super::dropout::{self, NoiseProbe, Probe};
 use super::tolerance::ReferenceCache;
 use super::{ParityChecker, ParityResult, compare_tensors};
 use crate::backend::{Backend, LoadedCase};
@@ -30,6 +30,10 @@ enum Change {
     DropoutInput(fn(&mut Fixture)),
     /// The results in the dropout check.
     DropoutOutput(fn(&[Vec<Tensor>]) -> Vec<Tensor>),
+    /// The fixture of the noise of dropout.
+    NoiseInput(fn(&mut Fixture)),
+    /// The results in the check of the noise of dropout.
+    NoiseOutput(fn(&[Vec<Tensor>]) -> Vec<Tensor>),
     /// The number formats. The reference replaces the backend.
     Rounding(fn() -> Rounding),
 }
@@ -119,6 +123,8 @@ pub const FAULTS: &[Fault] = &[
     fault("dropout without 1/(1 − p)", FeedForwardGrad, "indicator", Change::DropoutOutput(|all| edit(all, "grad/feed-forward.down.weight", |g| g.iter_mut().for_each(|v| *v *= 0.9))), &[]),
     fault("dropout without 1/(1 − p) in one layer", TrainStep, "indicator", Change::DropoutInput(|f| scale(f, "blocks.0.feed-forward.down.weight", 0.9)), &[]),
     fault("the same masks in every step", TrainStep, "indicator", Change::DropoutOutput(|all| all[0].clone()), &[]),
+    fault("no dropout of attention's weights, all tokens", ForwardBackward, "indicator", Change::NoiseInput(|f| f.dropout.weights = 0.0), &[]),
+    fault("masks of attention's weights that samples share", TrainStep, "masked-tiny", Change::NoiseOutput(double_noise), &[]),
     fault("rotary theta 500 instead of 10,000", AttentionGrad, "grouped-tiny", Change::Model(|m| m.position = Position::Rotary(Rotary::new(500.0))), &[]),
     fault("no rotary positions", Attention, "grouped-tiny", Change::Model(|m| m.position = Position::None), &[]),
     fault("rotary pairs instead of halves", Attention, "grouped-tiny", Change::Input(pair_rotary_features), &[]),
@@ -274,6 +280,15 @@ fn enlarge_even_gradients(steps: &[Vec<Tensor>]) -> Vec<Tensor> {
     edit(steps, "grad/", |g| g.iter_mut().for_each(|v| *v *= factor))
 }
 
+/// Doubles the difference of gradients between steps, as masks do that four equal samples share.
+fn double_noise(steps: &[Vec<Tensor>]) -> Vec<Tensor> {
+    let (first, mut last) = (&steps[0], steps[steps.len() - 1].clone());
+    for (tensor, first) in last.iter_mut().zip(first).filter(|(tensor, _)| tensor.name.starts_with("grad/")) {
+        tensor.data.iter_mut().zip(&first.data).for_each(|(v, first)| *v += *v - first);
+    }
+    last
+}
+
 /// Replaces a parameter by its initial value.
 fn undo_update(steps: &[Vec<Tensor>]) -> Vec<Tensor> {
     let name = "blocks.0.feed-forward.down.weight";
@@ -322,6 +337,18 @@ impl LoadedCase for FaultyCase {
     fn outputs(&mut self) -> Result<Vec<Tensor>> {
         Ok((self.change)(&self.steps))
     }
+}
+
+/// Checks the noise of dropout in a case that `load` loads.
+fn check_noise(
+    case: Case,
+    checker: &mut ParityChecker,
+    load: impl FnOnce(Fixture) -> Result<Box<dyn LoadedCase>>,
+) -> Result<ParityResult> {
+    let [probe] = &NoiseProbe::all(case, false)[..] else { unreachable!("one probe") };
+    let mut loaded = load(probe.fixture())?;
+    let mismatch = probe.check(loaded.as_mut(), &mut checker.noise, &probe.fixture())?;
+    Ok(mismatch.map_or(Ok(0.0), Err))
 }
 
 impl Fault {
@@ -378,6 +405,13 @@ impl Fault {
                 let probe = Probe::new(case);
                 check_dropout(&probe, &mut FaultyCase::load(backend, &probe.fixture(), change)?)
             }
+            Change::NoiseInput(edit) => check_noise(case, checker, |mut fixture| {
+                edit(&mut fixture);
+                backend.load(&fixture)
+            }),
+            Change::NoiseOutput(change) => check_noise(case, checker, |fixture| {
+                Ok(Box::new(FaultyCase::load(backend, &fixture, change)?))
+            }),
             Change::Rounding(rounding) => {
                 let results = reference::compute::<f32>(&fixture, rounding(), None);
                 let tensor = |values: NamedValues<f32>| Tensor {

@@ -21,6 +21,7 @@ use anyhow::{Context, Result};
 use crate::backend::{Accumulation, Backend, LoadedCase};
 use crate::fixture::{Fixture, Tensor};
 use crate::suite::{Case, Shape};
+use dropout::NoiseReference;
 pub use steps::state_difference;
 use steps::{Failure, StepCheck};
 use tolerance::{Expected, ReferenceCache};
@@ -63,6 +64,7 @@ pub type ParityResult = std::result::Result<f64, Mismatch>;
 #[derive(Default)]
 pub struct ParityChecker {
     reference: ReferenceCache,
+    noise: NoiseReference,
 }
 
 impl ParityChecker {
@@ -76,7 +78,7 @@ impl ParityChecker {
         if result.is_err() || !case.dropout().any() {
             return Ok(result);
         }
-        Ok(dropout::check(backend, case)?.map_or(result, Err))
+        Ok(dropout::check(backend, case, &mut self.noise)?.map_or(result, Err))
     }
 
     /// Compares a backend that loads `backend_fixture` with the reference for `fixture`. They only differ in tests.

@@ -2,7 +2,9 @@
 //!
 //! [`Probe`] reads the dropout masks of several steps from gradients. The rate must match the configuration, and the
 //! masks must be independent. The reference repeats some steps with the masks, and loss and gradients must agree.
+//! [`NoiseProbe`] compares the variance of the gradients between steps, at the number of tokens that is timed.
 
+mod noise;
 mod probe;
 
 use std::collections::BTreeMap;
@@ -14,6 +16,7 @@ use super::{Mismatch, compare_tensors};
 use crate::backend::{Accumulation, Backend, LoadedCase};
 use crate::reference::Site;
 use crate::suite::Case;
+pub use noise::{NoiseProbe, NoiseReference};
 pub use probe::{Masks, Probe};
 
 /// Largest deviation of a count in standard deviations. Chance exceeds it once in 500 million, and a run makes about
@@ -26,14 +29,22 @@ const MIN_COMPARED: usize = 16;
 ///
 /// # Errors
 /// Returns an error if the backend fails.
-pub fn check(backend: &dyn Backend, case: Case) -> Result<Option<Mismatch>> {
+pub fn check(backend: &dyn Backend, case: Case, reference: &mut NoiseReference) -> Result<Option<Mismatch>> {
+    let is_precompiled = backend.is_precompiled(case.method.variant);
     // Another shape is another package, which takes about a minute.
-    let several =
-        if backend.is_precompiled(case.method.variant) { None } else { Probe::of_several_positions(case) };
+    let several = if is_precompiled { None } else { Probe::of_several_positions(case) };
     for probe in [Probe::new(case)].into_iter().chain(several) {
         let loaded = backend.load(&probe.fixture());
         let mut loaded = loaded.with_context(|| format!("{} could not be loaded", probe.case))?;
         let mismatch = check_loaded(&probe, loaded.as_mut(), backend.accumulation())?;
+        if mismatch.is_some() {
+            return Ok(mismatch);
+        }
+    }
+    for probe in NoiseProbe::all(case, is_precompiled) {
+        let fixture = probe.fixture();
+        let mut loaded = backend.load(&fixture).with_context(|| format!("{case} could not be loaded"))?;
+        let mismatch = probe.check(loaded.as_mut(), reference, &fixture)?;
         if mismatch.is_some() {
             return Ok(mismatch);
         }
@@ -92,7 +103,8 @@ fn site_name(site: Site) -> &'static str {
         Site::AttentionResidual { .. } => "the attention residual",
         Site::Hidden { .. } => "the hidden units",
         Site::FeedForwardResidual { .. } => "the feed-forward residual",
-        Site::Head { .. } => "the output head",
+        Site::Head { index: 0 } => "the first output head",
+        Site::Head { .. } => "the second output head",
     }
 }
 

@@ -15,12 +15,12 @@ use crate::suite::{Case, Shape};
 /// The masks of a step: true for each value that was not dropped. The key has the site, and the row of a block or 0.
 pub type Masks = BTreeMap<(usize, Site), Vec<bool>>;
 
-/// Number of values that are read per kind of site. 6 standard deviations are then 4 percentage points at p = 0.1.
-const MIN_VALUES: usize = 2000;
+/// Number of values that are read per kind of site. 6 standard deviations are then 6 percentage points at p = 0.1.
+const MIN_VALUES: usize = 1000;
 
-/// Number of values per kind of site at several positions. At 1/16, 6 standard deviations are then 6 percentage points, and masks that two
-/// positions share give 1/4.
-const MIN_SHARED_VALUES: usize = 600;
+/// Number of values per kind of site at several positions. At 1/16, 6 standard deviations are then 5 percentage points.
+/// Masks that two positions share give 1/4, and a missing dropout gives 0.
+const MIN_SHARED_VALUES: usize = 1000;
 
 /// Number of steps that are compared with the reference. A step of a block has tens of thousands of values.
 const COMPARED_STEPS_OF_MODEL: usize = 3;
@@ -41,6 +41,18 @@ impl Gradients<'_> {
     fn get(&self, parameter: &str) -> Option<&[f32]> {
         let name = format!("grad/{parameter}");
         self.0.iter().find(|t| t.name == name).map(|t| &t.data[..])
+    }
+}
+
+/// Returns the dropout probability of a site.
+pub fn probability(dropout: &Dropout, site: Site) -> f64 {
+    match site {
+        Site::Embedding => dropout.embedding,
+        Site::Weights { .. } => dropout.weights,
+        Site::AttentionResidual { .. } => dropout.attention(),
+        Site::FeedForwardResidual { .. } => dropout.residual,
+        Site::Hidden { .. } => dropout.hidden,
+        Site::Head { .. } => dropout.heads,
     }
 }
 
@@ -202,8 +214,11 @@ impl Probe {
         key * self.model.tokens / self.key_count()
     }
 
+    /// Returns the key that a column of v shows. Two neighboring heads show the same keys, so that their masks can be
+    /// compared.
     fn key_of_column(&self, column: usize) -> usize {
-        column % self.key_count()
+        let (head, column) = (column / self.model.head_width, column % self.model.head_width);
+        (head / 2 * self.model.head_width + column) % self.key_count()
     }
 
     /// Returns the columns of v that a head reads.
@@ -258,16 +273,8 @@ impl Probe {
         self.probability(site).powi(self.positions() as i32)
     }
 
-    /// Returns the dropout probability of a site.
-    pub fn probability(&self, site: Site) -> f64 {
-        match site {
-            Site::Embedding => self.dropout.embedding,
-            Site::Weights { .. } => self.dropout.weights,
-            Site::AttentionResidual { .. } => self.dropout.attention(),
-            Site::FeedForwardResidual { .. } => self.dropout.residual,
-            Site::Hidden { .. } => self.dropout.hidden,
-            Site::Head { .. } => self.dropout.heads,
-        }
+    fn probability(&self, site: Site) -> f64 {
+        probability(&self.dropout, site)
     }
 
     /// Reads the masks from the results of a step. Returns `None` if a gradient is missing.
