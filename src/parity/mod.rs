@@ -8,6 +8,8 @@
 pub mod cache;
 pub mod conformance;
 pub mod dropout;
+#[cfg(test)]
+mod fast_math;
 pub mod fault_injection;
 pub mod idle_steps;
 mod steps;
