@@ -304,12 +304,15 @@ fn with_tolerances(
 /// number of the batch.
 type ExactKey = (bool, bool, Option<Precision>, usize);
 
+/// The key of expected results. Two properties of the case change their tolerance: fused attention and fast math.
+type ExpectedKey = (ExactKey, Precision, Accumulation, [bool; 2]);
+
 /// A cache of the expected results of one shape.
 #[derive(Default)]
 pub struct ReferenceCache {
     shape: Option<Shape>,
     exact: HashMap<ExactKey, ExactResults>,
-    expected: HashMap<(ExactKey, Precision, Accumulation, [bool; 2]), Arc<Vec<Expected>>>,
+    expected: HashMap<ExpectedKey, Arc<Vec<Expected>>>,
 }
 
 impl ReferenceCache {
