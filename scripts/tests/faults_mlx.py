@@ -70,7 +70,7 @@ FAULTS = [
     ("softmax without its maximum", [TRAIN, FORWARD],
      [(NETWORK, SOFTMAX, "{ let e = scores.exp()?; e.divide(e.sum_axis(-1, true)?)? }")]),
     ("attention scale 10 % off", [ATTENTION],
-     [(NETWORK, "let factor = «1.0 / f64::from(width).sqrt()»;", "1.1 / f64::from(width).sqrt()")]),
+     [(NETWORK, "let scores = scale(&q, «m.score_scale()»)?", "1.1 * m.score_scale()")]),
     ("only the loss is evaluated", [TRAIN, TUNED, GPT2, GPT2_GRADIENTS],
      [(STEP, EVALUATION, "eval(self.results.iter())")]),
     ("nothing is evaluated", [TRAIN, OPTIMIZER, FORWARD], [(STEP, EVALUATION, "Ok::<(), Exception>(())")]),

@@ -47,7 +47,7 @@ PYTHON, PACKAGE = "inductor/network.py", "inductor/package.py"
 
 DROP = "if p > 0.0 { «x.dropout(p, true)» } else { x }"
 DOWN = "«self.linear(&dropout(hidden, self.dropout.hidden), &f.down)»"
-SDPA = "«Tensor::scaled_dot_product_attention(&q, &k, &v, None::<Tensor>, p, m.causal, None, grouped)»"
+SDPA = "«Tensor::scaled_dot_product_attention(&q, &k, &v, mask, p, causal, m.scale.scores, grouped)»"
 KEYS = "let (k, v) = «(repeat(k), repeat(v))»;"
 LAYER_NORM = "«x.layer_norm(last, weight, bias, eps, true)»"
 UPDATE = "«state.step(&self.adamw, &self.leaves, gradients)»"
@@ -56,7 +56,7 @@ SOFTMAX = "dropout(«scores.softmax(-1, None::<Kind>)», self.dropout.weights)"
 TIME = "    «»/// Runs all-reduces without waiting between them"
 
 # Weights of attention with shared masks, as a fused kernel could draw them.
-FUSED_SHARED = """{{ let w = (q.matmul(&k.transpose(-2, -1)) / (width as f64).sqrt()).softmax(-1, None::<Kind>);
+FUSED_SHARED = """{{ let w = (q.matmul(&k.transpose(-2, -1)) / (m.head_width as f64).sqrt()).softmax(-1, None::<Kind>);
     if p > 0.0 {{ crate::drop_shared(&w, p, &[{}]) }} else {{ w }}.matmul(&v) }}"""
 GRADIENT_OF_NORM = ("x.layer_norm(last, weight.map(|w| w * {0} + w.detach() * (1.0 - {0})), "
                     "bias.map(|b| b.shallow_clone()), eps, true)")
@@ -97,18 +97,18 @@ EAGER = [
      [(STEP, "fn run(&mut self) -> Result<()> {\n        «self.run_workload()?»;",
        "{ tch::manual_seed(crate::count(\"step\") as i64 / 2); self.run_workload()? }")]),
     ("layers that share masks", [TRAIN],
-     [(NETWORK, "|x| «self.attention(x, &layer.attention)»",
+     [(NETWORK, "let attention = |x: &Tensor| «self.attention(x, &l.attention, index)»;",
        "{ tch::manual_seed(crate::count(\"layer\") as i64 / self.model.layers as i64); "
-       "self.attention(x, &layer.attention) }")]),
+       "self.attention(x, &l.attention, index) }")]),
     ("no dropout of hidden units from the third layer on", [TRAIN],
      [(NETWORK, DOWN, "{ let p = if crate::count(\"layer\") % (self.model.layers as u64) < 2 "
        "{ self.dropout.hidden } else { 0.0 }; self.linear(&dropout(hidden, p), &f.down) }")]),
     ("no dropout in the second head", [TRAIN],
      [(NETWORK, "self.linear(&«dropout(hidden, self.dropout.heads)», &h.out)",
        "dropout(hidden, if crate::count(\"head\") % 2 == 0 { self.dropout.heads } else { 0.0 })")]),
-    ("no dropout in fused attention", [TUNED], [(NETWORK, "let p = «self.dropout.weights»;", "0.0")]),
+    ("no dropout in fused attention", [TUNED], [(NETWORK, "let (p, mask, grouped) = («self.dropout.weights», cache", "0.0")]),
     ("no dropout in fused attention of more than 64 tokens", [TUNED, MIXED_TUNED],
-     [(NETWORK, "let p = «self.dropout.weights»;", "if n > 64 { 0.0 } else { self.dropout.weights }")]),
+     [(NETWORK, "let (p, mask, grouped) = («self.dropout.weights», cache", "if n > 64 { 0.0 } else { self.dropout.weights }")]),
     ("masks in fused attention that samples share", [TUNED], [(NETWORK, SDPA, FUSED_SHARED.format("0"))]),
     ("masks in fused attention that heads share", [TUNED, MIXED_TUNED], [(NETWORK, SDPA, FUSED_SHARED.format("1"))]),
     ("masks in fused attention that queries share", [TUNED], [(NETWORK, SDPA, FUSED_SHARED.format("2"))]),
@@ -117,7 +117,7 @@ EAGER = [
      [(NETWORK, KEYS, "{ let all = (n - 1).max(1); (repeat(k).narrow(2, 0, all), repeat(v).narrow(2, 0, all)) }")]),
     ("the last key ignored in fused attention", [TUNED, MIXED_TUNED],
      [(NETWORK, SDPA, "{ let all = (n - 1).max(1); Tensor::scaled_dot_product_attention(&q, &k.narrow(2, 0, all), "
-       "&v.narrow(2, 0, all), None::<Tensor>, p, m.causal, None, grouped) }")]),
+       "&v.narrow(2, 0, all), mask, p, causal, m.scale.scores, grouped) }")]),
     ("keys past the hundredth ignored", [FORWARD],
      [(NETWORK, KEYS, "(repeat(k).narrow(2, 0, n.min(100)), repeat(v).narrow(2, 0, n.min(100)))")]),
     ("gradients of norm weights halved", [TRAIN, MIXED, MIXED_TUNED, AMP],
@@ -131,8 +131,8 @@ EAGER = [
     ("softmax without its maximum", [TRAIN, FORWARD, ATTENTION],
      [(NETWORK, SOFTMAX, "{ let e = scores.exp(); &e / e.sum_dim_intlist(-1, true, None::<Kind>) }")]),
     ("attention scale 10 % off in bf16", [MIXED],
-     [(NETWORK, "let mut scores = «q.matmul(&k.transpose(-2, -1)) / (width as f64).sqrt()»;",
-       "q.matmul(&k.transpose(-2, -1)) / (width as f64).sqrt() * if x.kind() == Kind::BFloat16 { 1.1 } else { 1.0 }")]),
+     [(NETWORK, "let scores = «q.matmul(&k.transpose(-2, -1))»;",
+       "q.matmul(&k.transpose(-2, -1)) * if x.kind() == Kind::BFloat16 { 1.1 } else { 1.0 }")]),
     ("feed-forward 5 % too large in bf16", [MIXED, MIXED_TUNED],
      [(NETWORK, DOWN, "{ let y = self.linear(&dropout(hidden, self.dropout.hidden), &f.down); "
        "if y.kind() == Kind::BFloat16 { y * 1.05 } else { y } }")]),
@@ -191,12 +191,12 @@ INDUCTOR = [
     ("no compiled dropout of hidden units from the third layer on", [COMPILED],
      [(PACKAGE, RANDOM, f"x if site == \"hidden\" and {COUNT} > 2 else {WHOLE}")]),
     ("the last key ignored in a compiled step", [MIXED_COMPILED],
-     [(PYTHON, "scores = «q @ k.transpose(-2, -1) / self.head_width ** 0.5»",
-       "q @ k.transpose(-2, -1) / self.head_width ** 0.5 - 1e4 * (n > 1) * (torch.arange(n) == n - 1).to(q.dtype)")]),
+     [(PYTHON, "scores = «q @ k.transpose(-2, -1)»",
+       "q @ k.transpose(-2, -1) - 1e4 * (n > 1) * (torch.arange(n) == n - 1).to(q.dtype)")]),
     ("gradients of norm weights halved in a compiled step", [COMPILED, MIXED_COMPILED],
-     [(PYTHON, "return «nn.LayerNorm(width, choices[\"eps\"])»",
+     [(PYTHON, "return «nn.LayerNorm(width, choices[\"eps\"], elementwise_affine=choices[\"weight\"], bias=choices[\"bias\"])»",
        "type(\"Half\", (nn.LayerNorm,), {\"forward\": lambda self, x: F.layer_norm(x, self.normalized_shape, "
-       "self.weight / 2 + self.weight.detach() / 2, self.bias, self.eps)})(width, choices[\"eps\"])")]),
+       "self.weight / 2 + self.weight.detach() / 2, self.bias, self.eps)})(width, choices[\"eps\"], elementwise_affine=choices[\"weight\"], bias=choices[\"bias\"])")]),
     ("softmax without its maximum in a compiled step", [COMPILED],
      [(PYTHON, "self.dropout(«scores.softmax(-1)», \"weights\", self.training)",
        "scores.exp() / scores.exp().sum(-1, keepdim=True)")]),
