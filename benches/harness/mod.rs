@@ -40,7 +40,7 @@ use ceiling::Ceiling;
 use environment::Environment;
 use options::Options;
 use parity::ParityResults;
-use records::{failure_record, fill_record};
+use records::{failure_record, fill_record, use_process_times};
 use sampling::CaseRunner;
 
 /// Runs the cases of a framework, or a worker process if the arguments ask for one.
@@ -280,16 +280,17 @@ impl Suite<'_> {
     /// # Errors
     /// Returns an error if a process fails, if a file of Criterion is missing, or if the time is impossible.
     fn complete(&mut self, case: &Case, mut record: Record, label: &str) -> Result<Record> {
+        record = fill_record(&self.criterion_home, case, record)?;
+        record.gpu_busy_share = processes::gpu_busy_share(case, &record);
         if processes::depends_on_process(case, &record) {
             eprintln!("{label} {case}: {} fresh processes", processes::PROCESSES);
             match processes::time(&processes::own_side(case)?, case) {
-                Ok(times) => record.process_ns = times,
+                Ok(times) => use_process_times(&mut record, case, times),
                 Err(error) if error.is::<WrongSteps>() => return Err(error),
                 // Memory that this process holds can be missing in another.
                 Err(error) => eprintln!("{label} {case}: timed in one process only: {error:#}"),
             }
         }
-        let record = fill_record(&self.criterion_home, case, record)?;
         let backend = self.environment.backend_for(case).map_err(|reason| anyhow!(reason))?;
         self.ceiling.check(case, &record, backend, &self.environment.machine)?;
         Ok(record)

@@ -6,7 +6,9 @@ use anyhow::Result;
 use transformer_bench::compare::baseline_level;
 use transformer_bench::compare::worker::{REQUEST_TIMEOUT, Side, Threads, Worker};
 use transformer_bench::results::{LAUNCH_BOUND_SHARE, Record};
-use transformer_bench::suite::{BackendId, Case, Workload};
+use transformer_bench::suite::{BackendId, Case, Device, Workload};
+
+use super::profiler::gpu_steps;
 
 /// Number of processes. The range of six values contains the median of all processes with a probability of
 /// 1 − 2 · 2⁻⁶ = 97 %.
@@ -21,6 +23,19 @@ pub fn depends_on_process(case: &Case, record: &Record) -> bool {
         && case.shape.ranks() == 1
         && (case.backend == BackendId::TorchMps
             || record.gpu_busy_share.is_some_and(|share| share < LAUNCH_BOUND_SHARE))
+}
+
+/// Returns the share of a training step in which an NVIDIA GPU is busy, recorded in a process of its own: CUPTI slows
+/// down the launches of later steps. Returns `None` on other devices, and if CUPTI is missing or refuses this user.
+pub fn gpu_busy_share(case: &Case, record: &Record) -> Option<f64> {
+    let has_launches = case.workload == Workload::TrainStep && case.shape.ranks() == 1;
+    if !has_launches || case.backend.device() != Device::NvidiaGpu {
+        return None;
+    }
+    let steps = gpu_steps(1e-9 * record.median_ns?);
+    let worker = Worker::start(&own_side(case).ok()?, case.backend.framework(), Threads::All).ok()?;
+    let mut worker = worker.until(Instant::now() + REQUEST_TIMEOUT);
+    worker.load(case).and_then(|_| worker.gpu_busy_share(steps)).ok()
 }
 
 /// Returns this executable as a side whose processes time steps.

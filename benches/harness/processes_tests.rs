@@ -9,6 +9,7 @@ use transformer_bench::results::{Record, Results, Status};
 use transformer_bench::suite::{Case, Framework};
 
 use super::processes::{PROCESSES, depends_on_process, time};
+use super::records::use_process_times;
 use transformer_bench::files::Scratch;
 
 /// Returns a side whose processes report 40 ms per step, and every third process 2.5 times as much.
@@ -39,11 +40,7 @@ fn slow_processes_widen_the_interval_and_name_no_winner() {
         assert_eq!(times.len(), PROCESSES);
         let mut record = Record::unmeasured(&case, Status::Measured, "");
         assert_eq!(depends_on_process(&case, &record), id.contains("mps"));
-        // What `fill_record` does with the files of Criterion.
-        record.median_ns = Some(transformer_bench::statistics::median(&times));
-        record.ci_ns =
-            Some([times.iter().copied().fold(f64::MAX, f64::min), times.iter().copied().fold(0.0, f64::max)]);
-        record.process_ns = times;
+        use_process_times(&mut record, &case, times);
         record
     });
     let [low, high] = records[0].ci_ns.unwrap();

@@ -9,8 +9,7 @@ use transformer_bench::results::{Record, Status, Throughput, criterion_folder};
 use transformer_bench::statistics::{self, sorted};
 use transformer_bench::suite::{Case, cost};
 
-/// Adds the median, its interval and the throughput from the files that Criterion has written. If several processes
-/// timed the case, the median and the range of their times replace those of Criterion's process.
+/// Adds the median, its interval and the throughput from the files that Criterion has written.
 ///
 /// # Errors
 /// Returns an error if a file is missing or damaged.
@@ -26,18 +25,26 @@ pub fn fill_record(criterion_home: &Path, case: &Case, mut record: Record) -> Re
     let number = |value: &Value| value.as_f64().context("Criterion's estimates have no median");
     let interval = &median["confidence_interval"];
     let ends = [number(&interval["lower_bound"])?, number(&interval["upper_bound"])?];
-    let (median_ns, ci_ns) = match &sorted(record.process_ns.iter().copied())[..] {
-        [first, .., last] => (statistics::median(&record.process_ns), [*first, *last]),
-        _ => (number(&median["point_estimate"])?, ends),
-    };
+    set_time(&mut record, case, number(&median["point_estimate"])?, ends);
+    record.samples = read("sample.json")?["times"].as_array().map(|times| times.len() as u64);
+    Ok(record)
+}
+
+/// Replaces the times of Criterion's process by the median and the range of the step times of several processes.
+pub fn use_process_times(record: &mut Record, case: &Case, times: Vec<f64>) {
+    if let [first, .., last] = sorted(times.iter().copied())[..] {
+        set_time(record, case, statistics::median(&times), [first, last]);
+        record.process_ns = times;
+    }
+}
+
+fn set_time(record: &mut Record, case: &Case, median_ns: f64, ci_ns: [f64; 2]) {
     let work = cost::work(case);
     record.median_ns = Some(median_ns);
     record.ci_ns = Some(ci_ns);
     record.page_fault_share = record.page_faults.map(|faults| faults * memory::page_fault_ns() / median_ns);
-    record.samples = read("sample.json")?["times"].as_array().map(|times| times.len() as u64);
     record.throughput =
         Some(Throughput { value: work.amount() as f64 / (median_ns * 1e-9), unit: work.unit().to_owned() });
-    Ok(record)
 }
 
 /// Parts of the messages of an allocation that failed, in lower case: of CUDA and PyTorch, of malloc, and of Metal

@@ -90,12 +90,6 @@ impl<'a> CaseRunner<'a> {
         record.page_faults = Some(median(&stats.page_faults));
         record.cpu_wait_share = stats.cpu.cpu_wait_share();
         record.throttled = stats.cpu.throttled();
-        if !self.options.test && case.backend.device() == Device::NvidiaGpu && case.shape.ranks() == 1 {
-            let steps = profiler::gpu_steps(step.as_secs_f64());
-            // Without CUPTI, or for a user who may not profile, the share stays unknown.
-            let trace = gpu::record(steps, || loaded.step());
-            record.gpu_busy_share = trace.ok().map(|trace| 1.0 - trace.idle_share());
-        }
         if !self.options.test
             && let Some(ranks) = loaded.rank_stats()
         {

@@ -10,6 +10,7 @@
 //! | `outputs ID FILE` | `written` once the inputs, parameters and results of the first parity step are in FILE |
 //! | `describe ID` | the case as JSON, from which a program in another language builds the same step |
 //! | `work ROUNDS` | the nanoseconds that ROUNDS of unrelated arithmetic take |
+//! | `gpu-busy N` | the share of N steps in which an NVIDIA GPU is busy |
 //! | `verify` | `verified` if a step with other inputs has other results. Later steps use these inputs |
 //! | a number N | nanoseconds of N steps of the loaded case: wall time, CPU time, and time that runnable threads waited for a CPU |
 //!
@@ -30,6 +31,7 @@ use transformer_bench::parity::cache::PassedChecks;
 use transformer_bench::parity::idle_steps::{IdleCase, IdleStep};
 use transformer_bench::parity::{ParityChecker, timed_work};
 use transformer_bench::process;
+use transformer_bench::profile::gpu;
 use transformer_bench::results::{self, one_line, upgrade};
 use transformer_bench::suite::{Case, Framework, cases, parse_filter};
 
@@ -104,6 +106,7 @@ impl<'a> Worker<'a> {
                 let (set, filter) = rest.split_once(' ').unwrap_or((rest, ""));
                 self.cases(set, filter)
             }
+            ("gpu-busy", steps) => self.gpu_busy_share(steps),
             ("verify", "") => self.verify().map(|()| "verified".to_owned()),
             ("prove", id) => self.check_parity(id),
             ("outputs", rest) => {
@@ -202,6 +205,14 @@ impl<'a> Worker<'a> {
         self.extra_rounds = extra_work(id)?.unwrap_or(0);
         self.loaded = Some((case, loaded));
         Ok(first)
+    }
+
+    /// Returns the share of the steps in which an NVIDIA GPU is busy.
+    fn gpu_busy_share(&mut self, steps: &str) -> Result<String> {
+        let steps = steps.parse().with_context(|| format!("'{steps}' is not a number"))?;
+        let (_, loaded) = self.loaded.as_mut().context(NO_CASE)?;
+        let trace = gpu::record(steps, || loaded.step())?;
+        Ok((1.0 - trace.idle_share()).to_string())
     }
 
     /// Verifies that the steps of the loaded case still do their work.

@@ -307,6 +307,15 @@ impl Worker {
         }
     }
 
+    /// Returns the share of `steps` steps in which an NVIDIA GPU is busy.
+    ///
+    /// # Errors
+    /// Returns an error if CUPTI records nothing.
+    pub fn gpu_busy_share(&mut self, steps: u64) -> Result<f64> {
+        let answer = self.ask(&format!("gpu-busy {steps}"), REQUEST_TIMEOUT)?;
+        answer.parse().with_context(|| format!("'{answer}' is not a share"))
+    }
+
     /// Verifies that the timed steps still do their work. An older executable cannot.
     ///
     /// # Errors
