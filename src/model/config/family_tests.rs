@@ -246,6 +246,7 @@ fn options_that_are_not_implemented_are_refused_by_name() {
         ("llama", "partial_rotary_factor", json!(0.5)),
         ("llama", "layer_types", json!(["full_attention", "linear_attention", "full_attention"])),
         ("mistral", "layer_types", json!(["full_attention"])),
+        ("olmo2", "layer_types", json!(["full_attention", "sliding_attention", "full_attention"])),
         ("phi", "qk_layernorm", json!(true)),
         ("phi", "tie_word_embeddings", json!(true)),
         ("stablelm", "qk_layernorm", json!(true)),

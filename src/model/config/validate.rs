@@ -8,7 +8,7 @@ use super::id_name;
 /// Largest size of any kind: four times the longest context and the largest vocabulary in use.
 pub const MAX_SIZE: usize = 1 << 22;
 /// Largest number of layers: ten times the deepest model in use.
-const MAX_LAYERS: usize = 2000;
+pub const MAX_LAYERS: usize = 2000;
 
 /// Fills in the optional sizes of a model and checks that it can run. The name gets the form of ids.
 ///

@@ -3,7 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value};
 
 use crate::model::config::validate::MAX_SIZE;
@@ -65,6 +65,21 @@ impl<'a> Fields<'a> {
     pub fn into_notes(self) -> Vec<String> {
         let unknown = self.unknown_fields();
         self.notes.into_inner().into_iter().chain(unknown).collect()
+    }
+
+    /// Requires that all layers have the same attention, if the family has not read `layer_types`.
+    pub fn require_equal_layers(&self) -> Result<()> {
+        if self.used.borrow().contains("layer_types") {
+            return Ok(());
+        }
+        let Some(types) = self.get("layer_types") else { return Ok(()) };
+        let is_full = types.as_array().is_some_and(|all| all.iter().all(|kind| kind == "full_attention"));
+        ensure!(
+            is_full,
+            "layer_types is {}, which is not implemented: use full_attention only",
+            short(types)
+        );
+        Ok(())
     }
 
     /// Returns a field, or `None` if it is missing or null.

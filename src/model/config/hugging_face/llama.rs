@@ -6,6 +6,7 @@ use serde_json::Value;
 use super::BASE;
 use super::fields::{Fields, short};
 use super::rope::{self, Defaults, PLAIN};
+use crate::model::config::validate::MAX_LAYERS;
 use crate::model::{
     Activation, Biases, Caps, Dropout, Model, NormKind, NormOrder, Position, Rotary, Scales, SecondAttention,
 };
@@ -53,7 +54,8 @@ fn with_second(
     position: Position,
     window: Option<usize>,
 ) -> Model {
-    let layers: Vec<bool> = (0..m.layers).map(is_second).collect();
+    // More layers are refused later.
+    let layers: Vec<bool> = (0..m.layers.min(MAX_LAYERS)).map(is_second).collect();
     if layers.iter().all(|second| *second) {
         return Model { position, window, ..m };
     }
@@ -93,15 +95,10 @@ pub fn with_window(
     Ok(with_second(m, |layer| list[layer], position, window))
 }
 
-/// Requires that no layer has a window, for a family that has none.
-fn without_window(f: &Fields<'_>, m: Model) -> Result<Model> {
-    if f.get("layer_types").is_some() { with_window(f, m, |_| false, m.position) } else { Ok(m) }
-}
-
 /// Llama (<https://huggingface.co/docs/transformers/model_doc/llama>).
 pub fn llama(f: &Fields<'_>) -> Result<Model> {
     let bias = Biases { feed_forward: f.flag("mlp_bias", false)?, ..attention_bias(f)? };
-    without_window(f, decoder(f, bias, PLAIN)?)
+    decoder(f, bias, PLAIN)
 }
 
 /// Mistral (<https://huggingface.co/docs/transformers/model_doc/mistral>).
@@ -120,7 +117,7 @@ fn qwen(f: &Fields<'_>, bias: Biases, rope: Defaults) -> Result<Model> {
         return with_window(f, m, |layer| layer >= first, m.position);
     }
     f.optional_size("sliding_window")?;
-    without_window(f, m)
+    Ok(m)
 }
 
 /// Qwen 1.5 to 2.5 (<https://huggingface.co/docs/transformers/model_doc/qwen2>).
@@ -319,7 +316,11 @@ pub fn smollm3(f: &Fields<'_>) -> Result<Model> {
     let Some(list) = f.get("no_rope_layers") else {
         return Ok(with_second(m, |layer| (layer + 1).is_multiple_of(interval), Position::None, None));
     };
-    let flags = list.as_array().map(|all| all.iter().map(|flag| flag == 0).collect::<Vec<_>>());
+    let unturned = |flag: &Value| match flag {
+        Value::Bool(turned) => Some(!turned),
+        _ => flag.as_u64().filter(|turned| *turned < 2).map(|turned| turned == 0),
+    };
+    let flags = list.as_array().and_then(|all| all.iter().map(unturned).collect::<Option<Vec<_>>>());
     let flags = flags.filter(|all| all.len() >= m.layers);
     let flags = flags
         .with_context(|| format!("no_rope_layers is {}: use a list of {} flags", short(list), m.layers))?;

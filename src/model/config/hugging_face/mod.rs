@@ -142,6 +142,7 @@ fn parse_text(all: &Map<String, Value>) -> Result<(Model, Vec<String>)> {
         bail!("model_type is {}, which is not implemented: {}", short(&family), way_out())
     };
     let mut model = build(&f)?;
+    f.require_equal_layers()?;
     model.tokens = model.tokens.min(f.max_tokens());
     if model.causal && (!f.flag("is_causal", true)? || f.flag("use_bidirectional_attention", false)?) {
         model.causal = false;
