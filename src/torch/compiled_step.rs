@@ -45,7 +45,7 @@ fn load_arguments(
     let mut arguments = params::load_inputs(fixture, device, kind);
     if fixture.case.dropout().any() {
         let rows = fixture.dropout.all().map(|p| [p as f32, (1.0 / (1.0 - p)) as f32]).concat();
-        arguments.push(Tensor::from_slice(&rows).view([5, 2]).to_device(device));
+        arguments.push(Tensor::from_slice(&rows).view([-1, 2]).to_device(device));
     }
     let first = arguments.len();
     arguments.extend(layout.load(fixture.parameters(), device, kind));
