@@ -10,7 +10,7 @@ use std::time::Instant;
 use anyhow::{Context, Error};
 
 use super::tolerance::{self, Expected, ReferenceCache, layer_name};
-use super::{Mismatch, RankMismatch, compare_tensors, find};
+use super::{Mismatch, RankMismatch, compare_tensors, find, timed_work};
 use crate::backend::{Accumulation, LoadedCase};
 use crate::fixture::{Fixture, Tensor};
 use crate::suite::{Case, Shape, Workload};
@@ -61,11 +61,13 @@ impl StepCheck<'_> {
     /// # Errors
     /// Returns the first mismatch, or an error of the backend.
     pub fn run(&mut self) -> Outcome<f64> {
-        match self.fixture.case {
+        let ratio = match self.fixture.case {
             Case { shape: Shape::Buffer { .. }, .. } => self.check_buffer().map(|()| 0.0),
             case if case.workload.optimizes() => self.check_training(),
             _ => self.check_function(),
-        }
+        }?;
+        timed_work::check_reading(self.loaded).map_err(|delay| self.mismatch(delay))?;
+        Ok(ratio)
     }
 
     fn case(&self) -> Case {

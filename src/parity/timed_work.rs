@@ -19,7 +19,13 @@ const DELAYED_SHARE: f64 = 0.2;
 /// Time by which two readings of the same results differ on a busy machine.
 const READING_NOISE: Duration = Duration::from_millis(5);
 /// Other programs can disturb a reading, but not each of these attempts.
-const ATTEMPTS: usize = 3;
+const ATTEMPTS: usize = 5;
+/// Numbers of steps before a reading in the check before the samples, until they take [`LONG_ENOUGH`]. With the first
+/// ones, a delay of 10 ms per step shows, and with the last ones a delay of 0.1 ms.
+const STEPS_BEFORE_READING: [u64; 3] = [1, 16, MAX_STEPS_BEFORE_READING];
+pub const MAX_STEPS_BEFORE_READING: u64 = 256;
+/// [`DELAYED_SHARE`] of this time is [`READING_NOISE`].
+const LONG_ENOUGH: Duration = Duration::from_millis(25);
 /// Several steps take at least this share of the time of as many single ones. Two steps take as long as two single
 /// ones, or half as long if one of them is left out. The limit is the middle.
 const MIN_TIME_OF_SEVERAL: f64 = 0.75;
@@ -86,6 +92,20 @@ pub fn verify_progress(loaded: &mut dyn LoadedCase, case: Case) -> Result<()> {
         before.len() != after.len() || !before.iter().zip(&after).all(same),
         "the timed steps did no work: a step with other inputs left their results unchanged"
     );
+    Ok(())
+}
+
+/// Checks before the samples that reading only copies. Millions of delayed steps would otherwise run after them.
+///
+/// # Errors
+/// Returns an error if the backend fails, or if reading the results does work that the steps left out.
+pub fn check_reading(loaded: &mut dyn LoadedCase) -> Result<()> {
+    for steps in STEPS_BEFORE_READING {
+        check_delayed_work(loaded, steps)?;
+        if loaded.time(steps)? > LONG_ENOUGH {
+            break;
+        }
+    }
     Ok(())
 }
 
