@@ -130,7 +130,7 @@ pub const OPTION_MODELS: [Model; 6] = [
             hidden: 0.75,
             logits: 1.5,
         },
-        cap: Caps { scores: Some(2.0), logits: Some(4.0) },
+        cap: Caps { scores: Some(2.0), logits: Some(0.5) },
         ..GPT2.miniature("capped-tiny", 16)
     },
     // Like GPT-NeoX, Phi and ERNIE: parallel blocks, partial rotary positions in neighboring pairs with a factor, a
