@@ -23,8 +23,8 @@ pub enum IdleStep {
 }
 
 impl IdleStep {
-    pub const ALL: [Self; 5] =
-        [Self::FromTheFourth, Self::LastOfSeveral, Self::UntilRead, Self::SetInputs, Self::EveryThirdUpdate];
+    pub const ALL: &[Self] =
+        &[Self::FromTheFourth, Self::LastOfSeveral, Self::UntilRead, Self::SetInputs, Self::EveryThirdUpdate];
 }
 
 /// A case with this fault.
