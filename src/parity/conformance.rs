@@ -189,9 +189,16 @@ pub fn idle_steps_are_refused(backend: &dyn Backend) -> Result<()> {
             let parity = Fixture::for_parity(case);
             let mut idle = IdleCase::new(backend.load(&parity)?, fault);
             let checked = ParityChecker::default().compare(&parity, &mut idle, backend.accumulation())?;
-            let idle = IdleCase::new(backend.load(&Fixture::new(case))?, fault);
-            let verified = timed_work::verify(backend, case, Box::new(idle), steps);
-            ensure!(checked.is_err() || verified.is_err(), "{case} was accepted with the fault {fault:?}");
+            // Other programs can hide a missing step, but not in each of these attempts.
+            let mut refused = checked.is_err();
+            for _ in 0..3 {
+                if refused {
+                    break;
+                }
+                let idle = IdleCase::new(backend.load(&Fixture::new(case))?, fault);
+                refused = timed_work::verify(backend, case, Box::new(idle), steps).is_err();
+            }
+            ensure!(refused, "{case} was accepted with the fault {fault:?}");
             if case.workload == Workload::TrainStep {
                 ensure!(checked.is_err(), "the parity check of {case} accepted the fault {fault:?}");
             }
