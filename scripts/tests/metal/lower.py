@@ -29,10 +29,10 @@ def convert(net, device, dtype):
     return net
 
 
-def attention(query, key, value, dropout_p, is_causal, enable_gqa):
+def attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
     """Returns the attention that PyTorch computes on MPS if gradients are needed."""
     return torch.ops.aten._scaled_dot_product_attention_math(
-        query, key, value, None, dropout_p, is_causal, enable_gqa=enable_gqa)[0]
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)[0]
 
 
 def pretend_mps(hooks):

@@ -57,7 +57,8 @@ class Scale:
 
     def __init__(self, factor):
         types = torch.float64, torch.float32, torch.bfloat16, torch.float16
-        self.changes, self.factors = factor != 1, {kind: torch.tensor(factor, dtype=kind).item() for kind in types}
+        self.changes = factor != 1
+        self.factors = {kind: torch.tensor(factor, dtype=kind).item() for kind in types} if self.changes else {}
 
     def __call__(self, x):
         return x * self.factors[x.dtype] if self.changes else x
