@@ -31,7 +31,7 @@ pub fn lower_quartile(values: &[f64]) -> f64 {
 /// and bursts that affect up to a quarter of the values at either end do not change it.
 ///
 /// # Panics
-/// Panics if there are no values.
+/// Panics if `values` is empty.
 pub fn midmean(values: &[f64]) -> f64 {
     let sorted = sorted(values.iter().copied());
     let cut = sorted.len() / 4;
@@ -47,7 +47,7 @@ pub fn trim(count: usize) -> usize {
 /// Returns the trimmed mean.
 ///
 /// # Panics
-/// Panics if there are no values.
+/// Panics if `values` is empty.
 pub fn trimmed_mean(values: &[f64]) -> f64 {
     let cut = trim(values.len());
     mean(&sorted(values.iter().copied())[cut..values.len() - cut])

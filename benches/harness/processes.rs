@@ -14,13 +14,16 @@ use super::profiler::gpu_steps;
 /// 1 − 2 · 2⁻⁶ = 97 %.
 pub const PROCESSES: usize = 6;
 
+fn is_training_on_one_device(case: &Case) -> bool {
+    case.workload == Workload::TrainStep && case.shape.ranks() == 1
+}
+
 /// Returns true if one process does not show how long a step takes.
 ///
 /// On Metal, about 40 % of PyTorch's processes use matrix kernels that take 2 to 3 times as long, for as long as the
 /// process lives (PyTorch issue 182815). If kernel launches limit a step, the state of the host decides.
 pub fn depends_on_process(case: &Case, record: &Record) -> bool {
-    case.workload == Workload::TrainStep
-        && case.shape.ranks() == 1
+    is_training_on_one_device(case)
         && (case.backend == BackendId::TorchMps
             || record.gpu_busy_share.is_some_and(|share| share < LAUNCH_BOUND_SHARE))
 }
@@ -28,8 +31,7 @@ pub fn depends_on_process(case: &Case, record: &Record) -> bool {
 /// Returns the share of a training step in which an NVIDIA GPU is busy, recorded in a process of its own: CUPTI slows
 /// down the launches of later steps. Returns `None` on other devices, and if CUPTI is missing or refuses this user.
 pub fn gpu_busy_share(case: &Case, record: &Record) -> Option<f64> {
-    let has_launches = case.workload == Workload::TrainStep && case.shape.ranks() == 1;
-    if !has_launches || case.backend.device() != Device::NvidiaGpu {
+    if !is_training_on_one_device(case) || case.backend.device() != Device::NvidiaGpu {
         return None;
     }
     let steps = gpu_steps(1e-9 * record.median_ns?);

@@ -73,20 +73,7 @@ pub fn opt(f: &Fields<'_>) -> Result<Model> {
 
 /// The sizes of a decoder with layer norms and rotary positions.
 fn layer_norm_decoder(f: &Fields<'_>, eps: &'static str, rope: Defaults) -> Result<Model> {
-    Ok(Model {
-        tokens: f.size_or("max_position_embeddings", 2048)?,
-        width: f.size("hidden_size")?,
-        layers: f.size("num_hidden_layers")?,
-        heads: f.size("num_attention_heads")?,
-        key_value_heads: f.size_or("num_key_value_heads", 0)?,
-        head_width: f.size_or("head_dim", 0)?,
-        ffn_width: f.size("intermediate_size")?,
-        vocabulary: f.size("vocab_size")?,
-        norm: NormKind::layer(f.number(eps, 1e-5)?),
-        position: rope::position(f, rope)?,
-        dropout: Dropout { weights: f.number("attention_dropout", 0.0)?, ..Dropout::NONE },
-        ..BASE
-    })
+    Ok(Model { norm: NormKind::layer(f.number(eps, 1e-5)?), ..rope::decoder(f, rope)? })
 }
 
 /// GPT-NeoX and Pythia (<https://huggingface.co/docs/transformers/model_doc/gpt_neox>).

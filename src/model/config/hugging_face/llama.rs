@@ -15,22 +15,12 @@ use crate::model::{
 fn decoder(f: &Fields<'_>, bias: Biases, rope: Defaults) -> Result<Model> {
     f.require_one_of("rope_interleaved", &[false.into()])?;
     Ok(Model {
-        tokens: f.size_or("max_position_embeddings", 2048)?,
-        width: f.size("hidden_size")?,
-        layers: f.size("num_hidden_layers")?,
-        heads: f.size("num_attention_heads")?,
-        key_value_heads: f.size_or("num_key_value_heads", 0)?,
-        head_width: f.optional_size("head_dim")?.or(rope.head_width).unwrap_or(0),
-        ffn_width: f.size("intermediate_size")?,
-        vocabulary: f.size("vocab_size")?,
         norm: NormKind::rms(f.number("rms_norm_eps", 1e-6)?),
-        position: rope::position(f, rope)?,
         activation: f.activation("hidden_act", "silu")?,
         glu: true,
         bias,
-        dropout: Dropout { weights: f.number("attention_dropout", 0.0)?, ..Dropout::NONE },
         output: f.tied_or_untied(false)?,
-        ..BASE
+        ..rope::decoder(f, rope)?
     })
 }
 

@@ -8,8 +8,9 @@ use std::f64::consts::PI;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
+use super::BASE;
 use super::fields::{Fields, short};
-use crate::model::{Position, Rotary};
+use crate::model::{Dropout, Model, Position, Rotary};
 
 /// Keys of a scaling object. Another one is reported.
 const KNOWN_KEYS: &[&str] = &[
@@ -48,6 +49,23 @@ pub struct Defaults {
 }
 
 pub const PLAIN: Defaults = Defaults { theta: 1e4, share: None, head_width: None };
+
+/// Reads the sizes, positions and dropout of a decoder with rotary positions.
+pub fn decoder(f: &Fields<'_>, rope: Defaults) -> Result<Model> {
+    Ok(Model {
+        tokens: f.size_or("max_position_embeddings", 2048)?,
+        width: f.size("hidden_size")?,
+        layers: f.size("num_hidden_layers")?,
+        heads: f.size("num_attention_heads")?,
+        key_value_heads: f.size_or("num_key_value_heads", 0)?,
+        head_width: f.optional_size("head_dim")?.or(rope.head_width).unwrap_or(0),
+        ffn_width: f.size("intermediate_size")?,
+        vocabulary: f.size("vocab_size")?,
+        position: position(f, rope)?,
+        dropout: Dropout { weights: f.number("attention_dropout", 0.0)?, ..Dropout::NONE },
+        ..BASE
+    })
+}
 
 /// Returns the number of features of a head.
 pub fn head_width(f: &Fields<'_>, defaults: Defaults) -> Result<usize> {
