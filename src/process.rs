@@ -1,10 +1,34 @@
 //! This process: its libraries and cores.
 
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
+use crate::interference::cpu_time;
 use crate::suite::Framework;
+
+/// Time over which the CPU time of an idle process is measured.
+const IDLE_PERIOD: Duration = Duration::from_millis(5);
+/// Share of a core that an idle process uses at most. A spinning thread uses a whole one.
+const IDLE_SHARE: f64 = 0.2;
+/// Longest wait for an idle process. OpenBLAS's threads spin for up to 100 ms after a product.
+const IDLE_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// Waits until the threads of this process sleep, so that they take no core from the next measured process.
+///
+/// The threads of a BLAS or of OpenMP spin for a while after their last job. After a step of MLX with OpenBLAS on
+/// two cores, they delayed the next step of PyTorch by 40 %.
+pub fn wait_until_idle() {
+    let start = Instant::now();
+    while start.elapsed() < IDLE_TIMEOUT {
+        let (time, before) = (Instant::now(), cpu_time());
+        std::thread::sleep(IDLE_PERIOD);
+        if (cpu_time() - before).as_secs_f64() < IDLE_SHARE * time.elapsed().as_secs_f64() {
+            break;
+        }
+    }
+}
 
 /// Returns true if a process of this user has the id.
 pub fn is_running(process: i32) -> bool {
@@ -64,6 +88,19 @@ pub fn assert_isolated(framework: Framework) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_spinning_thread_is_waited_for() {
+        let end = Instant::now() + Duration::from_millis(100);
+        let thread = std::thread::spawn(move || {
+            while Instant::now() < end {
+                std::hint::spin_loop()
+            }
+        });
+        wait_until_idle();
+        assert!(Instant::now() >= end);
+        thread.join().unwrap();
+    }
 
     #[test]
     fn the_library_itself_links_no_framework() {

@@ -46,7 +46,7 @@ fn time_budget(set: Set, workload: Workload) -> (f64, f64) {
     match (set, workload) {
         (Set::Smoke | Set::Compare, _) => (0.1, 60.0),
         // The headline table shows training steps, so they get the most samples.
-        (Set::Quick, Workload::TrainStep) => (7.0, 40.0),
+        (Set::Quick, Workload::TrainStep) => (3.0, 40.0),
         (Set::Quick, _) => (1.8, 35.0),
         (Set::Full, Workload::TrainStep) => (20.0, 120.0),
         (Set::Full, _) => (5.0, 60.0),

@@ -45,6 +45,10 @@ const EXTRA_WORK: &str = "TRANSFORMER_BENCH_EXTRA_WORK";
 /// Makes the steps of a case stop computing, to verify that comparisons find it: the id of the case.
 const IDLE_CASE: &str = "TRANSFORMER_BENCH_IDLE_CASE";
 
+/// Duration from which steps are followed by a wait for the threads of this process. Waits after shorter ones would
+/// take longer than the steps.
+const LONG_STEPS: Duration = Duration::from_millis(10);
+
 const NO_CASE: &str = "no case is loaded: send 'case ID' first";
 
 struct Worker<'a> {
@@ -199,6 +203,7 @@ impl<'a> Worker<'a> {
         backend.reset_peak_memory()?;
         let mut loaded = backend.load(&Fixture::new(case))?;
         let first = loaded.time(1)?;
+        process::wait_until_idle();
         if std::env::var(IDLE_CASE).is_ok_and(|idle| idle == id) {
             loaded = Box::new(IdleCase::new(loaded, IdleStep::FromTheFourth));
         }
@@ -232,6 +237,9 @@ impl<'a> Worker<'a> {
         }
         let cpu = cpu_time() - cpu_before;
         let delay = scheduler_delay_ns().saturating_sub(delay_before);
+        if wall > LONG_STEPS {
+            process::wait_until_idle();
+        }
         Ok(format!("{} {} {delay}", wall.as_nanos(), cpu.as_nanos()))
     }
 }
