@@ -23,6 +23,9 @@ impl fmt::Display for Unsupported {
     }
 }
 
+/// Receives a case with the time after which it was compiled, or with the error of its compiler.
+pub type CompileReport<'a> = dyn FnMut(&Case, Result<Duration>) + 'a;
+
 /// A framework on a device of this machine.
 pub trait Backend {
     fn id(&self) -> BackendId;
@@ -49,13 +52,9 @@ pub trait Backend {
         false
     }
 
-    /// Compiles a case unless the cache has it.
-    ///
-    /// # Errors
-    /// Returns the last line of the compiler if it fails.
-    fn compile(&self, _case: &Case) -> Result<()> {
-        Ok(())
-    }
+    /// Compiles cases side by side, unless the cache has them. Calls `report` once for each case, with the time since
+    /// the start or the last line of the compiler.
+    fn compile(&self, _cases: &[Case], _report: &mut CompileReport) {}
 
     /// Returns the number of devices that ranks can use, and their name. The devices of a CPU are its cores.
     fn devices(&self) -> (usize, &'static str);

@@ -134,16 +134,12 @@ fn set_criterion_home() -> PathBuf {
     home
 }
 
-/// Returns the estimated time for `case` and the cases after it, as `, 2 min left`. The text is empty for the first.
-fn eta(started: Instant, available: &[Case], case: &Case) -> String {
-    match available.iter().position(|c| c == case) {
-        Some(done) if done > 0 => {
-            let per_case = started.elapsed().as_secs_f64() / done as f64;
-            let left = per_case * (available.len() - done) as f64;
-            format!(", {} left", estimate::format(Duration::from_secs_f64(left)))
-        }
-        _ => String::new(),
+/// Returns the estimated time for the cases that are left, as `, 2 min left`. The text is empty before the first.
+fn eta(elapsed: Duration, done: usize, left: usize) -> String {
+    if done == 0 || left == 0 {
+        return String::new();
     }
+    format!(", {} left", estimate::format(elapsed.mul_f64(left as f64 / done as f64)))
 }
 
 struct Suite<'a> {
@@ -169,75 +165,110 @@ impl<'a> Suite<'a> {
     /// Compiles, checks and measures the cases. Returns true unless a case failed.
     fn run(&mut self, framework: Framework, selected: &[Case], rank: Option<Rank>) -> Result<bool> {
         let Environment { backends, machine } = &self.environment;
+        let (options, machine) = (self.options, machine.clone());
         let mut available = selected.to_vec();
         available.retain(|case| backends.get(case.backend).is_some());
-        self.options.check_baseline(&self.criterion_home, &available)?;
-        let options = self.options;
-        let writes_records = !options.test && options.profile.is_none() && !options.load_baseline;
-        // Cases that are only profiled or reported again need no check.
-        if options.profile.is_none() && !options.load_baseline {
-            let mut runnable = selected.to_vec();
-            runnable.retain(|case| self.environment.backend_for(case).is_ok());
-            if !options.test {
-                let time = estimate::format(estimate::timing(&runnable, options.set, machine));
-                eprintln!(
-                    "{framework}: {} cases, timed in an estimated {time} after their checks",
-                    runnable.len()
-                );
-            }
-            let failed = self.compile_cases(&runnable);
-            runnable.retain(|case| !failed.contains_key(case));
-            self.parity = match rank {
-                // A subprocess would not be a rank.
-                Some(_) => parity::check_in_process(backends, &runnable),
-                None => parity::check_in_subprocess(framework, &runnable)?,
-            };
-            parity::refuse_after_failed_f32(&mut self.parity);
-            self.parity.extend(failed);
+        options.check_baseline(&self.criterion_home, &available)?;
+        if self.checks() && !options.test {
+            let time = estimate::format(estimate::timing(&self.runnable(selected), options.set, &machine));
+            let count = self.runnable(selected).len();
+            eprintln!("{framework}: {count} cases, timed in an estimated {time} after their checks");
         }
-        let mut writer = if writes_records {
+        let mut writer = if !options.test && options.profile.is_none() && !options.load_baseline {
             let selection = Selection { set: options.set.to_string(), filter: options.filter.to_string() };
             let (folder, tf32) = (results::folder(), backend::is_tf32_process());
-            Some(Writer::begin(&folder, framework, tf32, selection, selected, machine.clone())?)
+            Some(Writer::begin(&folder, framework, tf32, selection, selected, machine)?)
         } else {
             None
         };
-        let mut records = Vec::new();
-        let started = Instant::now();
-        for (index, case) in selected.iter().enumerate() {
-            let label = format!("[{}/{}{}]", index + 1, selected.len(), eta(started, &available, case));
-            records.extend(self.measure(case, &label));
-            if let Some(writer) = &mut writer {
-                writer.save(&records)?;
+        let (mut records, mut done) = (Vec::new(), 0);
+        let mut elapsed = Duration::ZERO;
+        for group in self.groups(selected) {
+            self.prepare(framework, &group, rank)?;
+            let started = Instant::now();
+            for case in &group {
+                let (position, left) = (records.len() + 1, available.len() - done);
+                let eta = eta(elapsed + started.elapsed(), done, left);
+                let record = self.measure(case, &format!("[{position}/{}{eta}]", selected.len()));
+                records.extend(record);
+                done += usize::from(available.contains(case));
+                // The order of the suite is that of the report.
+                let mut ordered = records.clone();
+                ordered.sort_by_key(|record: &Record| {
+                    selected.iter().position(|case| case.to_string() == record.id)
+                });
+                if let Some(writer) = &mut writer {
+                    writer.save(&ordered)?;
+                }
             }
+            elapsed += started.elapsed();
         }
         symbols::remove_jit_map();
         self.runner.final_summary();
-        if self.options.test {
-            let count = |status| records.iter().filter(|r| r.status == status).count();
-            println!(
-                "{framework}: {} passed, {} failed, {} skipped",
-                count(Status::Measured),
-                count(Status::Error) + count(Status::ParityFailed) + count(Status::TooSlow),
-                count(Status::Skipped)
-            );
+        if options.test {
+            print_test_summary(framework, &records);
         }
         Ok(!records.iter().any(|r| matches!(r.status, Status::Error | Status::ParityFailed)))
     }
 
+    /// Returns true if cases are checked. Cases that are only profiled or reported again need no check.
+    fn checks(&self) -> bool {
+        self.options.profile.is_none() && !self.options.load_baseline
+    }
+
+    fn runnable(&self, cases: &[Case]) -> Vec<Case> {
+        cases.iter().copied().filter(|case| self.environment.backend_for(case).is_ok()).collect()
+    }
+
+    /// Returns the cases in the order of their measurement: first those that are ready, then those to compile.
+    /// Compiling a deep model takes minutes.
+    fn groups(&self, selected: &[Case]) -> Vec<Vec<Case>> {
+        let needs_compile =
+            |case: &Case| self.environment.backend_for(case).is_ok_and(|b| b.needs_compile(case));
+        let (later, ready): (Vec<Case>, Vec<Case>) = selected.iter().partition(|case| needs_compile(case));
+        [ready, later].into_iter().filter(|group| !group.is_empty()).collect()
+    }
+
+    /// Compiles and checks cases.
+    fn prepare(&mut self, framework: Framework, cases: &[Case], rank: Option<Rank>) -> Result<()> {
+        if !self.checks() {
+            return Ok(());
+        }
+        let mut runnable = self.runnable(cases);
+        let failed = self.compile_cases(&runnable);
+        runnable.retain(|case| !failed.contains_key(case));
+        self.parity.extend(match rank {
+            // A subprocess would not be a rank.
+            Some(_) => parity::check_in_process(&self.environment.backends, &runnable),
+            None => parity::check_in_subprocess(framework, &runnable)?,
+        });
+        parity::refuse_after_failed_f32(&mut self.parity);
+        self.parity.extend(failed);
+        Ok(())
+    }
+
     /// Compiles the cases that need it. Returns those that failed, with the reason.
     fn compile_cases(&self, cases: &[Case]) -> ParityResults {
-        let backend = |case: &Case| self.environment.backends.get(case.backend);
-        let needs_compile = |case: &&Case| backend(case).is_some_and(|b| b.needs_compile(case));
-        let cases: Vec<&Case> = cases.iter().filter(needs_compile).collect();
         let mut failed = ParityResults::new();
-        for (index, case) in cases.iter().enumerate() {
-            eprintln!("compiling {case} ({} of {}, about 1–2 min)", index + 1, cases.len());
-            if let Err(error) = backend(case).map_or(Ok(()), |b| b.compile(case)) {
-                let reason = format!("compilation failed: {error:#}");
-                eprintln!("{case}: {reason}");
-                failed.insert(**case, Err((Status::Error, reason)));
+        for backend in &self.environment.backends.available {
+            let cases: Vec<Case> = cases
+                .iter()
+                .copied()
+                .filter(|case| case.backend == backend.id() && backend.needs_compile(case))
+                .collect();
+            if cases.is_empty() {
+                continue;
             }
+            let count = cases.len();
+            eprintln!("{}: compiling {count} cases, which takes minutes and is cached", backend.id());
+            backend.compile(&cases, &mut |case, outcome| match outcome {
+                Ok(time) => eprintln!("{case}: compiled after {:.0} s", time.as_secs_f64()),
+                Err(error) => {
+                    let reason = format!("compilation failed: {error:#}");
+                    eprintln!("{case}: {reason}");
+                    failed.insert(*case, Err((Status::Error, reason)));
+                }
+            });
         }
         failed
     }
@@ -272,9 +303,7 @@ impl<'a> Suite<'a> {
         report_status(&record, label, self.options.test);
         Some(record)
     }
-}
 
-impl Suite<'_> {
     /// Adds the times of a measured case to its record and checks that they are possible.
     ///
     /// # Errors
@@ -295,6 +324,17 @@ impl Suite<'_> {
         self.ceiling.check(case, &record, backend, &self.environment.machine)?;
         Ok(record)
     }
+}
+
+/// Prints how many cases passed, for `cargo bench -- --test`.
+fn print_test_summary(framework: Framework, records: &[Record]) {
+    let count = |status| records.iter().filter(|r| r.status == status).count();
+    println!(
+        "{framework}: {} passed, {} failed, {} skipped",
+        count(Status::Measured),
+        count(Status::Error) + count(Status::ParityFailed) + count(Status::TooSlow),
+        count(Status::Skipped)
+    );
 }
 
 /// Prints the status of a case that Criterion does not report.

@@ -9,6 +9,7 @@ import sys
 import time
 import unittest
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 from support import CHECK_PARITY, ROOT, TORCH_PYTHON, executables, needs_compile, needs_quiet_machine, run, temporary_folder, uses_all_cores
 
@@ -162,13 +163,16 @@ class Ranks(unittest.TestCase):
         file.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports]))
         return str(file)
 
-    def free_port(self):
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            return listener.getsockname()[1]
+    def free_ports(self, count):
+        """Returns different ports. They are bound together, because a released port can be given out again."""
+        with ExitStack() as stack:
+            sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+            for each in sockets:
+                each.bind(("127.0.0.1", 0))
+            return [each.getsockname()[1] for each in sockets]
 
     def test_the_variables_of_mlx_launch_start_ranks(self):
-        hosts, case = self.write_hosts([self.free_port(), self.free_port()]), "all-reduce/mlx-cpu/f32/1mib-dp2"
+        hosts, case = self.write_hosts(self.free_ports(2)), "all-reduce/mlx-cpu/f32/1mib-dp2"
         both = [self.start("mlx", f"^{case}$", MLX_RANK=str(rank), MLX_HOSTFILE=hosts) for rank in range(2)]
         for process in both:
             _, errors = process.communicate(timeout=120)
@@ -179,7 +183,7 @@ class Ranks(unittest.TestCase):
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
             taken.listen()
-            hosts = self.write_hosts([taken.getsockname()[1], self.free_port()])
+            hosts = self.write_hosts([taken.getsockname()[1], *self.free_ports(1)])
             process = self.start("mlx", "^all-reduce/mlx-cpu/f32/1mib-dp2$", MLX_RANK="0", MLX_HOSTFILE=hosts)
             _, errors = process.communicate(timeout=REPORT_TIMEOUT)
             self.assertEqual(process.returncode, 1, errors)
@@ -187,8 +191,10 @@ class Ranks(unittest.TestCase):
 
     @needs_quiet_machine
     def test_a_launched_rank_that_stays_alone_ends_in_time_with_one_line(self):
+        free = self.free_ports(8)
+
         def run_alone(framework, rank):
-            ports = [self.free_port(), self.free_port()]
+            ports = [free.pop(), free.pop()]
             variables = {"MLX_RANK": str(rank), "MLX_HOSTFILE": self.write_hosts(ports, f"{framework}{rank}")} \
                 if framework == "mlx" else \
                 {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[0])}
@@ -233,7 +239,7 @@ class Ranks(unittest.TestCase):
 
     def test_a_launched_rank_that_hangs_ends_the_leader(self):
         """MLX's ring has no time-out of its own."""
-        hosts = self.write_hosts([self.free_port(), self.free_port()])
+        hosts = self.write_hosts(self.free_ports(2))
         leader, other = (
             self.start("mlx", "^train-step/mlx-cpu/f32/indicator-tiny-b2-dp2$", name=str(rank), MLX_RANK=str(rank),
                        MLX_HOSTFILE=hosts, TRANSFORMER_BENCH_RANK_FAULT="hang 1") for rank in range(2))

@@ -15,8 +15,8 @@ use crate::reference::{self, Accumulation, Real, Rounding};
 use crate::suite::{BackendId, Case, Workload};
 
 /// The smallest and the largest error of a function, in units in the last place. Table 8.2 of the Metal Shading
-/// Language specification allows 2 for the inverse square root and 3 for the logarithm, and composes tanh of exp.
-/// Kernels with a polynomial for erf or tanh have larger errors.
+/// Language specification allows 2 for the inverse square root and 3 + ⌊2|x|⌋ for exp(x), which is 23 at x = −10.
+/// Kernels with a polynomial for erf or tanh have similar errors.
 const ULPS: [f64; 2] = [4.0, 24.0];
 
 /// An f32 whose functions have the errors of fast math, and whose subnormal results are 0.

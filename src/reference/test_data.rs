@@ -6,9 +6,12 @@ use crate::suite::{BackendId, Case, CustomModel, Method, Precision, Set, cases_f
 
 /// Returns the miniature cases of every workload for every model option, on one device.
 pub fn cases() -> Vec<Case> {
-    let options = OPTION_MODELS.iter().map(|&model| CustomModel { model: ModelId::intern(model), batch: 2 });
-    let models = [None].into_iter().chain(options.map(Some));
-    let mut all: Vec<Case> = models.flat_map(|custom| cases_for(Set::Smoke, custom)).collect();
+    let options = OPTION_MODELS.iter().map(|&model| {
+        let model = ModelId::intern(model);
+        Some(CustomModel { model, batch: 2, other_lengths: Vec::new() })
+    });
+    let models = [None].into_iter().chain(options);
+    let mut all: Vec<Case> = models.flat_map(|custom| cases_for(Set::Smoke, custom.as_ref())).collect();
     let eager = Method::eager(Precision::F32);
     all.retain(|c| c.backend == BackendId::TorchCpu && c.method == eager && c.shape.ranks() == 1);
     all

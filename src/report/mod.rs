@@ -4,6 +4,7 @@ pub mod export;
 pub mod format;
 pub mod headline;
 pub mod html;
+pub mod lengths;
 pub mod machines;
 pub mod markdown;
 pub mod notes;

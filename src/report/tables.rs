@@ -4,8 +4,8 @@ use super::format::{count, digits, megabytes, or_dash, percent, range, significa
 use super::headline::{ALL_OPT, Headline, headlines};
 use super::table::{Table, cells, throughput};
 use super::{
-    Measured, Ratio, Sweep, ablation, all_measured, batches, find_measured, find_record, measured_peak, rate,
-    scaling,
+    Measured, Ratio, Sweep, ablation, all_measured, batches, find_measured, find_record, lengths,
+    measured_peak, rate, scaling,
 };
 use crate::memory;
 use crate::results::{EnvEffect, LAUNCH_BOUND_SHARE, Record, Results, Status, machine};
@@ -238,6 +238,7 @@ pub fn all(results: &Results) -> Vec<Table> {
         variants(&measured),
         env_effects(results),
         batch_sizes(&measured),
+        lengths::table(&measured),
         scaling::table(&measured),
         language_models(results, &measured),
         all_cases(results),

@@ -272,16 +272,21 @@ impl Results {
 pub struct RunModel {
     pub batch: usize,
     pub configuration: Model,
+    /// Numbers of tokens of further training steps.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub other_lengths: Vec<usize>,
 }
 
 impl RunModel {
-    pub fn of(given: CustomModel) -> Self {
-        Self { batch: given.batch, configuration: *given.model }
+    pub fn of(custom: CustomModel) -> Self {
+        let CustomModel { model, batch, other_lengths } = custom;
+        Self { batch, configuration: *model, other_lengths }
     }
 
     /// Returns the environment variables that select this model, with PATH as a placeholder for its file.
     pub fn variables(&self) -> String {
-        let tokens = self.configuration.tokens;
+        let lengths = std::iter::once(&self.configuration.tokens).chain(&self.other_lengths);
+        let tokens = lengths.map(usize::to_string).collect::<Vec<_>>().join(",");
         let tokens = if self.configuration.is_language_model() {
             format!(" {}={tokens}", custom_model::TOKENS_VARIABLE)
         } else {
@@ -296,7 +301,11 @@ impl RunModel {
     }
 
     pub fn custom_model(&self) -> CustomModel {
-        CustomModel { model: ModelId::intern(self.configuration), batch: self.batch }
+        CustomModel {
+            model: ModelId::intern(self.configuration),
+            batch: self.batch,
+            other_lengths: self.other_lengths.clone(),
+        }
     }
 }
 
@@ -308,7 +317,8 @@ pub fn deserialize_run_model<'de, D: Deserializer<'de>>(from: D) -> Result<Optio
     let own: Option<RunModel> = Deserialize::deserialize(from)?;
     if let Some(own) = &own {
         let whole = config::complete_and_check(own.configuration).ok() == Some(own.configuration);
-        if !whole || !(1..=MAX_BATCH).contains(&own.batch) {
+        let lengths = own.other_lengths.iter().all(|tokens| (1..=config::MAX_SIZE).contains(tokens));
+        if !whole || !lengths || !(1..=MAX_BATCH).contains(&own.batch) {
             return Err(D::Error::custom("the model of this run is not valid"));
         }
         ModelId::register(own.configuration).map_err(D::Error::custom)?;

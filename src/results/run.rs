@@ -156,7 +156,7 @@ pub fn merge(folder: &Path) -> Result<(Results, Vec<ProcessRecord>)> {
     validate::check_cases(&records)
         .context("the records of the last run are damaged: run ./scripts/bench again")?;
     let custom = model.as_ref().map(RunModel::custom_model);
-    let cases = |&set: &Set| cases_for(set, custom);
+    let cases = |&set: &Set| cases_for(set, custom.as_ref());
     let order: Vec<String> = Set::ALL.iter().rev().flat_map(cases).map(|c: Case| c.to_string()).collect();
     records.sort_by_key(|r| order.iter().position(|id| *id == r.id).unwrap_or(usize::MAX));
     let mut results = Results::new(machine, records);

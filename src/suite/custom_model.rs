@@ -15,17 +15,34 @@ pub const MODEL_VARIABLE: &str = "TRANSFORMER_BENCH_MODEL";
 pub const BATCH_VARIABLE: &str = "TRANSFORMER_BENCH_BATCH";
 pub const TOKENS_VARIABLE: &str = "TRANSFORMER_BENCH_TOKENS";
 
-/// A model and its batch.
-#[derive(Clone, Copy, Debug, PartialEq)]
+/// A model with its sizes.
+#[derive(Clone, Debug, PartialEq)]
 pub struct CustomModel {
+    /// The model at the number of tokens of the headline.
     pub model: ModelId,
     pub batch: usize,
+    /// Other numbers of tokens of its training steps, with about as many tokens per step (`--tokens 512,1024`).
+    pub other_lengths: Vec<usize>,
 }
 
 impl CustomModel {
-    pub fn shape(self) -> Shape {
+    pub fn shape(&self) -> Shape {
         Shape::for_model(self.model, self.batch)
     }
+
+    /// Returns the shapes of the training steps, the headline's first.
+    pub fn step_shapes(&self) -> Vec<Shape> {
+        let other = |&tokens: &usize| {
+            let model = ModelId::intern(Model { tokens, ..*self.model });
+            Shape::for_model(model, batch_at(tokens, self.model.tokens * self.batch))
+        };
+        std::iter::once(self.shape()).chain(self.other_lengths.iter().map(other)).collect()
+    }
+}
+
+/// Returns the batch with about `step_tokens` tokens per step.
+fn batch_at(tokens: usize, step_tokens: usize) -> usize {
+    ((step_tokens as f64 / tokens as f64).round() as usize).max(1)
 }
 
 /// The approximate capacity of a machine, which determines the default sizes.
@@ -48,7 +65,7 @@ static CUSTOM_MODEL: OnceLock<CustomModel> = OnceLock::new();
 
 /// Returns the custom model of this process, if there is one.
 pub fn custom_model() -> Option<CustomModel> {
-    CUSTOM_MODEL.get().copied()
+    CUSTOM_MODEL.get().cloned()
 }
 
 /// Reads the custom model from the environment, for this process and the processes that it starts. Must be called
@@ -58,32 +75,41 @@ pub fn custom_model() -> Option<CustomModel> {
 /// # Errors
 /// Returns an error if the file or a size is invalid, or if the model does not fit into the memory.
 pub fn from_environment(capacity: impl FnOnce() -> MachineCapacity) -> Result<Vec<String>> {
-    let size = |name: &str, max: usize| -> Result<Option<usize>> {
-        let Some(text) = variable(name)? else { return Ok(None) };
-        let size = text.parse().ok().filter(|n| (1..=max).contains(n));
-        Ok(Some(size.with_context(|| format!("{name}={text}: use a whole number from 1 to {max}"))?))
+    let batch = match variable(BATCH_VARIABLE)? {
+        Some(text) => Some(parse_size(BATCH_VARIABLE, &text, MAX_BATCH)?),
+        None => None,
     };
-    let (tokens, batch) = (size(TOKENS_VARIABLE, config::MAX_SIZE)?, size(BATCH_VARIABLE, MAX_BATCH)?);
+    let tokens = variable(TOKENS_VARIABLE)?.unwrap_or_default();
+    let tokens = tokens.split(',').filter(|_| !tokens.is_empty());
+    let tokens: Vec<usize> =
+        tokens.map(|text| parse_size(TOKENS_VARIABLE, text, config::MAX_SIZE)).collect::<Result<_>>()?;
     let Some(path) = std::env::var_os(MODEL_VARIABLE).filter(|path| !path.is_empty()) else {
         ensure!(
-            tokens.is_none() && batch.is_none(),
+            tokens.is_empty() && batch.is_none(),
             "{TOKENS_VARIABLE} and {BATCH_VARIABLE} need {MODEL_VARIABLE}"
         );
         return Ok(Vec::new());
     };
     let ParsedModel { model, notes } = config::read(Path::new(&path))?;
     ModelId::register(model)?;
-    let (custom, message) = choose_sizes(model, tokens, batch, capacity)?;
-    CUSTOM_MODEL.get_or_init(|| custom);
+    let (custom, message) = choose_lengths(model, &tokens, batch, capacity)?;
+    let custom = CUSTOM_MODEL.get_or_init(|| custom);
     // Workers use the same sizes.
     // SAFETY: no other thread runs yet.
     unsafe {
         std::env::set_var(BATCH_VARIABLE, custom.batch.to_string());
         if model.is_language_model() {
-            std::env::set_var(TOKENS_VARIABLE, custom.model.tokens.to_string());
+            let lengths = std::iter::once(&custom.model.tokens).chain(&custom.other_lengths);
+            let lengths: Vec<String> = lengths.map(usize::to_string).collect();
+            std::env::set_var(TOKENS_VARIABLE, lengths.join(","));
         }
     }
     Ok(notes.into_iter().chain([message]).collect())
+}
+
+fn parse_size(name: &str, text: &str, max: usize) -> Result<usize> {
+    let size = text.parse().ok().filter(|n| (1..=max).contains(n));
+    size.with_context(|| format!("{name}={text}: use a whole number from 1 to {max}"))
 }
 
 /// Returns the tokens per sample: those that the user asked for, or as many as the model takes, up to a limit.
@@ -106,6 +132,38 @@ fn window_message(model: &Model) -> String {
     }
 }
 
+/// Chooses the sizes for several numbers of tokens. The first one is that of the headline, and `batch` is its batch.
+/// The longest one determines the default batch. Returns the sizes with a message that gives the reason.
+fn choose_lengths(
+    model: Model,
+    lengths: &[usize],
+    batch: Option<usize>,
+    capacity: impl FnOnce() -> MachineCapacity,
+) -> Result<(CustomModel, String)> {
+    let (Some(&first), Some(&longest)) = (lengths.first(), lengths.iter().max()) else {
+        return choose_sizes(model, None, batch, capacity);
+    };
+    for tokens in lengths {
+        choose_tokens(&model, Some(*tokens))?;
+    }
+    let batch_of_longest = batch.map(|batch| batch_at(longest, first * batch));
+    let (at_longest, message) = choose_sizes(model, Some(longest), batch_of_longest, capacity)?;
+    let mut other_lengths = Vec::new();
+    for &tokens in lengths {
+        if tokens != first && !other_lengths.contains(&tokens) {
+            other_lengths.push(tokens);
+        }
+    }
+    if other_lengths.is_empty() {
+        return Ok((at_longest, message));
+    }
+    let batch = batch.unwrap_or_else(|| batch_at(first, longest * at_longest.batch)).min(MAX_BATCH);
+    let model = ModelId::intern(Model { tokens: first, ..model });
+    let custom = CustomModel { model, batch, other_lengths };
+    let shapes: Vec<String> = custom.step_shapes().iter().map(Shape::to_string).collect();
+    Ok((custom, format!("{message}. Training steps: {}", shapes.join(", "))))
+}
+
 /// Chooses the sizes at which a model is measured. Returns them with a message that gives the reason.
 fn choose_sizes(
     model: Model,
@@ -120,14 +178,14 @@ fn choose_sizes(
         workload: Workload::TrainStep,
         backend: BackendId::TorchCpu,
         method: Method::eager(Precision::F32),
-        shape: CustomModel { model: id, batch }.shape(),
+        shape: Shape::for_model(id, batch),
     };
     let smallest = batch.unwrap_or(1);
     ensure!(
         cost::is_computable(&step(smallest)),
         "{name} is too large: a training step of batch {smallest} has over 2^64 FLOPs or bytes"
     );
-    let with_batch = |batch| CustomModel { model: id, batch };
+    let with_batch = |batch| CustomModel { model: id, batch, other_lengths: Vec::new() };
     let parameters = with_batch(1).shape().parameter_count() as f64 / 1e6;
     let window = window_message(&id);
     let message = |batch, reason: String| {
@@ -194,6 +252,22 @@ mod tests {
         let (custom, message) =
             choose_sizes(model(), Some(128), Some(3), || unreachable!("nothing is estimated")).unwrap();
         assert!(custom.batch == 3 && message.contains("as requested"), "{message}");
+    }
+
+    #[test]
+    fn several_lengths_have_about_the_same_tokens_per_step() {
+        let ids = |lengths: &[usize], batch| -> Vec<String> {
+            let capacity = capacity(1e12, 1 << 37);
+            let (custom, _) = choose_lengths(model(), lengths, batch, capacity).unwrap();
+            custom.step_shapes().iter().map(Shape::to_string).collect()
+        };
+        assert_eq!(ids(&[512, 1024, 512], Some(8)), ["custom-b8-t512", "custom-b4-t1024"]);
+        assert_eq!(ids(&[4096, 1000], Some(1)), ["custom-b1-t4096", "custom-b4-t1000"]);
+        // At 1,024 tokens, two samples take less than two seconds.
+        assert_eq!(ids(&[256, 1024], None), ["custom-b8-t256", "custom-b2-t1024"]);
+        assert_eq!(ids(&[256], Some(2)), ["custom-b2-t256"]);
+        let error = choose_lengths(model(), &[512, 5000], None, || unreachable!()).unwrap_err();
+        assert!(error.to_string().contains("at most 4096"), "{error}");
     }
 
     #[test]

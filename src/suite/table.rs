@@ -154,25 +154,28 @@ impl BackendFilter {
     }
 }
 
-/// Returns the shape of a row for a workload. A custom model replaces the indicator, and its batch replaces 16.
-/// Returns `None` if the row has no case for the custom model.
-fn shape_for(workload: Workload, shape: Shape, custom: Option<CustomModel>) -> Option<Shape> {
-    let Shape::Model { model, batch, ranks } = shape else { return Some(shape) };
+/// Returns the shapes of a row for a workload. A custom model replaces the indicator, and its batch replaces 16. Its
+/// training steps have several lengths. The list is empty if the row has no case for the custom model.
+fn shapes_for(workload: Workload, shape: Shape, custom: Option<&CustomModel>) -> Vec<Shape> {
+    let Shape::Model { model, batch, ranks } = shape else { return vec![shape] };
     let (model, batch) = match custom {
         None => (model, batch),
-        Some(_) if model.miniature() != ModelId::indicator().miniature() => return None,
+        Some(_) if model.miniature() != ModelId::indicator().miniature() => return Vec::new(),
         Some(custom) if model.is_miniature() => (custom.model.miniature(), batch),
+        Some(custom) if workload == TrainStep && (batch, ranks) == (HEADLINE_BATCH, 1) => {
+            return custom.step_shapes();
+        }
         Some(custom) => (custom.model, (custom.batch * batch).div_ceil(HEADLINE_BATCH)),
     };
     // The ranks may not divide the batch of a custom model.
     let divisible = batch.is_multiple_of(ranks);
-    divisible.then(|| Shape::for_workload(workload, model, batch).with_ranks(ranks))
+    divisible.then(|| Shape::for_workload(workload, model, batch).with_ranks(ranks)).into_iter().collect()
 }
 
 /// Returns the cases of a set in the order in which they run: by workload, backend, shape and method. The list
 /// does not depend on the backends that this machine has.
 pub fn cases(set: Set) -> Vec<Case> {
-    cases_for(set, custom_model::custom_model())
+    cases_for(set, custom_model::custom_model().as_ref())
 }
 
 /// Returns true if a case of the quick set takes minutes. PyTorch's wheel for macOS lacks oneDNN, so its matrix products
@@ -183,7 +186,7 @@ fn is_slow_on_macos(case: &Case) -> bool {
 }
 
 /// Returns the cases of a set with a custom model instead of the built-in ones.
-pub fn cases_for(set: Set, custom: Option<CustomModel>) -> Vec<Case> {
+pub fn cases_for(set: Set, custom: Option<&CustomModel>) -> Vec<Case> {
     let mut all = all_cases_for(set, custom);
     if set == Quick && cfg!(target_os = "macos") {
         all.retain(|case| !is_slow_on_macos(case));
@@ -192,7 +195,7 @@ pub fn cases_for(set: Set, custom: Option<CustomModel>) -> Vec<Case> {
 }
 
 /// Returns the cases of a set for every system.
-fn all_cases_for(set: Set, custom: Option<CustomModel>) -> Vec<Case> {
+fn all_cases_for(set: Set, custom: Option<&CustomModel>) -> Vec<Case> {
     let mut all = Vec::new();
     for &workload in Workload::ALL {
         let rows: Vec<&Row> =
@@ -201,7 +204,7 @@ fn all_cases_for(set: Set, custom: Option<CustomModel>) -> Vec<Case> {
             let mut by_shape: Vec<(Shape, Vec<Method>)> = Vec::new();
             for row in rows.iter().filter(|r| r.backends.accepts(backend)) {
                 let shapes = row.shapes.split(' ').map(|id| id.parse().expect("a shape of the table"));
-                for shape in shapes.filter_map(|shape| shape_for(workload, shape, custom)) {
+                for shape in shapes.flat_map(|shape| shapes_for(workload, shape, custom)) {
                     let methods = row.methods.split(' ').map(|id| id.parse().expect("a method of the table"));
                     match by_shape.iter_mut().find(|(known, _)| *known == shape) {
                         Some((_, known)) => known.extend(methods),
@@ -242,7 +245,8 @@ mod tests {
     #[test]
     fn a_custom_model_replaces_the_built_in_ones() {
         let model = ModelId::intern(crate::model::Model { name: "mine", ..*ModelId::named("gpt2").unwrap() });
-        let custom = Some(CustomModel { model, batch: 4 });
+        let own = CustomModel { model, batch: 4, other_lengths: Vec::new() };
+        let custom = Some(&own);
         for &set in Set::ALL {
             let all = cases_for(set, custom);
             let mut models = all.iter().filter_map(|c| c.shape.model());
@@ -256,6 +260,13 @@ mod tests {
         let batches: std::collections::BTreeSet<usize> =
             single.filter_map(|c| c.shape.model()).map(|(_, batch)| batch).collect();
         assert_eq!(Vec::from_iter(batches), [1, 4, 16, 64]);
+        let swept = CustomModel { other_lengths: vec![model.tokens / 2], ..own.clone() };
+        let lengths = |workload| {
+            let quick = cases_for(Quick, Some(&swept));
+            let tokens = quick.iter().filter(|c| c.workload == workload).filter_map(|c| c.shape.model());
+            tokens.map(|(m, batch)| (m.tokens, batch)).collect::<std::collections::BTreeSet<_>>().len()
+        };
+        assert_eq!([lengths(TrainStep), lengths(Forward)], [2, 1]);
     }
 
     #[test]

@@ -6,14 +6,16 @@
 
 use std::fs;
 use std::io::Write;
+use std::num::NonZero;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, mpsc};
+use std::time::Instant;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::{Value, json};
-use transformer_bench::backend::Unsupported;
+use transformer_bench::backend::{CompileReport, Unsupported};
 use transformer_bench::files::{Scratch, cache_folder, checksum, lock_file, read_text, write_atomic};
 use transformer_bench::parity::dropout::Probe;
 use transformer_bench::process::is_running;
@@ -29,6 +31,9 @@ const PACKAGE: &str = include_str!("inductor/package.py");
 
 /// File in the folder of a package with everything that it was built from, and a checksum of its library.
 const RECORD: &str = "built-from.json";
+
+/// Memory in bytes that a build needs: the peaks of Inductor and of its compiler, for `gpt2-b1`, rounded up.
+const BUILD_MEMORY: u64 = 2 << 30;
 
 /// The C++ compiler that Inductor calls on Linux. It hides the weak templates of libstdc++, which libraries of other
 /// compilers would otherwise share: packages of Ubuntu 24.04's g++ ended in a segmentation fault.
@@ -87,17 +92,53 @@ pub fn packages_for(case: &Case) -> Vec<Package> {
     all
 }
 
-/// Builds missing packages at the same time, because Inductor uses one core.
-///
-/// # Errors
-/// Returns the error of the first package that fails.
-pub fn build_all(packages: &[Package]) -> Result<()> {
+/// Returns the number of packages to build at the same time: as many as there are cores, if the memory allows it.
+fn max_builds() -> usize {
+    let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
+    let by_memory = (Machine::read().memory_bytes / BUILD_MEMORY) as usize;
+    cores.min(by_memory).max(1)
+}
+
+/// Builds the missing packages of cases side by side, because Inductor uses one core for most of the time. Calls
+/// `report` once for each case, when its packages are built or one of them has failed.
+pub fn build_all(cases: &[Case], report: &mut CompileReport) {
+    let start = Instant::now();
+    let mut waiting: Vec<(Case, Vec<Package>)> =
+        cases.iter().map(|case| (*case, packages_for(case))).collect();
+    let mut packages: Vec<Package> = Vec::new();
+    for package in waiting.iter().flat_map(|(_, packages)| packages) {
+        if !packages.contains(package) {
+            packages.push(package.clone());
+        }
+    }
+    let next = Mutex::new(packages.iter());
     std::thread::scope(|scope| {
-        let threads: Vec<_> = packages.iter().map(|package| scope.spawn(|| package.build())).collect();
-        threads.into_iter().map(|thread| thread.join().expect("no panic")).collect::<Vec<_>>()
-    })
-    .into_iter()
-    .collect()
+        let (sender, built) = mpsc::channel();
+        for _ in 0..max_builds().min(packages.len()) {
+            let (sender, next) = (sender.clone(), &next);
+            scope.spawn(move || {
+                let take = || next.lock().expect("no panic").next();
+                while let Some(package) = take() {
+                    // The receiver lives until all senders are dropped.
+                    let _ = sender.send((package, package.build()));
+                }
+            });
+        }
+        drop(sender);
+        for (package, outcome) in built {
+            let error = outcome.err().map(|error| format!("{error:#}"));
+            waiting.retain_mut(|(case, missing)| {
+                let count = missing.len();
+                missing.retain(|other| other != package);
+                match &error {
+                    Some(error) if missing.len() < count => report(case, Err(anyhow!(error.clone()))),
+                    None if missing.is_empty() => report(case, Ok(start.elapsed())),
+                    _ => return true,
+                }
+                false
+            });
+        }
+    });
 }
 
 /// Returns what the generated code depends on besides the case: instruction set, GPUs, compiler, torch and sources.
@@ -120,7 +161,7 @@ fn build_environment() -> &'static Value {
 }
 
 /// A package, identified by everything that it is built from.
-#[derive(PartialEq)]
+#[derive(Clone, PartialEq)]
 pub struct Package(Value);
 
 impl Package {

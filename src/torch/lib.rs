@@ -16,7 +16,9 @@ use std::path::Path;
 
 use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor};
-use transformer_bench::backend::{self, Accumulation, Backend, Backends, EnvVars, LoadedCase, Unsupported};
+use transformer_bench::backend::{
+    self, Accumulation, Backend, Backends, CompileReport, EnvVars, LoadedCase, Unsupported,
+};
 use transformer_bench::fixture::Fixture;
 use transformer_bench::suite::{BackendId, Case, Method, Precision, Variant};
 
@@ -122,8 +124,8 @@ impl Backend for Torch {
             && inductor::packages_for(case).iter().any(|package| !package.is_built())
     }
 
-    fn compile(&self, case: &Case) -> Result<()> {
-        inductor::build_all(&inductor::packages_for(case))
+    fn compile(&self, cases: &[Case], report: &mut CompileReport) {
+        inductor::build_all(cases, report)
     }
 
     fn devices(&self) -> (usize, &'static str) {

@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context, Result};
 use transformer_bench::backend::{
-    Accumulation, Backend, Backends, EnvVars, LoadedCase, Rank, Unsupported, visible_gpu,
+    Accumulation, Backend, Backends, CompileReport, EnvVars, LoadedCase, Rank, Unsupported, visible_gpu,
 };
 use transformer_bench::files::Scratch;
 use transformer_bench::fixture::Fixture;
@@ -96,12 +96,15 @@ impl Backend for DistributedBackend {
         Ok(Box::new(DistributedCase::load(case, fixture.is_for_parity(), controller, comm_backend, folder)?))
     }
 
+    fn compile(&self, cases: &[Case], report: &mut CompileReport) {
+        self.inner.compile(cases, report)
+    }
+
     forward! {
         fn id(&self) -> BackendId;
         fn versions(&self) -> Vec<(String, String)>;
         fn is_precompiled(&self, variant: Variant) -> bool;
         fn needs_compile(&self, case: &Case) -> bool;
-        fn compile(&self, case: &Case) -> Result<()>;
         fn devices(&self) -> (usize, &'static str);
         fn comm_backend(&self) -> &'static str;
         fn rendezvous_env(&self, ranks: usize, folder: &Path) -> Result<Vec<EnvVars>>;

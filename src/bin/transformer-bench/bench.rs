@@ -51,8 +51,9 @@ pub struct Arguments {
     /// Batch size of your model; default: the largest with a training step under an estimated two seconds
     #[arg(long, value_name = "B", value_parser = options::whole_number(MAX_BATCH))]
     batch: Option<String>,
-    /// Tokens per sample of your model; default: its context, 1024 at most
-    #[arg(long, value_name = "T", value_parser = options::whole_number(MAX_SIZE))]
+    /// Tokens per sample of your model; default: its context, 1024 at most. With several (512,1024,2048), training steps
+    /// are measured at each, with about as many tokens per step
+    #[arg(long, value_name = "T", value_parser = options::whole_numbers(MAX_SIZE))]
     tokens: Option<String>,
     /// Regular expression over ids (workload/backend/precision/shape); a filtered run adds to the last run of the
     /// same build

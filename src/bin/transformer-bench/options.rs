@@ -37,6 +37,18 @@ pub fn whole_number(max: usize) -> impl TypedValueParser<Value = String> {
     })
 }
 
+/// Parses whole numbers from 1 to `max` that are separated by commas, and returns them as text for the environment.
+pub fn whole_numbers(max: usize) -> impl TypedValueParser<Value = String> {
+    StringValueParser::new().try_map(move |text| {
+        let valid = |number: &str| number.parse().is_ok_and(|number: usize| (1..=max).contains(&number));
+        if text.split(',').all(valid) {
+            Ok(text)
+        } else {
+            Err(format!("expected whole numbers from 1 to {max}, separated by commas"))
+        }
+    })
+}
+
 /// Parses a side of a comparison: the path of `dir:PATH` is relative to the user's folder.
 pub fn side(text: &str) -> Result<String, String> {
     match text.strip_prefix("dir:") {

@@ -9,6 +9,7 @@ use plotters::prelude::*;
 
 use super::{Area, FONT, INK, LARGE, Plot, SMALL, WIDTH, color, draw_for_page, draw_text, plot_error};
 use crate::report::format::{digits, significant};
+use crate::report::lengths::{LengthSweep, length_sweeps, tokens};
 use crate::report::{Measured, Sweep, batches, measured_peak, rate};
 use crate::suite::{BackendId, Precision, Shape, Workload, cost};
 
@@ -177,11 +178,11 @@ fn draw_roofline(roof: &Roof, points: &[RooflinePoint], color: RGBColor) -> Resu
     })
 }
 
-/// A series over the batch size: name, color, and points of batch and value.
+/// A series: its name, color, and points.
 type Series = (String, RGBColor, Vec<(f64, f64)>);
 
-/// Draws series over the batch size. Returns `None` if there are none.
-fn draw_over_batch(title: &str, unit: &str, series: &[Series]) -> Result<Option<Plot>> {
+/// Draws series over an axis. Returns `None` if there are none.
+fn draw_over(x: &SweptSize, title: &str, unit: &str, series: &[Series]) -> Result<Option<Plot>> {
     let mut points = series.iter().flat_map(|s| s.2.iter());
     let Some(&first) = points.next() else { return Ok(None) };
     let (mut low, mut high) = (first, first);
@@ -191,8 +192,8 @@ fn draw_over_batch(title: &str, unit: &str, series: &[Series]) -> Result<Option<
     }
     let svg = draw_for_page(380, |area| {
         // Room for the names is on the right of the last points.
-        let x = low.0 * 0.8..3.0 * high.0 * high.0 / low.0;
-        let mut chart = draw_axes(area, x, low.1 / 2.0..high.1 * 2.0, ["batch", unit], 1.0)?;
+        let range = low.0 * 0.8..3.0 * high.0 * high.0 / low.0;
+        let mut chart = draw_axes(area, range, low.1 / 2.0..high.1 * 2.0, [x.name, unit], 1.0)?;
         let mut names = Vec::new();
         for (name, color, points) in series {
             let line = LineSeries::new(points.iter().copied(), color.stroke_width(2)).point_size(3);
@@ -201,8 +202,42 @@ fn draw_over_batch(title: &str, unit: &str, series: &[Series]) -> Result<Option<
         }
         draw_labels(area, names)
     })?;
-    let note = "To repeat: ./scripts/bench --full 'train-step/.*/indicator-b'".to_owned();
-    Ok(Some(Plot { title: title.to_owned(), note, svg }))
+    Ok(Some(Plot { title: title.to_owned(), note: x.note.to_owned(), svg }))
+}
+
+/// A size that plots have on their horizontal axis, with the text below them.
+struct SweptSize {
+    name: &'static str,
+    note: &'static str,
+}
+
+const BATCH: SweptSize =
+    SweptSize { name: "batch", note: "To repeat: ./scripts/bench --full 'train-step/.*/indicator-b'" };
+const LENGTH: SweptSize = SweptSize {
+    name: "tokens per sample",
+    note: "Each point is the fastest checked method. To repeat: ./scripts/bench --model PATH --tokens 512,1024 'train-step/'",
+};
+
+/// Draws training speed and memory of the fastest training steps over the number of tokens.
+pub(super) fn lengths(all: &[Measured<'_>]) -> Result<Vec<Plot>> {
+    let sweeps = length_sweeps(all);
+    let draw = |title: &str, unit: &str, value: &dyn Fn(&Measured<'_>) -> Option<f64>| {
+        let series = |sweep: &LengthSweep<'_>| -> Series {
+            let point = |m: &Measured<'_>| Some((tokens(m)? as f64, value(m)?));
+            let label = format!("{} {}", sweep.name, sweep.backend);
+            (label, color(sweep.backend), sweep.steps.iter().filter_map(point).collect())
+        };
+        let mut all: Vec<Series> = sweeps.iter().map(series).collect();
+        all.retain(|series| !series.2.is_empty());
+        draw_over(&LENGTH, title, unit, &all)
+    };
+    let megabytes = |bytes: Option<u64>| Some(bytes? as f64 / 1e6);
+    let plots = [
+        draw("Training speed by tokens per sample", "tokens/s", &|m| Some(m.speed().value))?,
+        draw("Allocator peak by tokens per sample", "MB", &|m| megabytes(m.record.peak_bytes))?,
+        draw("Peak RSS by tokens per sample", "MB", &|m| megabytes(m.record.rss_peak_bytes))?,
+    ];
+    Ok(plots.into_iter().flatten().collect())
 }
 
 /// Draws training speed and allocator peak over the batch size.
@@ -218,12 +253,12 @@ pub(super) fn batch_sizes(all: &[Measured<'_>]) -> Result<Vec<Plot>> {
     {
         let in_unit = sweeps.iter().filter(|sweep| rate(sweep.steps[0].case.shape, 1.0).1 == unit);
         let speeds: Vec<Series> = in_unit.map(|sweep| series(sweep, &|m| Some(m.speed().value))).collect();
-        plots.extend(draw_over_batch(title, unit, &speeds)?);
+        plots.extend(draw_over(&BATCH, title, unit, &speeds)?);
     }
     let megabytes = |m: &Measured<'_>| Some(m.record.peak_bytes? as f64 / 1e6);
     let mut memory: Vec<Series> = sweeps.iter().map(|sweep| series(sweep, &megabytes)).collect();
     memory.retain(|series| !series.2.is_empty());
-    plots.extend(draw_over_batch("Allocator peak by batch", "MB", &memory)?);
+    plots.extend(draw_over(&BATCH, "Allocator peak by batch", "MB", &memory)?);
     Ok(plots)
 }
 

@@ -104,6 +104,7 @@ pub fn all(results: &Results, samples: &dyn Fn(&str) -> Vec<f64>) -> Result<Vec<
     }
     plots.extend(bars::data_parallel(&measured)?);
     plots.extend(charts::batch_sizes(&measured)?);
+    plots.extend(charts::lengths(&measured)?);
     plots.extend(charts::samples(&measured, samples)?);
     plots.extend(bars::step_times(&measured)?);
     Ok(plots)
