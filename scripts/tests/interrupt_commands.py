@@ -28,8 +28,10 @@ heads = 2
 ffn-width = 64
 vocabulary = 64
 norm = { layer = {} }
+norm-order = "pre-norm"
 position = "learned"
 activation = "gelu"
+bias = { qkv = true, out = true, feed-forward = true }
 causal = true
 input = "tokens"
 output = "tied"

@@ -283,15 +283,18 @@ impl RunModel {
         Self { batch, configuration: *model, other_lengths }
     }
 
+    /// Returns the numbers of tokens, as `--tokens` takes them. Returns `None` if the model has a fixed number.
+    pub fn lengths(&self) -> Option<String> {
+        let lengths = std::iter::once(&self.configuration.tokens).chain(&self.other_lengths);
+        let lengths: Vec<String> = lengths.map(usize::to_string).collect();
+        self.configuration.is_language_model().then(|| lengths.join(","))
+    }
+
     /// Returns the environment variables that select this model, with PATH as a placeholder for its file.
     pub fn variables(&self) -> String {
-        let lengths = std::iter::once(&self.configuration.tokens).chain(&self.other_lengths);
-        let tokens = lengths.map(usize::to_string).collect::<Vec<_>>().join(",");
-        let tokens = if self.configuration.is_language_model() {
-            format!(" {}={tokens}", custom_model::TOKENS_VARIABLE)
-        } else {
-            String::new()
-        };
+        let tokens = self
+            .lengths()
+            .map_or_else(String::new, |lengths| format!(" {}={lengths}", custom_model::TOKENS_VARIABLE));
         format!(
             "{}=PATH {}={}{tokens}",
             custom_model::MODEL_VARIABLE,

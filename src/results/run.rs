@@ -191,9 +191,8 @@ pub fn command(parts: &[ProcessRecord]) -> String {
     let mut lines: Vec<String> = Vec::new();
     let custom = parts.iter().find_map(|part| part.results.model.as_ref());
     let model = custom.map_or_else(String::new, |custom| {
-        let m = custom.configuration;
-        let tokens = if m.is_language_model() { format!(" --tokens {}", m.tokens) } else { String::new() };
-        format!(" --model {} --batch {}{tokens}", m.name, custom.batch)
+        let tokens = custom.lengths().map_or_else(String::new, |lengths| format!(" --tokens {lengths}"));
+        format!(" --model {} --batch {}{tokens}", custom.configuration.name, custom.batch)
     });
     for Selection { set, filter } in parts.iter().flat_map(|p| &p.selections) {
         let filter = if filter.is_empty() { String::new() } else { format!(" '{filter}'") };
