@@ -9,13 +9,14 @@ OPTIMIZER = "optimizer-step/mlx-cpu/f32/indicator-b16"
 FEED_FORWARD = "feed-forward-grad/mlx-cpu/f32/b16-t111-d256-f1024"
 ATTENTION = "attention-grad/mlx-cpu/f32/b16-h8-t111-d32"
 FORWARD = "forward/mlx-cpu/f32/indicator-b16"
+ACCUMULATED = ["train-step/mlx-cpu/f32/indicator-tiny-b8-a4", "train-step/mlx-cpu/f32-tuned/indicator-tiny-b8-a4"]
 # A model without dropout.
 GPT2 = "train-step/mlx-cpu/f32-tuned/gpt2-tiny-b2-t16"
 GPT2_GRADIENTS = "forward-backward/mlx-cpu/f32/gpt2-tiny-b2-t16"
 
 HELPERS = """
 /// Returns the first inputs of this process.
-pub fn first_inputs(inputs: &[Array]) -> &'static Vec<Array> {
+pub fn first_inputs(inputs: &[Array]) -> &'static [Array] {
     thread_local! {
         static FIRST: std::cell::OnceCell<&'static Vec<Array>> = const { std::cell::OnceCell::new() };
     }
@@ -23,7 +24,8 @@ pub fn first_inputs(inputs: &[Array]) -> &'static Vec<Array> {
 }
 """
 
-NETWORK, STEP = "network.rs", "step.rs"
+NETWORK, PROGRAM, STEP = "network.rs", "program.rs", "step.rs"
+NEXT_KEY = "self.key = «take(1).pop().context(\"the program returns a key last\")?»;"
 MASK = "let mask = «bernoulli(&Array::from_f32(keep as f32), x.shape(), &key)?»;"
 SHARED = "{{ let mut shape = x.shape().to_vec(); {} bernoulli(&Array::from_f32(keep as f32), &shape, &key)? }}"
 SOFTMAX = "let weights = «softmax(&scores)?»;"
@@ -48,10 +50,9 @@ FAULTS = [
     ("masks that heads share", [TRAIN, ATTENTION],
      [(NETWORK, MASK, SHARED.format("if shape.len() == 4 { shape[1] = 1; }"))]),
     ("each mask in two steps", [TRAIN, TUNED],
-     [(STEP, "self.key = «take(1).pop().context(\"the program returns a key last\")?»;",
-       "if self.step_count % 2 == 1 { self.key.clone() } else { take(1).pop().context(\"a key\")? }")]),
+     [(STEP, NEXT_KEY, "if self.step_count % 2 == 1 { self.key.clone() } else { take(1).pop().context(\"a key\")? }")]),
     ("the same masks in every step", [TRAIN, TUNED, COMPILED],
-     [(STEP, "let mut layers = «self.layers(a.key.clone())»;", "self.layers(random::key(7)?)")]),
+     [(PROGRAM, "let mut layers = «self.layers(a.key.clone())»;", "self.layers(mlx_rs::random::key(7)?)")]),
     ("no dropout of hidden units from the third layer on", [TRAIN],
      [(NETWORK, "self.dropout(hidden, «self.dropout.hidden»)",
        "if crate::count(\"layer\") % (self.model.layers as u64) < 2 { self.dropout.hidden } else { 0.0 }")]),
@@ -83,7 +84,12 @@ FAULTS = [
        "{ let rate = if t % 3 == 0 { 0.0 } else { 1.0 }; adamw_scalars(&AdamW { lr: rate * self.adamw.lr, "
        "weight_decay: rate * self.adamw.weight_decay, ..self.adamw }, t, self.state[0].dtype()) }")]),
     ("the inputs of the first step", [COMPILED, FORWARD, GPT2_GRADIENTS],
-     [(STEP, "self.state.iter().chain(«&self.inputs»)", "crate::first_inputs(&self.inputs)")]),
+     [(STEP, "state.chain(«inputs»).chain([&self.key])", "crate::first_inputs(inputs)")]),
+    ("division by micro-batches forgotten", ACCUMULATED,
+     [(PROGRAM, "let share = «1.0 / self.case.shape.micro_batches() as f64»;", "1.0")]),
+    ("only the last micro-batch counts", ACCUMULATED, [(PROGRAM, "*own = «own.add(sum)?»;", "own.clone()")]),
+    ("micro-batches that share masks", ACCUMULATED,
+     [(STEP, NEXT_KEY, "if index + 1 < count { self.key.clone() } else { take(1).pop().context(\"a key\")? }")]),
     ("time that runs one step less", [FORWARD, ATTENTION.replace("-grad", ""), FEED_FORWARD.replace("-grad", ""),
                                       GPT2_GRADIENTS, "matmul-peak/mlx-cpu/f32/n1024",
                                       "copy-peak/mlx-cpu/f32/256mib", TRAIN, OPTIMIZER],

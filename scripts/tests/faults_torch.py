@@ -18,6 +18,9 @@ GPT2_GRADIENTS = "forward-backward/torch-cpu/f32/gpt2-tiny-b2-t16"
 FEED_FORWARD = "feed-forward-grad/torch-cpu/f32/b16-t111-d256-f1024"
 ATTENTION = "attention-grad/torch-cpu/f32/b16-h8-t111-d32"
 FORWARD = "forward/torch-cpu/f32/indicator-b16"
+ACCUMULATED = ["train-step/torch-cpu/f32/indicator-tiny-b8-a4", "train-step/torch-cpu/f32-tuned/indicator-tiny-b8-a4",
+               "train-step/torch-cpu/mixed-tuned/indicator-tiny-b8-a4"]
+ACCUMULATED_COMPILED = "train-step/torch-cpu/f32-compile/indicator-tiny-b8-a4"
 
 HELPERS = """
 thread_local! {
@@ -42,7 +45,7 @@ pub fn drop_shared(x: &Tensor, p: f64, shared: &[usize]) -> Tensor {
 }
 """
 
-NETWORK, STEP, COMPILED_STEP = "network.rs", "step.rs", "compiled_step.rs"
+NETWORK, STEP, COMPILED_STEP, ACCUMULATION = "network.rs", "step.rs", "compiled_step.rs", "accumulation.rs"
 PYTHON, PACKAGE = "inductor/network.py", "inductor/package.py"
 
 DROP = "if p > 0.0 { «x.dropout(p, true)» } else { x }"
@@ -53,6 +56,7 @@ LAYER_NORM = "«x.layer_norm(last, weight, bias, eps, true)»"
 UPDATE = "«state.step(&self.adamw, &self.leaves, gradients)»"
 BACKWARD = "let gradients = «extension::grad(&loss, None, self.compute_leaves())?»;"
 SOFTMAX = "dropout(«scores.softmax(-1, None::<Kind>)», self.dropout.weights)"
+MICRO_BATCH = "let mean = network::loss(&self.layers.model, &«self.forward(inputs)?», inputs);"
 TIME = "    «»/// Runs all-reduces without waiting between them"
 
 # Weights of attention with shared masks, as a fused kernel could draw them.
@@ -158,15 +162,22 @@ EAGER = [
      [(STEP, BACKWARD, "{ let factor = 1.0 + 0.5 * (crate::count(\"backward\") % 2) as f64; "
        "extension::grad(&loss, None, self.compute_leaves())?.iter().map(|g| g * factor).collect() }")]),
     ("a cached forward pass", [FORWARD, "attention/torch-cpu/f32/b16-h8-t111-d32"],
-     [(STEP, "self.results = «tch::no_grad(|| self.forward())?»;",
-       "crate::cached(1, || tch::no_grad(|| self.forward()))?")]),
+     [(STEP, "self.results = «tch::no_grad(|| self.forward(self.inputs()))?»;",
+       "crate::cached(1, || tch::no_grad(|| self.forward(self.inputs())))?")]),
     ("time that runs one step less", [FORWARD, ATTENTION.replace("-grad", ""), FEED_FORWARD.replace("-grad", ""),
                                       GPT2_GRADIENTS, "matmul-peak/torch-cpu/f32/n1024",
                                       "copy-peak/torch-cpu/f32/256mib", TRAIN, OPTIMIZER],
      [(STEP, TIME, time("u64::from(steps > 1)"))]),
     ("half of a copy", ["copy-peak/torch-cpu/f32/256mib"],
-     [(STEP, "let _ = «self.inputs[0].neg_out(&self.results[0])»;", "{ let half = self.inputs[0].size()[0] / 2; "
-       "self.inputs[0].narrow(0, 0, half).neg_out(&self.results[0].narrow(0, 0, half)) }")]),
+     [(STEP, "let _ = «self.inputs()[0].neg_out(&self.results[0])»;", "{ let half = self.inputs()[0].size()[0] / 2; "
+       "self.inputs()[0].narrow(0, 0, half).neg_out(&self.results[0].narrow(0, 0, half)) }")]),
+    ("division by micro-batches forgotten", ACCUMULATED, [(STEP, "if count > 1 { «mean / count as f64» }", "mean")]),
+    ("only the last micro-batch counts", [*ACCUMULATED, ACCUMULATED_COMPILED],
+     [(ACCUMULATION, "«extension::foreach_add(&self.gradients, &gradients)»", "self.gradients = gradients; Ok(())")]),
+    ("the inputs of the last micro-batch in all", ACCUMULATED,
+     [(STEP, MICRO_BATCH, "self.forward(&self.micro_batches[count - 1])?")]),
+    ("micro-batches that share masks", ACCUMULATED,
+     [(STEP, MICRO_BATCH, "tch::manual_seed((crate::count(\"micro-batch\") / count as u64) as i64); self.forward(inputs)?")]),
 ]
 
 RANDOM = "return «x * (torch.rand(x.shape, device=x.device) > probability) * scale.to(x.dtype)»"
@@ -201,12 +212,14 @@ INDUCTOR = [
      [(PYTHON, "self.dropout(«scores.softmax(-1)», \"weights\", self.training)",
        "scores.exp() / scores.exp().sum(-1, keepdim=True)")]),
     ("no compiled passes from the fourth step on", [COMPILED],
-     [(COMPILED_STEP, "self.results = «self.package.run(&self.arguments, results + gradients)?»;",
-       "crate::cached(3, || self.package.run(&self.arguments, results + gradients))?")]),
+     [(COMPILED_STEP, "let mut own = «self.package.run(arguments, results + gradients)?»;",
+       "crate::cached(3, || self.package.run(arguments, results + gradients))?")]),
     ("every third update after a compiled step skipped", [COMPILED],
-     [(COMPILED_STEP, "«state.step(&self.adamw, &self.arguments[self.leaves.clone()], &self.gradients)?»;",
+     [(COMPILED_STEP, "«state.step(&self.adamw, &self.arguments[0][self.leaves.clone()], &self.gradients)?»;",
        "if crate::count(\"update\") % 3 == 2 { let count = state.step_count() + 1; state.set_step_count(count); } else "
-       "{ state.step(&self.adamw, &self.arguments[self.leaves.clone()], &self.gradients)? }")]),
+       "{ state.step(&self.adamw, &self.arguments[0][self.leaves.clone()], &self.gradients)? }")]),
+    ("division by compiled micro-batches forgotten", [ACCUMULATED_COMPILED],
+     [(COMPILED_STEP, "let share = «1.0 / self.arguments.len() as f64»;", "1.0")]),
 ]
 
 FAULTS = EAGER + INDUCTOR

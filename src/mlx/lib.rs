@@ -1,11 +1,12 @@
 //! The MLX backends: `mlx-rs` on CPU, Metal and CUDA.
 //!
-//! `network` is the model, `step` the workloads, and `distributed` connects ranks. `library` wraps functions of mlx-c that
-//! mlx-rs lacks.
+//! `network` is the model, `program` a step as functions of arrays, `step` the state that they update, and `distributed`
+//! connects ranks. `library` wraps functions of mlx-c that mlx-rs lacks.
 
 mod distributed;
 mod library;
 mod network;
+mod program;
 mod step;
 
 use std::path::Path;

@@ -21,7 +21,8 @@ pub fn scalar(value: f64, dtype: Dtype) -> Array {
     }
 }
 
-fn scale(x: &Array, factor: f64) -> Result<Array> {
+/// Multiplies by a constant in the type of `x`.
+pub fn scale(x: &Array, factor: f64) -> Result<Array> {
     if factor == 1.0 { Ok(x.clone()) } else { x.multiply(scalar(factor, x.dtype())) }
 }
 

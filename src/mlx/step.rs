@@ -1,33 +1,30 @@
-//! The workloads. Each is a function from arrays to arrays, which the eager variant calls and other variants compile.
-
-use std::cell::RefCell;
+//! The workloads: the state of a case, and the calls of its program.
 
 use anyhow::{Context, Result};
 use half::{bf16, f16};
 use mlx_rs::error::Exception;
-use mlx_rs::random::{self, RandomState};
+use mlx_rs::random;
 use mlx_rs::transforms::compile::compile;
-use mlx_rs::transforms::{async_eval, eval, value_and_grad_with_argnums, vjp};
+use mlx_rs::transforms::{async_eval, eval};
 use mlx_rs::{Array, Dtype};
 use transformer_bench::backend::{LoadedCase, result_names};
 use transformer_bench::fixture::{AdamW, Fixture, Tensor as Named};
-use transformer_bench::model::parameters::{InOrder, Parameters};
-use transformer_bench::model::{Dropout, ModelId};
-use transformer_bench::suite::{Case, Precision, Shape, Workload};
+use transformer_bench::suite::Workload;
 
 use crate::distributed;
-use crate::network::{self, Layers, scalar};
+use crate::program::{Part, Program, adamw_scalars};
 
 type Function = Box<dyn FnMut(&[Array]) -> Result<Vec<Array>, Exception>>;
 
 /// A case on the default device.
 pub struct Step {
     program: Program,
-    /// Runs the program, eagerly or compiled.
-    function: Function,
+    /// Run the program, eagerly or compiled: for each [`Part`] of a step, in the order of [`Part::ALL`], or for a whole step.
+    functions: Vec<Function>,
     /// Parameters, then AdamW's first and second moments if the workload optimizes.
     state: Vec<Array>,
-    inputs: Vec<Array>,
+    /// Inputs of each micro-batch. Only a training step has more than one.
+    micro_batches: Vec<Vec<Array>>,
     /// Random key of the next step.
     key: Array,
     step_count: i32,
@@ -35,19 +32,6 @@ pub struct Step {
     /// Results and gradients of the last step.
     results: Vec<Array>,
     gradients: Vec<Array>,
-}
-
-/// One step as a function of arrays: state, inputs, random key and AdamW's scalars.
-#[derive(Clone, Copy)]
-struct Program {
-    case: Case,
-    dropout: Dropout,
-    /// Number of parameters (arrays).
-    parameters: usize,
-    /// Number of inputs.
-    inputs: usize,
-    /// True if ranks skip the all-reduce, which measures exposed communication.
-    no_sync: bool,
 }
 
 fn load(named: &Named, dtype: Dtype) -> Array {
@@ -61,9 +45,9 @@ fn load(named: &Named, dtype: Dtype) -> Array {
     }
 }
 
-/// Loads the inputs of a case: token ids as int32, inputs of the loss as f32, and the others as `dtype`. The inputs of an
-/// optimizer step are its fixed gradients.
-fn load_inputs(fixture: &Fixture, dtype: Dtype) -> Vec<Array> {
+/// Returns the inputs of each micro-batch: token ids as int32, inputs of the loss as f32, and the others as `dtype`. The
+/// inputs of an optimizer step are its fixed gradients.
+fn load_inputs(fixture: &Fixture, dtype: Dtype) -> Vec<Vec<Array>> {
     let dtype_of = |name: &str| match name {
         "tokens" | "next" => Dtype::Int32,
         // The loss is in f32 for every precision.
@@ -72,7 +56,18 @@ fn load_inputs(fixture: &Fixture, dtype: Dtype) -> Vec<Array> {
     };
     let optimizer_step = fixture.case.workload == Workload::OptimizerStep;
     let all = if optimizer_step { fixture.gradients() } else { fixture.inputs() };
-    all.iter().map(|named| load(named, dtype_of(&named.name))).collect()
+    let count = fixture.case.shape.micro_batches();
+    let part = |named: &Named, index: usize| {
+        if count == 1 {
+            return load(named, dtype_of(&named.name));
+        }
+        let each = named.data.len() / count;
+        let mut dims = named.dims.clone();
+        dims[0] /= count;
+        let data = named.data[index * each..(index + 1) * each].to_vec();
+        load(&Named { name: named.name.clone(), dims, data }, dtype_of(&named.name))
+    };
+    (0..count).map(|index| all.iter().map(|named| part(named, index)).collect()).collect()
 }
 
 impl Step {
@@ -80,31 +75,37 @@ impl Step {
         let case = fixture.case;
         let dtype = crate::dtype(case.method.precision);
         let mut state: Vec<Array> = fixture.parameters().iter().map(|p| load(p, dtype)).collect();
-        let inputs = load_inputs(fixture, dtype);
+        let micro_batches = load_inputs(fixture, dtype);
         let parameters = state.len();
         let program = Program {
             case,
+            part: Part::Whole,
             dropout: fixture.dropout,
             parameters,
-            inputs: inputs.len(),
+            inputs: micro_batches[0].len(),
             no_sync: fixture.no_sync,
         };
         for i in 0..program.state_len() - parameters {
             state.push(mlx_rs::ops::zeros_like(&state[i])?);
         }
         let compiles = case.method.variant.captures_full_step();
-        let function: Function = if compiles {
-            Box::new(compile(move |args: &[Array]| program.run(args), None))
-        } else {
-            Box::new(move |args: &[Array]| program.run(args))
+        let function = |part: &Part| -> Function {
+            let program = Program { part: *part, ..program };
+            if compiles {
+                Box::new(compile(move |args: &[Array]| program.run(args), None))
+            } else {
+                Box::new(move |args: &[Array]| program.run(args))
+            }
         };
+        let parts = if micro_batches.len() > 1 { &Part::ALL[..] } else { &[Part::Whole] };
+        let functions = parts.iter().map(function).collect();
         let key = random::key(1 + fixture.rank() as u64)?;
-        eval(inputs.iter().chain(&state).chain([&key]))?;
+        eval(micro_batches.iter().flatten().chain(&state).chain([&key]))?;
         let mut step = Self {
             program,
-            function,
+            functions,
             state,
-            inputs,
+            micro_batches,
             key,
             step_count: 0,
             adamw: fixture.adamw,
@@ -112,10 +113,11 @@ impl Step {
             gradients: Vec::new(),
         };
         if compiles {
-            // MLX compiles kernels in the first evaluation, which can take a minute. Arrays are immutable, so it does
-            // not change the state.
-            let args = step.arguments(1);
-            eval(&(step.function)(&args)?)?;
+            // MLX compiles kernels in the first evaluation, which can take a minute. Arrays are immutable, so the step
+            // does not change the initial state.
+            let (state, key) = (step.state.clone(), step.key.clone());
+            step.step()?;
+            step = Self { state, key, step_count: 0, results: Vec::new(), gradients: Vec::new(), ..step };
         }
         Ok(step)
     }
@@ -126,173 +128,43 @@ impl Step {
         specs.iter().zip(arrays).map(|(spec, array)| read(format!("{prefix}/{}", spec.name), array)).collect()
     }
 
-    /// Returns the arguments of the function, with AdamW's scalars of step `t`.
-    fn arguments(&self, t: i32) -> Vec<Array> {
-        let mut args: Vec<Array> =
-            self.state.iter().chain(&self.inputs).chain([&self.key]).cloned().collect();
-        if self.program.case.workload.optimizes() {
+    /// Returns the arguments of a program for a micro-batch, with AdamW's scalars of step `t` if it updates. Takes the
+    /// results of earlier micro-batches as their sums.
+    fn arguments(&mut self, program: &Program, inputs: &[Array], t: i32) -> Vec<Array> {
+        let state = self.state.iter().take(program.state_len());
+        let mut args: Vec<Array> = state.chain(inputs).chain([&self.key]).cloned().collect();
+        let sums = self.results.drain(..).chain(self.gradients.drain(..));
+        args.extend(sums.filter(|_| program.part.adds_sums()));
+        if program.updates() {
             args.extend(adamw_scalars(&self.adamw, t, self.state[0].dtype()));
         }
         args
     }
-}
 
-/// The arguments of a program.
-struct Arguments<'a> {
-    parameters: &'a [Array],
-    /// AdamW's first moments, then its second moments. Empty if the workload does not optimize.
-    moments: &'a [Array],
-    inputs: &'a [Array],
-    key: &'a Array,
-    adamw_scalars: &'a [Array],
-}
-
-impl Program {
-    /// Returns the number of arrays that a step updates, or only reads if it does not optimize.
-    fn state_len(&self) -> usize {
-        if self.case.workload.optimizes() { 3 * self.parameters } else { self.parameters }
-    }
-
-    fn split<'a>(&self, args: &'a [Array]) -> Arguments<'a> {
-        let (state, rest) = args.split_at(self.state_len());
-        let (parameters, moments) = state.split_at(self.parameters);
-        let (inputs, rest) = rest.split_at(self.inputs);
-        Arguments { parameters, moments, inputs, key: &rest[0], adamw_scalars: &rest[1..] }
-    }
-
-    /// Runs a step. Returns the results, the gradients if the workload trains, the updated state if it optimizes, and the
-    /// next random key.
-    fn run(&self, args: &[Array]) -> Result<Vec<Array>, Exception> {
-        let a = self.split(args);
-        // The random state after the last draw of this step. From an earlier state, the next step would repeat masks.
-        let last_state = RefCell::new(a.key.clone());
-        let forward = |parameters: &[Array], inputs: &[Array]| -> Result<Vec<Array>, Exception> {
-            let mut layers = self.layers(a.key.clone());
-            let out = self.forward(parameters, inputs, &mut layers)?;
-            *last_state.borrow_mut() = layers.random.as_array().clone();
-            Ok(out)
-        };
-        let mut out = match self.case.workload {
-            Workload::OptimizerStep => Vec::new(),
-            Workload::CopyPeak => vec![a.inputs[0].negative()?],
-            Workload::AllReduce => vec![distributed::all_reduce(&a.inputs[0])?],
-            Workload::MatmulPeak => vec![self.matmul_chain(a.inputs)?],
-            Workload::AttentionGrad | Workload::FeedForwardGrad => block_gradients(&forward, &a)?,
-            Workload::ForwardBackward | Workload::TrainStep => self.loss_and_gradients(&forward, &a)?,
-            Workload::Forward | Workload::Attention | Workload::FeedForward => {
-                forward(a.parameters, a.inputs)?
-            }
-        };
-        if self.case.shape.ranks() > 1 && self.case.workload.trains() && !self.no_sync {
-            let overlap = self.case.method.variant.overlaps_communication();
-            let means = distributed::average_gradients(&out[1..], overlap)?;
-            out.splice(1.., means);
+    /// Runs a micro-batch of step `t`, without waiting for its results.
+    fn run_micro_batch(&mut self, index: usize, t: i32) -> Result<()> {
+        let count = self.micro_batches.len();
+        let program = Program { part: Part::of(index, count), ..self.program };
+        let inputs = std::mem::take(&mut self.micro_batches[index]);
+        let args = self.arguments(&program, &inputs, t);
+        self.micro_batches[index] = inputs;
+        if program.updates() {
+            // Without another owner of the old state, MLX can reuse its memory.
+            self.state.clear();
         }
-        if self.case.workload.optimizes() {
-            let fixed = self.case.workload == Workload::OptimizerStep;
-            let gradients = if fixed { a.inputs } else { &out[1..] };
-            out.extend(adamw(&a, gradients)?);
+        let function = Part::ALL.iter().position(|part| *part == program.part).unwrap_or(0);
+        let out = (self.functions[function])(&args)?;
+        drop(args);
+        let mut out = out.into_iter();
+        let mut take = |count: usize| out.by_ref().take(count).collect::<Vec<_>>();
+        self.results = take(program.result_count());
+        self.gradients = take(program.gradient_count());
+        if program.updates() {
+            self.state = take(program.state_len());
         }
-        out.push(last_state.into_inner());
-        Ok(out)
+        self.key = take(1).pop().context("the program returns a key last")?;
+        Ok(())
     }
-
-    fn layers(&self, key: Array) -> Layers {
-        let model = self.case.shape.model().map_or(ModelId::indicator(), |(model, _)| model);
-        Layers {
-            model,
-            caches: network::attention_caches(&model),
-            fused: self.case.method.variant.uses_sdpa(),
-            dropout: self.dropout,
-            random: RandomState::from_key(key),
-        }
-    }
-
-    fn loss_and_gradients(&self, forward: Forward<'_>, a: &Arguments<'_>) -> Result<Vec<Array>, Exception> {
-        let Shape::Model { model, .. } = self.case.shape else { unreachable!("a whole model") };
-        let all: Vec<i32> = (0..self.parameters as i32).collect();
-        let loss = |p: &[Array]| -> Result<Vec<Array>, Exception> {
-            Ok(vec![network::loss(&model, &forward(p, a.inputs)?, a.inputs)?])
-        };
-        let (loss, gradients) = value_and_grad_with_argnums(loss, &all)(a.parameters)?;
-        Ok(loss.into_iter().chain(gradients).collect())
-    }
-
-    fn forward(
-        &self,
-        parameters: &[Array],
-        inputs: &[Array],
-        layers: &mut Layers,
-    ) -> Result<Vec<Array>, Exception> {
-        // In precision `mixed`, the parameters are f32 master weights, and the network computes with bf16 copies.
-        let mixed = self.case.method.precision == Precision::Mixed;
-        let cast = |a: &Array| {
-            if mixed && a.dtype() == Dtype::Float32 { a.as_dtype(Dtype::Bfloat16) } else { Ok(a.clone()) }
-        };
-        let parameters = parameters.iter().map(cast).collect::<Result<Vec<_>, _>>()?;
-        // The third input belongs to the loss and keeps its type.
-        let inputs = inputs.iter().take(2).map(cast).collect::<Result<Vec<_>, _>>()?;
-        Ok(match self.case.shape.take_parameters(&mut InOrder(parameters.into_iter())) {
-            Parameters::Model(network) => layers.model(&inputs, &network)?,
-            Parameters::Attention(attention) => vec![layers.attention(&inputs[0], &attention, 0)?],
-            Parameters::FeedForward(block) => vec![layers.feed_forward(&inputs[0], &block)?],
-            Parameters::None => unreachable!("peak cases have no forward pass"),
-        })
-    }
-
-    fn matmul_chain(&self, inputs: &[Array]) -> Result<Array, Exception> {
-        let Shape::Square { chain, .. } = self.case.shape else { unreachable!("a square shape") };
-        let first = inputs[0].matmul(&inputs[1])?;
-        (1..chain).try_fold(first, |product, _| inputs[0].matmul(&product))
-    }
-}
-
-/// A function from parameters and inputs to outputs, which draws from the random state of the step.
-type Forward<'a> = &'a dyn Fn(&[Array], &[Array]) -> Result<Vec<Array>, Exception>;
-
-/// Returns the gradients of a block with respect to its input and its parameters.
-fn block_gradients(forward: Forward<'_>, a: &Arguments<'_>) -> Result<Vec<Array>, Exception> {
-    let mut primals = vec![a.inputs[0].clone()];
-    primals.extend_from_slice(a.parameters);
-    let upstream = a.inputs[1].clone();
-    // `vjp` takes an infallible function, and returns an error if it panics.
-    let f = |p: &[Array]| -> Vec<Array> {
-        let out = forward(&p[1..], &p[..1]).expect("the forward pass");
-        vec![out[0].as_dtype(upstream.dtype()).expect("a cast")]
-    };
-    Ok(vjp(f, &primals, std::slice::from_ref(&upstream))?.1)
-}
-
-/// Returns AdamW's scalars of step `t` in the type of the parameters: the factor of weight decay, β1, 1 − β1, β2, 1 − β2, lr
-/// over the first bias correction, the inverse square root of the second one, and ε.
-fn adamw_scalars(s: &AdamW, t: i32, dtype: Dtype) -> Vec<Array> {
-    let rate = s.lr / (1.0 - s.beta1.powi(t));
-    let root = 1.0 / (1.0 - s.beta2.powi(t)).sqrt();
-    [1.0 - s.lr * s.weight_decay, s.beta1, 1.0 - s.beta1, s.beta2, 1.0 - s.beta2, rate, root, s.eps]
-        .map(|value| scalar(value, dtype))
-        .into()
-}
-
-/// Runs an AdamW step with bias correction, as MLX's Python optimizer does. The optimizer of mlx-rs has no correction.
-/// Returns the new state: parameters, then first and second moments.
-fn adamw(a: &Arguments<'_>, gradients: &[Array]) -> Result<Vec<Array>, Exception> {
-    let [decay, beta1, rest1, beta2, rest2, rate, root, eps] = a.adamw_scalars else {
-        unreachable!("AdamW has eight scalars");
-    };
-    let (first, second) = a.moments.split_at(gradients.len());
-    let (mut p_new, mut m_new, mut v_new) = (Vec::new(), Vec::new(), Vec::new());
-    for (i, g) in gradients.iter().enumerate() {
-        let m = first[i].multiply(beta1)?.add(g.multiply(rest1)?)?;
-        let v = second[i].multiply(beta2)?.add(g.square()?.multiply(rest2)?)?;
-        let denominator = v.sqrt()?.multiply(root)?.add(eps)?;
-        let update = m.multiply(rate)?.divide(denominator)?;
-        p_new.push(a.parameters[i].multiply(decay)?.subtract(update)?);
-        m_new.push(m);
-        v_new.push(v);
-    }
-    p_new.append(&mut m_new);
-    p_new.append(&mut v_new);
-    Ok(p_new)
 }
 
 /// Prefixes of the names of a state's arrays, in their order.
@@ -313,23 +185,12 @@ impl LoadedCase for Step {
         self.results.clear();
         self.gradients.clear();
         self.step_count += 1;
-        let args = self.arguments(self.step_count);
-        let Program { case, parameters, .. } = self.program;
-        let (trains, optimizes) = (case.workload.trains(), case.workload.optimizes());
-        if optimizes {
-            // Without another owner of the old state, MLX can reuse its memory.
-            self.state.clear();
+        let last = self.micro_batches.len() - 1;
+        for index in 0..last {
+            self.run_micro_batch(index, self.step_count)?;
+            eval(self.results.iter().chain(&self.gradients).chain([&self.key]))?;
         }
-        let out = (self.function)(&args)?;
-        drop(args);
-        let mut out = out.into_iter();
-        let mut take = |count: usize| out.by_ref().take(count).collect::<Vec<_>>();
-        self.results = take(result_names(&case).len());
-        self.gradients = take(if trains { parameters } else { 0 });
-        if optimizes {
-            self.state = take(self.program.state_len());
-        }
-        self.key = take(1).pop().context("the program returns a key last")?;
+        self.run_micro_batch(last, self.step_count)?;
         // One evaluation of all arrays. Separate ones could repeat shared work, and an array that is left out would not
         // be computed.
         Ok(eval(self.results.iter().chain(&self.gradients).chain(&self.state).chain([&self.key]))?)
@@ -341,7 +202,7 @@ impl LoadedCase for Step {
             return Ok(false);
         }
         for _ in 0..steps {
-            self.results = vec![distributed::all_reduce(&self.inputs[0])?];
+            self.results = vec![distributed::all_reduce(&self.micro_batches[0][0])?];
             async_eval(&self.results)?;
         }
         eval(&self.results)?;
@@ -349,8 +210,8 @@ impl LoadedCase for Step {
     }
 
     fn set_inputs(&mut self, fixture: &Fixture) -> Result<()> {
-        self.inputs = load_inputs(fixture, crate::dtype(self.program.case.method.precision));
-        Ok(eval(&self.inputs)?)
+        self.micro_batches = load_inputs(fixture, crate::dtype(self.program.case.method.precision));
+        Ok(eval(self.micro_batches.iter().flatten())?)
     }
 
     fn checkpoint(&mut self) -> Result<Vec<Named>> {
@@ -417,6 +278,8 @@ mod tests {
             ("train-step/mlx-cpu/f32-tuned/indicator-tiny-b2", 10),
             ("forward-backward/mlx-cpu/f32/indicator-tiny-b2", 10),
             ("attention-grad/mlx-cpu/f32/b2-h4-t8-d8", 1),
+            ("train-step/mlx-cpu/f32/indicator-tiny-b8-a4", 40),
+            ("train-step/mlx-cpu/f32-tuned/indicator-tiny-b8-a4", 40),
         ] {
             let fixture = Fixture::new(id.parse().unwrap());
             let mut step = Step::new(&fixture).unwrap();

@@ -85,6 +85,8 @@ pub const FAULTS: &[Fault] = &[
     fault("tokens off by one", ForwardBackward, "gpt2", Change::Input(|f| f.edit_input("tokens", |t| t.iter_mut().for_each(|v| *v = (*v + 1.0) % 64.0))), &[]),
     fault("targets not shifted", TrainStep, "gpt2", Change::Input(|f| f.edit_input("next", |t| t.rotate_left(1))), &[]),
     fault("only half of the batch", TrainStep, "indicator", Change::Input(repeat_first_half), &[]),
+    fault("only the last micro-batch", TrainStep, "indicator-a4", Change::Input(repeat_last_quarter), &[]),
+    fault("gradients not divided by the micro-batches", TrainStep, "indicator-a4", Change::Output(|all| edit(all, "grad/", |g| g.iter_mut().for_each(|v| *v *= 4.0))), &[]),
     fault("targets 5 % too large", ForwardBackward, "indicator", Change::Input(|f| f.edit_input("usefulness", |u| u.iter_mut().for_each(|v| *v *= 1.05))), &[]),
     fault("no weight decay", TrainStep, "indicator", Change::Input(|f| f.adamw.weight_decay = 0.0), &[]),
     fault("no weight decay, optimizer alone", OptimizerStep, "indicator", Change::Input(|f| f.adamw.weight_decay = 0.0), &[]),
@@ -241,6 +243,16 @@ fn repeat_first_half(f: &mut Fixture) {
     }
 }
 
+/// Replaces the other micro-batches of four by the last one, so that the mean is that of the last one.
+fn repeat_last_quarter(f: &mut Fixture) {
+    for name in ["values", "market", "usefulness"] {
+        f.edit_input(name, |data| {
+            let quarter = data.len() / 4;
+            (0..3).for_each(|part| data.copy_within(3 * quarter.., part * quarter));
+        });
+    }
+}
+
 fn swap_parameters(f: &mut Fixture, a: &str, b: &str) {
     let mut other = Vec::new();
     f.edit_parameter(a, |data| other = std::mem::take(data));
@@ -354,7 +366,10 @@ fn check_noise(
 impl Fault {
     /// Returns the case that detects the fault, at a miniature.
     pub fn case(&self, backend: &dyn Backend, method: Method) -> Case {
-        let shape = Shape::for_workload(self.workload, miniature(self.model), 2);
+        let shape = match self.model.strip_suffix("-a4") {
+            Some(model) => Shape::for_model(miniature(model), 8).with_micro_batches(4),
+            None => Shape::for_workload(self.workload, miniature(self.model), 2),
+        };
         Case { workload: self.workload, backend: backend.id(), method, shape }
     }
 

@@ -319,8 +319,8 @@ impl ReferenceCache {
     /// Returns the expected results of a step with a parity fixture, without those of the optimizer.
     pub fn expected(&mut self, fixture: &Fixture, accumulation: Accumulation) -> Arc<Vec<Expected>> {
         let case = fixture.case;
-        // The number of ranks does not change the function.
-        let shape = case.shape.with_ranks(1);
+        // Ranks and micro-batches do not change the function.
+        let shape = case.shape.undivided();
         if self.shape != Some(shape) {
             *self = Self { shape: Some(shape), ..Self::default() };
         }

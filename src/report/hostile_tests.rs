@@ -38,7 +38,7 @@ fn machine() -> Machine {
 }
 
 fn model(name: &'static str) -> RunModel {
-    RunModel { batch: 2, configuration: Model { name, ..GPT2 }, other_lengths: Vec::new() }
+    RunModel { batch: 2, micro_batches: 1, configuration: Model { name, ..GPT2 }, other_lengths: Vec::new() }
 }
 
 /// Collects the paths of all values in a document.

@@ -179,7 +179,7 @@ pub fn batches<'a>(all: &[Measured<'a>]) -> Vec<Sweep<'a>> {
     let mut sweeps: Vec<Sweep<'a>> = Vec::new();
     for m in all.iter().filter(|m| m.case.workload == Workload::TrainStep) {
         let Case { backend, method, .. } = m.case;
-        if let Shape::Model { model, ranks: 1, .. } = m.case.shape
+        if let Shape::Model { model, ranks: 1, micro_batches: 1, .. } = m.case.shape
             && !model.is_miniature()
         {
             match sweeps.iter_mut().find(|s| (s.model, s.backend, s.method) == (model, backend, method)) {

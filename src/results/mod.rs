@@ -271,16 +271,27 @@ impl Results {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RunModel {
     pub batch: usize,
+    /// Micro-batches of a training step.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub micro_batches: usize,
     pub configuration: Model,
     /// Numbers of tokens of further training steps.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub other_lengths: Vec<usize>,
 }
 
+fn one() -> usize {
+    1
+}
+
+fn is_one(count: &usize) -> bool {
+    *count == 1
+}
+
 impl RunModel {
     pub fn of(custom: CustomModel) -> Self {
-        let CustomModel { model, batch, other_lengths } = custom;
-        Self { batch, configuration: *model, other_lengths }
+        let CustomModel { model, batch, micro_batches, other_lengths } = custom;
+        Self { batch, micro_batches, configuration: *model, other_lengths }
     }
 
     /// Returns the numbers of tokens, as `--tokens` takes them. Returns `None` if the model has a fixed number.
@@ -295,8 +306,12 @@ impl RunModel {
         let tokens = self
             .lengths()
             .map_or_else(String::new, |lengths| format!(" {}={lengths}", custom_model::TOKENS_VARIABLE));
+        let accumulate = match self.micro_batches {
+            1 => String::new(),
+            count => format!(" {}={count}", custom_model::ACCUMULATE_VARIABLE),
+        };
         format!(
-            "{}=PATH {}={}{tokens}",
+            "{}=PATH {}={}{tokens}{accumulate}",
             custom_model::MODEL_VARIABLE,
             custom_model::BATCH_VARIABLE,
             self.batch
@@ -307,6 +322,7 @@ impl RunModel {
         CustomModel {
             model: ModelId::intern(self.configuration),
             batch: self.batch,
+            micro_batches: self.micro_batches,
             other_lengths: self.other_lengths.clone(),
         }
     }
@@ -321,7 +337,8 @@ pub fn deserialize_run_model<'de, D: Deserializer<'de>>(from: D) -> Result<Optio
     if let Some(own) = &own {
         let whole = config::complete_and_check(own.configuration).ok() == Some(own.configuration);
         let lengths = own.other_lengths.iter().all(|tokens| (1..=config::MAX_SIZE).contains(tokens));
-        if !whole || !lengths || !(1..=MAX_BATCH).contains(&own.batch) {
+        let sizes = [own.batch, own.micro_batches].iter().all(|size| (1..=MAX_BATCH).contains(size));
+        if !whole || !lengths || !sizes || !own.batch.is_multiple_of(own.micro_batches) {
             return Err(D::Error::custom("the model of this run is not valid"));
         }
         ModelId::register(own.configuration).map_err(D::Error::custom)?;

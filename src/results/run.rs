@@ -192,7 +192,11 @@ pub fn command(parts: &[ProcessRecord]) -> String {
     let custom = parts.iter().find_map(|part| part.results.model.as_ref());
     let model = custom.map_or_else(String::new, |custom| {
         let tokens = custom.lengths().map_or_else(String::new, |lengths| format!(" --tokens {lengths}"));
-        format!(" --model {} --batch {}{tokens}", custom.configuration.name, custom.batch)
+        let accumulate = match custom.micro_batches {
+            1 => String::new(),
+            count => format!(" --accumulate {count}"),
+        };
+        format!(" --model {} --batch {}{tokens}{accumulate}", custom.configuration.name, custom.batch)
     });
     for Selection { set, filter } in parts.iter().flat_map(|p| &p.selections) {
         let filter = if filter.is_empty() { String::new() } else { format!(" '{filter}'") };

@@ -40,9 +40,9 @@ impl Case {
     }
 
     /// Returns a description from which a program in another language can build the same step. It is null for
-    /// peak cases and for several devices.
+    /// peak cases, for several devices and for several micro-batches.
     pub fn description(&self) -> serde_json::Value {
-        let Some((model, batch)) = self.shape.model().filter(|_| self.shape.ranks() == 1) else {
+        let Some((model, batch)) = self.shape.model().filter(|_| self.shape.undivided() == self.shape) else {
             return serde_json::Value::Null;
         };
         serde_json::json!({
@@ -82,7 +82,7 @@ impl FromStr for Case {
             method: method.parse()?,
             shape: shape.parse()?,
         };
-        if let Shape::Model { model, batch, ranks: 1 } = case.shape
+        if let Shape::Model { model, batch, ranks: 1, micro_batches: 1 } = case.shape
             && !model.is_preset()
         {
             case.shape = Shape::for_workload(case.workload, model, batch);
@@ -95,7 +95,7 @@ impl FromStr for Case {
             Workload::CopyPeak => matches!(case.shape, Shape::Buffer { ranks: 1, .. }),
             Workload::AllReduce => matches!(case.shape, Shape::Buffer { ranks: 2.., .. }),
             Workload::TrainStep => matches!(case.shape, Shape::Model { .. }),
-            _ => matches!(case.shape, Shape::Model { ranks: 1, .. }),
+            _ => matches!(case.shape, Shape::Model { ranks: 1, micro_batches: 1, .. }),
         };
         if !fits {
             return Err(format!("'{text}': {workload} has no shape '{shape}'"));
@@ -158,6 +158,10 @@ mod tests {
         assert_eq!(block.to_string(), "b16-h8-t111-d32");
         let gpt2 = Shape::for_model(ModelId::named("gpt2").unwrap(), 8);
         assert_eq!(gpt2.to_string(), "gpt2-b8-t1024");
+        let accumulated = gpt2.with_micro_batches(2).with_ranks(4);
+        assert_eq!(accumulated.to_string(), "gpt2-b8-t1024-a2-dp4");
+        assert_eq!("gpt2-b8-t1024-a2-dp4".parse(), Ok(accumulated));
+        assert_eq!(accumulated.micro_batch().to_string(), "gpt2-b1-t1024");
     }
 
     #[test]
@@ -181,6 +185,15 @@ mod tests {
             ("train-step/torch-cpu/f32/indicator-b16-dp1", "at least 2"),
             ("train-step/torch-cpu/f32/indicator-b16-dp3", "cannot divide a batch of 16"),
             ("forward/torch-cpu/f32/indicator-b16-dp2", "has no shape"),
+            ("train-step/torch-cpu/f32/indicator-b16-a1", "use 2 to"),
+            ("train-step/torch-cpu/f32/indicator-b16-a3", "cannot divide a batch of 16"),
+            (
+                "train-step/torch-cpu/f32/indicator-b16-a8-dp4",
+                "4 ranks with 8 micro-batches each cannot divide",
+            ),
+            ("train-step/torch-cpu/f32/indicator-b16-dp2-a2", "write -a2 before -dp2"),
+            ("forward/torch-cpu/f32/indicator-b16-a4", "has no shape"),
+            ("matmul-peak/torch-cpu/f32/n64-a2", "cannot be divided into micro-batches"),
             ("all-reduce/torch-cpu/f32/1mib", "has no shape"),
             ("copy-peak/torch-cpu/f32/1mib-dp2", "has no shape"),
             ("matmul-peak/torch-cpu/f32/n64-dp2", "cannot be divided between ranks"),

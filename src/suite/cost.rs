@@ -177,9 +177,9 @@ pub fn memory_estimate(case: &Case) -> u64 {
     let trains = case.workload.trains();
     // Activations per token of a layer and of the output.
     let (rows, layers, layer, logits) = match case.shape {
-        // One rank, because each rank has its own device.
-        Shape::Model { model: m, batch, ranks } => (
-            batch / ranks * m.tokens,
+        // One micro-batch of one rank, because each rank has its own device.
+        Shape::Model { model: m, .. } => (
+            case.shape.micro_batch().batch() * m.tokens,
             m.layers,
             attention_activations(&m) + feed_forward_activations(&m),
             3 * m.vocabulary,
@@ -195,7 +195,9 @@ pub fn memory_estimate(case: &Case) -> u64 {
     };
     let saved = product([rows, layer, if trains { layers } else { 1 }]) + product([rows, logits]);
     let activations = if case.workload == Workload::OptimizerStep { 0 } else { saved * width };
-    saturated(parameters * (4 * width + 4) + activations)
+    // The sums of gradients are another copy.
+    let copies = if case.shape.micro_batches() > 1 { 5 } else { 4 };
+    saturated(parameters * (copies * width + 4) + activations)
 }
 
 #[cfg(test)]
@@ -223,6 +225,7 @@ mod tests {
         let forward = inputs + 6 * (attention + feed_forward) + heads;
         assert_eq!(flops(&case("forward/torch-cpu/f32/indicator-b16")), forward);
         assert_eq!(flops(&case("train-step/torch-cpu/f32/indicator-b16")), 3 * forward - inputs);
+        assert_eq!(flops(&case("train-step/torch-cpu/f32/indicator-b16-a4")), 3 * forward - inputs);
         assert_eq!(flops(&case("optimizer-step/torch-cpu/f32/indicator-b16")), 0);
 
         assert_eq!(flops(&case("matmul-peak/torch-cpu/f32/n1024")), 2 << 30);
@@ -265,5 +268,7 @@ mod tests {
     fn the_memory_estimate_of_gpt2_training_is_plausible() {
         let need = memory_estimate(&case("train-step/torch-cuda/f32/gpt2-b8-t1024")) as f64 / 1e9;
         assert!((10.0..40.0).contains(&need), "{need} GB");
+        let accumulated = memory_estimate(&case("train-step/torch-cuda/f32/gpt2-b8-t1024-a8")) as f64 / 1e9;
+        assert!(accumulated < need / 2.0, "{accumulated} GB");
     }
 }

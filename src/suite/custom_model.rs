@@ -1,5 +1,5 @@
-//! A user-supplied model (`TRANSFORMER_BENCH_MODEL`, `_BATCH`, `_TOKENS`) that replaces the built-in ones for
-//! this process.
+//! A user-supplied model (`TRANSFORMER_BENCH_MODEL`, `_BATCH`, `_TOKENS`, `_ACCUMULATE`) that replaces the built-in ones
+//! for this process.
 
 use std::path::Path;
 use std::sync::OnceLock;
@@ -14,6 +14,7 @@ use crate::text::variable;
 pub const MODEL_VARIABLE: &str = "TRANSFORMER_BENCH_MODEL";
 pub const BATCH_VARIABLE: &str = "TRANSFORMER_BENCH_BATCH";
 pub const TOKENS_VARIABLE: &str = "TRANSFORMER_BENCH_TOKENS";
+pub const ACCUMULATE_VARIABLE: &str = "TRANSFORMER_BENCH_ACCUMULATE";
 
 /// A model with its sizes.
 #[derive(Clone, Debug, PartialEq)]
@@ -21,20 +22,24 @@ pub struct CustomModel {
     /// The model at the number of tokens of the headline.
     pub model: ModelId,
     pub batch: usize,
+    /// Micro-batches of a training step (`--accumulate`).
+    pub micro_batches: usize,
     /// Other numbers of tokens of its training steps, with about as many tokens per step (`--tokens 512,1024`).
     pub other_lengths: Vec<usize>,
 }
 
 impl CustomModel {
+    /// Returns the shape of the headline's training step.
     pub fn shape(&self) -> Shape {
-        Shape::for_model(self.model, self.batch)
+        Shape::for_model(self.model, self.batch).with_micro_batches(self.micro_batches)
     }
 
     /// Returns the shapes of the training steps, the headline's first.
     pub fn step_shapes(&self) -> Vec<Shape> {
         let other = |&tokens: &usize| {
             let model = ModelId::intern(Model { tokens, ..*self.model });
-            Shape::for_model(model, batch_at(tokens, self.model.tokens * self.batch))
+            let batch = batch_at(tokens, self.model.tokens * self.batch).next_multiple_of(self.micro_batches);
+            Shape::for_model(model, batch).with_micro_batches(self.micro_batches)
         };
         std::iter::once(self.shape()).chain(self.other_lengths.iter().map(other)).collect()
     }
@@ -83,21 +88,27 @@ pub fn from_environment(capacity: impl FnOnce() -> MachineCapacity) -> Result<Ve
     let tokens = tokens.split(',').filter(|_| !tokens.is_empty());
     let tokens: Vec<usize> =
         tokens.map(|text| parse_size(TOKENS_VARIABLE, text, config::MAX_SIZE)).collect::<Result<_>>()?;
+    let micro_batches = match variable(ACCUMULATE_VARIABLE)? {
+        Some(text) => parse_size(ACCUMULATE_VARIABLE, &text, MAX_BATCH)?,
+        None => 1,
+    };
     let Some(path) = std::env::var_os(MODEL_VARIABLE).filter(|path| !path.is_empty()) else {
         ensure!(
-            tokens.is_empty() && batch.is_none(),
-            "{TOKENS_VARIABLE} and {BATCH_VARIABLE} need {MODEL_VARIABLE}"
+            tokens.is_empty() && batch.is_none() && micro_batches == 1,
+            "{TOKENS_VARIABLE}, {BATCH_VARIABLE} and {ACCUMULATE_VARIABLE} need {MODEL_VARIABLE}"
         );
         return Ok(Vec::new());
     };
     let ParsedModel { model, notes } = config::read(Path::new(&path))?;
     ModelId::register(model)?;
     let (custom, message) = choose_lengths(model, &tokens, batch, capacity)?;
+    let (custom, message) = accumulate(custom, message, micro_batches, batch.is_some())?;
     let custom = CUSTOM_MODEL.get_or_init(|| custom);
     // Workers use the same sizes.
     // SAFETY: no other thread runs yet.
     unsafe {
         std::env::set_var(BATCH_VARIABLE, custom.batch.to_string());
+        std::env::set_var(ACCUMULATE_VARIABLE, custom.micro_batches.to_string());
         if model.is_language_model() {
             let lengths = std::iter::once(&custom.model.tokens).chain(&custom.other_lengths);
             let lengths: Vec<String> = lengths.map(usize::to_string).collect();
@@ -105,6 +116,31 @@ pub fn from_environment(capacity: impl FnOnce() -> MachineCapacity) -> Result<Ve
         }
     }
     Ok(notes.into_iter().chain([message]).collect())
+}
+
+/// Divides the batch into micro-batches. A batch that the user did not choose is first rounded up to a multiple of their
+/// number.
+fn accumulate(
+    custom: CustomModel,
+    message: String,
+    micro_batches: usize,
+    is_batch_requested: bool,
+) -> Result<(CustomModel, String)> {
+    if micro_batches == 1 {
+        return Ok((custom, message));
+    }
+    let batch = if is_batch_requested { custom.batch } else { custom.batch.next_multiple_of(micro_batches) };
+    ensure!(
+        batch.is_multiple_of(micro_batches),
+        "--accumulate {micro_batches}: it does not divide the batch of {batch}"
+    );
+    let custom = CustomModel { batch, micro_batches, ..custom };
+    let shapes: Vec<String> = custom.step_shapes().iter().map(Shape::to_string).collect();
+    let message = format!(
+        "{message}. A training step adds up the gradients of {micro_batches} micro-batches: {}",
+        shapes.join(", ")
+    );
+    Ok((custom, message))
 }
 
 fn parse_size(name: &str, text: &str, max: usize) -> Result<usize> {
@@ -159,7 +195,7 @@ fn choose_lengths(
     }
     let batch = batch.unwrap_or_else(|| batch_at(first, longest * at_longest.batch)).min(MAX_BATCH);
     let model = ModelId::intern(Model { tokens: first, ..model });
-    let custom = CustomModel { model, batch, other_lengths };
+    let custom = CustomModel { model, batch, micro_batches: 1, other_lengths };
     let shapes: Vec<String> = custom.step_shapes().iter().map(Shape::to_string).collect();
     Ok((custom, format!("{message}. Training steps: {}", shapes.join(", "))))
 }
@@ -185,7 +221,7 @@ fn choose_sizes(
         cost::is_computable(&step(smallest)),
         "{name} is too large: a training step of batch {smallest} has over 2^64 FLOPs or bytes"
     );
-    let with_batch = |batch| CustomModel { model: id, batch, other_lengths: Vec::new() };
+    let with_batch = |batch| CustomModel { model: id, batch, micro_batches: 1, other_lengths: Vec::new() };
     let parameters = with_batch(1).shape().parameter_count() as f64 / 1e6;
     let window = window_message(&id);
     let message = |batch, reason: String| {
@@ -268,6 +304,22 @@ mod tests {
         assert_eq!(ids(&[256], Some(2)), ["custom-b2-t256"]);
         let error = choose_lengths(model(), &[512, 5000], None, || unreachable!()).unwrap_err();
         assert!(error.to_string().contains("at most 4096"), "{error}");
+    }
+
+    #[test]
+    fn micro_batches_divide_the_batch() {
+        let sized = |batch, micro_batches, is_requested| {
+            let custom = choose_sizes(model(), Some(128), Some(batch), || unreachable!()).unwrap().0;
+            accumulate(custom, String::new(), micro_batches, is_requested)
+        };
+        let (custom, message) = sized(8, 4, true).unwrap();
+        assert_eq!(custom.shape().to_string(), "custom-b8-t128-a4");
+        assert!(message.contains("4 micro-batches: custom-b8-t128-a4"), "{message}");
+        assert_eq!(sized(2, 4, false).unwrap().0.shape().to_string(), "custom-b4-t128-a4");
+        assert!(sized(6, 4, true).unwrap_err().to_string().contains("does not divide the batch of 6"));
+        let longer = CustomModel { other_lengths: vec![512], ..sized(16, 8, true).unwrap().0 };
+        let shapes: Vec<String> = longer.step_shapes().iter().map(Shape::to_string).collect();
+        assert_eq!(shapes, ["custom-b16-t128-a8", "custom-b8-t512-a8"]);
     }
 
     #[test]

@@ -14,8 +14,9 @@ pub const MAX_BATCH: usize = 1 << 16;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Shape {
     /// `indicator-b16`, `gpt2-b8-t1024`, `indicator-tiny-b2`. `indicator-b16-dp2` divides the global batch of 16
-    /// between two ranks, with one device each.
-    Model { model: ModelId, batch: usize, ranks: usize },
+    /// between two ranks, with one device each. In `indicator-b16-a4`, each rank computes its samples in four
+    /// micro-batches, one after the other, and adds up their gradients for one update.
+    Model { model: ModelId, batch: usize, ranks: usize, micro_batches: usize },
     /// `b16-h8-t111-d32` (B, H, T and D per head), with `-causal` for a causal mask; `b16-t111-d256-f1024`
     /// (B, T, D, F), with `-tanh` for the approximated GELU. A block of a custom model has the name of the
     /// model instead, because these sizes do not describe all of it.
@@ -51,9 +52,41 @@ impl Shape {
         self
     }
 
+    /// Returns the number of micro-batches that a rank computes one after the other in a step.
+    pub fn micro_batches(self) -> usize {
+        if let Self::Model { micro_batches, .. } = self { micro_batches } else { 1 }
+    }
+
+    /// Returns the shape with another number of micro-batches. Only whole models have several, and other shapes stay
+    /// unchanged.
+    pub fn with_micro_batches(mut self, count: usize) -> Self {
+        if let Self::Model { micro_batches, .. } = &mut self {
+            *micro_batches = count;
+        }
+        self
+    }
+
+    /// Returns the shape that computes the same function on one device, without micro-batches.
+    pub fn undivided(self) -> Self {
+        self.with_ranks(1).with_micro_batches(1)
+    }
+
+    /// Returns the shape of one micro-batch of one rank.
+    pub fn micro_batch(mut self) -> Self {
+        if let Self::Model { batch, ranks, micro_batches, .. } = &mut self {
+            *batch /= *ranks * *micro_batches;
+        }
+        self.undivided()
+    }
+
+    /// Returns true if the ranks and micro-batches divide the batch into equal parts.
+    pub fn divides_evenly(self) -> bool {
+        self.batch().is_multiple_of(self.ranks() * self.micro_batches())
+    }
+
     /// Returns the shape of a whole model on one device.
     pub const fn for_model(model: ModelId, batch: usize) -> Self {
-        Self::Model { model, batch, ranks: 1 }
+        Self::Model { model, batch, ranks: 1, micro_batches: 1 }
     }
 
     /// Returns the shape of a workload on one device: the block that it runs, or the whole model.
@@ -101,11 +134,33 @@ impl Shape {
             _ if ranks < 2 => {
                 Err(format!("shape '{text}': use at least 2 ranks; '{single}' is for one device"))
             }
-            Self::Model { batch, .. } if batch % ranks != 0 => {
-                Err(format!("shape '{text}': {ranks} ranks cannot divide a batch of {batch}"))
+            Self::Model { batch, micro_batches, .. } if !shape.divides_evenly() => {
+                let parts = if micro_batches > 1 {
+                    format!(" with {micro_batches} micro-batches each")
+                } else {
+                    String::new()
+                };
+                Err(format!("shape '{text}': {ranks} ranks{parts} cannot divide a batch of {batch}"))
             }
             _ if shape.ranks() == ranks => Ok(shape),
             _ => Err(format!("shape '{text}': '{single}' cannot be divided between ranks")),
+        }
+    }
+
+    fn parse_accumulation(text: &str, undivided: &str, count: usize) -> Result<Self, String> {
+        let shape = undivided.parse::<Self>()?.with_micro_batches(count);
+        match shape {
+            _ if !(2..=MAX_BATCH).contains(&count) => {
+                Err(format!("shape '{text}': use 2 to {MAX_BATCH} micro-batches, or '{undivided}' for one"))
+            }
+            _ if shape.ranks() > 1 => {
+                Err(format!("shape '{text}': write -a{count} before -dp{}", shape.ranks()))
+            }
+            Self::Model { batch, .. } if !shape.divides_evenly() => {
+                Err(format!("shape '{text}': {count} micro-batches cannot divide a batch of {batch}"))
+            }
+            _ if shape.micro_batches() == count => Ok(shape),
+            _ => Err(format!("shape '{text}': '{undivided}' cannot be divided into micro-batches")),
         }
     }
 }
@@ -114,6 +169,9 @@ impl fmt::Display for Shape {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.ranks() > 1 {
             return write!(f, "{}-dp{}", self.with_ranks(1), self.ranks());
+        }
+        if self.micro_batches() > 1 {
+            return write!(f, "{}-a{}", self.with_micro_batches(1), self.micro_batches());
         }
         match *self {
             Self::Model { model, batch, .. } if model.is_language_model() => {
@@ -160,6 +218,11 @@ impl FromStr for Shape {
             && let Ok(ranks) = ranks.parse()
         {
             return Self::parse_data_parallel(text, single, ranks);
+        }
+        if let Some((undivided, count)) = text.rsplit_once("-a")
+            && let Ok(count) = count.parse()
+        {
+            return Self::parse_accumulation(text, undivided, count);
         }
         let words: Vec<&str> = text.split('-').collect();
         let shape = if let Some(mib) = text.strip_suffix("mib") {

@@ -89,6 +89,10 @@ const TABLE: &[Row] = &[
     row(Smoke,   &[MatmulPeak],    Any,            "n64",                         "f32 tf32 bf16 f16"),
     row(Smoke,   &[CopyPeak],      Any,            "1mib",                        STORED),
     row(Smoke,   &[TrainStep],     Any,            "indicator-tiny-b2-dp2",       "f32 f32-overlap f32-tuned mixed-overlap"),
+    // Four micro-batches run the code of the first, of a later and of the last one.
+    row(Smoke,   &[TrainStep],     Any,            "indicator-tiny-b8-a4",        "f32 bf16 mixed f32-tuned mixed-tuned"),
+    row(Smoke,   &[TrainStep],     Only(Torch),    "indicator-tiny-b8-a4",        "f32-compile"),
+    row(Smoke,   &[TrainStep],     Any,            "indicator-tiny-b8-a2-dp2",    "f32 f32-overlap f32-tuned"),
     row(Smoke,   &[AllReduce],     Any,            "1mib-dp2",                    "f32"),
     // Real widths, and steps so short that a comparison has hundreds of them within a minute.
     row(Compare, MODEL,            Cpu,            "indicator-b1",                "f32"),
@@ -123,6 +127,7 @@ const TABLE: &[Row] = &[
     row(Full,    &[TrainStep],     Any,            SWEEP,                         TF32),
     row(Full,    &[TrainStep],     Only(Torch),    SWEEP,                         "amp"),
     row(Full,    &[TrainStep],     Any,            "indicator-b16",               SINGLE),
+    row(Full,    &[TrainStep],     Any,            "indicator-b16-a4",            "f32 f32-tuned f32-compile mixed-tuned"),
     row(Full,    &[TrainStep],     Only(Torch),    "indicator-b16",               "f32-cudagraph mixed-cudagraph"),
     row(Full,    &[TrainStep],     Only(Mlx),      "indicator-b16",               "f32-compile mixed-compile"),
     row(Full,    &[TrainStep],     Only(Torch),    BATCHES,                       "f32-compile bf16-compile mixed-compile tf32-compile"),
@@ -157,19 +162,26 @@ impl BackendFilter {
 /// Returns the shapes of a row for a workload. A custom model replaces the indicator, and its batch replaces 16. Its
 /// training steps have several lengths. The list is empty if the row has no case for the custom model.
 fn shapes_for(workload: Workload, shape: Shape, custom: Option<&CustomModel>) -> Vec<Shape> {
-    let Shape::Model { model, batch, ranks } = shape else { return vec![shape] };
+    let Shape::Model { model, batch, ranks, micro_batches } = shape else { return vec![shape] };
     let (model, batch) = match custom {
         None => (model, batch),
         Some(_) if model.miniature() != ModelId::indicator().miniature() => return Vec::new(),
         Some(custom) if model.is_miniature() => (custom.model.miniature(), batch),
+        // `--accumulate` applies to all training steps of a custom model.
+        Some(_) if micro_batches > 1 => return Vec::new(),
         Some(custom) if workload == TrainStep && (batch, ranks) == (HEADLINE_BATCH, 1) => {
             return custom.step_shapes();
         }
         Some(custom) => (custom.model, (custom.batch * batch).div_ceil(HEADLINE_BATCH)),
     };
-    // The ranks may not divide the batch of a custom model.
-    let divisible = batch.is_multiple_of(ranks);
-    divisible.then(|| Shape::for_workload(workload, model, batch).with_ranks(ranks)).into_iter().collect()
+    let micro_batches = match custom {
+        Some(custom) if workload == TrainStep && !model.is_miniature() => custom.micro_batches,
+        _ => micro_batches,
+    };
+    let shape =
+        Shape::for_workload(workload, model, batch).with_ranks(ranks).with_micro_batches(micro_batches);
+    // The ranks and micro-batches may not divide the batch of a custom model.
+    shape.divides_evenly().then_some(shape).into_iter().collect()
 }
 
 /// Returns the cases of a set in the order in which they run: by workload, backend, shape and method. The list
@@ -245,7 +257,7 @@ mod tests {
     #[test]
     fn a_custom_model_replaces_the_built_in_ones() {
         let model = ModelId::intern(crate::model::Model { name: "mine", ..*ModelId::named("gpt2").unwrap() });
-        let own = CustomModel { model, batch: 4, other_lengths: Vec::new() };
+        let own = CustomModel { model, batch: 4, micro_batches: 1, other_lengths: Vec::new() };
         let custom = Some(&own);
         for &set in Set::ALL {
             let all = cases_for(set, custom);
@@ -268,6 +280,10 @@ mod tests {
             tokens.collect::<std::collections::BTreeSet<_>>().len()
         };
         assert_eq!([lengths(TrainStep), lengths(Forward)], [2, 1]);
+        let accumulated = CustomModel { micro_batches: 2, ..own.clone() };
+        let steps = cases_for(Full, Some(&accumulated)).into_iter().filter(|c| c.workload == TrainStep);
+        assert!(steps.clone().all(|c| c.shape.micro_batches() == 2), "all training steps accumulate");
+        assert!(steps.clone().any(|c| c.shape.to_string() == "mine-b4-t1024-a2"));
     }
 
     #[test]

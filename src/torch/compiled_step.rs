@@ -9,6 +9,7 @@ use transformer_bench::backend::{LoadedCase, result_names};
 use transformer_bench::fixture::{AdamW, Fixture, Tensor as Named};
 use transformer_bench::suite::Case;
 
+use crate::accumulation::GradientSums;
 use crate::checkpoint;
 use crate::distributed::{BucketSizes, GradientSync};
 use crate::extension::{self, AdamWState, Graph, PackageRunner};
@@ -21,8 +22,8 @@ pub struct CompiledStep {
     device: Device,
     /// The forward pass, or the forward and backward pass. The all-reduce and the optimizer follow it.
     package: PackageRunner,
-    /// Arguments of the package: inputs, dropout probabilities, and leaves.
-    arguments: Vec<Tensor>,
+    /// Arguments of the package for each micro-batch: its inputs, dropout probabilities, and leaves.
+    arguments: Vec<Vec<Tensor>>,
     /// Range of the leaves in the arguments.
     leaves: Range<usize>,
     layout: ParameterLayout,
@@ -35,21 +36,26 @@ pub struct CompiledStep {
     graph: Option<Graph>,
 }
 
-/// Loads the arguments of a package, and returns them with the range of the leaves.
+/// Loads the arguments of a package for each micro-batch, and returns them with the range of the leaves. The micro-batches
+/// share the leaves.
 fn load_arguments(
     fixture: &Fixture,
     device: Device,
     layout: &ParameterLayout,
-) -> (Vec<Tensor>, Range<usize>) {
+) -> (Vec<Vec<Tensor>>, Range<usize>) {
     let kind = crate::kind(fixture.case.method.precision);
     let mut arguments = params::load_inputs(fixture, device, kind);
+    let mut shared = Vec::new();
     if fixture.case.dropout().any() {
         let rows = fixture.dropout.all().map(|p| [p as f32, (1.0 / (1.0 - p)) as f32]).concat();
-        arguments.push(Tensor::from_slice(&rows).view([-1, 2]).to_device(device));
+        shared.push(Tensor::from_slice(&rows).view([-1, 2]).to_device(device));
     }
-    let first = arguments.len();
-    arguments.extend(layout.load(fixture.parameters(), device, kind));
-    let leaves = first..arguments.len();
+    let first = arguments[0].len() + shared.len();
+    shared.extend(layout.load(fixture.parameters(), device, kind));
+    for all in &mut arguments {
+        all.extend(shared.iter().map(Tensor::shallow_clone));
+    }
+    let leaves = first..arguments[0].len();
     (arguments, leaves)
 }
 
@@ -61,7 +67,7 @@ impl CompiledStep {
         let package = PackageRunner::load(&library, device)?;
         let layout = ParameterLayout::new(case.shape, true);
         let (arguments, leaves) = load_arguments(fixture, device, &layout);
-        let parameters = &arguments[leaves.clone()];
+        let parameters = &arguments[0][leaves.clone()];
         let gradient_sync = if case.shape.ranks() > 1 {
             GradientSync::new(device, parameters, Some(BucketSizes::SINGLE), fixture.no_sync)?
         } else {
@@ -90,7 +96,7 @@ impl CompiledStep {
     }
 
     fn leaves(&self) -> &[Tensor] {
-        &self.arguments[self.leaves.clone()]
+        &self.arguments[0][self.leaves.clone()]
     }
 
     /// Captures the step as a CUDA graph.
@@ -105,15 +111,36 @@ impl CompiledStep {
         // The tensors of the last step are freed first, as in a training loop.
         self.results.clear();
         self.gradients.clear();
-        let results = result_names(&self.case).len();
-        let gradients = if self.case.workload.trains() { self.leaves.len() } else { 0 };
-        self.results = self.package.run(&self.arguments, results + gradients)?;
-        let gradients = self.results.split_off(results);
+        let gradients = self.run_package()?;
         self.gradients = self.gradient_sync.all_reduce(gradients)?;
         if let Some(state) = &mut self.adamw_state {
-            state.step(&self.adamw, &self.arguments[self.leaves.clone()], &self.gradients)?;
+            state.step(&self.adamw, &self.arguments[0][self.leaves.clone()], &self.gradients)?;
         }
         Ok(())
+    }
+
+    /// Runs the package for each micro-batch. Stores the results, and returns the gradients: the means over the
+    /// micro-batches.
+    fn run_package(&mut self) -> Result<Vec<Tensor>> {
+        let results = result_names(&self.case).len();
+        let gradients = if self.case.workload.trains() { self.leaves.len() } else { 0 };
+        let mut sums = GradientSums::new(crate::kind(self.case.method.precision));
+        for arguments in &self.arguments {
+            let mut own = self.package.run(arguments, results + gradients)?;
+            sums.add(own.split_off(results), false)?;
+            if self.results.is_empty() {
+                self.results = own;
+            } else {
+                extension::foreach_add(&self.results, &own)?;
+            }
+        }
+        let gradients = sums.into_gradients();
+        if self.arguments.len() > 1 {
+            let share = 1.0 / self.arguments.len() as f64;
+            extension::foreach_mul(&gradients, share)?;
+            extension::foreach_mul(&self.results, share)?;
+        }
+        Ok(gradients)
     }
 }
 
@@ -138,7 +165,7 @@ impl LoadedCase for CompiledStep {
     }
 
     fn restore(&mut self, tensors: &[Named], seed: u64) -> Result<()> {
-        let leaves = &self.arguments[self.leaves.clone()];
+        let leaves = &self.arguments[0][self.leaves.clone()];
         checkpoint::restore(&self.layout, leaves, self.adamw_state.as_mut(), tensors, seed)
     }
 
@@ -162,7 +189,8 @@ mod tests {
                 let case = format!("train-step/torch-mps/{precision}-compile/{shape}").parse().unwrap();
                 let fixture = Fixture::new(case);
                 let layout = ParameterLayout::new(case.shape, true);
-                let (mut tensors, leaves) = load_arguments(&fixture, Device::Cpu, &layout);
+                let (arguments, leaves) = load_arguments(&fixture, Device::Cpu, &layout);
+                let mut tensors: Vec<Tensor> = arguments.into_iter().flatten().collect();
                 assert_eq!(leaves.len(), layout.leaf_names().len());
                 tensors.extend(AdamWState::new(&tensors[leaves], true).tensors());
                 for tensor in tensors {

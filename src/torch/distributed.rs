@@ -35,6 +35,7 @@ unsafe extern "C" {
         out: *mut *mut c_void,
     ) -> c_int;
     fn tb_buckets_free(buckets: *mut c_void);
+    fn tb_buckets_start(buckets: *mut c_void, paused: bool, sums: *const RawTensor, count: usize) -> c_int;
     fn tb_buckets_fill(buckets: *mut c_void, gradients: *const RawTensor, count: usize) -> c_int;
     fn tb_buckets_wait(buckets: *mut c_void, means: *mut RawTensor) -> c_int;
 }
@@ -228,6 +229,20 @@ impl GradientSync {
         })
     }
 
+    /// Prepares the hooks for the backward pass of a micro-batch. The last one all-reduces its gradients plus `sums`, those
+    /// of the earlier ones. The others communicate nothing.
+    pub fn start_backward(&self, sums: &[Tensor], is_last: bool) -> Result<()> {
+        let Self::Buckets(buckets) = self else { return Ok(()) };
+        let raw = as_raw_list(sums);
+        // SAFETY: the handle is live, and the list has a live tensor per parameter or is empty.
+        check_status(unsafe { tb_buckets_start(buckets.0, !is_last, raw.as_ptr(), raw.len()) })
+    }
+
+    /// Returns true if the hooks of the last micro-batch add the sums of the earlier ones.
+    pub fn adds_sums(&self) -> bool {
+        matches!(self, Self::Buckets(_))
+    }
+
     /// Returns the means over all ranks of gradients that were computed without autograd hooks.
     pub fn all_reduce(&self, gradients: Vec<Tensor>) -> Result<Vec<Tensor>> {
         if let Self::Buckets(buckets) = self {
@@ -283,6 +298,23 @@ mod tests {
         let buckets = BucketSizes::for_graph(&parameters).buckets(&[MIB; 32]);
         let size = |bucket: usize| buckets.iter().filter(|b| **b == bucket).count();
         assert_eq!((0..6).map(size).collect::<Vec<_>>(), [1, 8, 8, 8, 5, 2]);
+    }
+
+    #[test]
+    fn hooks_of_the_last_micro_batch_add_the_sums_of_the_others() {
+        let parameters = [Tensor::ones([3], (tch::Kind::Float, Device::Cpu)).set_requires_grad(true)];
+        let sync = GradientSync::Buckets(Buckets::new(&parameters, BucketSizes::DDP, true).unwrap());
+        let gradients = |factor: f64| {
+            let loss = (&parameters[0] * factor).sum(tch::Kind::Float);
+            extension::grad(&loss, None, &parameters).unwrap()
+        };
+        for _ in 0..2 {
+            sync.start_backward(&[], false).unwrap();
+            let sums = gradients(2.0);
+            sync.start_backward(&sums, true).unwrap();
+            let means = sync.finish_backward(gradients(3.0)).unwrap();
+            assert_eq!(means[0].double_value(&[1]), 5.0);
+        }
     }
 
     #[test]

@@ -23,6 +23,8 @@ unsafe extern "C" {
     fn tb_autocast_begin(device: c_int) -> c_int;
     fn tb_autocast_end(device: c_int) -> c_int;
     fn tb_foreach_copy(to: *const RawTensor, from: *const RawTensor, count: usize) -> c_int;
+    fn tb_foreach_add(sums: *const RawTensor, others: *const RawTensor, count: usize) -> c_int;
+    fn tb_foreach_mul(tensors: *const RawTensor, factor: f64, count: usize) -> c_int;
     fn tb_grad(
         output: RawTensor,
         upstream: RawTensor,
@@ -262,6 +264,21 @@ pub fn foreach_copy(to: &[Tensor], from: &[Tensor]) -> Result<()> {
     assert_eq!(to.len(), from.len());
     // SAFETY: two lists of `to.len()` live tensors.
     check_status(unsafe { tb_foreach_copy(as_raw_list(to).as_ptr(), as_raw_list(from).as_ptr(), to.len()) })
+}
+
+/// Adds tensors pairwise to `sums`, in place and without autograd. Each sum keeps its type.
+pub fn foreach_add(sums: &[Tensor], others: &[Tensor]) -> Result<()> {
+    assert_eq!(sums.len(), others.len());
+    let (sums, others) = (as_raw_list(sums), as_raw_list(others));
+    // SAFETY: two lists of `sums.len()` live tensors.
+    check_status(unsafe { tb_foreach_add(sums.as_ptr(), others.as_ptr(), sums.len()) })
+}
+
+/// Multiplies tensors by a number, in place and without autograd.
+pub fn foreach_mul(tensors: &[Tensor], factor: f64) -> Result<()> {
+    let tensors = as_raw_list(tensors);
+    // SAFETY: a list of `tensors.len()` live tensors.
+    check_status(unsafe { tb_foreach_mul(tensors.as_ptr(), factor, tensors.len()) })
 }
 
 /// Returns the gradients of `output` with respect to `inputs`. `upstream` is the gradient of `output`, or `None` for 1.

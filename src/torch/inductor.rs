@@ -21,7 +21,7 @@ use transformer_bench::parity::dropout::Probe;
 use transformer_bench::process::is_running;
 use transformer_bench::results::machine::Machine;
 use transformer_bench::results::one_line;
-use transformer_bench::suite::{Case, Device, Shape, Workload};
+use transformer_bench::suite::{Case, Device, Workload};
 
 use crate::extension;
 use crate::params::ParameterLayout;
@@ -66,16 +66,13 @@ pub fn check_supported(workload: Workload) -> Result<(), Unsupported> {
     reason.map_or(Ok(()), |reason| Err(Unsupported(reason.to_owned())))
 }
 
-/// Returns the case to compile. Of a train step, it is the forward and backward pass of one rank.
+/// Returns the case to compile. Of a train step, it is the forward and backward pass of one micro-batch of one rank.
 pub fn compiled_case(case: &Case) -> Case {
-    let Case { mut workload, mut shape, .. } = *case;
-    if workload == Workload::TrainStep {
-        workload = Workload::ForwardBackward;
-    }
-    if let Shape::Model { model, batch, ranks } = shape {
-        shape = Shape::for_model(model, batch / ranks);
-    }
-    Case { workload, shape, ..*case }
+    let workload = match case.workload {
+        Workload::TrainStep => Workload::ForwardBackward,
+        other => other,
+    };
+    Case { workload, shape: case.shape.micro_batch(), ..*case }
 }
 
 /// Returns the packages that timing and checking a case need.
@@ -330,6 +327,8 @@ mod tests {
         assert_eq!(own.0["case"]["workload"], "forward-backward");
         assert!(own == package("forward-backward/torch-cpu/mixed-compile/indicator-b16"));
         assert!(own == package("train-step/torch-cpu/mixed-compile/indicator-b32-dp2"));
+        assert!(own == package("train-step/torch-cpu/mixed-compile/indicator-b64-a4"));
+        assert!(own == package("train-step/torch-cpu/mixed-compile/indicator-b128-a4-dp2"));
         assert!(own != package("train-step/torch-cpu/mixed-compile/indicator-b32"));
         assert!(own != package("forward/torch-cpu/mixed-compile/indicator-b16"));
         let all = packages_for(&"train-step/torch-cuda/mixed-compile/indicator-b16".parse().unwrap());

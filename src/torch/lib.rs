@@ -1,8 +1,9 @@
 //! The PyTorch backends: libtorch through `tch` on CPU, MPS and CUDA.
 //!
-//! `network` is the model, `params` its parameters, and `step` the workloads. `compiled_step` runs the packages that
-//! `inductor` builds. `distributed` connects ranks, and `extension` wraps C++ functions that tch lacks.
+//! `network` is the model, `params` its parameters, `step` the workloads, and `accumulation` adds up gradients of
+//! micro-batches. `compiled_step` runs the packages that `inductor` builds. `distributed` connects ranks, and `extension` wraps C++ functions that tch lacks.
 
+mod accumulation;
 mod checkpoint;
 mod compiled_step;
 mod distributed;

@@ -14,21 +14,38 @@ fn load(named: &Named, device: Device, kind: Kind) -> Tensor {
     Tensor::from_slice(&named.data).view(dims.as_slice()).to_device(device).to_kind(kind)
 }
 
-/// Loads the inputs of a case: token ids as int64, inputs of the loss as f32, and the others as `kind`.
-pub fn load_inputs(fixture: &Fixture, device: Device, kind: Kind) -> Vec<Tensor> {
+/// Returns the inputs of each micro-batch: token ids as int64, inputs of the loss as f32, and the others as `kind`. Each
+/// tensor has its own memory, as those of a data loader do.
+pub fn load_inputs(fixture: &Fixture, device: Device, kind: Kind) -> Vec<Vec<Tensor>> {
     let kind_of = |name: &str| match name {
         "tokens" | "next" => Kind::Int64,
         // The loss is in f32 for every precision.
         "usefulness" => Kind::Float,
         _ => kind,
     };
-    fixture.inputs().iter().map(|named| load(named, device, kind_of(&named.name))).collect()
+    let count = fixture.case.shape.micro_batches() as i64;
+    let mut micro_batches: Vec<Vec<Tensor>> = (0..count).map(|_| Vec::new()).collect();
+    for named in fixture.inputs() {
+        let whole = load(named, device, kind_of(&named.name));
+        if count == 1 {
+            micro_batches[0].push(whole);
+            continue;
+        }
+        for (inputs, part) in micro_batches.iter_mut().zip(whole.chunk(count, 0)) {
+            inputs.push(part.copy());
+        }
+    }
+    micro_batches
 }
 
-/// Copies the inputs of a fixture into tensors that [`load_inputs`] returned.
-pub fn copy_inputs(fixture: &Fixture, inputs: &[Tensor]) {
-    for (named, input) in fixture.inputs().iter().zip(inputs) {
-        input.detach().copy_(&load(named, input.device(), input.kind()));
+/// Copies the inputs of a fixture into tensors that [`load_inputs`] returned. Further tensors stay unchanged.
+pub fn copy_inputs(fixture: &Fixture, micro_batches: &[Vec<Tensor>]) {
+    for (index, named) in fixture.inputs().iter().enumerate() {
+        let first = &micro_batches[0][index];
+        let parts = load(named, first.device(), first.kind()).chunk(micro_batches.len() as i64, 0);
+        for (inputs, part) in micro_batches.iter().zip(&parts) {
+            inputs[index].detach().copy_(part);
+        }
     }
 }
 

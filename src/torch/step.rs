@@ -10,6 +10,7 @@ use transformer_bench::model::ModelId;
 use transformer_bench::model::parameters::Parameters;
 use transformer_bench::suite::{Case, Precision, Shape, Workload};
 
+use crate::accumulation::GradientSums;
 use crate::checkpoint;
 use crate::distributed::{self, BucketSizes, GradientSync};
 use crate::extension::{self, AdamWState, Graph};
@@ -22,7 +23,8 @@ pub struct Step {
     device: Device,
     layers: Layers,
     parameters: Parameters<Tensor>,
-    inputs: Vec<Tensor>,
+    /// Inputs of each micro-batch. Only a training step has more than one.
+    micro_batches: Vec<Vec<Tensor>>,
     /// Leaf tensors of the parameters, which the optimizer updates.
     leaves: Vec<Tensor>,
     /// For precision `mixed` in a variant that captures the full step: bf16 copies of the leaves. One call per step
@@ -61,7 +63,7 @@ impl Step {
         let kind = crate::kind(case.method.precision);
         let trains = workload.trains();
         let captured = variant.captures_full_step() && matches!(device, Device::Cuda(_));
-        let inputs = params::load_inputs(fixture, device, kind);
+        let micro_batches = params::load_inputs(fixture, device, kind);
         let layers = layers(fixture, device);
 
         let layout = ParameterLayout::new(case.shape, layers.fused);
@@ -81,7 +83,7 @@ impl Step {
             device,
             layers,
             parameters,
-            inputs,
+            micro_batches,
             leaves,
             bf16_leaves,
             layout,
@@ -100,11 +102,12 @@ impl Step {
             step.gradient_sync = GradientSync::new(device, leaves, sizes, fixture.no_sync)?;
         }
         match workload {
-            Workload::AllReduce => step.results = vec![step.inputs[0].copy()],
+            Workload::AllReduce => step.results = vec![step.inputs()[0].copy()],
             // The destination is allocated before the timing, as a caching allocator would.
-            Workload::CopyPeak => step.results = vec![step.inputs[0].empty_like()],
+            Workload::CopyPeak => step.results = vec![step.inputs()[0].empty_like()],
             Workload::AttentionGrad | Workload::FeedForwardGrad => {
-                step.inputs[0] = step.inputs[0].set_requires_grad(true);
+                let input = &mut step.micro_batches[0][0];
+                *input = input.set_requires_grad(true);
             }
             _ => {}
         }
@@ -149,18 +152,23 @@ impl Step {
         if self.bf16_leaves.is_empty() { &self.leaves } else { &self.bf16_leaves }
     }
 
+    /// Returns the inputs of the first micro-batch, which are all inputs unless a training step has several.
+    fn inputs(&self) -> &[Tensor] {
+        &self.micro_batches[0]
+    }
+
     /// Runs the forward pass, under autocast in precision `amp`. Returns the outputs.
-    fn forward(&self) -> Result<Vec<Tensor>> {
+    fn forward(&self, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
         extension::autocast(self.device, self.case.method.precision == Precision::Amp, || {
             if !self.is_mixed() {
-                return self.forward_from(&self.inputs);
+                return self.forward_from(inputs);
             }
             // The third input belongs to the loss and keeps its type.
             let cast = |(i, input): (usize, &Tensor)| {
                 let casts = i < 2 && input.kind() == Kind::Float;
                 if casts { input.to_kind(Kind::BFloat16) } else { input.shallow_clone() }
             };
-            self.forward_from(&self.inputs.iter().enumerate().map(cast).collect::<Vec<_>>())
+            self.forward_from(&inputs.iter().enumerate().map(cast).collect::<Vec<_>>())
         })
     }
 
@@ -204,29 +212,47 @@ impl Step {
         }
         match self.case.workload {
             Workload::CopyPeak => {
-                let _ = self.inputs[0].neg_out(&self.results[0]);
+                let _ = self.inputs()[0].neg_out(&self.results[0]);
             }
             Workload::AllReduce => distributed::all_reduce(&self.results[0], 1)?,
             Workload::Forward | Workload::Attention | Workload::FeedForward | Workload::MatmulPeak => {
-                self.results = tch::no_grad(|| self.forward())?;
+                self.results = tch::no_grad(|| self.forward(self.inputs()))?;
             }
             Workload::AttentionGrad | Workload::FeedForwardGrad => {
-                let out = self.forward()?.remove(0);
-                let upstream = self.inputs[1].to_kind(out.kind());
-                let inputs = self.inputs[..1].iter().chain(self.compute_leaves());
+                let out = self.forward(self.inputs())?.remove(0);
+                let upstream = self.inputs()[1].to_kind(out.kind());
+                let inputs = self.inputs()[..1].iter().chain(self.compute_leaves());
                 let inputs: Vec<Tensor> = inputs.map(Tensor::shallow_clone).collect();
                 self.results = extension::grad(&out, Some(&upstream), &inputs)?;
                 self.gradients = self.results.split_off(1);
             }
             Workload::ForwardBackward | Workload::TrainStep => {
-                let loss = network::loss(&self.layers.model, &self.forward()?, &self.inputs);
-                let gradients = extension::grad(&loss, None, self.compute_leaves())?;
+                let (loss, gradients) = self.loss_and_gradients()?;
                 self.gradients = self.gradient_sync.finish_backward(gradients)?;
-                self.results = vec![loss.detach()];
+                self.results = vec![loss];
             }
             Workload::OptimizerStep => {}
         }
         Ok(())
+    }
+
+    /// Returns the loss and its gradients, summed over the micro-batches. The ranks communicate in the last backward pass
+    /// only.
+    fn loss_and_gradients(&self) -> Result<(Tensor, Vec<Tensor>)> {
+        let count = self.micro_batches.len();
+        let mut sums = GradientSums::new(crate::kind(self.case.method.precision));
+        let mut total: Option<Tensor> = None;
+        for (index, inputs) in self.micro_batches.iter().enumerate() {
+            let is_last = index + 1 == count;
+            self.gradient_sync.start_backward(sums.so_far(), is_last)?;
+            let mean = network::loss(&self.layers.model, &self.forward(inputs)?, inputs);
+            // The mean of the batch is the sum of the shares of its micro-batches.
+            let loss = if count > 1 { mean / count as f64 } else { mean };
+            let gradients = extension::grad(&loss, None, self.compute_leaves())?;
+            sums.add(gradients, is_last && self.gradient_sync.adds_sums())?;
+            total = Some(total.map_or(loss.detach(), |total| total + loss.detach()));
+        }
+        Ok((total.expect("at least one micro-batch"), sums.into_gradients()))
     }
 
     /// Runs the optimizer, if the workload has one.
@@ -268,11 +294,11 @@ impl LoadedCase for Step {
         extension::catch_panics(|| {
             match self.case.workload {
                 Workload::OptimizerStep => self.copy_fixed_gradients(fixture),
-                _ => params::copy_inputs(fixture, &self.inputs),
+                _ => params::copy_inputs(fixture, &self.micro_batches),
             }
             if self.case.workload == Workload::AllReduce {
                 // An all-reduce works in place.
-                self.results[0].copy_(&self.inputs[0]);
+                self.results[0].copy_(&self.micro_batches[0][0]);
             }
             Ok(())
         })

@@ -55,6 +55,9 @@ pub struct Arguments {
     /// are measured at each, with about as many tokens per step
     #[arg(long, value_name = "T", value_parser = options::whole_numbers(MAX_SIZE))]
     tokens: Option<String>,
+    /// Micro-batches of a training step of your model: it adds up their gradients for one update
+    #[arg(long, value_name = "N", value_parser = options::whole_number(MAX_BATCH))]
+    accumulate: Option<String>,
     /// Regular expression over ids (workload/backend/precision/shape); a filtered run adds to the last run of the
     /// same build
     filter: Option<String>,
@@ -92,8 +95,8 @@ impl Arguments {
         let has_model = self.model.is_some()
             || std::env::var_os(custom_model::MODEL_VARIABLE).is_some_and(|path| !path.is_empty());
         ensure!(
-            has_model || (self.batch.is_none() && self.tokens.is_none()),
-            "--batch and --tokens need --model PATH: the built-in models have fixed sizes"
+            has_model || [&self.batch, &self.tokens, &self.accumulate].iter().all(|size| size.is_none()),
+            "--batch, --tokens and --accumulate need --model PATH: the built-in models have fixed sizes"
         );
         if let Some(path) = &self.model {
             // SAFETY: the caller guarantees that no other thread runs yet.
@@ -102,6 +105,7 @@ impl Arguments {
         let sizes = [
             (custom_model::BATCH_VARIABLE, &mut self.batch),
             (custom_model::TOKENS_VARIABLE, &mut self.tokens),
+            (custom_model::ACCUMULATE_VARIABLE, &mut self.accumulate),
         ];
         for (name, size) in sizes {
             match size {

@@ -92,7 +92,10 @@ impl NoiseProbe {
         if is_precompiled && ranks > 1 {
             return Vec::new();
         }
-        let shape = if is_precompiled { case.shape } else { Shape::for_model(model, BATCH) };
+        // Masks that micro-batches share have the effect of masks that samples share.
+        let micro_batches = if case.shape.micro_batches() > 1 { BATCH } else { 1 };
+        let probed = Shape::for_model(model, BATCH).with_micro_batches(micro_batches);
+        let shape = if is_precompiled { case.shape } else { probed };
         let case = Case { shape, ..case };
         let d = case.dropout();
         let changed = |p: f64| if p > 0.0 { PROBABILITY } else { 0.0 };

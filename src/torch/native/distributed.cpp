@@ -75,6 +75,10 @@ struct tb_buckets {
   // Bucket of each parameter, and its index there.
   std::vector<std::pair<size_t, size_t>> location;
   bool no_sync;
+  // True in the backward passes of all micro-batches but the last one. Hooks then do nothing.
+  bool paused = false;
+  // Sums of the gradients of earlier micro-batches, by parameter. Empty without any.
+  std::vector<at::Tensor> sums;
 
   // `bucket_of` has the bucket of each parameter. Buckets are filled in their order, and from the last parameter.
   tb_buckets(std::vector<at::Tensor> all, const size_t* bucket_of, bool copied, bool no_sync)
@@ -106,7 +110,9 @@ struct tb_buckets {
       buckets.push_back(std::move(bucket));
     }
     for (size_t i = 0; i < parameters.size() && parameters[i].requires_grad(); ++i) {
-      unsigned id = parameters[i].register_hook([this, i](const at::Tensor& g) { mark_ready(i, g); });
+      unsigned id = parameters[i].register_hook([this, i](const at::Tensor& g) {
+        if (!paused) mark_ready(i, sums.empty() ? g : (g + sums[i]).to(g.scalar_type()));
+      });
       hooks.emplace_back(parameters[i], id);
     }
   }
@@ -152,6 +158,7 @@ struct tb_buckets {
       bucket.pending = bucket.gradients.size();
     }
     if (!no_sync && !parameters.empty() && parameters[0].is_cuda()) group().nccl->wait();
+    sums.clear();
     std::vector<at::Tensor> all(parameters.size());
     for (size_t i = 0; i < parameters.size(); ++i) {
       all[i] = buckets[location[i].first].means[location[i].second].to(parameters[i].device());
@@ -242,6 +249,14 @@ int tb_buckets_new(at::Tensor** parameters, const size_t* bucket_of, size_t coun
 
 void tb_buckets_free(tb_buckets* buckets) {
   guarded([&] { delete buckets; });
+}
+
+// Prepares the hooks for the backward pass of a micro-batch. `sums` has the gradients of earlier ones, or is empty.
+int tb_buckets_start(tb_buckets* buckets, bool paused, at::Tensor** sums, size_t count) {
+  return guarded([&] {
+    buckets->paused = paused;
+    buckets->sums = list(sums, count);
+  });
 }
 
 // Fills the buckets with gradients that no hook has seen.

@@ -104,6 +104,22 @@ int tb_foreach_copy(at::Tensor** to, at::Tensor** from, size_t count) {
   });
 }
 
+// Adds tensors pairwise to `sums`, which keep their types.
+int tb_foreach_add(at::Tensor** sums, at::Tensor** others, size_t count) {
+  return guarded([&] {
+    at::NoGradGuard no_grad;
+    at::_foreach_add_(list(sums, count), list(others, count));
+  });
+}
+
+// Multiplies tensors by a number, in place.
+int tb_foreach_mul(at::Tensor** tensors, double factor, size_t count) {
+  return guarded([&] {
+    at::NoGradGuard no_grad;
+    at::_foreach_mul_(list(tensors, count), factor);
+  });
+}
+
 // Computes the gradients of `output` with respect to `inputs`, as torch.autograd.grad does. `upstream` is the
 // gradient of `output`; null means 1, for a scalar. `gradients` receives `count` new tensors.
 int tb_grad(at::Tensor* output, at::Tensor* upstream, at::Tensor** inputs, size_t count, at::Tensor** gradients) {
