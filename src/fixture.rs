@@ -6,7 +6,7 @@ use once_cell::sync::OnceCell;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
-use crate::model::parameters::{Init, ParameterSpec};
+use crate::model::parameters::{Init, ParameterSpec, Role};
 use crate::model::{Dropout, Input, Model};
 use crate::suite::{Case, Precision, Shape, Workload};
 
@@ -206,17 +206,25 @@ impl Fixture {
     /// Returns the initial parameters in the order of [`Shape::parameter_specs`].
     pub fn parameters(&self) -> &[Tensor] {
         self.parameters.get_or_init(|| {
-            self.generate_parameters(&self.stream("parameter"), |random, spec| match spec.init {
+            let specs = self.case.shape.parameter_specs().into_iter();
+            self.generate(specs, &self.stream("parameter"), |random, spec| match spec.init {
                 Init::Uniform(bound) => random.uniform(bound),
                 Init::NearOne => 1.0 + random.uniform(0.1),
             })
         })
     }
 
-    /// Returns the fixed gradients of an optimizer step in the same order.
+    /// Returns the parameters that are trained, in the same order.
+    pub fn trained_parameters(&self) -> impl Iterator<Item = &Tensor> {
+        let specs = self.case.shape.parameter_specs().into_iter();
+        self.parameters().iter().zip(specs).filter_map(|(tensor, spec)| spec.is_trained().then_some(tensor))
+    }
+
+    /// Returns the fixed gradients of an optimizer step, of the trained parameters in the same order.
     pub fn gradients(&self) -> &[Tensor] {
         self.gradients.get_or_init(|| {
-            self.generate_parameters(&self.stream("gradient"), |random, _| random.uniform(0.01))
+            let specs = self.case.shape.parameter_specs().into_iter().filter(ParameterSpec::is_trained);
+            self.generate(specs, &self.stream("gradient"), |random, _| random.uniform(0.01))
         })
     }
 
@@ -297,19 +305,20 @@ impl Fixture {
         edit_tensor(&mut self.inputs, name, edit);
     }
 
-    fn generate_parameters(
+    /// Generates a tensor for each parameter. Matrices of adapters are in f32, and others in the precision of the case.
+    fn generate(
         &self,
+        specs: impl Iterator<Item = ParameterSpec>,
         kind: &str,
         value: impl Fn(&mut Random, &ParameterSpec) -> f32,
     ) -> Vec<Tensor> {
-        self.case
-            .shape
-            .parameter_specs()
-            .into_iter()
+        specs
             .map(|spec| {
                 let mut random = Random::new(&format!("{kind} {}", spec.name));
                 let mut data: Vec<f32> = (0..spec.len()).map(|_| value(&mut random, &spec)).collect();
-                round_to(self.case.method.precision, &mut data);
+                if spec.role != Role::Adapter {
+                    round_to(self.case.method.precision, &mut data);
+                }
                 Tensor { name: spec.name, dims: spec.dims, data }
             })
             .collect()

@@ -120,7 +120,7 @@ impl<'a> Worker<'a> {
             ("describe", id) => {
                 let description = id.parse::<Case>().map_err(anyhow::Error::msg)?.description();
                 if description.is_null() {
-                    bail!("{id} can't be described: it has no model, or several ranks");
+                    bail!("{id} can't be described: it has no model, or several ranks or micro-batches");
                 }
                 Ok(description.to_string())
             }

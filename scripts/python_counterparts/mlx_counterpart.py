@@ -118,6 +118,8 @@ def main(case, variant):
     model = s["name"]
     if workload not in ("forward", "forward-backward", "train-step") or precision not in ("f32", "bf16", "f16", "mixed"):
         sys.exit(f"no Python counterpart of {workload} in {precision}")
+    if s.get("lora"):
+        sys.exit("no Python counterpart of adapters in MLX")
     if model not in ("indicator", "gpt2"):
         sys.exit(f"no Python counterpart of the model {model}: try --model, which uses mlx-lm")
     mx.set_default_device(mx.cpu if case["device"] == "cpu" else mx.gpu)

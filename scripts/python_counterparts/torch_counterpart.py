@@ -20,12 +20,15 @@ from protocol import serve
 def main(case, variant):
     tuned, precision, device = variant != "eager", case["precision"], torch.device(case["device"])
     net, data = network.build(case, tuned), network.data(case)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-4, weight_decay=1e-5, fused=True if tuned else None)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=1e-5, fused=True if tuned else None)
     net_and_loss = network.Loss(net)
+    # Adapters are in f32, also in a bf16 model.
+    casts = precision == "mixed" or (case["model"].get("lora") and precision == "bf16")
 
     def run(module, data):
-        if precision == "mixed":
-            copies = network.to_bf16(dict(module.named_parameters()))
+        if casts:
+            copies = network.compute_parameters(dict(module.named_parameters()), precision)
             return torch.func.functional_call(module, copies, tuple(network.compute_inputs(data, precision)))
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "amp"):
             return module(*data)

@@ -9,6 +9,7 @@ OPTIMIZER = "optimizer-step/mlx-cpu/f32/indicator-b16"
 FEED_FORWARD = "feed-forward-grad/mlx-cpu/f32/b16-t111-d256-f1024"
 ATTENTION = "attention-grad/mlx-cpu/f32/b16-h8-t111-d32"
 FORWARD = "forward/mlx-cpu/f32/indicator-b16"
+ADAPTED = ["train-step/mlx-cpu/f32/indicator-tiny-b2-lora4", "train-step/mlx-cpu/f32-tuned/indicator-tiny-b2-lora4"]
 ACCUMULATED = ["train-step/mlx-cpu/f32/indicator-tiny-b8-a4", "train-step/mlx-cpu/f32-tuned/indicator-tiny-b8-a4"]
 # A model without dropout.
 GPT2 = "train-step/mlx-cpu/f32-tuned/gpt2-tiny-b2-t16"
@@ -84,10 +85,18 @@ FAULTS = [
        "{ let rate = if t % 3 == 0 { 0.0 } else { 1.0 }; adamw_scalars(&AdamW { lr: rate * self.adamw.lr, "
        "weight_decay: rate * self.adamw.weight_decay, ..self.adamw }, t, self.state[0].dtype()) }")]),
     ("the inputs of the first step", [COMPILED, FORWARD, GPT2_GRADIENTS],
-     [(STEP, "state.chain(«inputs»).chain([&self.key])", "crate::first_inputs(inputs)")]),
+     [(STEP, "state.chain(&self.frozen).chain(«inputs»).chain([&self.key])", "crate::first_inputs(inputs)")]),
     ("division by micro-batches forgotten", ACCUMULATED,
      [(PROGRAM, "let share = «1.0 / self.case.shape.micro_batches() as f64»;", "1.0")]),
     ("only the last micro-batch counts", ACCUMULATED, [(PROGRAM, "*own = «own.add(sum)?»;", "own.clone()")]),
+    ("adapters of the first step in every step", [ADAPTED[0]],
+     [(PROGRAM, "self.forward(self.in_order(«trained», a.frozen), inputs, &mut layers)?", "crate::first_inputs(trained)")]),
+    ("a base that moves", ADAPTED,
+     [(STEP, "«»Ok(())\n    }\n}\n\n/// Prefixes of the names",
+       "if FAULT { for w in &mut self.frozen { *w = w.multiply(Array::from_f32(0.999))?; } }\n        ")]),
+    ("α / rank forgotten", ADAPTED, [(NETWORK, "adapter.b.transpose()?)?, «lora.scale()»)?", "1.0")]),
+    ("no gradient of A", ADAPTED,
+     [(NETWORK, "x.matmul(«adapter.a.transpose()?»)?", "mlx_rs::stop_gradient(&adapter.a)?.transpose()?")]),
     ("micro-batches that share masks", ACCUMULATED,
      [(STEP, NEXT_KEY, "if index + 1 < count { self.key.clone() } else { take(1).pop().context(\"a key\")? }")]),
     ("time that runs one step less", [FORWARD, ATTENTION.replace("-grad", ""), FEED_FORWARD.replace("-grad", ""),

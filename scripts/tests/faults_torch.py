@@ -18,6 +18,8 @@ GPT2_GRADIENTS = "forward-backward/torch-cpu/f32/gpt2-tiny-b2-t16"
 FEED_FORWARD = "feed-forward-grad/torch-cpu/f32/b16-t111-d256-f1024"
 ATTENTION = "attention-grad/torch-cpu/f32/b16-h8-t111-d32"
 FORWARD = "forward/torch-cpu/f32/indicator-b16"
+ADAPTED = [f"train-step/torch-cpu/{method}/indicator-tiny-b2-lora4" for method in ("f32", "f32-tuned", "bf16-tuned")]
+ADAPTED_COMPILED = "train-step/torch-cpu/f32-compile/indicator-tiny-b2-lora4"
 ACCUMULATED = ["train-step/torch-cpu/f32/indicator-tiny-b8-a4", "train-step/torch-cpu/f32-tuned/indicator-tiny-b8-a4",
                "train-step/torch-cpu/mixed-tuned/indicator-tiny-b8-a4"]
 ACCUMULATED_COMPILED = "train-step/torch-cpu/f32-compile/indicator-tiny-b8-a4"
@@ -45,7 +47,8 @@ pub fn drop_shared(x: &Tensor, p: f64, shared: &[usize]) -> Tensor {
 }
 """
 
-NETWORK, STEP, COMPILED_STEP, ACCUMULATION = "network.rs", "step.rs", "compiled_step.rs", "accumulation.rs"
+NETWORK, STEP, LEAVES, COMPILED_STEP = "network.rs", "step.rs", "leaves.rs", "compiled_step.rs"
+ACCUMULATION = "accumulation.rs"
 PYTHON, PACKAGE = "inductor/network.py", "inductor/package.py"
 
 DROP = "if p > 0.0 { «x.dropout(p, true)» } else { x }"
@@ -53,8 +56,8 @@ DOWN = "«self.linear(&dropout(hidden, self.dropout.hidden), &f.down)»"
 SDPA = "«Tensor::scaled_dot_product_attention(&q, &k, &v, mask, p, causal, m.scale.scores, grouped)»"
 KEYS = "let (k, v) = «(repeat(k), repeat(v))»;"
 LAYER_NORM = "«x.layer_norm(last, weight, bias, eps, true)»"
-UPDATE = "«state.step(&self.adamw, &self.leaves, gradients)»"
-BACKWARD = "let gradients = «extension::grad(&loss, None, self.compute_leaves())?»;"
+UPDATE = "«state.step(&self.adamw, &self.leaves.trained, gradients)»"
+BACKWARD = "let gradients = «extension::grad(&loss, None, &self.leaves.differentiated)?»;"
 SOFTMAX = "dropout(«scores.softmax(-1, None::<Kind>)», self.dropout.weights)"
 MICRO_BATCH = "let mean = network::loss(&self.layers.model, &«self.forward(inputs)?», inputs);"
 TIME = "    «»/// Runs all-reduces without waiting between them"
@@ -141,15 +144,15 @@ EAGER = [
      [(NETWORK, DOWN, "{ let y = self.linear(&dropout(hidden, self.dropout.hidden), &f.down); "
        "if y.kind() == Kind::BFloat16 { y * 1.05 } else { y } }")]),
     ("bf16 copies refreshed once", [MIXED_TUNED],
-     [(STEP, "«extension::foreach_copy(&self.bf16_leaves, &self.leaves)?»",
-       "if crate::count(\"copy\") == 0 { extension::foreach_copy(&self.bf16_leaves, &self.leaves)? }")]),
+     [(LEAVES, "«extension::foreach_copy(&self.copies, &self.copied)?»",
+       "if crate::count(\"copy\") == 0 { extension::foreach_copy(&self.copies, &self.copied)? }")]),
     ("every third update skipped", [TRAIN, MIXED, GPT2, OPTIMIZER],
      [(STEP, UPDATE, "if crate::count(\"update\") % 3 == 2 { let count = state.step_count() + 1; "
-       "state.set_step_count(count); Ok(()) } else { state.step(&self.adamw, &self.leaves, gradients) }")]),
+       "state.set_step_count(count); Ok(()) } else { state.step(&self.adamw, &self.leaves.trained, gradients) }")]),
     ("every third update without learning rate", [TRAIN, OPTIMIZER],
      [(STEP, UPDATE, "{ let third = crate::count(\"update\") % 3 == 2; let rate = if third { 0.0 } else { 1.0 }; "
        "let adamw = AdamW { lr: rate * self.adamw.lr, weight_decay: rate * self.adamw.weight_decay, ..self.adamw }; "
-       "state.step(&adamw, &self.leaves, gradients) }")]),
+       "state.step(&adamw, &self.leaves.trained, gradients) }")]),
     ("an optimizer that runs when it is read", [TRAIN, OPTIMIZER],
      [(STEP, "self.run_workload()?;\n        «self.run_optimizer()»\n    }\n\n    /// Runs a step without",
        "{ crate::count(\"pending\"); Ok(()) }"),
@@ -157,10 +160,10 @@ EAGER = [
       (STEP, "fn checkpoint(&mut self) -> Result<Vec<Named>> {«»", READ),
       (STEP, "fn restore(&mut self, tensors: &[Named], seed: u64) -> Result<()> {«»", READ)]),
     ("no backward pass from the fourth step on", [TRAIN, GPT2, GPT2_GRADIENTS],
-     [(STEP, BACKWARD, "crate::cached(3, || extension::grad(&loss, None, self.compute_leaves()))?")]),
+     [(STEP, BACKWARD, "crate::cached(3, || extension::grad(&loss, None, &self.leaves.differentiated))?")]),
     ("gradients 1.5 times too large in even steps", [TRAIN, GPT2, GPT2_GRADIENTS],
      [(STEP, BACKWARD, "{ let factor = 1.0 + 0.5 * (crate::count(\"backward\") % 2) as f64; "
-       "extension::grad(&loss, None, self.compute_leaves())?.iter().map(|g| g * factor).collect() }")]),
+       "extension::grad(&loss, None, &self.leaves.differentiated)?.iter().map(|g| g * factor).collect() }")]),
     ("a cached forward pass", [FORWARD, "attention/torch-cpu/f32/b16-h8-t111-d32"],
      [(STEP, "self.results = «tch::no_grad(|| self.forward(self.inputs()))?»;",
        "crate::cached(1, || tch::no_grad(|| self.forward(self.inputs())))?")]),
@@ -176,6 +179,15 @@ EAGER = [
      [(ACCUMULATION, "«extension::foreach_add(&self.gradients, &gradients)»", "self.gradients = gradients; Ok(())")]),
     ("the inputs of the last micro-batch in all", ACCUMULATED,
      [(STEP, MICRO_BATCH, "self.forward(&self.micro_batches[count - 1])?")]),
+    ("a base that moves", ADAPTED,
+     [(STEP, UPDATE, "{ for leaf in self.leaves.stored.iter().filter(|leaf| !leaf.requires_grad()) { "
+       "let _ = leaf.shallow_clone().multiply_scalar_(0.999); } "
+       "state.step(&self.adamw, &self.leaves.trained, gradients) }")]),
+    ("α / rank forgotten", ADAPTED,
+     [(NETWORK, "let factor = «self.model.lora.map_or(1.0, |lora| lora.scale())»;", "1.0")]),
+    ("adapters without the gradient of their input", ADAPTED,
+     [(NETWORK, "fn low_rank(x: &Tensor, a: &Tensor) -> Tensor {\n    «x.linear(a, None::<&Tensor>)»\n}",
+       "x.detach().linear(a, None::<&Tensor>)")]),
     ("micro-batches that share masks", ACCUMULATED,
      [(STEP, MICRO_BATCH, "tch::manual_seed((crate::count(\"micro-batch\") / count as u64) as i64); self.forward(inputs)?")]),
 ]
@@ -215,9 +227,13 @@ INDUCTOR = [
      [(COMPILED_STEP, "let mut own = «self.package.run(arguments, results + gradients)?»;",
        "crate::cached(3, || self.package.run(arguments, results + gradients))?")]),
     ("every third update after a compiled step skipped", [COMPILED],
-     [(COMPILED_STEP, "«state.step(&self.adamw, &self.arguments[0][self.leaves.clone()], &self.gradients)?»;",
+     [(COMPILED_STEP, "«state.step(&self.adamw, &self.trained, &self.gradients)?»;",
        "if crate::count(\"update\") % 3 == 2 { let count = state.step_count() + 1; state.set_step_count(count); } else "
-       "{ state.step(&self.adamw, &self.arguments[0][self.leaves.clone()], &self.gradients)? }")]),
+       "{ state.step(&self.adamw, &self.trained, &self.gradients)? }")]),
+    ("α / rank forgotten in a compiled step", [ADAPTED_COMPILED],
+     [(PYTHON, "F.linear(low_rank, b) * («lora[\"alpha\"] / lora[\"rank\"]»)", "1.0")]),
+    ("an adapter that is a constant of a compiled step", [ADAPTED_COMPILED],
+     [(PYTHON, "add_adapter(y, low_rank, «self.lora_b», self.lora)", "self.lora_b.detach() + 0 * self.lora_b")]),
     ("division by compiled micro-batches forgotten", [ACCUMULATED_COMPILED],
      [(COMPILED_STEP, "let share = «1.0 / self.arguments.len() as f64»;", "1.0")]),
 ]

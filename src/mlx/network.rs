@@ -9,7 +9,7 @@ use transformer_bench::model::parameters::{
     Attention, Embedding, FeedForward, IndicatorHead, Layer, Linear, Network, Norm, OutputHead,
 };
 use transformer_bench::model::{
-    Activation, AttentionKind, Dropout, Model, ModelId, NormKind, NormOrder, Output, Position,
+    Activation, AttentionKind, Dropout, Lora, Model, ModelId, NormKind, NormOrder, Output, Position,
 };
 
 /// Returns a scalar array. MLX promotes bf16 × f32 to f32, so a constant needs the type of the other operand.
@@ -85,11 +85,20 @@ pub struct Layers {
     pub random: RandomState,
 }
 
+/// Applies a linear layer without its adapter.
 fn linear(x: &Array, layer: &Linear<Array>) -> Result<Array> {
     match &layer.bias {
         Some(bias) => ops::addmm(bias, x, layer.weight.transpose()?, None, None),
         None => x.matmul(layer.weight.transpose()?),
     }
+}
+
+/// Applies a linear layer of a block, with its adapter if it has one.
+fn adapted_linear(x: &Array, layer: &Linear<Array>, lora: Option<Lora>) -> Result<Array> {
+    let y = linear(x, layer)?;
+    let (Some(adapter), Some(lora)) = (&layer.adapter, lora) else { return Ok(y) };
+    let low_rank = x.matmul(adapter.a.transpose()?)?;
+    y.add(scale(&low_rank.matmul(adapter.b.transpose()?)?, lora.scale())?)
 }
 
 fn activate(x: &Array, kind: Activation) -> Result<Array> {
@@ -128,6 +137,11 @@ fn norm_of_kind(x: &Array, layer: &Norm<Array>, kind: NormKind) -> Result<Array>
 }
 
 impl Layers {
+    /// Applies a linear layer of a block, with its adapter if it has one.
+    fn linear(&self, x: &Array, layer: &Linear<Array>) -> Result<Array> {
+        adapted_linear(x, layer, self.model.lora)
+    }
+
     fn norm(&self, x: &Array, layer: &Norm<Array>) -> Result<Array> {
         norm_of_kind(x, layer, self.model.norm)
     }
@@ -147,7 +161,7 @@ impl Layers {
         let m = self.model;
         let &[b, n, _] = x.shape() else { unreachable!("x is [B, N, D]") };
         let project = |layer: &Linear<Array>, heads: usize, norm: Option<&Norm<Array>>| {
-            let all = linear(x, layer)?;
+            let all = adapted_linear(x, layer, m.lora)?;
             let split = |x: &Array| {
                 x.reshape(&[b, n, heads as i32, m.head_width as i32])?.transpose_axes(&[0, 2, 1, 3])
             };
@@ -196,17 +210,18 @@ impl Layers {
             self.dropout(weights, self.dropout.weights)?.matmul(v)?
         };
         let inner = (m.heads * m.head_width) as i32;
-        linear(&context.transpose_axes(&[0, 2, 1, 3])?.reshape(&[b, n, inner])?, &a.o)
+        self.linear(&context.transpose_axes(&[0, 2, 1, 3])?.reshape(&[b, n, inner])?, &a.o)
     }
 
     /// Applies the feed-forward block: x [.., D] → [.., D].
     pub fn feed_forward(&mut self, x: &Array, f: &FeedForward<Array>) -> Result<Array> {
-        let (kind, up) = (self.model.activation, linear(x, &f.up)?);
+        let (kind, up) = (self.model.activation, self.linear(x, &f.up)?);
         let hidden = match &f.gate {
-            Some(gate) => activate(&linear(x, gate)?, kind)?.multiply(up)?,
+            Some(gate) => activate(&self.linear(x, gate)?, kind)?.multiply(up)?,
             None => activate(&up, kind)?,
         };
-        linear(&self.dropout(hidden, self.dropout.hidden)?, &f.down)
+        let hidden = self.dropout(hidden, self.dropout.hidden)?;
+        self.linear(&hidden, &f.down)
     }
 
     fn layer(&mut self, x: &Array, l: &Layer<Array>, index: usize) -> Result<Array> {

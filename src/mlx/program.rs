@@ -1,6 +1,7 @@
 //! One step as functions from arrays to arrays, which the eager variant calls and other variants compile.
 
 use std::cell::RefCell;
+use std::rc::Rc;
 
 use mlx_rs::error::Exception;
 use mlx_rs::random::RandomState;
@@ -54,15 +55,15 @@ impl Part {
     }
 }
 
-/// One part of a step as a function of arrays: state, inputs, random key, sums of earlier micro-batches and AdamW's
-/// scalars.
-#[derive(Clone, Copy)]
+/// One part of a step as a function of arrays: state, frozen parameters, inputs, random key, sums of earlier micro-batches
+/// and AdamW's scalars.
+#[derive(Clone)]
 pub struct Program {
     pub case: Case,
     pub part: Part,
     pub dropout: Dropout,
-    /// Number of parameters (arrays).
-    pub parameters: usize,
+    /// True for each parameter that is trained. Adapters freeze all others.
+    pub is_trained: Rc<[bool]>,
     /// Number of inputs of a micro-batch.
     pub inputs: usize,
     /// True if ranks skip the all-reduce, which measures exposed communication.
@@ -71,9 +72,11 @@ pub struct Program {
 
 /// The arguments of a program.
 struct Arguments<'a> {
-    parameters: &'a [Array],
+    /// Parameters that are trained.
+    trained: &'a [Array],
     /// AdamW's first moments, then its second moments. Empty if the workload does not optimize.
     moments: &'a [Array],
+    frozen: &'a [Array],
     inputs: &'a [Array],
     key: &'a Array,
     /// Results and gradients of earlier micro-batches. Empty in the first one.
@@ -87,9 +90,14 @@ impl Program {
         self.case.workload.optimizes() && self.part.updates()
     }
 
+    /// Returns the number of parameters (arrays) that are trained.
+    pub fn trained_count(&self) -> usize {
+        self.is_trained.iter().filter(|is_trained| **is_trained).count()
+    }
+
     /// Returns the number of arrays that it updates, or only reads if it does not run the optimizer.
     pub fn state_len(&self) -> usize {
-        if self.updates() { 3 * self.parameters } else { self.parameters }
+        if self.updates() { 3 * self.trained_count() } else { self.trained_count() }
     }
 
     /// Returns the number of results.
@@ -99,16 +107,17 @@ impl Program {
 
     /// Returns the number of gradients that it returns.
     pub fn gradient_count(&self) -> usize {
-        if self.case.workload.trains() { self.parameters } else { 0 }
+        if self.case.workload.trains() { self.trained_count() } else { 0 }
     }
 
     fn split<'a>(&self, args: &'a [Array]) -> Arguments<'a> {
         let (state, rest) = args.split_at(self.state_len());
-        let (parameters, moments) = state.split_at(self.parameters);
+        let (trained, moments) = state.split_at(self.trained_count());
+        let (frozen, rest) = rest.split_at(self.is_trained.len() - trained.len());
         let (inputs, rest) = rest.split_at(self.inputs);
         let sums = if self.part.adds_sums() { self.result_count() + self.gradient_count() } else { 0 };
         let (sums, adamw_scalars) = rest[1..].split_at(sums);
-        Arguments { parameters, moments, inputs, key: &rest[0], sums, adamw_scalars }
+        Arguments { trained, moments, frozen, inputs, key: &rest[0], sums, adamw_scalars }
     }
 
     /// Runs its part of a step. Returns the results, the gradients if the workload trains, the updated state if the optimizer
@@ -117,9 +126,9 @@ impl Program {
         let a = self.split(args);
         // The random state after the last draw of this step. From an earlier state, the next step would repeat masks.
         let last_state = RefCell::new(a.key.clone());
-        let forward = |parameters: &[Array], inputs: &[Array]| -> Result<Vec<Array>, Exception> {
+        let forward = |trained: &[Array], inputs: &[Array]| -> Result<Vec<Array>, Exception> {
             let mut layers = self.layers(a.key.clone());
-            let out = self.forward(parameters, inputs, &mut layers)?;
+            let out = self.forward(self.in_order(trained, a.frozen), inputs, &mut layers)?;
             *last_state.borrow_mut() = layers.random.as_array().clone();
             Ok(out)
         };
@@ -130,9 +139,7 @@ impl Program {
             Workload::MatmulPeak => vec![self.matmul_chain(a.inputs)?],
             Workload::AttentionGrad | Workload::FeedForwardGrad => block_gradients(&forward, &a)?,
             Workload::ForwardBackward | Workload::TrainStep => self.loss_and_gradients(&forward, &a)?,
-            Workload::Forward | Workload::Attention | Workload::FeedForward => {
-                forward(a.parameters, a.inputs)?
-            }
+            Workload::Forward | Workload::Attention | Workload::FeedForward => forward(a.trained, a.inputs)?,
         };
         for (own, sum) in out.iter_mut().zip(a.sums) {
             *own = own.add(sum)?;
@@ -152,6 +159,17 @@ impl Program {
         Ok(out)
     }
 
+    /// Returns all parameters in order.
+    fn in_order<'a>(&self, trained: &'a [Array], frozen: &'a [Array]) -> impl Iterator<Item = &'a Array> {
+        let (mut trained, mut frozen) = (trained.iter(), frozen.iter());
+        let is_trained: Vec<bool> = self.is_trained.to_vec();
+        is_trained.into_iter().filter_map(
+            move |is_trained| {
+                if is_trained { trained.next() } else { frozen.next() }
+            },
+        )
+    }
+
     fn layers(&self, key: Array) -> Layers {
         let model = self.case.shape.model().map_or(ModelId::indicator(), |(model, _)| model);
         Layers {
@@ -165,28 +183,32 @@ impl Program {
 
     fn loss_and_gradients(&self, forward: Forward<'_>, a: &Arguments<'_>) -> Result<Vec<Array>, Exception> {
         let Shape::Model { model, .. } = self.case.shape else { unreachable!("a whole model") };
-        let all: Vec<i32> = (0..self.parameters as i32).collect();
+        let all: Vec<i32> = (0..a.trained.len() as i32).collect();
         // The mean of the batch is the sum of the shares of its micro-batches.
         let share = 1.0 / self.case.shape.micro_batches() as f64;
         let loss = |p: &[Array]| -> Result<Vec<Array>, Exception> {
             Ok(vec![network::scale(&network::loss(&model, &forward(p, a.inputs)?, a.inputs)?, share)?])
         };
-        let (loss, gradients) = value_and_grad_with_argnums(loss, &all)(a.parameters)?;
+        let (loss, gradients) = value_and_grad_with_argnums(loss, &all)(a.trained)?;
         Ok(loss.into_iter().chain(gradients).collect())
     }
 
-    fn forward(
+    fn forward<'a>(
         &self,
-        parameters: &[Array],
+        parameters: impl Iterator<Item = &'a Array>,
         inputs: &[Array],
         layers: &mut Layers,
     ) -> Result<Vec<Array>, Exception> {
-        // In precision `mixed`, the parameters are f32 master weights, and the network computes with bf16 copies.
-        let mixed = self.case.method.precision == Precision::Mixed;
-        let cast = |a: &Array| {
-            if mixed && a.dtype() == Dtype::Float32 { a.as_dtype(Dtype::Bfloat16) } else { Ok(a.clone()) }
+        // Master weights in precision `mixed` are in f32, and so are adapters. The network computes with copies of its
+        // own type.
+        let kind = match self.case.method.precision {
+            Precision::Mixed => Dtype::Bfloat16,
+            other => crate::dtype(other),
         };
-        let parameters = parameters.iter().map(cast).collect::<Result<Vec<_>, _>>()?;
+        let cast = |a: &Array| {
+            if a.dtype() == Dtype::Float32 && a.dtype() != kind { a.as_dtype(kind) } else { Ok(a.clone()) }
+        };
+        let parameters = parameters.map(cast).collect::<Result<Vec<_>, _>>()?;
         // The third input belongs to the loss and keeps its type.
         let inputs = inputs.iter().take(2).map(cast).collect::<Result<Vec<_>, _>>()?;
         Ok(match self.case.shape.take_parameters(&mut InOrder(parameters.into_iter())) {
@@ -204,13 +226,13 @@ impl Program {
     }
 }
 
-/// A function from parameters and inputs to outputs, which draws from the random state of the step.
+/// A function from trained parameters and inputs to outputs, which draws from the random state of the step.
 type Forward<'a> = &'a dyn Fn(&[Array], &[Array]) -> Result<Vec<Array>, Exception>;
 
 /// Returns the gradients of a block with respect to its input and its parameters.
 fn block_gradients(forward: Forward<'_>, a: &Arguments<'_>) -> Result<Vec<Array>, Exception> {
     let mut primals = vec![a.inputs[0].clone()];
-    primals.extend_from_slice(a.parameters);
+    primals.extend_from_slice(a.trained);
     let upstream = a.inputs[1].clone();
     // `vjp` takes an infallible function, and returns an error if it panics.
     let f = |p: &[Array]| -> Vec<Array> {
@@ -231,7 +253,7 @@ pub fn adamw_scalars(s: &AdamW, t: i32, dtype: Dtype) -> Vec<Array> {
 }
 
 /// Runs an AdamW step with bias correction, as MLX's Python optimizer does. The optimizer of mlx-rs has no correction.
-/// Returns the new state: parameters, then first and second moments.
+/// Returns the new state: trained parameters, then first and second moments.
 fn adamw(a: &Arguments<'_>, gradients: &[Array]) -> Result<Vec<Array>, Exception> {
     let [decay, beta1, rest1, beta2, rest2, rate, root, eps] = a.adamw_scalars else {
         unreachable!("AdamW has eight scalars");
@@ -243,7 +265,7 @@ fn adamw(a: &Arguments<'_>, gradients: &[Array]) -> Result<Vec<Array>, Exception
         let v = second[i].multiply(beta2)?.add(g.square()?.multiply(rest2)?)?;
         let denominator = v.sqrt()?.multiply(root)?.add(eps)?;
         let update = m.multiply(rate)?.divide(denominator)?;
-        p_new.push(a.parameters[i].multiply(decay)?.subtract(update)?);
+        p_new.push(a.trained[i].multiply(decay)?.subtract(update)?);
         m_new.push(m);
         v_new.push(v);
     }

@@ -9,6 +9,7 @@ use mlx_rs::transforms::{async_eval, eval};
 use mlx_rs::{Array, Dtype};
 use transformer_bench::backend::{LoadedCase, result_names};
 use transformer_bench::fixture::{AdamW, Fixture, Tensor as Named};
+use transformer_bench::model::parameters::{ParameterSpec, Role};
 use transformer_bench::suite::Workload;
 
 use crate::distributed;
@@ -21,8 +22,10 @@ pub struct Step {
     program: Program,
     /// Run the program, eagerly or compiled: for each [`Part`] of a step, in the order of [`Part::ALL`], or for a whole step.
     functions: Vec<Function>,
-    /// Parameters, then AdamW's first and second moments if the workload optimizes.
+    /// Trained parameters, then AdamW's first and second moments if the workload optimizes.
     state: Vec<Array>,
+    /// Parameters that are not trained, next to adapters.
+    frozen: Vec<Array>,
     /// Inputs of each micro-batch. Only a training step has more than one.
     micro_batches: Vec<Vec<Array>>,
     /// Random key of the next step.
@@ -45,6 +48,11 @@ fn load(named: &Named, dtype: Dtype) -> Array {
     }
 }
 
+/// Returns the type in which a parameter is stored. Adapters are in f32, and others in the type of the precision.
+fn stored_dtype(role: Role, dtype: Dtype) -> Dtype {
+    if role == Role::Adapter { Dtype::Float32 } else { dtype }
+}
+
 /// Returns the inputs of each micro-batch: token ids as int32, inputs of the loss as f32, and the others as `dtype`. The
 /// inputs of an optimizer step are its fixed gradients.
 fn load_inputs(fixture: &Fixture, dtype: Dtype) -> Vec<Vec<Array>> {
@@ -54,8 +62,12 @@ fn load_inputs(fixture: &Fixture, dtype: Dtype) -> Vec<Vec<Array>> {
         "usefulness" => Dtype::Float32,
         _ => dtype,
     };
-    let optimizer_step = fixture.case.workload == Workload::OptimizerStep;
-    let all = if optimizer_step { fixture.gradients() } else { fixture.inputs() };
+    if fixture.case.workload == Workload::OptimizerStep {
+        let role = if fixture.case.has_adapters() { Role::Adapter } else { Role::Trained };
+        return vec![
+            fixture.gradients().iter().map(|named| load(named, stored_dtype(role, dtype))).collect(),
+        ];
+    }
     let count = fixture.case.shape.micro_batches();
     let part = |named: &Named, index: usize| {
         if count == 1 {
@@ -67,30 +79,35 @@ fn load_inputs(fixture: &Fixture, dtype: Dtype) -> Vec<Vec<Array>> {
         let data = named.data[index * each..(index + 1) * each].to_vec();
         load(&Named { name: named.name.clone(), dims, data }, dtype_of(&named.name))
     };
-    (0..count).map(|index| all.iter().map(|named| part(named, index)).collect()).collect()
+    (0..count).map(|index| fixture.inputs().iter().map(|named| part(named, index)).collect()).collect()
 }
 
 impl Step {
     pub fn new(fixture: &Fixture) -> Result<Self> {
         let case = fixture.case;
         let dtype = crate::dtype(case.method.precision);
-        let mut state: Vec<Array> = fixture.parameters().iter().map(|p| load(p, dtype)).collect();
+        let specs = case.shape.parameter_specs();
+        let (mut state, mut frozen) = (Vec::new(), Vec::new());
+        for (spec, parameter) in specs.iter().zip(fixture.parameters()) {
+            let list = if spec.is_trained() { &mut state } else { &mut frozen };
+            list.push(load(parameter, stored_dtype(spec.role, dtype)));
+        }
         let micro_batches = load_inputs(fixture, dtype);
-        let parameters = state.len();
+        let trained = state.len();
         let program = Program {
             case,
             part: Part::Whole,
             dropout: fixture.dropout,
-            parameters,
+            is_trained: specs.iter().map(ParameterSpec::is_trained).collect(),
             inputs: micro_batches[0].len(),
             no_sync: fixture.no_sync,
         };
-        for i in 0..program.state_len() - parameters {
+        for i in 0..program.state_len() - trained {
             state.push(mlx_rs::ops::zeros_like(&state[i])?);
         }
         let compiles = case.method.variant.captures_full_step();
         let function = |part: &Part| -> Function {
-            let program = Program { part: *part, ..program };
+            let program = Program { part: *part, ..program.clone() };
             if compiles {
                 Box::new(compile(move |args: &[Array]| program.run(args), None))
             } else {
@@ -100,11 +117,12 @@ impl Step {
         let parts = if micro_batches.len() > 1 { &Part::ALL[..] } else { &[Part::Whole] };
         let functions = parts.iter().map(function).collect();
         let key = random::key(1 + fixture.rank() as u64)?;
-        eval(micro_batches.iter().flatten().chain(&state).chain([&key]))?;
+        eval(micro_batches.iter().flatten().chain(&state).chain(&frozen).chain([&key]))?;
         let mut step = Self {
             program,
             functions,
             state,
+            frozen,
             micro_batches,
             key,
             step_count: 0,
@@ -122,17 +140,30 @@ impl Step {
         Ok(step)
     }
 
-    /// Reads one array per parameter, named `prefix/<parameter>`.
-    fn read_all(&self, prefix: &str, arrays: &[Array]) -> Result<Vec<Named>> {
-        let specs = self.program.case.shape.parameter_specs();
-        specs.iter().zip(arrays).map(|(spec, array)| read(format!("{prefix}/{}", spec.name), array)).collect()
+    /// Returns the names of the trained or of the frozen parameters, in order.
+    fn names(&self, is_trained: bool) -> Vec<String> {
+        let specs = self.program.case.shape.parameter_specs().into_iter();
+        specs.filter(|spec| spec.is_trained() == is_trained).map(|spec| spec.name).collect()
+    }
+
+    /// Reads one array per trained parameter, named `prefix/<parameter>`.
+    fn read_trained(&self, prefix: &str, arrays: &[Array]) -> Result<Vec<Named>> {
+        let names = self.names(true).into_iter();
+        names.zip(arrays).map(|(name, array)| read(format!("{prefix}/{name}"), array)).collect()
+    }
+
+    /// Reads the parameters that are not trained.
+    fn read_frozen(&self) -> Result<Vec<Named>> {
+        let names = self.names(false).into_iter();
+        names.zip(&self.frozen).map(|(name, array)| read(format!("param/{name}"), array)).collect()
     }
 
     /// Returns the arguments of a program for a micro-batch, with AdamW's scalars of step `t` if it updates. Takes the
     /// results of earlier micro-batches as their sums.
     fn arguments(&mut self, program: &Program, inputs: &[Array], t: i32) -> Vec<Array> {
         let state = self.state.iter().take(program.state_len());
-        let mut args: Vec<Array> = state.chain(inputs).chain([&self.key]).cloned().collect();
+        let mut args: Vec<Array> =
+            state.chain(&self.frozen).chain(inputs).chain([&self.key]).cloned().collect();
         let sums = self.results.drain(..).chain(self.gradients.drain(..));
         args.extend(sums.filter(|_| program.part.adds_sums()));
         if program.updates() {
@@ -144,7 +175,7 @@ impl Step {
     /// Runs a micro-batch of step `t`, without waiting for its results.
     fn run_micro_batch(&mut self, index: usize, t: i32) -> Result<()> {
         let count = self.micro_batches.len();
-        let program = Program { part: Part::of(index, count), ..self.program };
+        let program = Program { part: Part::of(index, count), ..self.program.clone() };
         let inputs = std::mem::take(&mut self.micro_batches[index]);
         let args = self.arguments(&program, &inputs, t);
         self.micro_batches[index] = inputs;
@@ -216,9 +247,11 @@ impl LoadedCase for Step {
 
     fn checkpoint(&mut self) -> Result<Vec<Named>> {
         let mut all = Vec::new();
-        for (prefix, arrays) in STATE_NAMES.iter().zip(self.state.chunks(self.program.parameters.max(1))) {
-            all.extend(self.read_all(prefix, arrays)?);
+        let trained = self.program.trained_count().max(1);
+        for (prefix, arrays) in STATE_NAMES.iter().zip(self.state.chunks(trained)) {
+            all.extend(self.read_trained(prefix, arrays)?);
         }
+        all.extend(self.read_frozen()?);
         if self.program.case.workload.optimizes() {
             all.push(Named { name: "step".to_owned(), dims: vec![1], data: vec![self.step_count as f32] });
         }
@@ -226,10 +259,12 @@ impl LoadedCase for Step {
     }
 
     fn restore(&mut self, checkpoint: &[Named], seed: u64) -> Result<()> {
-        let specs = self.program.case.shape.parameter_specs();
-        let names =
-            STATE_NAMES.iter().flat_map(|prefix| specs.iter().map(move |s| format!("{prefix}/{}", s.name)));
-        for (array, name) in self.state.iter_mut().zip(names) {
+        let (trained, frozen) = (self.names(true), self.names(false));
+        let of_state = STATE_NAMES.iter().flat_map(|prefix| trained.iter().map(move |name| (*prefix, name)));
+        let of_frozen = frozen.iter().map(|name| ("param", name));
+        let arrays = self.state.iter_mut().zip(of_state).chain(self.frozen.iter_mut().zip(of_frozen));
+        for (array, (prefix, name)) in arrays {
+            let name = format!("{prefix}/{name}");
             if let Some(named) = checkpoint.iter().find(|tensor| tensor.name == name) {
                 *array = load(named, array.dtype());
             }
@@ -238,16 +273,17 @@ impl LoadedCase for Step {
             self.step_count = step.data[0] as i32;
         }
         self.key = random::key(seed)?;
-        Ok(eval(self.state.iter().chain([&self.key]))?)
+        Ok(eval(self.state.iter().chain(&self.frozen).chain([&self.key]))?)
     }
 
     fn outputs(&mut self) -> Result<Vec<Named>> {
         let case = &self.program.case;
         let names = result_names(case).iter().map(|name| (*name).to_owned());
         let mut all = names.zip(&self.results).map(|(name, a)| read(name, a)).collect::<Result<Vec<_>>>()?;
-        all.extend(self.read_all("grad", &self.gradients)?);
+        all.extend(self.read_trained("grad", &self.gradients)?);
         if case.workload.optimizes() {
-            all.extend(self.read_all("param", &self.state)?);
+            all.extend(self.read_trained("param", &self.state)?);
+            all.extend(self.read_frozen()?);
         }
         Ok(all)
     }

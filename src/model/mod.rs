@@ -4,6 +4,7 @@
 //! Letters in dimensions: B batch, T tokens, D width, H heads, F feed-forward width, V vocabulary.
 
 pub mod config;
+mod lora;
 pub mod parameters;
 mod position;
 mod presets;
@@ -13,6 +14,7 @@ use std::ops::Deref;
 
 use serde::{Deserialize, Serialize};
 
+pub use lora::{AdaptedLayers, Lora};
 pub use position::{AttentionKind, Position, Rotary, SecondAttention};
 pub use presets::{GPT2, INDICATOR, ModelId, OPTION_MODELS};
 
@@ -343,6 +345,9 @@ pub struct Model {
     pub dropout: Dropout,
     pub input: Input,
     pub output: Output,
+    /// Adapters. Only they are trained, and all other parameters are frozen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lora: Option<Lora>,
 }
 
 impl Model {

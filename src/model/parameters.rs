@@ -14,15 +14,32 @@ pub enum Init {
     NearOne,
 }
 
-/// Name, dimensions and initialization of a parameter.
+/// The part of a parameter in training.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Trained, in the precision of the case.
+    Trained,
+    /// Not trained, in the precision of the case, because the model has adapters.
+    Frozen,
+    /// A matrix of an adapter: trained, and stored in f32 with its optimizer state.
+    Adapter,
+}
+
+/// Name, dimensions, initialization and role of a parameter.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ParameterSpec {
     pub name: String,
     pub dims: Vec<usize>,
     pub init: Init,
+    pub role: Role,
 }
 
 impl ParameterSpec {
+    /// Returns true if it has a gradient and an optimizer state.
+    pub fn is_trained(&self) -> bool {
+        self.role != Role::Frozen
+    }
+
     pub fn len(&self) -> usize {
         self.dims.iter().product()
     }
@@ -32,11 +49,19 @@ impl ParameterSpec {
     }
 }
 
-/// y = x·weightᵀ + bias
+/// y = x·weightᵀ + bias, plus the result of the adapter
 #[derive(Clone, Debug)]
 pub struct Linear<T> {
     pub weight: T,
     pub bias: Option<T>,
+    pub adapter: Option<Adapter<T>>,
+}
+
+/// The matrices A [rank, in] and B [out, rank] of [`Lora`].
+#[derive(Clone, Debug)]
+pub struct Adapter<T> {
+    pub a: T,
+    pub b: T,
 }
 
 /// Weight and bias of a norm, each if [`NormKind::has_weight_and_bias`] says so.
@@ -160,7 +185,7 @@ impl ParameterSource for Specs {
     type Item = ();
 
     fn next(&mut self, name: &str, dims: &[usize], init: Init) {
-        self.0.push(ParameterSpec { name: name.to_owned(), dims: dims.to_vec(), init });
+        self.0.push(ParameterSpec { name: name.to_owned(), dims: dims.to_vec(), init, role: Role::Trained });
     }
 }
 
@@ -176,7 +201,28 @@ impl<T> Linear<T> {
         Self {
             weight: source.next(&format!("{name}.weight"), &[to, from], bound),
             bias: bias.then(|| source.next(&format!("{name}.bias"), &[to], bound)),
+            adapter: None,
         }
+    }
+}
+
+/// Last parts of the names of an adapter's matrices.
+const ADAPTER_PARTS: [&str; 2] = ["lora-a", "lora-b"];
+
+impl<T> Adapter<T> {
+    /// Takes an adapter. B is random too. Training starts with zeros, with which A has no gradient, and a step that
+    /// loses it would pass the checks.
+    fn take(
+        source: &mut impl ParameterSource<Item = T>,
+        name: &str,
+        [from, to]: [usize; 2],
+        rank: usize,
+    ) -> Self {
+        let mut next = |part: &str, dims: [usize; 2]| {
+            source.next(&format!("{name}.{part}"), &dims, Init::Uniform(1.0 / (dims[1] as f32).sqrt()))
+        };
+        let [a, b] = ADAPTER_PARTS;
+        Self { a: next(a, [rank, from]), b: next(b, [to, rank]) }
     }
 }
 
@@ -193,11 +239,36 @@ impl<T> Norm<T> {
     }
 }
 
+/// A linear layer of a block, which can have an adapter.
+struct BlockPart<'a> {
+    model: &'a Model,
+    block: Block,
+    /// Name of the block.
+    name: &'a str,
+    part: &'a str,
+}
+
+impl BlockPart<'_> {
+    fn take<T>(
+        &self,
+        source: &mut impl ParameterSource<Item = T>,
+        from: usize,
+        to: usize,
+        bias: bool,
+    ) -> Linear<T> {
+        let name = format!("{}.{}", self.name, self.part);
+        let layer = Linear::take(source, &name, from, to, bias);
+        let lora = self.model.lora.filter(|lora| lora.adapts(self.block, self.part));
+        Linear { adapter: lora.map(|lora| Adapter::take(source, &name, [from, to], lora.rank)), ..layer }
+    }
+}
+
 impl<T> Attention<T> {
     pub fn take(source: &mut impl ParameterSource<Item = T>, name: &str, m: &Model) -> Self {
         let (inner, shared) = m.qkv_widths();
-        let mut linear =
-            |part: &str, from, to, bias| Linear::take(source, &format!("{name}.{part}"), from, to, bias);
+        let mut linear = |part, from, to, bias| {
+            BlockPart { model: m, block: Block::Attention, name, part }.take(source, from, to, bias)
+        };
         let q = linear("q", m.width, inner, m.bias.qkv);
         let k = linear("k", m.width, shared, m.bias.qkv);
         let v = linear("v", m.width, shared, m.bias.qkv);
@@ -214,8 +285,9 @@ impl<T> Attention<T> {
 impl<T> FeedForward<T> {
     pub fn take(source: &mut impl ParameterSource<Item = T>, name: &str, m: &Model) -> Self {
         let bias = m.bias.feed_forward;
-        let mut linear =
-            |part: &str, from, to| Linear::take(source, &format!("{name}.{part}"), from, to, bias);
+        let mut linear = |part, from, to| {
+            BlockPart { model: m, block: Block::FeedForward, name, part }.take(source, from, to, bias)
+        };
         Self {
             gate: m.glu.then(|| linear("gate", m.width, m.ffn_width)),
             up: linear("up", m.width, m.ffn_width),
@@ -324,7 +396,16 @@ impl<T> Parameters<T> {
 pub fn parameter_specs(m: &Model, block: Option<Block>) -> Vec<ParameterSpec> {
     let mut specs = Specs::default();
     Parameters::take(&mut specs, m, block);
+    if m.lora.is_some() {
+        specs.0.iter_mut().for_each(|spec| spec.role = role_with_adapters(&spec.name));
+    }
     specs.0
+}
+
+/// Returns the role of a parameter of a model with adapters.
+fn role_with_adapters(name: &str) -> Role {
+    let last = name.rsplit('.').next().unwrap_or(name);
+    if ADAPTER_PARTS.contains(&last) { Role::Adapter } else { Role::Frozen }
 }
 
 /// Returns the number of parameters (scalars) of a model or of one of its blocks.
@@ -335,7 +416,7 @@ pub fn parameter_count(m: &Model, block: Option<Block>) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{GPT2, INDICATOR, ModelId};
+    use crate::model::{AdaptedLayers, GPT2, INDICATOR, Lora, ModelId};
 
     #[test]
     fn parameter_counts_match_hand_computed_ones() {
@@ -344,6 +425,25 @@ mod tests {
         assert_eq!(parameter_count(&INDICATOR, None), indicator);
         // GPT-2 small has 124,439,808 with 50,257 tokens; the preset has 47 more rows of 768.
         assert_eq!(parameter_count(&GPT2, None), 124_439_808 + 47 * 768);
+    }
+
+    #[test]
+    fn adapters_are_trained_and_everything_else_is_frozen() {
+        let specs = |layers| {
+            let model = Model { lora: Some(Lora::new(16, layers)), ..GPT2 };
+            let specs = parameter_specs(&model, None);
+            let (adapters, frozen): (Vec<_>, Vec<_>) = specs.into_iter().partition(ParameterSpec::is_trained);
+            assert_eq!(frozen.iter().map(ParameterSpec::len).sum::<usize>(), parameter_count(&GPT2, None));
+            adapters
+        };
+        let count = |layers| specs(layers).iter().map(ParameterSpec::len).sum::<usize>();
+        // Rank times inputs plus outputs: four projections, and two layers of the feed-forward block.
+        assert_eq!(count(AdaptedLayers::All), 12 * 16 * (4 * (768 + 768) + 2 * (768 + 3072)));
+        assert_eq!(count(AdaptedLayers::QueriesValues), 12 * 16 * 2 * (768 + 768));
+        let first = &specs(AdaptedLayers::All)[..2];
+        let named: Vec<_> = first.iter().map(|spec| (&*spec.name, &spec.dims[..], spec.role)).collect();
+        let [a, b] = ["blocks.0.attention.q.lora-a", "blocks.0.attention.q.lora-b"];
+        assert_eq!(named, [(a, &[16, 768][..], Role::Adapter), (b, &[768, 16][..], Role::Adapter)]);
     }
 
     #[test]

@@ -36,6 +36,7 @@ pub const INDICATOR: Model = Model {
     dropout: Dropout { embedding: 0.0, ..Dropout::everywhere(0.1) },
     input: Input::Indicator { market: 10 },
     output: Output::IndicatorHeads,
+    lora: None,
 };
 
 /// GPT-2 small (Radford et al. 2019), with the vocabulary rounded up to a multiple of 128; 124 M parameters.
@@ -68,6 +69,7 @@ pub const GPT2: Model = Model {
     dropout: Dropout::NONE,
     input: Input::Tokens,
     output: Output::Tied,
+    lora: None,
 };
 
 /// Miniatures with the options that no built-in model has, so that the tests cover the options of custom models.
@@ -240,11 +242,13 @@ impl ModelId {
         CUSTOM.lock().expect(UNPOISONED).iter().map(|m| m.name).collect()
     }
 
-    /// Registers a custom model, so that ids can name it with any number of tokens.
+    /// Registers a custom model, so that ids can name it with any number of tokens and with any adapters.
     ///
     /// # Errors
     /// Returns an error if the name belongs to another configuration.
     pub fn register(model: Model) -> Result<()> {
+        // Ids name the adapters.
+        let model = Model { lora: None, ..model };
         let mut custom = CUSTOM.lock().expect(UNPOISONED);
         match custom.iter().find(|known| known.name == model.name) {
             Some(known) => ensure!(
@@ -271,7 +275,13 @@ impl ModelId {
         Self(MODELS.len() + index)
     }
 
-    /// Returns true for a built-in model. Ids name its blocks by their sizes.
+    /// Returns the model with other adapters, or without.
+    pub fn with_lora(self, lora: Option<Lora>) -> Self {
+        let model = Model { lora, ..*self };
+        Self::with_miniatures().find(|id| **id == model).unwrap_or_else(|| Self::intern(model))
+    }
+
+    /// Returns true for a built-in model without adapters. Ids name its blocks by their sizes.
     pub fn is_preset(self) -> bool {
         self.0 < MODELS.len()
     }
@@ -280,6 +290,9 @@ impl ModelId {
     pub fn miniature(self) -> Self {
         if self.is_miniature() {
             return self;
+        }
+        if self.lora.is_some() {
+            return self.with_lora(None).miniature().with_lora(self.lora);
         }
         if self.is_preset() {
             return Self(self.0 | 1);

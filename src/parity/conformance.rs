@@ -9,7 +9,7 @@ use anyhow::{Result, bail, ensure};
 
 use crate::backend::{Backend, Backends, LoadedCase};
 use crate::fixture::Fixture;
-use crate::model::{Model, ModelId, OPTION_MODELS};
+use crate::model::{Lora, Model, ModelId, OPTION_MODELS};
 use crate::parity::ParityChecker;
 use crate::parity::fault_injection::FAULTS;
 use crate::parity::idle_steps::{IdleCase, IdleStep};
@@ -78,9 +78,13 @@ fn miniature_cases(backend: &dyn Backend, method: Method) -> Vec<Case> {
             move |&workload| case(backend, workload, method, Shape::for_workload(workload, model, 2));
         workloads.iter().map(of_model)
     });
+    // A gate, and fewer key heads than query heads.
+    let grouped = ModelId::intern(OPTION_MODELS[0]).with_lora(Lora::from_id("4"));
+    let adapted = case(backend, Workload::TrainStep, method, Shape::for_model(grouped, 2));
     let chain = Shape::Square { n: 64, chain: 3 };
     built_in
         .chain(options)
+        .chain(all_or_none.then_some(adapted))
         .chain([case(backend, Workload::MatmulPeak, method, chain)])
         .filter(|c| backend.supports(c).is_ok())
         .collect()

@@ -12,7 +12,7 @@ use super::{ParityChecker, ParityResult, compare_tensors};
 use crate::backend::{Backend, LoadedCase};
 use crate::fixture::{Fixture, Tensor};
 use crate::model::{
-    Activation, Dropout, Model, ModelId, NormKind, NormOrder, OPTION_MODELS, Output, Position, Rotary,
+    Activation, Dropout, Lora, Model, ModelId, NormKind, NormOrder, OPTION_MODELS, Output, Position, Rotary,
     SecondAttention,
 };
 use crate::reference::{self, Accumulation, NamedValues, Rounding};
@@ -87,6 +87,11 @@ pub const FAULTS: &[Fault] = &[
     fault("only half of the batch", TrainStep, "indicator", Change::Input(repeat_first_half), &[]),
     fault("only the last micro-batch", TrainStep, "indicator-a4", Change::Input(repeat_last_quarter), &[]),
     fault("gradients not divided by the micro-batches", TrainStep, "indicator-a4", Change::Output(|all| edit(all, "grad/", |g| g.iter_mut().for_each(|v| *v *= 4.0))), &[]),
+    fault("adapter without gradient (a constant)", TrainStep, "indicator-lora4", Change::Output(|all| edit(all, "grad/blocks.1.attention.v.lora-a", |g| g.fill(0.0))), &[]),
+    fault("frozen parameter moved", TrainStep, "indicator-lora4", Change::Output(|all| edit(all, "param/blocks.0.attention.q.weight", |w| w.iter_mut().for_each(|v| *v *= 1.001))), &[]),
+    fault("α / rank forgotten", ForwardBackward, "indicator-lora4", Change::Model(|m| m.lora = m.lora.map(|lora| Lora { alpha: lora.rank, ..lora })), &[]),
+    fault("A and B of an adapter swapped", Forward, "indicator-lora4", Change::Input(swap_adapter), &[]),
+    fault("no adapter of one layer", ForwardBackward, "indicator-lora4", Change::Input(|f| fill(f, "blocks.0.feed-forward.up.lora-b", 0.0)), &[]),
     fault("targets 5 % too large", ForwardBackward, "indicator", Change::Input(|f| f.edit_input("usefulness", |u| u.iter_mut().for_each(|v| *v *= 1.05))), &[]),
     fault("no weight decay", TrainStep, "indicator", Change::Input(|f| f.adamw.weight_decay = 0.0), &[]),
     fault("no weight decay, optimizer alone", OptimizerStep, "indicator", Change::Input(|f| f.adamw.weight_decay = 0.0), &[]),
@@ -253,6 +258,23 @@ fn repeat_last_quarter(f: &mut Fixture) {
     }
 }
 
+/// Replaces both matrices of an adapter of a square layer by the transpose of the other.
+fn swap_adapter(f: &mut Fixture) {
+    let [a, b] = ["lora-a", "lora-b"].map(|part| format!("blocks.0.attention.q.{part}"));
+    swap_parameters(f, &a, &b);
+    let width = model_of(f).width;
+    let transpose = |data: &mut Vec<f32>, rows: usize| {
+        let columns = data.len() / rows;
+        *data = (0..data.len()).map(|i| data[i % rows * columns + i / rows]).collect();
+    };
+    // The first had the rows of B, one per feature, and the second those of A.
+    f.edit_parameter(&a, |data| transpose(data, width));
+    f.edit_parameter(&b, |data| {
+        let rows = data.len() / width;
+        transpose(data, rows);
+    });
+}
+
 fn swap_parameters(f: &mut Fixture, a: &str, b: &str) {
     let mut other = Vec::new();
     f.edit_parameter(a, |data| other = std::mem::take(data));
@@ -366,9 +388,10 @@ fn check_noise(
 impl Fault {
     /// Returns the case that detects the fault, at a miniature.
     pub fn case(&self, backend: &dyn Backend, method: Method) -> Case {
-        let shape = match self.model.strip_suffix("-a4") {
-            Some(model) => Shape::for_model(miniature(model), 8).with_micro_batches(4),
-            None => Shape::for_workload(self.workload, miniature(self.model), 2),
+        let shape = match self.model.rsplit_once('-') {
+            Some((model, "a4")) => Shape::for_model(miniature(model), 8).with_micro_batches(4),
+            Some((model, "lora4")) => Shape::for_model(miniature(model).with_lora(Lora::from_id("4")), 2),
+            _ => Shape::for_workload(self.workload, miniature(self.model), 2),
         };
         Case { workload: self.workload, backend: backend.id(), method, shape }
     }

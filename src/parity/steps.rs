@@ -251,6 +251,18 @@ impl StepCheck<'_> {
         Ok(&found.ok_or_else(|| self.mismatch(format!("{name} is missing")))?.data)
     }
 
+    /// Checks that a step left the frozen parameters unchanged, bit for bit.
+    fn check_frozen(&self, before: &[Tensor], after: &[Tensor], step: i32) -> Outcome<()> {
+        for spec in self.case().shape.parameter_specs().iter().filter(|spec| !spec.is_trained()) {
+            let name = format!("param/{}", spec.name);
+            let (before, after) = (find(before, &name), find(after, &name));
+            if before.is_none() || before.map(|t| &t.data) != after.map(|t| &t.data) {
+                return Err(self.mismatch(format!("{name} is frozen, and step {step} changed it")));
+            }
+        }
+        Ok(())
+    }
+
     fn compare_update(
         &self,
         fixture: &Fixture,
@@ -261,18 +273,18 @@ impl StepCheck<'_> {
     ) -> Outcome<f64> {
         let case = self.case();
         let mut worst = 0.0_f64;
+        self.check_frozen(before, after, step)?;
+        let same_layer = |a: &&Tensor, b: &&Tensor| layer_name(&a.name) == layer_name(&b.name);
+        let trained: Vec<&Tensor> = fixture.trained_parameters().collect();
         let fixed = case.workload == Workload::OptimizerStep;
-        let same_layer = |a: &Tensor, b: &Tensor| layer_name(&a.name) == layer_name(&b.name);
-        let mut end = 0;
-        for layer in fixture.parameters().chunk_by(same_layer) {
-            let start = end;
-            end += layer.len();
+        let mut fixed_gradients = if fixed { fixture.gradients().iter() } else { [].iter() };
+        for layer in trained.chunk_by(same_layer) {
             let mut updates = Vec::new();
-            for (index, parameter) in layer.iter().enumerate() {
+            for &parameter in layer {
                 let name = &parameter.name;
                 let values = |all, prefix| self.values(all, prefix, parameter);
                 let gradient = if fixed {
-                    &fixture.gradients()[start + index].data[..]
+                    &fixed_gradients.next().expect("a gradient for each trained parameter").data[..]
                 } else {
                     values(results, "grad")?
                 };
@@ -280,7 +292,8 @@ impl StepCheck<'_> {
                     [values(before, "param")?, values(before, "moment1")?, values(before, "moment2")?];
                 updates.push(tolerance::Update { name, state, gradient });
             }
-            let expected = tolerance::expected_update(&fixture.adamw, &updates, step, case.method.precision);
+            let expected =
+                tolerance::expected_update(&fixture.adamw, &updates, step, case.optimizer_precision());
             let step = format!(" after the update of step {step}");
             worst = worst.max(self.compare(&expected, after, &step)?);
         }
@@ -298,7 +311,7 @@ fn parameter_checkpoint(fixture: &Fixture) -> Vec<Tensor> {
 fn initial_checkpoint(fixture: &Fixture) -> Vec<Tensor> {
     let mut all = parameter_checkpoint(fixture);
     for prefix in ["moment1", "moment2"] {
-        all.extend(fixture.parameters().iter().map(|parameter| Tensor {
+        all.extend(fixture.trained_parameters().map(|parameter| Tensor {
             name: format!("{prefix}/{}", parameter.name),
             dims: parameter.dims.clone(),
             data: vec![0.0; parameter.data.len()],

@@ -155,8 +155,17 @@ impl<R: Real> Graph<R> {
     }
 
     pub fn add(&mut self, a: Var, b: Var) -> Var {
+        self.add_as(a, b, self.rounding.stream)
+    }
+
+    /// Adds two results of products in their format.
+    pub fn add_products(&mut self, a: Var, b: Var) -> Var {
+        self.add_as(a, b, self.rounding.product)
+    }
+
+    fn add_as(&mut self, a: Var, b: Var, format: Format) -> Var {
         let sum = self.get(a).zip(self.get(b), self.threads, |a, b| a + b);
-        self.push(sum, self.rounding.stream, Op::Add(a, b))
+        self.push(sum, format, Op::Add(a, b))
     }
 
     /// x [N, D], row [1, D] → [N, D]

@@ -7,8 +7,8 @@ use super::autograd::{Graph, Var};
 use super::matmul::{Matrix, Real, cores};
 use super::network::{Batch, DropoutMasks, Sample, SampleResults};
 use super::rounding::Rounding;
-use crate::fixture::{Fixture, Tensor};
-use crate::model::parameters::{InOrder, Parameters};
+use crate::fixture::Fixture;
+use crate::model::parameters::{InOrder, ParameterSpec, Parameters};
 use crate::suite::{Shape, Workload};
 
 /// The name of the terms that add up to `loss`, one per token.
@@ -114,8 +114,10 @@ impl Batch<'_> {
     fn add_products<R: Real>(&self, sums: &mut Vec<Matrix<R>>, own: &mut [Matrix<R>], times: usize) {
         let times = R::from_f64(times as f64);
         let first = sums.is_empty();
-        for (index, (tensor, own)) in self.fixture.parameters().iter().zip(own).enumerate() {
-            let mut part = if is_row_sum(tensor) { Matrix::default() } else { std::mem::take(own) };
+        let specs = self.fixture.case.shape.parameter_specs();
+        for (index, (spec, own)) in specs.iter().zip(own).enumerate() {
+            let is_product = spec.is_trained() && !is_row_sum(spec);
+            let mut part = if is_product { std::mem::take(own) } else { Matrix::default() };
             part.data.iter_mut().for_each(|v| *v *= times);
             if first {
                 sums.push(part);
@@ -150,23 +152,28 @@ impl Batch<'_> {
         } else {
             all.push(NamedValues::new("grad/x", concat(&|s| &s.input_gradient)));
         }
-        for (index, (tensor, mut gradient)) in self.fixture.parameters().iter().zip(gradients).enumerate() {
-            if is_row_sum(tensor) {
-                gradient = Matrix::zeros(1, tensor.data.len());
-                let is_norm = tensor.name.contains("norm");
+        let specs = self.fixture.case.shape.parameter_specs();
+        for (index, (spec, mut gradient)) in specs.iter().zip(gradients).enumerate() {
+            // A frozen parameter has no gradient.
+            if !spec.is_trained() {
+                continue;
+            }
+            if is_row_sum(spec) {
+                gradient = Matrix::zeros(1, spec.len());
+                let is_norm = spec.name.contains("norm");
                 for &i in order {
                     let rows = &samples[i].gradients[index].data;
                     self.rounding.add_rows(self.rounding.product, is_norm, &mut gradient.data, rows);
                 }
             }
             self.rounding.round_all(self.rounding.product, &mut gradient.data, cores());
-            all.push(NamedValues::new(&format!("grad/{}", tensor.name), gradient.data));
+            all.push(NamedValues::new(&format!("grad/{}", spec.name), gradient.data));
         }
         all
     }
 }
 
 /// Returns true if the gradient of a parameter is a sum over tokens or samples, and not a matrix product.
-fn is_row_sum(parameter: &Tensor) -> bool {
+fn is_row_sum(parameter: &ParameterSpec) -> bool {
     parameter.dims.len() == 1 || parameter.name == "position"
 }

@@ -118,7 +118,7 @@ fn check(case: Case, masks: Option<DropoutMasks<'static>>) -> f64 {
     let fixture = on_grid(case);
     let all = compute::<f64>(&fixture, Rounding::NONE, masks);
     let mut loss = Loss::new(case, masks);
-    let mut names: Vec<&str> = fixture.parameters().iter().map(|tensor| &*tensor.name).collect();
+    let mut names: Vec<&str> = fixture.trained_parameters().map(|tensor| &*tensor.name).collect();
     names.extend(case.workload.block().map(|_| "x"));
     let mut worst = 0.0_f64;
     for name in names {

@@ -88,8 +88,14 @@ impl<R: Real> Sample<'_, R> {
         self.graph.dropout(x, factors)
     }
 
+    /// Applies a linear layer, with its adapter if it has one.
     fn linear(&mut self, x: Var, layer: &Linear<Var>) -> Var {
-        self.graph.linear(x, layer.weight, layer.bias)
+        let y = self.graph.linear(x, layer.weight, layer.bias);
+        let (Some(adapter), Some(lora)) = (&layer.adapter, self.batch.model.lora) else { return y };
+        let low_rank = self.graph.linear(x, adapter.a, None);
+        let update = self.graph.linear(low_rank, adapter.b, None);
+        let update = self.graph.scale(update, lora.scale());
+        self.graph.add_products(y, update)
     }
 
     fn norm(&mut self, x: Var, layer: &Norm<Var>) -> Var {

@@ -310,8 +310,12 @@ impl RunModel {
             1 => String::new(),
             count => format!(" {}={count}", custom_model::ACCUMULATE_VARIABLE),
         };
+        let lora = self
+            .configuration
+            .lora
+            .map_or_else(String::new, |lora| format!(" {}={}", custom_model::LORA_VARIABLE, lora.option()));
         format!(
-            "{}=PATH {}={}{tokens}{accumulate}",
+            "{}=PATH {}={}{tokens}{accumulate}{lora}",
             custom_model::MODEL_VARIABLE,
             custom_model::BATCH_VARIABLE,
             self.batch

@@ -196,7 +196,9 @@ pub fn command(parts: &[ProcessRecord]) -> String {
             1 => String::new(),
             count => format!(" --accumulate {count}"),
         };
-        format!(" --model {} --batch {}{tokens}{accumulate}", custom.configuration.name, custom.batch)
+        let m = custom.configuration;
+        let lora = m.lora.map_or_else(String::new, |lora| format!(" --lora {}", lora.option()));
+        format!(" --model {} --batch {}{tokens}{accumulate}{lora}", m.name, custom.batch)
     });
     for Selection { set, filter } in parts.iter().flat_map(|p| &p.selections) {
         let filter = if filter.is_empty() { String::new() } else { format!(" '{filter}'") };

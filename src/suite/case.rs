@@ -6,7 +6,7 @@ use std::str::FromStr;
 use anyhow::{Context, Result, ensure};
 use regex::Regex;
 
-use super::{BackendId, Device, Framework, Method, Shape, Variant, Workload, cost};
+use super::{BackendId, Device, Framework, Method, Precision, Shape, Variant, Workload, cost};
 use crate::model::Dropout;
 
 /// One benchmark.
@@ -22,6 +22,16 @@ impl Case {
     /// Returns the dropout of the case. Only training workloads have dropout.
     pub fn dropout(&self) -> Dropout {
         if self.workload.trains() { self.shape.dropout() } else { Dropout::NONE }
+    }
+
+    /// Returns true if the model has adapters, and all its other parameters are frozen.
+    pub fn has_adapters(&self) -> bool {
+        self.shape.model().is_some_and(|(model, _)| model.lora.is_some())
+    }
+
+    /// Returns the precision in which the optimizer runs. Adapters and their state are in f32.
+    pub fn optimizer_precision(&self) -> Precision {
+        if self.has_adapters() { Precision::F32 } else { self.method.precision }
     }
 
     /// Returns true if a fused kernel computes attention. Its backward pass rounds differently.
@@ -84,6 +94,7 @@ impl FromStr for Case {
         };
         if let Shape::Model { model, batch, ranks: 1, micro_batches: 1 } = case.shape
             && !model.is_preset()
+            && model.lora.is_none()
         {
             case.shape = Shape::for_workload(case.workload, model, batch);
         }
@@ -128,7 +139,7 @@ mod tests {
 
     use super::*;
     use crate::model::ModelId;
-    use crate::suite::{Block, HEADLINE_SHAPE, Precision, Set, cases};
+    use crate::suite::{Block, HEADLINE_SHAPE, Set, cases};
 
     #[test]
     fn ids_are_short_lower_case_unique_and_parse_to_their_case() {
@@ -162,6 +173,10 @@ mod tests {
         assert_eq!(accumulated.to_string(), "gpt2-b8-t1024-a2-dp4");
         assert_eq!("gpt2-b8-t1024-a2-dp4".parse(), Ok(accumulated));
         assert_eq!(accumulated.micro_batch().to_string(), "gpt2-b1-t1024");
+        let adapted = "gpt2-b8-t1024-lora16qv-a2-dp4";
+        let case: Case = format!("train-step/torch-cpu/f32/{adapted}").parse().unwrap();
+        assert_eq!(case.shape.to_string(), adapted);
+        assert_eq!(case.shape.micro_batch().to_string(), "gpt2-b1-t1024-lora16qv");
     }
 
     #[test]
@@ -194,6 +209,10 @@ mod tests {
             ("train-step/torch-cpu/f32/indicator-b16-dp2-a2", "write -a2 before -dp2"),
             ("forward/torch-cpu/f32/indicator-b16-a4", "has no shape"),
             ("matmul-peak/torch-cpu/f32/n64-a2", "cannot be divided into micro-batches"),
+            ("attention/torch-cpu/f32/indicator-b16-lora16", "has no shape"),
+            ("train-step/torch-cpu/f32/indicator-b16-a4-lora16", "write -lora16 behind"),
+            ("train-step/torch-cpu/f32/indicator-b16-lora0", "unknown shape"),
+            ("copy-peak/torch-cpu/f32/1mib-lora8", "write -lora8 behind"),
             ("all-reduce/torch-cpu/f32/1mib", "has no shape"),
             ("copy-peak/torch-cpu/f32/1mib-dp2", "has no shape"),
             ("matmul-peak/torch-cpu/f32/n64-dp2", "cannot be divided between ranks"),

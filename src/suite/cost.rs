@@ -2,14 +2,15 @@
 //!
 //! A multiply-add is 2 FLOPs, and only matrix products count, as in PyTorch's `FlopCounterMode` and the
 //! scaling-law literature (Kaplan et al. 2020). The backward pass has two products for each product whose
-//! operands both need a gradient, and one if only the weight does. Causal attention counts in full. Bytes are
+//! operands both need a gradient, and one if only one of them does. Causal attention counts in full. Bytes are
 //! the minimum traffic: each operand is read once, and each result is written once.
 //!
 //! Intermediate results have 128 bits, which no shape exceeds. A result of over 64 bits is `u64::MAX`, and
 //! [`is_computable`] refuses its case.
 
+use super::adapter_cost::AdapterCost;
 use super::{Block, Case, Shape, Workload};
-use crate::model::{Input, Model, Output, Position};
+use crate::model::{Input, Lora, Model, Output, Position};
 
 const MIB: usize = 1 << 20;
 
@@ -64,7 +65,7 @@ fn product<const N: usize>(sizes: [usize; N]) -> u128 {
     sizes.map(|size| size as u128).iter().product()
 }
 
-fn linear(rows: usize, from: usize, to: usize) -> u128 {
+pub(super) fn linear(rows: usize, from: usize, to: usize) -> u128 {
     2 * product([rows, from, to])
 }
 
@@ -81,7 +82,26 @@ fn feed_forward_flops(rows: usize, m: &Model) -> u128 {
 /// Returns the FLOPs of the forward and of the backward pass.
 fn model_flops(m: &Model, batch: usize) -> (u128, u128) {
     let rows = batch * m.tokens;
-    let blocks = m.layers as u128 * (attention_flops(batch, m) + feed_forward_flops(rows, m));
+    let blocks = match m.lora {
+        Some(lora) => return adapted_flops(m, lora, batch),
+        None => m.layers as u128 * (attention_flops(batch, m) + feed_forward_flops(rows, m)),
+    };
+    let (embedding, output) = outer_flops(m, batch);
+    let inner = blocks + output;
+    (embedding + inner, embedding + 2 * inner)
+}
+
+/// Returns the FLOPs of the forward and of the backward pass of a model with adapters. The output head is frozen, so its
+/// backward pass has one product for each of the forward pass, and that of the embedding none.
+fn adapted_flops(m: &Model, lora: Lora, batch: usize) -> (u128, u128) {
+    let (embedding, output) = outer_flops(m, batch);
+    let blocks = AdapterCost::of_blocks(m, lora, batch);
+    (embedding + blocks.forward + output, blocks.backward + output)
+}
+
+/// Returns the FLOPs of the embedding and of the output head, forward only.
+fn outer_flops(m: &Model, batch: usize) -> (u128, u128) {
+    let rows = batch * m.tokens;
     // Inputs need no gradient, so the backward pass of these products is a single product.
     let embedding = match m.input {
         Input::Tokens => 0,
@@ -92,8 +112,7 @@ fn model_flops(m: &Model, batch: usize) -> (u128, u128) {
         Output::MlmHead => linear(rows, m.width, m.width) + linear(rows, m.width, m.vocabulary),
         Output::IndicatorHeads => 2 * (linear(rows, m.width, m.width / 2) + linear(rows, m.width / 2, 1)),
     };
-    let inner = blocks + output;
-    (embedding + inner, embedding + 2 * inner)
+    (embedding, output)
 }
 
 /// Returns the FLOPs of one iteration. Workloads without a matrix product have 0.
@@ -125,7 +144,7 @@ pub fn bytes(case: &Case) -> u64 {
     saturated(match (case.workload, case.shape) {
         // Reads the parameter, its gradient and two moments; writes the parameter and the moments.
         (Workload::OptimizerStep, shape) => {
-            7 * product([shape.parameter_count(), case.method.precision.parameter_bytes()])
+            7 * product([shape.trained_count(), case.optimizer_precision().parameter_bytes()])
         }
         (Workload::AllReduce, Shape::Buffer { mib, ranks }) => {
             product([2, ranks - 1, mib, MIB]) / ranks as u128
@@ -138,7 +157,10 @@ pub fn bytes(case: &Case) -> u64 {
 /// Returns the minimum memory traffic of an iteration in bytes: inputs, parameters, results and gradients once
 /// each, and the traffic of the optimizer. Activations could remain in caches.
 pub fn min_bytes(case: &Case) -> u64 {
-    let parameters = case.shape.parameter_count();
+    let width = case.method.precision.parameter_bytes();
+    let trained = product([case.shape.trained_count(), case.optimizer_precision().parameter_bytes()]);
+    // Frozen parameters are only read.
+    let frozen = product([case.shape.parameter_count() - case.shape.trained_count(), width]);
     let inputs_and_outputs = match case.shape {
         Shape::Model { model: m, batch, .. } => product([batch, m.tokens, m.vocabulary.max(2)]),
         Shape::Block { model: m, batch, .. } => product([2, batch, m.tokens, m.width]),
@@ -151,8 +173,7 @@ pub fn min_bytes(case: &Case) -> u64 {
         workload if workload.trains() => 2,
         _ => 1,
     };
-    let values = product([passes, parameters]) + inputs_and_outputs;
-    saturated(values * case.method.precision.parameter_bytes() as u128)
+    saturated(passes * trained + frozen + inputs_and_outputs * width as u128)
 }
 
 /// Returns the activations per token that eager attention saves for the backward pass, including its norms.
@@ -169,11 +190,13 @@ fn feed_forward_activations(m: &Model) -> usize {
     (3 + 2 * usize::from(m.glu)) * m.ffn_width
 }
 
-/// Estimates the memory of a case in bytes, so that a case that cannot fit is refused before it runs: parameters
-/// with gradients, moments and the fixture's copy, and the saved activations of an eager implementation.
+/// Estimates the memory of a case in bytes, so that a case that cannot fit is refused before it runs: trained parameters
+/// with gradients, moments and the fixture's copy, frozen parameters with this copy, and the saved activations of an eager implementation.
 pub fn memory_estimate(case: &Case) -> u64 {
-    let parameters = case.shape.parameter_count() as u128;
+    let trained = case.shape.trained_count() as u128;
+    let frozen = case.shape.parameter_count() as u128 - trained;
     let width = case.method.precision.parameter_bytes() as u128;
+    let trained_width = case.optimizer_precision().parameter_bytes() as u128;
     let trains = case.workload.trains();
     // Activations per token of a layer and of the output.
     let (rows, layers, layer, logits) = match case.shape {
@@ -197,7 +220,7 @@ pub fn memory_estimate(case: &Case) -> u64 {
     let activations = if case.workload == Workload::OptimizerStep { 0 } else { saved * width };
     // The sums of gradients are another copy.
     let copies = if case.shape.micro_batches() > 1 { 5 } else { 4 };
-    saturated(parameters * (copies * width + 4) + activations)
+    saturated(trained * (copies * trained_width + 4) + frozen * (width + 4) + activations)
 }
 
 #[cfg(test)]

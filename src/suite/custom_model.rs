@@ -1,10 +1,10 @@
-//! A user-supplied model (`TRANSFORMER_BENCH_MODEL`, `_BATCH`, `_TOKENS`, `_ACCUMULATE`) that replaces the built-in ones
-//! for this process.
+//! A user-supplied model (`TRANSFORMER_BENCH_MODEL`, `_BATCH`, `_TOKENS`, `_ACCUMULATE`, `_LORA`) that replaces the
+//! built-in ones for this process.
 
 use std::path::Path;
 use std::sync::OnceLock;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 
 use super::{BackendId, Case, MAX_BATCH, Method, Precision, Shape, Workload, cost};
 use crate::model::config::{self, ParsedModel};
@@ -15,11 +15,12 @@ pub const MODEL_VARIABLE: &str = "TRANSFORMER_BENCH_MODEL";
 pub const BATCH_VARIABLE: &str = "TRANSFORMER_BENCH_BATCH";
 pub const TOKENS_VARIABLE: &str = "TRANSFORMER_BENCH_TOKENS";
 pub const ACCUMULATE_VARIABLE: &str = "TRANSFORMER_BENCH_ACCUMULATE";
+pub const LORA_VARIABLE: &str = "TRANSFORMER_BENCH_LORA";
 
 /// A model with its sizes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct CustomModel {
-    /// The model at the number of tokens of the headline.
+    /// The model at the number of tokens of the headline, with its adapters if `--lora` asks for them.
     pub model: ModelId,
     pub batch: usize,
     /// Micro-batches of a training step (`--accumulate`).
@@ -92,15 +93,20 @@ pub fn from_environment(capacity: impl FnOnce() -> MachineCapacity) -> Result<Ve
         Some(text) => parse_size(ACCUMULATE_VARIABLE, &text, MAX_BATCH)?,
         None => 1,
     };
+    let lora = match variable(LORA_VARIABLE)? {
+        Some(text) => Some(text.parse().map_err(|reason| anyhow!("{LORA_VARIABLE}={reason}"))?),
+        None => None,
+    };
     let Some(path) = std::env::var_os(MODEL_VARIABLE).filter(|path| !path.is_empty()) else {
         ensure!(
-            tokens.is_empty() && batch.is_none() && micro_batches == 1,
-            "{TOKENS_VARIABLE}, {BATCH_VARIABLE} and {ACCUMULATE_VARIABLE} need {MODEL_VARIABLE}"
+            tokens.is_empty() && batch.is_none() && micro_batches == 1 && lora.is_none(),
+            "{TOKENS_VARIABLE}, {BATCH_VARIABLE}, {ACCUMULATE_VARIABLE} and {LORA_VARIABLE} need {MODEL_VARIABLE}"
         );
         return Ok(Vec::new());
     };
     let ParsedModel { model, notes } = config::read(Path::new(&path))?;
     ModelId::register(model)?;
+    let model = Model { lora, ..model };
     let (custom, message) = choose_lengths(model, &tokens, batch, capacity)?;
     let (custom, message) = accumulate(custom, message, micro_batches, batch.is_some())?;
     let custom = CUSTOM_MODEL.get_or_init(|| custom);
@@ -222,12 +228,24 @@ fn choose_sizes(
         "{name} is too large: a training step of batch {smallest} has over 2^64 FLOPs or bytes"
     );
     let with_batch = |batch| CustomModel { model: id, batch, micro_batches: 1, other_lengths: Vec::new() };
-    let parameters = with_batch(1).shape().parameter_count() as f64 / 1e6;
+    let millions = |count: usize| format!("{:.1} M", count as f64 / 1e6);
+    let parameters = millions(with_batch(1).shape().parameter_count());
+    let adapters = match model.lora {
+        Some(lora) => format!(
+            " ({} of them trained, in adapters of rank {})",
+            millions(with_batch(1).shape().trained_count()),
+            lora.rank
+        ),
+        None => String::new(),
+    };
     let window = window_message(&id);
     let message = |batch, reason: String| {
         let custom = with_batch(batch);
         let shape = custom.shape();
-        Ok((custom, format!("{name}: {parameters:.1} M parameters, measured as {shape}{window}, {reason}")))
+        Ok((
+            custom,
+            format!("{name}: {parameters} parameters{adapters}, measured as {shape}{window}, {reason}"),
+        ))
     };
     if let Some(batch) = batch {
         return message(batch, "as requested".to_owned());
@@ -304,6 +322,17 @@ mod tests {
         assert_eq!(ids(&[256], Some(2)), ["custom-b2-t256"]);
         let error = choose_lengths(model(), &[512, 5000], None, || unreachable!()).unwrap_err();
         assert!(error.to_string().contains("at most 4096"), "{error}");
+    }
+
+    #[test]
+    fn adapters_are_a_part_of_the_shape_and_of_the_message() {
+        let adapted = Model { lora: Some("16:qv".parse().unwrap()), ..model() };
+        let (custom, message) = choose_sizes(adapted, Some(128), Some(8), || unreachable!()).unwrap();
+        assert_eq!(custom.shape().to_string(), "custom-b8-t128-lora16qv");
+        assert!(message.contains("(0.6 M of them trained, in adapters of rank 16)"), "{message}");
+        // The state of the optimizer is small, so more samples fit into the memory.
+        let batch = |model| choose_sizes(model, None, None, capacity(1e15, 24 << 30)).unwrap().0.batch;
+        assert!(batch(adapted) >= batch(model()));
     }
 
     #[test]

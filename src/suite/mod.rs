@@ -1,5 +1,6 @@
 //! The cases of the suite. README.md describes their ids, the sets and the files.
 
+mod adapter_cost;
 mod case;
 pub mod cost;
 pub mod custom_model;

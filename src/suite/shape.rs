@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use super::Workload;
 use crate::model::parameters::{self, ParameterSource, ParameterSpec, Parameters};
-use crate::model::{Activation, Block, Dropout, ModelId, config};
+use crate::model::{Activation, Block, Dropout, Lora, ModelId, config};
 
 /// Largest batch, number of ranks, or size of a peak case: a matrix of 65,536 × 65,536 has 16 GiB in f32.
 pub const MAX_BATCH: usize = 1 << 16;
@@ -13,7 +13,8 @@ pub const MAX_BATCH: usize = 1 << 16;
 /// The sizes of a case. The examples are ids.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Shape {
-    /// `indicator-b16`, `gpt2-b8-t1024`, `indicator-tiny-b2`. `indicator-b16-dp2` divides the global batch of 16
+    /// `indicator-b16`, `gpt2-b8-t1024`, `indicator-tiny-b2`. In `indicator-b16-lora16`, the model has adapters of rank 16.
+    /// `indicator-b16-dp2` divides the global batch of 16
     /// between two ranks, with one device each. In `indicator-b16-a4`, each rank computes its samples in four
     /// micro-batches, one after the other, and adds up their gradients for one update.
     Model { model: ModelId, batch: usize, ranks: usize, micro_batches: usize },
@@ -92,7 +93,8 @@ impl Shape {
     /// Returns the shape of a workload on one device: the block that it runs, or the whole model.
     pub fn for_workload(workload: Workload, model: ModelId, batch: usize) -> Self {
         match workload.block() {
-            Some(block) => Self::Block { block, model, batch },
+            // Only whole models have adapters.
+            Some(block) => Self::Block { block, model: model.with_lora(None), batch },
             None => Self::for_model(model, batch),
         }
     }
@@ -122,6 +124,11 @@ impl Shape {
         self.model().map_or_else(Vec::new, |(model, _)| parameters::parameter_specs(&model, self.block()))
     }
 
+    /// Returns the number of trained parameters (scalars).
+    pub fn trained_count(self) -> usize {
+        self.parameter_specs().iter().filter(|spec| spec.is_trained()).map(ParameterSpec::len).sum()
+    }
+
     /// Returns the number of parameters (scalars).
     pub fn parameter_count(self) -> usize {
         self.parameter_specs().iter().map(ParameterSpec::len).sum()
@@ -144,6 +151,17 @@ impl Shape {
             }
             _ if shape.ranks() == ranks => Ok(shape),
             _ => Err(format!("shape '{text}': '{single}' cannot be divided between ranks")),
+        }
+    }
+
+    fn parse_lora(text: &str, base: &str, lora: Lora) -> Result<Self, String> {
+        match base.parse::<Self>()? {
+            shape @ Self::Model { model, batch, .. }
+                if shape == shape.undivided() && model.lora.is_none() =>
+            {
+                Ok(Self::for_model(model.with_lora(Some(lora)), batch))
+            }
+            _ => Err(format!("shape '{text}': write -lora{lora} behind the batch and tokens of a model")),
         }
     }
 
@@ -172,6 +190,11 @@ impl fmt::Display for Shape {
         }
         if self.micro_batches() > 1 {
             return write!(f, "{}-a{}", self.with_micro_batches(1), self.micro_batches());
+        }
+        if let Self::Model { model, batch, .. } = *self
+            && let Some(lora) = model.lora
+        {
+            return write!(f, "{}-lora{lora}", Self::for_model(model.with_lora(None), batch));
         }
         match *self {
             Self::Model { model, batch, .. } if model.is_language_model() => {
@@ -223,6 +246,11 @@ impl FromStr for Shape {
             && let Ok(count) = count.parse()
         {
             return Self::parse_accumulation(text, undivided, count);
+        }
+        if let Some((base, lora)) = text.rsplit_once("-lora")
+            && let Some(lora) = Lora::from_id(lora)
+        {
+            return Self::parse_lora(text, base, lora);
         }
         let words: Vec<&str> = text.split('-').collect();
         let shape = if let Some(mib) = text.strip_suffix("mib") {

@@ -52,6 +52,9 @@ const MODEL: &[Workload] =
     &[Attention, AttentionGrad, FeedForward, FeedForwardGrad, Forward, ForwardBackward, OptimizerStep];
 const BLOCKS: &[Workload] = &[Attention, AttentionGrad, FeedForward, FeedForwardGrad];
 
+/// The workloads of models with adapters.
+const ADAPTED: &[Workload] = &[Forward, ForwardBackward, OptimizerStep, TrainStep];
+
 const TINY: &str = "indicator-tiny-b2 gpt2-tiny-b2-t16";
 const BATCHES: &str = "indicator-b1 indicator-b16 indicator-b64 indicator-b256 gpt2-b8-t1024";
 /// The batches of training steps.
@@ -61,6 +64,7 @@ const DP2: &str = "indicator-b16-dp2 indicator-b32-dp2";
 const SCALING: &str = "indicator-b16-dp2 indicator-b32-dp2 indicator-b512-dp2 gpt2-b32-t1024-dp2 gpt2-b64-t1024-dp2 \
      indicator-b16-dp4 indicator-b64-dp4 indicator-b1024-dp4 gpt2-b128-t1024-dp4 \
      indicator-b16-dp8 indicator-b128-dp8 indicator-b2048-dp8 gpt2-b256-t1024-dp8";
+const LORA: &str = "indicator-b16-lora16 gpt2-b8-t1024-lora16";
 /// 18 MiB and 475 MiB are the f32 gradients of the indicator and of GPT-2.
 const BUFFERS: &str = "1mib-dp2 18mib-dp2 475mib-dp2 1024mib-dp2 1mib-dp4 18mib-dp4 475mib-dp4 1024mib-dp4 \
      1mib-dp8 18mib-dp8 475mib-dp8 1024mib-dp8";
@@ -93,6 +97,11 @@ const TABLE: &[Row] = &[
     row(Smoke,   &[TrainStep],     Any,            "indicator-tiny-b8-a4",        "f32 bf16 mixed f32-tuned mixed-tuned"),
     row(Smoke,   &[TrainStep],     Only(Torch),    "indicator-tiny-b8-a4",        "f32-compile"),
     row(Smoke,   &[TrainStep],     Any,            "indicator-tiny-b8-a2-dp2",    "f32 f32-overlap f32-tuned"),
+    // Adapters of all layers of the blocks, and of queries and values alone.
+    row(Smoke,   ADAPTED,          Any,            "indicator-tiny-b2-lora4",     "f32"),
+    row(Smoke,   &[TrainStep],     Any,            "indicator-tiny-b2-lora4",     "bf16 mixed f32-tuned bf16-tuned"),
+    row(Smoke,   &[TrainStep],     Only(Torch),    "indicator-tiny-b2-lora4",     "f32-compile"),
+    row(Smoke,   &[TrainStep],     Any,            "gpt2-tiny-b2-t16-lora4qv",    "f32 f32-tuned"),
     row(Smoke,   &[AllReduce],     Any,            "1mib-dp2",                    "f32"),
     // Real widths, and steps so short that a comparison has hundreds of them within a minute.
     row(Compare, MODEL,            Cpu,            "indicator-b1",                "f32"),
@@ -128,6 +137,9 @@ const TABLE: &[Row] = &[
     row(Full,    &[TrainStep],     Only(Torch),    SWEEP,                         "amp"),
     row(Full,    &[TrainStep],     Any,            "indicator-b16",               SINGLE),
     row(Full,    &[TrainStep],     Any,            "indicator-b16-a4",            "f32 f32-tuned f32-compile mixed-tuned"),
+    row(Full,    &[Forward, OptimizerStep], Any,   LORA,                          "f32"),
+    row(Full,    &[ForwardBackward, TrainStep], Any, LORA,                        "f32 f32-tuned bf16 bf16-tuned"),
+    row(Full,    &[TrainStep],     Only(Torch),    LORA,                          "f32-compile bf16-compile"),
     row(Full,    &[TrainStep],     Only(Torch),    "indicator-b16",               "f32-cudagraph mixed-cudagraph"),
     row(Full,    &[TrainStep],     Only(Mlx),      "indicator-b16",               "f32-compile mixed-compile"),
     row(Full,    &[TrainStep],     Only(Torch),    BATCHES,                       "f32-compile bf16-compile mixed-compile tf32-compile"),
@@ -284,6 +296,16 @@ mod tests {
         let steps = cases_for(Full, Some(&accumulated)).into_iter().filter(|c| c.workload == TrainStep);
         assert!(steps.clone().all(|c| c.shape.micro_batches() == 2), "all training steps accumulate");
         assert!(steps.clone().any(|c| c.shape.to_string() == "mine-b4-t1024-a2"));
+        let adapted = model.with_lora("16".parse().ok());
+        let all = cases_for(Full, Some(&CustomModel { model: adapted, ..own.clone() }));
+        let lora_of = |workload| {
+            let mut models = all.iter().filter(|c| c.workload == workload).filter_map(|c| c.shape.model());
+            models.next().map(|(m, _)| m.lora.is_some())
+        };
+        assert_eq!(
+            [lora_of(TrainStep), lora_of(Forward), lora_of(Attention)],
+            [Some(true), Some(true), Some(false)]
+        );
     }
 
     #[test]

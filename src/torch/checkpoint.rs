@@ -15,7 +15,7 @@ pub fn read(layout: &ParameterLayout, leaves: &[Tensor], adamw: Option<&AdamWSta
     let mut all = layout.read_leaves("param", leaves)?;
     if let Some(state) = adamw {
         for (name, moments) in MOMENTS.iter().zip(state.moments()) {
-            all.extend(layout.read_leaves(name, moments)?);
+            all.extend(layout.read_trained(name, moments)?);
         }
         all.push(Named { name: "step".to_owned(), dims: vec![1], data: vec![state.step_count() as f32] });
     }
@@ -35,7 +35,7 @@ pub fn restore(
         layout.copy_into_leaves("param", tensors, leaves);
         if let Some(state) = adamw {
             for (name, moments) in MOMENTS.iter().zip(state.moments()) {
-                layout.copy_into_leaves(name, tensors, moments);
+                layout.copy_into_trained(name, tensors, moments);
             }
             if let Some(step) = tensors.iter().find(|tensor| tensor.name == "step") {
                 state.set_step_count(step.data[0] as i64);

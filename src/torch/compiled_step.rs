@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use anyhow::{Context, Result};
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 use transformer_bench::backend::{LoadedCase, result_names};
 use transformer_bench::fixture::{AdamW, Fixture, Tensor as Named};
 use transformer_bench::suite::Case;
@@ -26,6 +26,8 @@ pub struct CompiledStep {
     arguments: Vec<Vec<Tensor>>,
     /// Range of the leaves in the arguments.
     leaves: Range<usize>,
+    /// The trained leaves, which the optimizer updates.
+    trained: Vec<Tensor>,
     layout: ParameterLayout,
     gradient_sync: GradientSync,
     adamw: AdamW,
@@ -67,19 +69,20 @@ impl CompiledStep {
         let package = PackageRunner::load(&library, device)?;
         let layout = ParameterLayout::new(case.shape, true);
         let (arguments, leaves) = load_arguments(fixture, device, &layout);
-        let parameters = &arguments[0][leaves.clone()];
+        let trained = layout.trained(&arguments[0][leaves.clone()]);
         let gradient_sync = if case.shape.ranks() > 1 {
-            GradientSync::new(device, parameters, Some(BucketSizes::SINGLE), fixture.no_sync)?
+            GradientSync::new(device, &trained, Some(BucketSizes::SINGLE), fixture.no_sync)?
         } else {
             GradientSync::Disabled
         };
-        let adamw_state = case.workload.optimizes().then(|| AdamWState::new(parameters, true));
+        let adamw_state = case.workload.optimizes().then(|| AdamWState::new(&trained, true));
         let mut step = Self {
             case,
             device,
             package,
             arguments,
             leaves,
+            trained,
             layout,
             gradient_sync,
             adamw: fixture.adamw,
@@ -101,7 +104,7 @@ impl CompiledStep {
 
     /// Captures the step as a CUDA graph.
     fn capture(&mut self) -> Result<Graph> {
-        let state = self.leaves().iter().map(Tensor::shallow_clone);
+        let state = self.trained.iter().map(Tensor::shallow_clone);
         let state = state.chain(self.adamw_state.iter().flat_map(AdamWState::tensors)).collect();
         let this = RefCell::new(self);
         Graph::capture_step(state, || this.borrow_mut().run(), || this.borrow_mut().run())
@@ -114,7 +117,7 @@ impl CompiledStep {
         let gradients = self.run_package()?;
         self.gradients = self.gradient_sync.all_reduce(gradients)?;
         if let Some(state) = &mut self.adamw_state {
-            state.step(&self.adamw, &self.arguments[0][self.leaves.clone()], &self.gradients)?;
+            state.step(&self.adamw, &self.trained, &self.gradients)?;
         }
         Ok(())
     }
@@ -123,8 +126,8 @@ impl CompiledStep {
     /// micro-batches.
     fn run_package(&mut self) -> Result<Vec<Tensor>> {
         let results = result_names(&self.case).len();
-        let gradients = if self.case.workload.trains() { self.leaves.len() } else { 0 };
-        let mut sums = GradientSums::new(crate::kind(self.case.method.precision));
+        let gradients = if self.case.workload.trains() { self.trained.len() } else { 0 };
+        let mut sums = GradientSums::new(self.trained.first().map_or(Kind::Float, Tensor::kind));
         for arguments in &self.arguments {
             let mut own = self.package.run(arguments, results + gradients)?;
             sums.add(own.split_off(results), false)?;
@@ -177,8 +180,6 @@ impl LoadedCase for CompiledStep {
 
 #[cfg(test)]
 mod tests {
-    use tch::Kind;
-
     use super::*;
 
     /// MPS has no f64, and a copy of an f64 tensor to it fails.

@@ -1,6 +1,6 @@
 //! The PyTorch backends: libtorch through `tch` on CPU, MPS and CUDA.
 //!
-//! `network` is the model, `params` its parameters, `step` the workloads, and `accumulation` adds up gradients of
+//! `network` is the model, `params` and `leaves` its parameters, `step` the workloads, and `accumulation` adds up gradients of
 //! micro-batches. `compiled_step` runs the packages that `inductor` builds. `distributed` connects ranks, and `extension` wraps C++ functions that tch lacks.
 
 mod accumulation;
@@ -9,6 +9,7 @@ mod compiled_step;
 mod distributed;
 mod extension;
 mod inductor;
+mod leaves;
 mod network;
 mod params;
 mod step;
@@ -184,6 +185,11 @@ fn kind(precision: Precision) -> Kind {
         Precision::F16 => Kind::Half,
         Precision::F32 | Precision::Tf32 | Precision::Mixed | Precision::Amp => Kind::Float,
     }
+}
+
+/// Returns the type in which the network of a precision computes. `torch.autocast` casts inside its operations.
+fn compute_kind(precision: Precision) -> Kind {
+    if precision == Precision::Mixed { Kind::BFloat16 } else { kind(precision) }
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use tch::{Device, Kind, Reduction, Tensor};
 use transformer_bench::fixture::round_to;
 use transformer_bench::model::parameters::{
-    Attention, Embedding, FeedForward, IndicatorHead, Layer, Linear, Network, Norm, OutputHead,
+    Adapter, Attention, Embedding, FeedForward, IndicatorHead, Layer, Linear, Network, Norm, OutputHead,
 };
 use transformer_bench::model::{
     Activation, AttentionKind, Dropout, Model, ModelId, NormKind, NormOrder, Output, Position, Rotary,
@@ -97,9 +97,53 @@ fn soft_cap(x: Tensor, cap: Option<f64>) -> Tensor {
     cap.map_or_else(|| x.shallow_clone(), |cap| (&x / cap).tanh() * cap)
 }
 
+/// Applies the matrix A of an adapter: x [B, N, in] → [B, N, rank].
+fn low_rank(x: &Tensor, a: &Tensor) -> Tensor {
+    x.linear(a, None::<&Tensor>)
+}
+
 impl Layers {
+    /// Applies a linear layer, with its adapter if it has one.
     fn linear(&self, x: &Tensor, layer: &Linear<Tensor>) -> Tensor {
-        x.linear(&layer.weight, layer.bias.as_ref())
+        let y = x.linear(&layer.weight, layer.bias.as_ref());
+        match &layer.adapter {
+            Some(adapter) => self.add_adapter(y, low_rank(x, &adapter.a), &adapter.b),
+            None => y,
+        }
+    }
+
+    /// Adds the result of an adapter to `y` [B, N, out], given the result of its matrix A [B, N, rank].
+    fn add_adapter(&self, y: Tensor, low_rank: Tensor, b: &Tensor) -> Tensor {
+        let factor = self.model.lora.map_or(1.0, |lora| lora.scale());
+        if !self.fused {
+            return y + scale(low_rank.linear(b, None::<&Tensor>), factor);
+        }
+        // A product that adds to its result needs two dimensions. The factor is cheaper before it.
+        let low_rank = scale(low_rank, factor);
+        let rows = |x: &Tensor| x.flatten(0, -2);
+        rows(&y).addmm(&rows(&low_rank), &b.tr()).view_as(&y)
+    }
+
+    /// Returns queries, keys and values [B, N, H·d]. Packed ones have one product for all three, and another one for the
+    /// matrices A of their adapters.
+    fn project(&self, x: &Tensor, a: &Attention<Tensor>) -> Vec<Tensor> {
+        let layers = [&a.q, &a.k, &a.v];
+        if !self.fused {
+            return layers.map(|layer| self.linear(x, layer)).into();
+        }
+        let m = &self.model;
+        let (queries, keys) = m.qkv_widths();
+        let widths = [queries, keys, keys].map(|width| width as i64);
+        let mut qkv = x.linear(&a.q.weight, a.q.bias.as_ref()).split_with_sizes(widths, -1);
+        let adapted = layers.iter().enumerate().filter_map(|(i, layer)| Some((i, layer.adapter.as_ref()?)));
+        let adapted: Vec<_> = adapted.collect();
+        if let Some((_, Adapter { a, .. })) = adapted.first() {
+            let low_rank = low_rank(x, a).chunk(adapted.len() as i64, -1);
+            for ((i, adapter), low_rank) in adapted.into_iter().zip(low_rank) {
+                qkv[i] = self.add_adapter(qkv[i].shallow_clone(), low_rank, &adapter.b);
+            }
+        }
+        qkv
     }
 
     fn norm(&self, x: &Tensor, layer: &Norm<Tensor>) -> Tensor {
@@ -123,13 +167,7 @@ impl Layers {
         let m = &self.model;
         let (b, n, _) = x.size3().expect("x is [B, N, D]");
         let (heads, key_value_heads, width) = (m.heads as i64, m.key_value_heads as i64, m.head_width as i64);
-        let qkv = if self.fused {
-            // `q` is the packed projection of queries, keys and values.
-            let widths = [heads * width, key_value_heads * width, key_value_heads * width];
-            self.linear(x, &a.q).split_with_sizes(widths, -1)
-        } else {
-            [&a.q, &a.k, &a.v].map(|layer| self.linear(x, layer)).into()
-        };
+        let qkv = self.project(x, a);
         let split = |x: Tensor, heads: i64| x.view([b, n, heads, width]).transpose(1, 2);
         let counts = [heads, key_value_heads, key_value_heads];
         std::array::from_fn(|i| {

@@ -6,7 +6,7 @@ use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 use transformer_bench::backend::result_names;
 use transformer_bench::fixture::{Fixture, Tensor as Named};
-use transformer_bench::model::parameters::{InOrder, Parameters};
+use transformer_bench::model::parameters::{InOrder, Parameters, Role};
 use transformer_bench::suite::{Case, Shape};
 
 fn load(named: &Named, device: Device, kind: Kind) -> Tensor {
@@ -56,11 +56,13 @@ fn read(name: String, tensor: &Tensor) -> Result<Named> {
     Ok(Named { name, dims, data: Vec::<f32>::try_from(flat)? })
 }
 
-/// Returns the name of the packed leaf if `name` is the weight or bias of q, k or v.
+/// Returns the name of the packed leaf if `name` is the weight, the bias or the matrix A of an adapter of q, k or v. They
+/// have the same input.
 fn packed_name(name: &str) -> Option<String> {
     let (head, kind) = name.rsplit_once('.')?;
     let (owner, letter) = head.rsplit_once('.').unwrap_or(("", head));
-    (owner.ends_with("attention") && matches!(letter, "q" | "k" | "v")).then(|| format!("{owner}.qkv.{kind}"))
+    let is_packed = owner.ends_with("attention") && matches!(letter, "q" | "k" | "v") && kind != "lora-b";
+    is_packed.then(|| format!("{owner}.qkv.{kind}"))
 }
 
 /// Location of a parameter: rows of a leaf.
@@ -74,6 +76,8 @@ struct Location {
 /// Locations of all parameters, in order.
 pub struct ParameterLayout {
     leaf_names: Vec<String>,
+    /// Roles of the leaves.
+    roles: Vec<Role>,
     locations: Vec<Location>,
 }
 
@@ -81,12 +85,13 @@ impl ParameterLayout {
     /// Returns the layout of a shape's parameters. With `packed`, q, k and v of an attention block share a leaf, so that
     /// one matrix product projects all three.
     pub fn new(shape: Shape, packed: bool) -> Self {
-        let mut layout = Self { leaf_names: Vec::new(), locations: Vec::new() };
+        let mut layout = Self { leaf_names: Vec::new(), roles: Vec::new(), locations: Vec::new() };
         for spec in shape.parameter_specs() {
             let leaf_name = packed_name(&spec.name).filter(|_| packed).unwrap_or_else(|| spec.name.clone());
             let known = layout.leaf_names.iter().position(|name| *name == leaf_name);
             let leaf = known.unwrap_or_else(|| {
                 layout.leaf_names.push(leaf_name);
+                layout.roles.push(spec.role);
                 layout.leaf_names.len() - 1
             });
             let first_row = layout.locations.iter().filter(|l| l.leaf == leaf).map(|l| l.rows).sum();
@@ -99,14 +104,50 @@ impl ParameterLayout {
         &self.leaf_names
     }
 
-    /// Loads a list with one tensor per parameter, in order, as leaves.
+    /// Loads a list with one tensor per parameter, in order, as leaves. Adapters are in f32, and other leaves in `kind`.
     pub fn load(&self, tensors: &[Named], device: Device, kind: Kind) -> Vec<Tensor> {
-        let leaf = |leaf: usize| {
-            let parts = self.locations.iter().zip(tensors).filter(|(location, _)| location.leaf == leaf);
+        self.load_selected(|_| true, tensors, device, kind)
+    }
+
+    /// Loads a list with one tensor per trained parameter as [`ParameterLayout::load`] does.
+    pub fn load_trained(&self, tensors: &[Named], device: Device, kind: Kind) -> Vec<Tensor> {
+        self.load_selected(|leaf| self.is_trained(leaf), tensors, device, kind)
+    }
+
+    fn load_selected(
+        &self,
+        selects: impl Fn(usize) -> bool,
+        tensors: &[Named],
+        device: Device,
+        kind: Kind,
+    ) -> Vec<Tensor> {
+        let selected: Vec<&Location> =
+            self.locations.iter().filter(|location| selects(location.leaf)).collect();
+        let load_leaf = |leaf: usize| {
+            let kind = if self.roles[leaf] == Role::Adapter { Kind::Float } else { kind };
+            let parts = selected.iter().zip(tensors).filter(|(location, _)| location.leaf == leaf);
             let mut parts: Vec<Tensor> = parts.map(|(_, named)| load(named, device, kind)).collect();
             if parts.len() == 1 { parts.remove(0) } else { Tensor::cat(&parts, 0) }
         };
-        (0..self.leaf_names.len()).map(leaf).collect()
+        (0..self.leaf_names.len()).filter(|leaf| selects(*leaf)).map(load_leaf).collect()
+    }
+
+    pub fn is_trained(&self, leaf: usize) -> bool {
+        self.roles[leaf] != Role::Frozen
+    }
+
+    /// Returns the trained ones of all leaves.
+    pub fn trained(&self, leaves: &[Tensor]) -> Vec<Tensor> {
+        let trained = leaves.iter().enumerate().filter(|(leaf, _)| self.is_trained(*leaf));
+        trained.map(|(_, tensor)| tensor.shallow_clone()).collect()
+    }
+
+    /// Returns the tensors of all leaves, from those of the trained ones.
+    fn by_leaf<'a>(&self, trained: &'a [Tensor]) -> Vec<Option<&'a Tensor>> {
+        let mut next = trained.iter();
+        (0..self.leaf_names.len())
+            .map(|leaf| if self.is_trained(leaf) { next.next() } else { None })
+            .collect()
     }
 
     /// Returns the parameters of the network. Each of q, k and v is the whole leaf if they are packed.
@@ -117,24 +158,44 @@ impl ParameterLayout {
 
     /// Reads leaves as one tensor per parameter, named `prefix/<parameter>`.
     pub fn read_leaves(&self, prefix: &str, leaves: &[Tensor]) -> Result<Vec<Named>> {
+        self.read_some(prefix, &leaves.iter().map(Some).collect::<Vec<_>>())
+    }
+
+    /// Reads tensors of the trained leaves as one tensor per trained parameter, named `prefix/<parameter>`.
+    pub fn read_trained(&self, prefix: &str, trained: &[Tensor]) -> Result<Vec<Named>> {
+        self.read_some(prefix, &self.by_leaf(trained))
+    }
+
+    fn read_some(&self, prefix: &str, leaves: &[Option<&Tensor>]) -> Result<Vec<Named>> {
         let read_one = |location: &Location| {
-            let rows = leaves[location.leaf].narrow(0, location.first_row, location.rows);
-            read(format!("{prefix}/{}", location.name), &rows)
+            let rows = leaves[location.leaf]?.narrow(0, location.first_row, location.rows);
+            Some(read(format!("{prefix}/{}", location.name), &rows))
         };
-        self.locations.iter().map(read_one).collect()
+        self.locations.iter().filter_map(read_one).collect()
     }
 
     /// Copies the tensors that are named `prefix/<parameter>` into leaves. Other leaves keep their values.
     pub fn copy_into_leaves(&self, prefix: &str, tensors: &[Named], leaves: &[Tensor]) {
+        self.copy_into_some(prefix, tensors, &leaves.iter().map(Some).collect::<Vec<_>>());
+    }
+
+    /// Copies the tensors that are named `prefix/<parameter>` into tensors of the trained leaves.
+    pub fn copy_into_trained(&self, prefix: &str, tensors: &[Named], trained: &[Tensor]) {
+        self.copy_into_some(prefix, tensors, &self.by_leaf(trained));
+    }
+
+    fn copy_into_some(&self, prefix: &str, tensors: &[Named], leaves: &[Option<&Tensor>]) {
         for location in &self.locations {
             let name = format!("{prefix}/{}", location.name);
-            let Some(named) = tensors.iter().find(|tensor| tensor.name == name) else { continue };
-            let leaf = leaves[location.leaf].detach();
-            leaf.narrow(0, location.first_row, location.rows).copy_(&load(named, leaf.device(), leaf.kind()));
+            let named = tensors.iter().find(|tensor| tensor.name == name);
+            let (Some(named), Some(leaf)) = (named, leaves[location.leaf]) else { continue };
+            let rows = leaf.detach().narrow(0, location.first_row, location.rows);
+            rows.shallow_clone().copy_(&load(named, leaf.device(), leaf.kind()));
         }
     }
 
-    /// Reads the results of a step, the gradients of the leaves, and the updated leaves. The last two can be empty.
+    /// Reads the results of a step, the gradients of the trained leaves, and all leaves after the update. The last two can
+    /// be empty.
     pub fn read_outputs(
         &self,
         case: &Case,
@@ -144,10 +205,11 @@ impl ParameterLayout {
     ) -> Result<Vec<Named>> {
         let names = result_names(case).iter().map(|name| (*name).to_owned());
         let mut all = names.zip(results).map(|(name, t)| read(name, t)).collect::<Result<Vec<_>>>()?;
-        for (prefix, leaves) in [("grad", gradients), ("param", updated)] {
-            if !leaves.is_empty() {
-                all.extend(self.read_leaves(prefix, leaves)?);
-            }
+        if !gradients.is_empty() {
+            all.extend(self.read_trained("grad", gradients)?);
+        }
+        if !updated.is_empty() {
+            all.extend(self.read_leaves("param", updated)?);
         }
         Ok(all)
     }
@@ -156,6 +218,23 @@ impl ParameterLayout {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn adapters_of_q_k_and_v_share_the_leaf_of_their_matrices_a() {
+        let case: Case = "train-step/torch-cpu/bf16-tuned/indicator-tiny-b2-lora4".parse().unwrap();
+        let layout = ParameterLayout::new(case.shape, true);
+        let leaves = layout.load(Fixture::new(case).parameters(), Device::Cpu, Kind::BFloat16);
+        let leaf = |name: &str| layout.leaf_names().iter().position(|known| known == name).unwrap();
+        let of_attention = |name: &str| leaf(&format!("blocks.0.attention.{name}"));
+        let [a, b, weight] = ["qkv.lora-a", "q.lora-b", "qkv.weight"].map(of_attention);
+        assert_eq!(leaves[a].size(), [3 * 4, 32]);
+        assert_eq!(
+            [a, b, weight].map(|leaf| leaves[leaf].kind()),
+            [Kind::Float, Kind::Float, Kind::BFloat16]
+        );
+        assert_eq!([a, b, weight].map(|leaf| layout.is_trained(leaf)), [true, true, false]);
+        assert!(layout.trained(&leaves).iter().all(|leaf| leaf.kind() == Kind::Float));
+    }
 
     #[test]
     fn packed_leaves_have_the_names_of_the_compiled_network() {

@@ -14,8 +14,9 @@ use crate::accumulation::GradientSums;
 use crate::checkpoint;
 use crate::distributed::{self, BucketSizes, GradientSync};
 use crate::extension::{self, AdamWState, Graph};
+use crate::leaves::Leaves;
 use crate::network::{self, Layers};
-use crate::params::{self, ParameterLayout};
+use crate::params;
 
 /// A case on a device.
 pub struct Step {
@@ -25,18 +26,13 @@ pub struct Step {
     parameters: Parameters<Tensor>,
     /// Inputs of each micro-batch. Only a training step has more than one.
     micro_batches: Vec<Vec<Tensor>>,
-    /// Leaf tensors of the parameters, which the optimizer updates.
-    leaves: Vec<Tensor>,
-    /// For precision `mixed` in a variant that captures the full step: bf16 copies of the leaves. One call per step
-    /// updates them, and gradients are with respect to them. An eager step casts each leaf under autograd instead.
-    bf16_leaves: Vec<Tensor>,
-    layout: ParameterLayout,
+    leaves: Leaves,
     adamw: AdamW,
     adamw_state: Option<AdamWState>,
     fixed_gradients: Vec<Tensor>,
     /// Results of the last step, named by [`transformer_bench::backend::result_names`].
     results: Vec<Tensor>,
-    /// Gradients of the leaves in the last step.
+    /// Gradients of the trained leaves in the last step.
     gradients: Vec<Tensor>,
     gradient_sync: GradientSync,
     /// The captured step, if the variant and the device have one.
@@ -45,12 +41,10 @@ pub struct Step {
 
 fn layers(fixture: &Fixture, device: Device) -> Layers {
     let Case { method, shape, .. } = fixture.case;
-    let mixed = method.precision == Precision::Mixed;
-    let kind = if mixed { Kind::BFloat16 } else { crate::kind(method.precision) };
     let model = shape.model().map_or(ModelId::indicator(), |(model, _)| model);
     Layers {
         model,
-        caches: network::attention_caches(&model, device, kind),
+        caches: network::attention_caches(&model, device, crate::compute_kind(method.precision)),
         fused: method.variant.uses_sdpa(),
         dropout: fixture.dropout,
     }
@@ -66,16 +60,11 @@ impl Step {
         let micro_batches = params::load_inputs(fixture, device, kind);
         let layers = layers(fixture, device);
 
-        let layout = ParameterLayout::new(case.shape, layers.fused);
-        let leaves = layout.load(fixture.parameters(), device, kind).into_iter();
-        let leaves: Vec<Tensor> = leaves.map(|leaf| leaf.set_requires_grad(trains)).collect();
-        let copied = case.method.precision == Precision::Mixed && variant.captures_full_step();
-        let copy = |leaf: &Tensor| leaf.detach().to_kind(Kind::BFloat16).set_requires_grad(trains);
-        let bf16_leaves: Vec<Tensor> = leaves.iter().filter(|_| copied).map(copy).collect();
-        let parameters = layout.network_parameters(case.shape, if copied { &bf16_leaves } else { &leaves });
-        let adamw_state = workload.optimizes().then(|| AdamWState::new(&leaves, variant.uses_fused_adamw()));
+        let (leaves, parameters) = Leaves::load(fixture, device, layers.fused);
+        let fused_adamw = variant.uses_fused_adamw();
+        let adamw_state = workload.optimizes().then(|| AdamWState::new(&leaves.trained, fused_adamw));
         let fixed_gradients = match workload {
-            Workload::OptimizerStep => layout.load(fixture.gradients(), device, kind),
+            Workload::OptimizerStep => leaves.load_gradients(fixture.gradients(), device),
             _ => Vec::new(),
         };
         let mut step = Self {
@@ -85,8 +74,6 @@ impl Step {
             parameters,
             micro_batches,
             leaves,
-            bf16_leaves,
-            layout,
             adamw: fixture.adamw,
             adamw_state,
             fixed_gradients,
@@ -96,7 +83,7 @@ impl Step {
             graph: None,
         };
         if case.shape.ranks() > 1 {
-            let leaves = step.compute_leaves();
+            let leaves = &step.leaves.differentiated;
             let sizes = if captured { BucketSizes::for_graph(leaves) } else { BucketSizes::DDP };
             let sizes = (variant.overlaps_communication() && trains).then_some(sizes);
             step.gradient_sync = GradientSync::new(device, leaves, sizes, fixture.no_sync)?;
@@ -120,7 +107,7 @@ impl Step {
 
     /// Captures the step as a CUDA graph.
     fn capture(&mut self) -> Result<Graph> {
-        let state = self.leaves.iter().map(Tensor::detach);
+        let state = self.leaves.trained.iter().map(Tensor::detach);
         let state = state.chain(self.adamw_state.iter().flat_map(AdamWState::tensors)).collect();
         let this = RefCell::new(self);
         Graph::capture_step(
@@ -145,11 +132,6 @@ impl Step {
 
     fn is_mixed(&self) -> bool {
         self.case.method.precision == Precision::Mixed
-    }
-
-    /// Returns the leaves that the network computes with, and that gradients are with respect to.
-    fn compute_leaves(&self) -> &[Tensor] {
-        if self.bf16_leaves.is_empty() { &self.leaves } else { &self.bf16_leaves }
     }
 
     /// Returns the inputs of the first micro-batch, which are all inputs unless a training step has several.
@@ -186,8 +168,7 @@ impl Step {
     }
 
     fn copy_fixed_gradients(&self, fixture: &Fixture) {
-        let kind = crate::kind(self.case.method.precision);
-        let gradients = self.layout.load(fixture.gradients(), self.device, kind);
+        let gradients = self.leaves.load_gradients(fixture.gradients(), self.device);
         self.fixed_gradients.iter().zip(&gradients).for_each(|(to, from)| to.shallow_clone().copy_(from));
     }
 
@@ -204,12 +185,7 @@ impl Step {
         if !matches!(self.case.workload, Workload::CopyPeak | Workload::AllReduce) {
             self.results.clear();
         }
-        if !self.bf16_leaves.is_empty() {
-            extension::foreach_copy(&self.bf16_leaves, &self.leaves)?;
-        } else if self.is_mixed() {
-            let casts: Vec<Tensor> = self.leaves.iter().map(|l| l.to_kind(Kind::BFloat16)).collect();
-            self.parameters = self.layout.network_parameters(self.case.shape, &casts);
-        }
+        self.leaves.update_network(self.case.shape, &mut self.parameters)?;
         match self.case.workload {
             Workload::CopyPeak => {
                 let _ = self.inputs()[0].neg_out(&self.results[0]);
@@ -221,7 +197,7 @@ impl Step {
             Workload::AttentionGrad | Workload::FeedForwardGrad => {
                 let out = self.forward(self.inputs())?.remove(0);
                 let upstream = self.inputs()[1].to_kind(out.kind());
-                let inputs = self.inputs()[..1].iter().chain(self.compute_leaves());
+                let inputs = self.inputs()[..1].iter().chain(&self.leaves.differentiated);
                 let inputs: Vec<Tensor> = inputs.map(Tensor::shallow_clone).collect();
                 self.results = extension::grad(&out, Some(&upstream), &inputs)?;
                 self.gradients = self.results.split_off(1);
@@ -240,7 +216,7 @@ impl Step {
     /// only.
     fn loss_and_gradients(&self) -> Result<(Tensor, Vec<Tensor>)> {
         let count = self.micro_batches.len();
-        let mut sums = GradientSums::new(crate::kind(self.case.method.precision));
+        let mut sums = GradientSums::new(self.leaves.trained_kind());
         let mut total: Option<Tensor> = None;
         for (index, inputs) in self.micro_batches.iter().enumerate() {
             let is_last = index + 1 == count;
@@ -248,7 +224,7 @@ impl Step {
             let mean = network::loss(&self.layers.model, &self.forward(inputs)?, inputs);
             // The mean of the batch is the sum of the shares of its micro-batches.
             let loss = if count > 1 { mean / count as f64 } else { mean };
-            let gradients = extension::grad(&loss, None, self.compute_leaves())?;
+            let gradients = extension::grad(&loss, None, &self.leaves.differentiated)?;
             sums.add(gradients, is_last && self.gradient_sync.adds_sums())?;
             total = Some(total.map_or(loss.detach(), |total| total + loss.detach()));
         }
@@ -262,7 +238,7 @@ impl Step {
             Workload::OptimizerStep => &self.fixed_gradients,
             _ => &self.gradients,
         };
-        state.step(&self.adamw, &self.leaves, gradients)
+        state.step(&self.adamw, &self.leaves.trained, gradients)
     }
 }
 
@@ -305,15 +281,21 @@ impl LoadedCase for Step {
     }
 
     fn checkpoint(&mut self) -> Result<Vec<Named>> {
-        checkpoint::read(&self.layout, &self.leaves, self.adamw_state.as_ref())
+        checkpoint::read(&self.leaves.layout, &self.leaves.stored, self.adamw_state.as_ref())
     }
 
     fn restore(&mut self, tensors: &[Named], seed: u64) -> Result<()> {
-        checkpoint::restore(&self.layout, &self.leaves, self.adamw_state.as_mut(), tensors, seed)
+        checkpoint::restore(
+            &self.leaves.layout,
+            &self.leaves.stored,
+            self.adamw_state.as_mut(),
+            tensors,
+            seed,
+        )
     }
 
     fn outputs(&mut self) -> Result<Vec<Named>> {
-        let updated: &[Tensor] = if self.adamw_state.is_some() { &self.leaves } else { &[] };
-        self.layout.read_outputs(&self.case, &self.results, &self.gradients, updated)
+        let updated: &[Tensor] = if self.adamw_state.is_some() { &self.leaves.stored } else { &[] };
+        self.leaves.layout.read_outputs(&self.case, &self.results, &self.gradients, updated)
     }
 }

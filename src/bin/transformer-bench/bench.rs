@@ -58,6 +58,9 @@ pub struct Arguments {
     /// Micro-batches of a training step of your model: it adds up their gradients for one update
     #[arg(long, value_name = "N", value_parser = options::whole_number(MAX_BATCH))]
     accumulate: Option<String>,
+    /// Train adapters of this rank in all linear layers of the blocks of your model (LoRA); R:qv adapts queries and values alone
+    #[arg(long, value_name = "R", value_parser = options::lora())]
+    lora: Option<String>,
     /// Regular expression over ids (workload/backend/precision/shape); a filtered run adds to the last run of the
     /// same build
     filter: Option<String>,
@@ -95,8 +98,11 @@ impl Arguments {
         let has_model = self.model.is_some()
             || std::env::var_os(custom_model::MODEL_VARIABLE).is_some_and(|path| !path.is_empty());
         ensure!(
-            has_model || [&self.batch, &self.tokens, &self.accumulate].iter().all(|size| size.is_none()),
-            "--batch, --tokens and --accumulate need --model PATH: the built-in models have fixed sizes"
+            has_model
+                || [&self.batch, &self.tokens, &self.accumulate, &self.lora]
+                    .iter()
+                    .all(|option| option.is_none()),
+            "--batch, --tokens, --accumulate and --lora need --model PATH: the built-in models have fixed sizes"
         );
         if let Some(path) = &self.model {
             // SAFETY: the caller guarantees that no other thread runs yet.
@@ -106,6 +112,7 @@ impl Arguments {
             (custom_model::BATCH_VARIABLE, &mut self.batch),
             (custom_model::TOKENS_VARIABLE, &mut self.tokens),
             (custom_model::ACCUMULATE_VARIABLE, &mut self.accumulate),
+            (custom_model::LORA_VARIABLE, &mut self.lora),
         ];
         for (name, size) in sizes {
             match size {

@@ -9,6 +9,7 @@ use clap::Args;
 use clap::builder::{OsStringValueParser, PossibleValuesParser, StringValueParser, TypedValueParser};
 use transformer_bench::compare::revisions::{self, Source};
 use transformer_bench::compare::worker::Side;
+use transformer_bench::model::Lora;
 use transformer_bench::suite::Set;
 
 /// Names the folder in which the user called a script. The scripts run this command in the project's root.
@@ -47,6 +48,11 @@ pub fn whole_numbers(max: usize) -> impl TypedValueParser<Value = String> {
             Err(format!("expected whole numbers from 1 to {max}, separated by commas"))
         }
     })
+}
+
+/// Parses a rank of adapters, such as `16` or `16:qv`, and returns it as text for the environment.
+pub fn lora() -> impl TypedValueParser<Value = String> {
+    StringValueParser::new().try_map(move |text| text.parse::<Lora>().map(|_| text))
 }
 
 /// Parses a side of a comparison: the path of `dir:PATH` is relative to the user's folder.

@@ -14,7 +14,7 @@ use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, ensure};
 
 use super::{Model, ModelId};
 use crate::files;
@@ -50,6 +50,7 @@ pub fn read(path: &Path) -> Result<ParsedModel> {
         (Model { name: name.leak(), ..parsed.model }, parsed.notes)
     };
     let model = complete_and_check(model).with_context(|| shown.clone())?;
+    ensure!(model.lora.is_none(), "{shown}: lora is not a property of the file: use --lora");
     Ok(ParsedModel {
         model,
         notes: notes.into_iter().map(|note| printable(&format!("{shown}: {note}"))).collect(),

@@ -81,6 +81,10 @@ fn check_options(m: &Model) -> Result<()> {
         language || (m.scale.logits, m.cap.logits) == (1.0, None),
         "scale.logits and cap.logits need input = \"tokens\""
     );
+    ensure!(
+        m.lora.is_none_or(|lora| lora.is_valid()),
+        "lora needs a rank from 1 to 65536 and alpha = 2·rank"
+    );
     for norm in [Some(m.norm), m.qk_norm].into_iter().flatten() {
         let eps = norm.eps();
         ensure!(eps.is_finite() && eps >= 0.0, "eps of a norm is {eps}: use a number of at least 0");

@@ -86,7 +86,8 @@ impl Steps {
 
 impl NoiseProbe {
     /// Returns the probes of a case. A precompiled case is probed at its own batch and at each kind of site, because probes
-    /// at other shapes would be other packages. Another case is only probed in its attention weights.
+    /// at other shapes would be other packages. Another case is only probed in its attention weights, unless its model has
+    /// adapters.
     pub fn all(case: Case, is_precompiled: bool) -> Vec<Self> {
         let Shape::Model { model, ranks, .. } = case.shape else { return Vec::new() };
         if is_precompiled && ranks > 1 {
@@ -111,7 +112,8 @@ impl NoiseProbe {
             ("the output heads", Dropout { heads: changed(d.heads), ..Dropout::NONE }),
             ("the embedding", Dropout { embedding: changed(d.embedding), ..Dropout::NONE }),
         ];
-        let count = if is_precompiled { sites.len() } else { 1 };
+        // No other probe has adapters.
+        let count = if is_precompiled || case.has_adapters() { sites.len() } else { 1 };
         let probes = sites.into_iter().take(count).filter(|(_, dropout)| dropout.any());
         probes.map(|(site, dropout)| Self { case, model, dropout, site }).collect()
     }
@@ -191,8 +193,8 @@ impl NoiseProbe {
                 .filter(|((name, expected), _)| name.contains(of) && *expected > 0.0);
             pairs.map(|((_, expected), (_, found))| found * batch / expected).collect()
         };
-        // An output head has its own masks, whose effect the gradient of its last weight shows.
-        let of_heads = self.dropout.heads > 0.0;
+        // An output head has its own masks, whose effect the gradient of its last weight shows, if it is trained.
+        let of_heads = self.dropout.heads > 0.0 && !self.case.has_adapters();
         let groups: &[&str] =
             if of_heads { &["selection.out.weight", "allocation.out.weight"] } else { &[""] };
         // The median leaves out gradients that vanish but for rounding.
@@ -214,16 +216,22 @@ fn make_heads_equal(fixture: &mut Fixture, model: &Model) {
     let each = model.head_width;
     for layer in 0..model.layers {
         for part in ["q", "k", "v"] {
-            for (kind, row) in [("weight", model.width), ("bias", 1)] {
+            let rank = model.lora.map_or(0, |lora| lora.rank);
+            for (kind, row) in [("weight", model.width), ("bias", 1), ("lora-b", rank)] {
                 let name = format!("blocks.{layer}.attention.{part}.{kind}");
                 if fixture.has_parameter(&name) {
                     fixture.edit_parameter(&name, |data| repeat_first(data, each * row));
                 }
             }
         }
-        fixture.edit_parameter(&format!("blocks.{layer}.attention.o.weight"), |data| {
-            data.chunks_mut(model.heads * each).for_each(|row| repeat_first(row, each));
-        });
+        for kind in ["weight", "lora-a"] {
+            let name = format!("blocks.{layer}.attention.o.{kind}");
+            if fixture.has_parameter(&name) {
+                fixture.edit_parameter(&name, |data| {
+                    data.chunks_mut(model.heads * each).for_each(|row| repeat_first(row, each));
+                });
+            }
+        }
     }
 }
 

@@ -71,10 +71,14 @@ impl Probe {
     /// Returns the probe that reads each mask: for a model all its layers with one sample and one token, for a block
     /// the case itself.
     ///
+    /// The probe of a model with adapters has none, because the gradients of the frozen layers show the masks.
+    /// [`super::NoiseProbe`] checks dropout next to the adapters.
+    ///
     /// # Panics
     /// Panics if the case has no model.
     pub fn new(case: Case) -> Self {
         let (model, _) = case.shape.model().expect("a case with dropout has a model");
+        let model = model.with_lora(None);
         let shape = match case.shape {
             Shape::Model { .. } => Self::model_shape(model, 1, 1),
             block => block,
@@ -88,7 +92,7 @@ impl Probe {
     /// dropped at all four positions, and so whether positions share masks.
     pub fn of_several_positions(case: Case) -> Option<Self> {
         let Shape::Model { model, .. } = case.shape else { return None };
-        let case = Case { shape: Self::model_shape(model, 2, 2), ..case };
+        let case = Case { shape: Self::model_shape(model.with_lora(None), 2, 2), ..case };
         let (model, _) = case.shape.model()?;
         let shared = |p: f64| if p > 0.0 { SHARED_PROBABILITY } else { 0.0 };
         let d = case.dropout();

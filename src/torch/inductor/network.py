@@ -43,6 +43,58 @@ class OffsetRMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight + 1, self.eps)
 
 
+def is_trained(m, name):
+    """Returns whether a parameter is trained. With adapters, only they are."""
+    return not m.get("lora") or name.endswith(("lora_a", "lora_b"))
+
+
+def add_adapter(y, low_rank, b, lora):
+    """Adds the result of an adapter to `y` [.., out], given the result of its matrix A [.., rank]."""
+    return y + F.linear(low_rank, b) * (lora["alpha"] / lora["rank"])
+
+
+class Linear(nn.Linear):
+    """A linear layer of a block, with an adapter if the model has one for it. `part` is its name in the block."""
+
+    def __init__(self, m, part, inputs, outputs, bias):
+        super().__init__(inputs, outputs, bias)
+        self.lora = m.get("lora")
+        self.has_adapter = bool(self.lora) and (self.lora["layers"] == "all" or part in ("q", "v"))
+        if self.has_adapter:
+            self.lora_a = nn.Parameter(torch.randn(self.lora["rank"], inputs) / inputs ** 0.5)
+            self.lora_b = nn.Parameter(torch.randn(outputs, self.lora["rank"]) / self.lora["rank"] ** 0.5)
+
+    def forward(self, x):
+        y = super().forward(x)
+        return add_adapter(y, F.linear(x, self.lora_a), self.lora_b, self.lora) if self.has_adapter else y
+
+
+class AdapterOutput(nn.Module):
+    """The matrix B of an adapter whose matrix A is packed with those of other layers."""
+
+    def __init__(self, outputs, lora):
+        super().__init__()
+        self.lora, self.lora_b = lora, nn.Parameter(torch.randn(outputs, lora["rank"]) / lora["rank"] ** 0.5)
+
+    def forward(self, y, low_rank):
+        return add_adapter(y, low_rank, self.lora_b, self.lora)
+
+
+class PackedLinear(nn.Linear):
+    """Queries, keys and values as one product, and the matrices A of `count` adapters as another one."""
+
+    def __init__(self, inputs, widths, bias, count, lora):
+        super().__init__(inputs, sum(widths), bias)
+        self.widths, self.count = widths, count
+        if count:
+            self.lora_a = nn.Parameter(torch.randn(count * lora["rank"], inputs) / inputs ** 0.5)
+
+    def forward(self, x):
+        """Returns q, k and v, and the results of the matrices A."""
+        low_rank = F.linear(x, self.lora_a).chunk(self.count, -1) if self.count else ()
+        return list(super().forward(x).split(self.widths, -1)), low_rank
+
+
 def norm(kind, width):
     [(name, choices)] = kind.items()
     if name == "layer":
@@ -130,13 +182,28 @@ class Attention(nn.Module):
         self.qkv_widths = [inner, key_value, key_value]
         bias = m["bias"]["qkv"]
         if fused:
-            self.qkv = nn.Linear(m["width"], sum(self.qkv_widths), bias)
+            lora = m.get("lora")
+            self.adapted = [] if not lora else ["q", "k", "v"] if lora["layers"] == "all" else ["q", "v"]
+            self.qkv = PackedLinear(m["width"], self.qkv_widths, bias, len(self.adapted), lora)
+            for part in self.adapted:
+                setattr(self, part, AdapterOutput(self.qkv_widths["qkv".index(part)], lora))
         else:
-            self.q, self.k, self.v = (nn.Linear(m["width"], width, bias) for width in self.qkv_widths)
-        self.o = nn.Linear(inner, m["width"], m["bias"]["out"])
+            self.q, self.k, self.v = (
+                Linear(m, part, m["width"], width, bias) for part, width in zip("qkv", self.qkv_widths))
+        self.o = Linear(m, "o", inner, m["width"], m["bias"]["out"])
         kind, self.across_heads = m.get("qk-norm"), m["qk-norm-across-heads"]
         widths = self.qkv_widths[:2] if self.across_heads else [self.head_width] * 2
         self.q_norm, self.k_norm = (norm(kind, width) if kind else None for width in widths)
+
+    def project(self, x):
+        """Returns queries, keys and values [B, N, H·d]."""
+        if not self.fused:
+            return self.q(x), self.k(x), self.v(x)
+        qkv, low_rank = self.qkv(x)
+        for part, result in zip(self.adapted, low_rank):
+            index = "qkv".index(part)
+            qkv[index] = getattr(self, part)(qkv[index], result)
+        return qkv
 
     def split_heads(self, x, qk_norm=None):
         """[B, N, H·d] → [B, H, N, d], with the norm of queries or keys."""
@@ -147,7 +214,7 @@ class Attention(nn.Module):
 
     def forward(self, x, cache):
         b, n, _ = x.shape
-        q, k, v = self.qkv(x).split(self.qkv_widths, -1) if self.fused else (self.q(x), self.k(x), self.v(x))
+        q, k, v = self.project(x)
         q, k, v = self.split_heads(q, self.q_norm), self.split_heads(k, self.k_norm), self.split_heads(v)
         q, k = cache.rotate(q), cache.rotate(k)
         p, grouped = self.dropout.attention_probability(self.training), self.key_value_heads < self.heads
@@ -186,9 +253,9 @@ class FeedForward(nn.Module):
     def __init__(self, m, dropout):
         super().__init__()
         bias = m["bias"]["feed-forward"]
-        up = lambda: nn.Linear(m["width"], m["ffn-width"], bias)
-        self.gate = up() if m["glu"] else None
-        self.up, self.down = up(), nn.Linear(m["ffn-width"], m["width"], bias)
+        up = lambda part: Linear(m, part, m["width"], m["ffn-width"], bias)
+        self.gate = up("gate") if m["glu"] else None
+        self.up, self.down = up("up"), Linear(m, "down", m["ffn-width"], m["width"], bias)
         self.activation, self.dropout = ACTIVATIONS[m["activation"]], dropout
 
     def forward(self, x):
@@ -341,17 +408,26 @@ class Loss(nn.Module):
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 
 
+# The type of the computation, if parameters can have another one.
+COMPUTE_DTYPES = {"mixed": torch.bfloat16, **DTYPES}
+
+
 def build(case, fused, dropout=None):
     """Builds the network of a case, with `fused` attention and a fused q-k-v projection or without.
 
-    It is in training mode if the case trains. Its parameters have the type of the case's precision, its buffers
-    the type of the computation.
+    It is in training mode if the case trains. Its parameters have the type of the case's precision, adapters are in f32,
+    and its buffers have the type of the computation. Frozen parameters need no gradient.
     """
     m, precision = case["model"], case["precision"]
     dropout = dropout or Dropout(case["dropout"])
     is_part = case["workload"].startswith(("attention", "feed-forward"))
     net = BlockPart(case["workload"], m, fused, dropout) if is_part else Model(m, fused, dropout)
     net = net.to(case["device"], DTYPES.get(precision, torch.float32))
+    for name, parameter in net.named_parameters():
+        if not is_trained(m, name):
+            parameter.requires_grad_(False)
+        elif m.get("lora"):
+            parameter.data = parameter.data.float()
     if precision == "mixed":
         if hasattr(net, "caches"):
             net.caches.bfloat16()
@@ -375,12 +451,13 @@ def data(case):
     return [torch.randn(shape, device=device, dtype=dtype), market, useful]
 
 
-def to_bf16(tensors):
-    """Copies the f32 tensors of a dict or a list to bf16. Precision `mixed` does this in every step."""
-    half = lambda t: t.bfloat16() if t.dtype == torch.float32 else t
-    return {name: half(t) for name, t in tensors.items()} if isinstance(tensors, dict) else [half(t) for t in tensors]
+def compute_parameters(parameters, precision):
+    """Returns a dict of parameters in the type of the computation. Every step casts those that are stored in f32."""
+    dtype = COMPUTE_DTYPES.get(precision, torch.float32)
+    return {name: p.to(dtype) if p.dtype == torch.float32 else p for name, p in parameters.items()}
 
 
 def compute_inputs(inputs, precision):
     """Returns the inputs in the type of the computation. The third input is the loss's and stays in f32."""
-    return to_bf16(inputs[:2]) + list(inputs[2:]) if precision == "mixed" else list(inputs)
+    cast = lambda t: t.bfloat16() if precision == "mixed" and t.dtype == torch.float32 else t
+    return [cast(t) for t in inputs[:2]] + list(inputs[2:])

@@ -2,7 +2,8 @@
 
 Reads JSON from standard input: {"case": its description, "leaves": the parameters in order, "folder": the
 folder of the package}. A package takes the case's inputs, then `probabilities` if the case has dropout, then the
-parameters. It returns the loss or the outputs of the network, then the gradients. The optimizer is not in it.
+parameters. It returns the loss or the outputs of the network, then the gradients of the trained parameters. The
+optimizer is not in it.
 
 torch.compile generates Python code that calls kernels. AOTInductor is the same compiler, but generates C++
 (https://docs.pytorch.org/docs/stable/torch.compiler_aot_inductor.html).
@@ -58,6 +59,7 @@ class Step(torch.nn.Module):
         self.__dict__["net"] = net
         self.__dict__["loss"] = network.Loss(net)
         self.names = [network.attribute_name(name) for name in leaves]
+        self.trained = [network.is_trained(case["model"], name) for name in self.names]
         known = dict(net.named_parameters())
         assert sorted(known) == sorted(self.names), set(known) ^ set(self.names)
 
@@ -79,19 +81,20 @@ class Step(torch.nn.Module):
 
         def run(parameters, inputs):
             named = {prefix + name: p for name, p in zip(self.names, parameters)}
-            return functional_call(module, network.to_bf16(named) if precision == "mixed" else named, tuple(inputs))
+            return functional_call(module, network.compute_parameters(named, precision), tuple(inputs))
 
         if not case["trains"]:
             return tuple(run(parameters, inputs[:2]))
-        leaves = [p.detach().requires_grad_() for p in parameters]
+        leaves = [p.detach().requires_grad_(is_trained) for p, is_trained in zip(parameters, self.trained)]
+        trained = [leaf for leaf, is_trained in zip(leaves, self.trained) if is_trained]
         with torch.enable_grad():
             if has_loss:
                 loss = run(leaves, inputs)
-                gradients = torch.autograd.grad(loss, leaves)
+                gradients = torch.autograd.grad(loss, trained)
             else:
                 x = data[0].detach().requires_grad_()
                 [out] = run(leaves, network.compute_inputs([x], precision))
-                return torch.autograd.grad(out, [x, *leaves], data[1].to(out.dtype))
+                return torch.autograd.grad(out, [x, *trained], data[1].to(out.dtype))
         # A fused optimizer needs the layout of the parameters. A contiguous gradient is returned as it is.
         return loss.detach(), *(gradient.contiguous() for gradient in gradients)
 

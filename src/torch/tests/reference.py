@@ -69,14 +69,15 @@ def step(case, parameters, inputs, masks):
     if not case["case"]["trains"]:
         names = ["out"] if is_part else ["selection", "weights"] if m["output"] == "indicator-heads" else ["logits"]
         return dict(zip(names, outputs))
-    leaves = [own[names[name]] for name, _ in parameters]
+    trained = [name for name, _ in parameters if network.is_trained(m, names[name])]
+    leaves = [own[names[name]] for name in trained]
     if is_part:
         leaves.insert(0, data[0])
         results, gradients = {}, torch.autograd.grad(outputs[0], leaves, data[1])
     else:
         terms = loss_terms(m, outputs, data)
         results, gradients = {"loss": terms.sum(), "loss/terms": terms}, torch.autograd.grad(terms.sum(), leaves)
-    grad_names = (["grad/x"] if is_part else []) + [f"grad/{name}" for name in names]
+    grad_names = (["grad/x"] if is_part else []) + [f"grad/{name}" for name in trained]
     return {**results, **dict(zip(grad_names, gradients))}
 
 

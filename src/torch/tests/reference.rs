@@ -93,10 +93,11 @@ impl Dump {
     /// Adds two steps of AdamW.
     fn add_optimizer(&mut self, case: Case, options: AdamW) {
         let fixture = Fixture::for_parity(case);
-        let parameters = self.fixture_tensors(fixture.parameters());
+        let trained: Vec<Tensor> = fixture.trained_parameters().cloned().collect();
+        let parameters = self.fixture_tensors(&trained);
         let mut gradients = Vec::new();
         let mut results = Vec::new();
-        for (parameter, first) in fixture.parameters().iter().zip(fixture.gradients()) {
+        for (parameter, first) in trained.iter().zip(fixture.gradients()) {
             let second = Tensor { data: first.data.iter().rev().copied().collect(), ..first.clone() };
             let start = parameter.data.iter().copied().map(f64::from).collect();
             let mut state = [start, vec![0.0; parameter.data.len()], vec![0.0; parameter.data.len()]];

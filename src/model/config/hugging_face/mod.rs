@@ -70,6 +70,7 @@ const BASE: Model = Model {
     dropout: Dropout::NONE,
     input: Input::Tokens,
     output: Output::Tied,
+    lora: None,
     ..GPT2
 };
 
