@@ -8,7 +8,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 
 use super::{BackendId, Case, MAX_BATCH, Method, Precision, Shape, Workload, cost};
 use crate::model::config::{self, ParsedModel};
-use crate::model::{Model, ModelId};
+use crate::model::{Lora, Model, ModelId};
 use crate::text::variable;
 
 pub const MODEL_VARIABLE: &str = "TRANSFORMER_BENCH_MODEL";
@@ -94,7 +94,7 @@ pub fn from_environment(capacity: impl FnOnce() -> MachineCapacity) -> Result<Ve
         None => 1,
     };
     let lora = match variable(LORA_VARIABLE)? {
-        Some(text) => Some(text.parse().map_err(|reason| anyhow!("{LORA_VARIABLE}={reason}"))?),
+        Some(text) => Some(text.parse::<Lora>().map_err(|reason| anyhow!("{LORA_VARIABLE}={reason}"))?),
         None => None,
     };
     let Some(path) = std::env::var_os(MODEL_VARIABLE).filter(|path| !path.is_empty()) else {
