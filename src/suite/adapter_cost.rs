@@ -25,7 +25,7 @@ struct Part {
 impl AdapterCost {
     /// Returns the FLOPs of all blocks.
     pub fn of_blocks(m: &Model, lora: Lora, batch: usize) -> Self {
-        let of_layer = |is_first| {
+        let of_layer = |is_first: bool| {
             let mut cost = Self::default();
             cost.add_layer(m, lora, batch, !is_first);
             cost
