@@ -90,7 +90,7 @@ pub const FAULTS: &[Fault] = &[
     fault("adapter without gradient (a constant)", TrainStep, "indicator-lora4", Change::Output(|all| edit(all, "grad/blocks.1.attention.v.lora-a", |g| g.fill(0.0))), &[]),
     fault("frozen parameter moved", TrainStep, "indicator-lora4", Change::Output(|all| edit(all, "param/blocks.0.attention.q.weight", |w| w.iter_mut().for_each(|v| *v *= 1.001))), &[]),
     fault("α / rank forgotten", ForwardBackward, "indicator-lora4", Change::Model(|m| m.lora = m.lora.map(|lora| Lora { alpha: lora.rank, ..lora })), &[]),
-    fault("A and B of an adapter swapped", Forward, "indicator-lora4", Change::Input(swap_adapter), &[]),
+    fault("A and B of an adapter swapped", ForwardBackward, "indicator-lora4", Change::Input(swap_adapter), &[]),
     fault("no adapter of one layer", ForwardBackward, "indicator-lora4", Change::Input(|f| fill(f, "blocks.0.feed-forward.up.lora-b", 0.0)), &[]),
     fault("targets 5 % too large", ForwardBackward, "indicator", Change::Input(|f| f.edit_input("usefulness", |u| u.iter_mut().for_each(|v| *v *= 1.05))), &[]),
     fault("no weight decay", TrainStep, "indicator", Change::Input(|f| f.adamw.weight_decay = 0.0), &[]),
@@ -260,7 +260,7 @@ fn repeat_last_quarter(f: &mut Fixture) {
 
 /// Replaces both matrices of an adapter of a square layer by the transpose of the other.
 fn swap_adapter(f: &mut Fixture) {
-    let [a, b] = ["lora-a", "lora-b"].map(|part| format!("blocks.0.attention.q.{part}"));
+    let [a, b] = ["lora-a", "lora-b"].map(|part| format!("blocks.0.attention.o.{part}"));
     swap_parameters(f, &a, &b);
     let width = model_of(f).width;
     let transpose = |data: &mut Vec<f32>, rows: usize| {

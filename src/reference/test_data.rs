@@ -4,7 +4,7 @@ use super::Site;
 use crate::model::{ModelId, OPTION_MODELS};
 use crate::suite::{BackendId, Case, CustomModel, Method, Precision, Set, cases_for};
 
-/// Returns the miniature cases of every workload for every model option, on one device.
+/// Returns the miniature cases of every workload for every model option, on one device and without micro-batches.
 pub fn cases() -> Vec<Case> {
     let options = OPTION_MODELS.iter().map(|&model| {
         let model = ModelId::intern(model);
@@ -13,7 +13,7 @@ pub fn cases() -> Vec<Case> {
     let models = [None].into_iter().chain(options);
     let mut all: Vec<Case> = models.flat_map(|custom| cases_for(Set::Smoke, custom.as_ref())).collect();
     let eager = Method::eager(Precision::F32);
-    all.retain(|c| c.backend == BackendId::TorchCpu && c.method == eager && c.shape.ranks() == 1);
+    all.retain(|c| c.backend == BackendId::TorchCpu && c.method == eager && c.shape == c.shape.undivided());
     all
 }
 
