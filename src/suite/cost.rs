@@ -191,7 +191,8 @@ fn feed_forward_activations(m: &Model) -> usize {
 }
 
 /// Estimates the memory of a case in bytes, so that a case that cannot fit is refused before it runs: trained parameters
-/// with gradients, moments and the fixture's copy, frozen parameters with this copy, and the saved activations of an eager implementation.
+/// with gradients, moments and the fixture's copy, frozen parameters with this copy, and the saved activations of an
+/// eager implementation.
 pub fn memory_estimate(case: &Case) -> u64 {
     let trained = case.shape.trained_count() as u128;
     let frozen = case.shape.parameter_count() as u128 - trained;

@@ -165,6 +165,19 @@ fn choose_tokens(model: &Model, tokens: Option<usize>) -> Result<usize> {
     Ok(tokens)
 }
 
+/// Returns the number of parameters, and how many of them are trained if the model has adapters.
+fn parameter_message(shape: Shape) -> String {
+    let millions = |count: usize| format!("{:.1} M", count as f64 / 1e6);
+    let all = millions(shape.parameter_count());
+    match shape.model().and_then(|(model, _)| model.lora) {
+        Some(lora) => {
+            let trained = millions(shape.trained_count());
+            format!("{all} parameters ({trained} of them trained, in adapters of rank {})", lora.rank)
+        }
+        None => format!("{all} parameters"),
+    }
+}
+
 /// Returns what attention windows change at the model's number of tokens, for the message about its sizes.
 fn window_message(model: &Model) -> String {
     match model.smallest_window() {
@@ -228,24 +241,12 @@ fn choose_sizes(
         "{name} is too large: a training step of batch {smallest} has over 2^64 FLOPs or bytes"
     );
     let with_batch = |batch| CustomModel { model: id, batch, micro_batches: 1, other_lengths: Vec::new() };
-    let millions = |count: usize| format!("{:.1} M", count as f64 / 1e6);
-    let parameters = millions(with_batch(1).shape().parameter_count());
-    let adapters = match model.lora {
-        Some(lora) => format!(
-            " ({} of them trained, in adapters of rank {})",
-            millions(with_batch(1).shape().trained_count()),
-            lora.rank
-        ),
-        None => String::new(),
-    };
+    let parameters = parameter_message(with_batch(1).shape());
     let window = window_message(&id);
     let message = |batch, reason: String| {
         let custom = with_batch(batch);
         let shape = custom.shape();
-        Ok((
-            custom,
-            format!("{name}: {parameters} parameters{adapters}, measured as {shape}{window}, {reason}"),
-        ))
+        Ok((custom, format!("{name}: {parameters}, measured as {shape}{window}, {reason}")))
     };
     if let Some(batch) = batch {
         return message(batch, "as requested".to_owned());

@@ -1,7 +1,8 @@
 //! The PyTorch backends: libtorch through `tch` on CPU, MPS and CUDA.
 //!
 //! `network` is the model, `params` and `leaves` its parameters, `step` the workloads, and `accumulation` adds up gradients of
-//! micro-batches. `compiled_step` runs the packages that `inductor` builds. `distributed` connects ranks, and `extension` wraps C++ functions that tch lacks.
+//! micro-batches. `compiled_step` runs the packages that `inductor` builds. `distributed` connects ranks, and `extension`
+//! wraps C++ functions that tch lacks.
 
 mod accumulation;
 mod checkpoint;

@@ -58,7 +58,8 @@ pub struct Arguments {
     /// Micro-batches of a training step of your model: it adds up their gradients for one update
     #[arg(long, value_name = "N", value_parser = options::whole_number(MAX_BATCH))]
     accumulate: Option<String>,
-    /// Train adapters of this rank in all linear layers of the blocks of your model (LoRA); R:qv adapts queries and values alone
+    /// Train adapters of this rank in all linear layers of the blocks of your model (LoRA); R:qv adapts queries and values
+    /// alone
     #[arg(long, value_name = "R", value_parser = options::lora())]
     lora: Option<String>,
     /// Regular expression over ids (workload/backend/precision/shape); a filtered run adds to the last run of the
