@@ -7,17 +7,20 @@ from pathlib import Path
 import numpy as np
 
 from families import FAMILIES, Rows
+from protocol import serve
 
 
-def run(compare_outputs, time_steps):
+def run(compare_outputs, build_step):
     """Runs the function that the command line selects: --parity CONFIG FILE..., or DESCRIPTION VARIANT CONFIG."""
     if sys.argv[1] == "--parity":
         compare_outputs(sys.argv[2], sys.argv[3:])
         return
-    case = json.loads(sys.argv[1])
+    serve(build_step(json.loads(sys.argv[1]), *sys.argv[2:]))
+
+
+def check_workload(case):
     if case["workload"] != "train-step" or case["precision"] not in ("f32", "bf16"):
         sys.exit(f"no Python counterpart of {case['workload']} in {case['precision']}")
-    time_steps(case, *sys.argv[2:])
 
 
 def entry(family, name):

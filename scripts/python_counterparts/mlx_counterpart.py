@@ -112,7 +112,8 @@ class Gpt2(nn.Module):
         return nn.losses.cross_entropy(logits.astype(mx.float32), following, reduction="mean")
 
 
-def main(case, variant):
+def build_step(case, variant):
+    """Returns the function that runs a step."""
     workload, precision, batch = case["workload"], case["precision"], case["batch"]
     compiled, s = variant == "compile", {**case["model"], "dropout": case["model"]["dropout"]["residual"]}
     model = s["name"]
@@ -163,8 +164,13 @@ def main(case, variant):
 
     if workload == "forward":
         net.eval()
-    serve(step)
+    return step
+
+
+def versions():
+    """Returns the names and versions that the process reports."""
+    return {"MLX": mx.__version__}
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]), *sys.argv[2:])
+    serve(build_step(json.loads(sys.argv[1]), *sys.argv[2:]))

@@ -22,7 +22,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 import hugging_face
-from protocol import serve
+from mlx_counterpart import versions  # noqa: F401 (side.py asks for it)
 
 
 def build(path, tokens):
@@ -64,7 +64,9 @@ def compare_outputs(path, files):
     hugging_face.report(family, suite, loss.item(), np.array(logits), by_hf_name, heads)
 
 
-def time_steps(case, variant, path):
+def build_step(case, variant, path):
+    """Returns the function that runs a training step."""
+    hugging_face.check_workload(case)
     batch, tokens = case["batch"], case["model"]["tokens"]
     mx.set_default_device(mx.cpu if case["device"] == "cpu" else mx.gpu)
     _, net = build(path, tokens)
@@ -87,8 +89,8 @@ def time_steps(case, variant, path):
     def step():
         mx.eval(train(), state)
 
-    serve(step)
+    return step
 
 
 if __name__ == "__main__":
-    hugging_face.run(compare_outputs, time_steps)
+    hugging_face.run(compare_outputs, build_step)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 import hugging_face
-from protocol import serve
+from torch_counterpart import versions  # noqa: F401 (side.py asks for it)
 
 DROPOUTS = ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout_prob",
             "attention_probs_dropout_prob", "dropout", "hidden_dropout", "residual_dropout", "embedding_dropout")
@@ -74,7 +74,9 @@ def compare_outputs(path, files):
     hugging_face.report(family, suite, loss.item(), logits.detach().numpy(), gradients, heads)
 
 
-def time_steps(case, variant, path):
+def build_step(case, variant, path):
+    """Returns the function that runs a training step."""
+    hugging_face.check_workload(case)
     batch, tokens, tuned = case["batch"], case["model"]["tokens"], variant == "tuned"
     device = torch.device(case["device"])
     _, net = build(path, tokens, "sdpa" if tuned else "eager", True)
@@ -89,8 +91,8 @@ def time_steps(case, variant, path):
         if device.type != "cpu":
             getattr(torch, device.type).synchronize()
 
-    serve(step)
+    return step
 
 
 if __name__ == "__main__":
-    hugging_face.run(compare_outputs, time_steps)
+    hugging_face.run(compare_outputs, build_step)

@@ -22,6 +22,12 @@ LIBCLANG = "libclang>=18,<19"
 BINDINGS = NATIVE / "bindings.rs"
 
 
+def bindings(mlx_sys):
+    """Returns the file of the bindings for a version of mlx-sys. Older versions that the manifests allow have their own."""
+    older = BINDINGS.with_name(f"bindings-{mlx_sys.name.removeprefix('mlx-sys-')}.rs")
+    return older if older.exists() else BINDINGS
+
+
 def version(mlx_sys):
     return version_in(mlx_sys / "src/mlx-c/CMakeLists.txt", r"GIT_TAG v([\d.]+)")
 
@@ -157,7 +163,7 @@ def prepare(target, mlx_sys, version, libtorch, cuda):
     tag = mlx_platform(target)
     blas_key = [OPENBLAS] if target.linux else [tag, "deployment target"]
     key = [version, mlx_sys.name, target.triple, *blas_key, str(cuda) if cuda else "cpu", "mlx 2",
-           [file_hash(path) for path in [*linux_sources(target), BINDINGS]]]
+           [file_hash(path) for path in [*linux_sources(target), bindings(mlx_sys)]]]
 
     def build(work):
         if cuda:
@@ -173,7 +179,7 @@ def prepare(target, mlx_sys, version, libtorch, cuda):
         (work / "blas").write_text(("Accelerate" if not target.linux else blas) + "\n")
         env = {"MACOSX_DEPLOYMENT_TARGET": deployment_target(target, tag)} if tag else None
         compile_mlx_c(target, mlx_sys, work, libtorch, env=env)
-        shutil.copyfile(BINDINGS, work / "bindings.rs")
+        shutil.copyfile(bindings(mlx_sys), work / "bindings.rs")
 
     return component("mlx", key, build)
 
@@ -184,9 +190,10 @@ def bindings_header(mlx_sys, version):
 
 
 def check_bindings(mlx_sys, version):
-    """Raises SetupError if bindings.rs belongs to another version of mlx-sys."""
-    if not BINDINGS.exists() or not BINDINGS.read_text().startswith(bindings_header(mlx_sys, version)):
-        raise SetupError(f"{BINDINGS.name} does not belong to {mlx_sys.name}: "
+    """Raises SetupError if the bindings belong to another version of mlx-sys."""
+    file = bindings(mlx_sys)
+    if not file.exists() or not file.read_text().startswith(bindings_header(mlx_sys, version)):
+        raise SetupError(f"{file.name} does not belong to {mlx_sys.name}: "
                          "run 'scripts/setup --bindings', then scripts/setup again")
 
 

@@ -18,7 +18,7 @@ class Compare(CompareCase):
         # A revision from before parity checks is compared, with a remark.
         code, text = self.compare(self.side("base", parity="failed: unknown request"), self.side("head"), "--set", "smoke")
         self.assertEqual(code, 0, text)
-        self.assertIn("too old to check", text)
+        self.assertIn("can't check its cases", text)
 
     def test_a_finished_comparison_is_evaluated_with_another_threshold(self):
         code, text = self.compare(self.side("base"), self.side("head", "step *= 1.05"), "--set", "smoke")

@@ -78,7 +78,8 @@ class Options(unittest.TestCase):
         env = {"PATH": f"{folder}:{os.environ['PATH']}"}
         for command, code, word in (("list quick zzz", 2, "no case"), ("list --flps", 2, "--flops"), ("list quick", 0, "FLOPs"),
                                     ("bench zzz", 2, "no case"), ("bench [", 2, "not a regular expression"),
-                                    ("bench --tokens 70000", 2, "need --model"), ("compare no-such-revision", 2, "not a revision"),
+                                    ("bench --tokens 70000", 2, "need --model"), ("bench --mlx 0.1", 2, "choose MLX"),
+                                    ("compare --torch 2.9.1 2.13.0", 2, "choose PyTorch"), ("compare no-such-revision", 2, "not a revision"),
                                     ("flamegraph zzz", 2, "no case"), ("calibrate --cases 0", 2, "at least 1")):
             name, *arguments = command.split()
             found, text = run(f"scripts/{name}", *arguments, env=env)

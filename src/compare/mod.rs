@@ -7,13 +7,21 @@
 //! | `rounds.rs` | interleaved rounds of base and head |
 //! | `cores.rs` | pinning to cores |
 //! | `worker.rs` | a side, and the client of its worker processes |
-//! | `revisions.rs` | what a user may compare, and how it is built |
+//! | `revisions.rs` | what a user may compare |
+//! | `builds.rs` | builds of the sides |
+//! | `releases.rs` | releases of the frameworks, and the crates that fit |
+//! | `release_builds.rs` | builds with a release |
+//! | `bisection.rs` | the search for the first slower side |
 //! | `baseline_level.rs` | comparisons with a saved baseline |
 //! | `signals.rs` | interrupts |
 
 pub mod baseline_level;
+pub mod bisection;
+pub mod builds;
 pub mod cores;
 pub mod decision;
+mod release_builds;
+pub mod releases;
 pub mod revisions;
 pub mod rounds;
 pub mod signals;

@@ -1,17 +1,11 @@
-//! Sides that a user may compare, and how their executables are built.
+//! Sides that a user may compare.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::sync::Arc;
+use std::process::Command;
 
-use super::signals::check_interrupted;
-use super::worker::Side;
+use super::releases::{self, Release};
 use crate::files;
-use crate::files::Scratch;
-use crate::process::is_running;
-use crate::results::{self};
 use crate::suite::{Framework, Set, cases, parse_filter};
 use anyhow::{Context, Result, bail, ensure};
 
@@ -26,8 +20,14 @@ pub enum Source {
     },
     /// The name of a saved baseline.
     Baseline(String),
-    /// Executables built elsewhere: `torch`, `mlx`.
+    /// Executables built elsewhere: `torch`, `mlx`. An executable `prepare` runs before they do, and a file `name` has
+    /// the title of the side.
     Folder(PathBuf),
+    /// The sources of another side, built with a release of a framework.
+    Release {
+        release: &'static Release,
+        sources: Box<Source>,
+    },
 }
 
 /// Both sides of a comparison, and its filter.
@@ -52,16 +52,8 @@ impl Spec {
         backends: bool,
     ) -> Result<Self> {
         if backends {
-            ensure!(third.is_none(), "--backends takes one side and a filter");
-            let (side, filter) = match (base, second) {
-                (Some(one), None) => match source(one)? {
-                    Some(side) => (side, ""),
-                    None => (Source::Worktree, one),
-                },
-                (Some(side), Some(filter)) => (named(side)?, filter),
-                _ => (Source::Worktree, ""),
-            };
-            return Ok(Self { base: side.clone(), head: side, filter: filter.to_owned(), filter_hint: None });
+            let (side, filter) = one_side([base, second, third])?;
+            return Ok(Self { base: side.clone(), head: side, filter, filter_hint: None });
         }
         let base = base.context("BASE is missing, for example: scripts/compare main (see --help)")?;
         let base = named(base)?;
@@ -76,6 +68,68 @@ impl Spec {
         };
         Ok(Self { base, head, filter: filter.to_owned(), filter_hint })
     }
+
+    /// Parses [SIDE] [FILTER] for a comparison of two releases.
+    ///
+    /// # Errors
+    /// Returns an error if a release has no crates, or if SIDE has no sources.
+    pub fn of_releases(framework: Framework, versions: [&str; 2], words: [Option<&str>; 3]) -> Result<Self> {
+        let releases = [releases::find(framework, versions[0])?, releases::find(framework, versions[1])?];
+        let (sources, filter) = one_side(words)?;
+        let [base, head] = releases.map(|release| with_release(release, &sources));
+        Ok(Self { base: base?, head: head?, filter, filter_hint: None })
+    }
+}
+
+/// Parses [SIDE] [FILTER]. One word is the filter if it does not name a side.
+fn one_side(words: [Option<&str>; 3]) -> Result<(Source, String)> {
+    let (side, filter) = match words {
+        [Some(word), None, None] => match source(word)? {
+            Some(side) => (side, ""),
+            None => (Source::Worktree, word),
+        },
+        [Some(side), Some(filter), None] => (named(side)?, filter),
+        [_, _, None] => (Source::Worktree, ""),
+        _ => bail!("this comparison takes one side and a filter"),
+    };
+    Ok((side, filter.to_owned()))
+}
+
+/// Parses the sides of `--bisect` in their order: a range of releases `A..B`, or several sides.
+///
+/// # Errors
+/// Returns an error if a word does not name a side that can run.
+pub fn bisected(words: &[String], filter: [Option<&str>; 3]) -> Result<(Vec<Source>, String)> {
+    let (sources, filter) = one_side(filter)?;
+    let sides: Vec<Source> = match words {
+        [range] => {
+            let all = releases::range(range)?;
+            all.into_iter().map(|release| with_release(release, &sources)).collect::<Result<_>>()?
+        }
+        several => {
+            ensure!(sources == Source::Worktree, "--bisect with a list of sides takes only a filter");
+            several.iter().map(|side| named(side)).collect::<Result<_>>()?
+        }
+    };
+    for side in &sides {
+        ensure!(
+            !matches!(side, Source::Baseline(_)),
+            "--bisect needs sides that run, and a baseline does not"
+        );
+    }
+    Ok((sides, filter))
+}
+
+/// Returns a side that is built from the sources of another one with a release.
+///
+/// # Errors
+/// Returns an error if the other side has no sources.
+pub fn with_release(release: &'static Release, sources: &Source) -> Result<Source> {
+    ensure!(
+        matches!(sources, Source::Worktree | Source::Revision { .. }),
+        "a release is built from a git revision or the worktree, not from executables or a baseline"
+    );
+    Ok(Source::Release { release, sources: Box::new(sources.clone()) })
 }
 
 fn fits_some(filter: &str) -> bool {
@@ -106,7 +160,7 @@ fn git_or_why(arguments: &[&str]) -> Result<String, String> {
     Err(why.lines().next().unwrap_or("git gave no reason").trim_start_matches("fatal: ").to_owned())
 }
 
-fn git(arguments: &[&str]) -> Option<String> {
+pub(super) fn git(arguments: &[&str]) -> Option<String> {
     git_or_why(arguments).ok()
 }
 
@@ -149,230 +203,27 @@ pub fn executables(folder: &Path) -> BTreeMap<Framework, PathBuf> {
     Framework::ALL.iter().map(|&f| (f, folder.join(f.id()))).filter(|(_, path)| path.is_file()).collect()
 }
 
-/// Builds the executables of a side. `report` receives a line before each long operation.
-///
-/// # Errors
-/// Returns the first error of exporting, setting up or building a revision.
-pub fn build(source: &Source, report: &dyn Fn(&str)) -> Result<Side> {
-    let side = |name: String, folder: &Path| Side {
-        name,
-        executables: executables(folder),
-        environment: Vec::new(),
-        scratch: None,
-    };
+/// Returns the name of a side in reports.
+pub fn title(source: &Source) -> String {
     match source {
-        Source::Baseline(name) => bail!("baseline {name} can't be run"),
-        Source::Folder(path) => Ok(side(path.display().to_string(), path)),
+        Source::Baseline(name) => format!("baseline {name}"),
+        Source::Folder(path) => {
+            let named = files::read_text(&path.join("name")).ok();
+            named.map_or_else(|| path.display().to_string(), |name| name.trim().to_owned())
+        }
         Source::Worktree => {
             let commit = git(&["rev-parse", "--short=12", "HEAD"]).unwrap_or_else(|| "no commit".to_owned());
             let changed =
                 git(&["status", "--porcelain", "--untracked-files=no"]).is_some_and(|t| !t.is_empty());
             let changes = if changed { " with changes" } else { "" };
-            // A later build or another comparison must not change the measured executables, so this one has a copy.
-            remove_stale_copies(&results_folder());
-            let folder = results_folder().join(format!("worktree-{}", std::process::id()));
-            let scratch = Some(Arc::new(Scratch(folder.clone())));
-            copy_executables(&compile(&root(), None, "the working tree")?, &folder)?;
-            Ok(Side { scratch, ..side(format!("working tree ({commit}{changes})"), &folder) })
+            format!("working tree ({commit}{changes})")
         }
         Source::Revision { commit, name } => {
             let short = &commit[..12];
-            let title = if commit.starts_with(name.as_str()) {
-                short.to_owned()
-            } else {
-                format!("{name} ({short})")
-            };
-            Ok(side(title, &revision(commit, name, report)?))
+            if commit.starts_with(name.as_str()) { short.to_owned() } else { format!("{name} ({short})") }
         }
+        Source::Release { release, sources } => format!("{release} in {}", title(sources)),
     }
-}
-
-fn results_folder() -> PathBuf {
-    results::folder().join("compare")
-}
-
-/// Returns the folder that caches the builds of revisions.
-fn revision_cache() -> Result<PathBuf> {
-    Ok(files::cache_folder()?.join("compare"))
-}
-
-/// Removes copies of the working tree's executables whose comparison was killed.
-fn remove_stale_copies(folder: &Path) {
-    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        let process = name.strip_prefix("worktree-").and_then(|rest| rest.split('.').next()?.parse().ok());
-        if process.is_some_and(|process| !is_running(process)) {
-            let _ = fs::remove_dir_all(entry.path());
-        }
-    }
-}
-
-/// Returns the build folder of revisions, which starts with the dependencies that the checkout has built.
-///
-/// It is not the checkout's own build folder: cargo identifies files by relative paths and times, and would confuse
-/// the two trees.
-fn build_folder() -> Result<PathBuf> {
-    let own = fs::canonicalize(results::target_folder())?;
-    let folder = own.join("revisions");
-    if !folder.exists() {
-        let partial = Scratch(own.join("revisions.partial"));
-        let _ = fs::remove_dir_all(&partial.0);
-        for part in ["build", "deps", ".fingerprint"] {
-            copy_dependencies(&own.join("release").join(part), &partial.0.join("release").join(part))?;
-        }
-        fs::rename(&partial.0, &folder)?;
-    }
-    Ok(folder)
-}
-
-/// Copies a build folder of cargo with its file times, without executables and the libraries of this project.
-fn copy_dependencies(from: &Path, to: &Path) -> Result<()> {
-    fs::create_dir_all(to)?;
-    for entry in fs::read_dir(from).into_iter().flatten().flatten() {
-        let (path, name) = (entry.path(), entry.file_name().to_string_lossy().into_owned());
-        let is_library =
-            ["rlib", "rmeta", "so", "dylib"].iter().any(|e| path.extension().is_some_and(|x| x == *e));
-        let skipped = from.ends_with("deps") && !is_library;
-        if skipped || name.contains("transformer-bench") || name.contains("transformer_bench") {
-            continue;
-        }
-        let place = to.join(name);
-        if path.is_symlink() {
-            std::os::unix::fs::symlink(fs::read_link(&path)?, &place)?;
-        } else if path.is_dir() {
-            copy_dependencies(&path, &place)?;
-        } else {
-            fs::copy(&path, &place).with_context(|| format!("{}: is the disk full?", place.display()))?;
-            // Setting times needs no write access, and some files are read-only.
-            fs::File::open(&place)?.set_modified(fs::metadata(&path)?.modified()?)?;
-        }
-    }
-    Ok(())
-}
-
-/// Builds a commit in an exported tree outside the checkout.
-fn revision(commit: &str, name: &str, report: &dyn Fn(&str)) -> Result<PathBuf> {
-    let short = &commit[..12];
-    // Comparisons are in one of these files, depending on the age of the commit.
-    let has_file = |file: &str| git(&["cat-file", "-e", &format!("{commit}:{file}")]).is_some();
-    ensure!(
-        has_file("src/compare/rounds.rs") || has_file("src/interleave.rs"),
-        "{name} is older than comparisons: its executables cannot be interleaved"
-    );
-    let cache = revision_cache()?;
-    fs::create_dir_all(&cache).with_context(|| format!("{} can't be written", cache.display()))?;
-    let lock = fs::File::create(cache.join("lock"))?;
-    if lock.try_lock().is_err() {
-        report("waiting for another comparison that is building");
-        lock.lock()?;
-    }
-    // A comparison that was killed may have left a tree.
-    for entry in fs::read_dir(&cache)?.flatten() {
-        if entry.file_name().to_string_lossy().starts_with("tree-") {
-            let _ = fs::remove_dir_all(entry.path());
-        }
-    }
-    let tree = Scratch(cache.join(format!("tree-{short}")));
-    fs::create_dir_all(&tree.0)?;
-    // With -m the files are new, so that cargo does not reuse objects of another revision.
-    let mut archive = Command::new("git")
-        .arg("-C")
-        .arg(root())
-        .args(["archive", commit])
-        .stdout(Stdio::piped())
-        .spawn()
-        .context("git did not start")?;
-    let unpacked = Command::new("tar")
-        .args(["-x", "-m", "-C"])
-        .arg(&tree.0)
-        .stdin(archive.stdout.take().context("the child has no pipe")?)
-        .status()
-        .context("tar did not start")?;
-    ensure!(
-        archive.wait()?.success() && unpacked.success(),
-        "{name} could not be exported: is the disk full?"
-    );
-
-    let mut setup = Command::new("./scripts/setup");
-    setup.arg("--quiet").current_dir(&tree.0);
-    run_quietly(setup, &format!("{name}: its set-up failed"))?;
-    let configuration = fs::read(tree.0.join(".cargo/config.toml")).unwrap_or_default();
-    let hash = files::checksum(&configuration);
-    let folder = cache.join(format!("{short}-{hash:016x}"));
-    if executables(&folder).len() == Framework::ALL.len() {
-        return Ok(folder);
-    }
-    report(&format!("building {name} ({short})"));
-    copy_executables(&compile(&tree.0, Some(&build_folder()?), name)?, &folder)?;
-    Ok(folder)
-}
-
-/// Runs a command and returns its output.
-///
-/// # Errors
-/// Returns the first error line of the command if it fails.
-fn run_quietly(mut command: Command, what: &str) -> Result<String> {
-    let done = command.output().with_context(|| what.to_owned())?;
-    check_interrupted()?;
-    if done.status.success() {
-        return Ok(String::from_utf8_lossy(&done.stdout).into_owned());
-    }
-    let errors = String::from_utf8_lossy(&done.stderr);
-    // The first error is the cause of the later ones.
-    let line = errors
-        .lines()
-        .find(|l| l.starts_with("error"))
-        .or(errors.lines().last())
-        .unwrap_or("no reason given");
-    bail!("{what}: {line}")
-}
-
-/// Builds the bench targets in a tree. Returns their names and paths.
-fn compile(tree: &Path, target: Option<&Path>, name: &str) -> Result<Vec<(String, PathBuf)>> {
-    let mut command = Command::new("cargo");
-    command
-        .args([
-            "bench",
-            "--no-run",
-            "--locked",
-            "--bench",
-            "torch",
-            "--bench",
-            "mlx",
-            "--message-format=json-render-diagnostics",
-        ])
-        .current_dir(tree);
-    if let Some(target) = target {
-        command.env("CARGO_TARGET_DIR", target);
-    }
-    let output = run_quietly(command, &format!("{name} does not build"))?;
-    let mut all = Vec::new();
-    for line in output.lines() {
-        let message: serde_json::Value = serde_json::from_str(line)?;
-        if let Some(path) = message["executable"].as_str()
-            && message["target"]["kind"][0] == "bench"
-        {
-            all.push((
-                message["target"]["name"].as_str().unwrap_or_default().to_owned(),
-                PathBuf::from(path),
-            ));
-        }
-    }
-    ensure!(!all.is_empty(), "{name} builds no bench target");
-    Ok(all)
-}
-
-/// Copies executables into a folder atomically.
-fn copy_executables(built: &[(String, PathBuf)], folder: &Path) -> Result<()> {
-    let partial = Scratch(folder.with_extension("partial"));
-    let _ = fs::remove_dir_all(&partial.0);
-    fs::create_dir_all(&partial.0)?;
-    for (name, path) in built {
-        fs::copy(path, partial.0.join(name))
-            .with_context(|| format!("{} could not be copied", path.display()))?;
-    }
-    let _ = fs::remove_dir_all(folder);
-    fs::rename(&partial.0, folder).with_context(|| format!("{} can't be written", folder.display()))
 }
 
 /// Returns a note if the timing code of the two sides differs.

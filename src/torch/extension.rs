@@ -211,11 +211,35 @@ pub fn version() -> String {
     unsafe { CStr::from_ptr(tb_version()) }.to_string_lossy().into_owned()
 }
 
-/// Returns the BLAS and the instruction set of libtorch, for the report.
+/// Libraries that libtorch was built with, and how their lines in its description begin.
+const BUILT_WITH: &[(&str, &[&str])] = &[
+    ("compiler", &["GCC ", "clang ", "Clang ", "Apple LLVM "]),
+    ("oneDNN", &["Intel(R) MKL-DNN v"]),
+    ("OpenMP", &["OpenMP "]),
+    ("CUDA", &["CUDA Runtime "]),
+    ("cuDNN", &["CuDNN "]),
+];
+
+/// Returns the BLAS, the instruction set and the other libraries of libtorch, for the report.
 pub fn configuration() -> Vec<(String, String)> {
     // SAFETY: a string that is valid until the next call of this thread.
     let text = unsafe { CStr::from_ptr(tb_configuration()) }.to_string_lossy().into_owned();
+    parse_configuration(&text)
+}
+
+/// Reads the text of `torch.__config__.show()`.
+pub(crate) fn parse_configuration(text: &str) -> Vec<(String, String)> {
     let mut all = Vec::new();
+    for (name, beginnings) in BUILT_WITH {
+        let values = text.lines().filter_map(|line| {
+            let line = line.trim_start_matches([' ', '-']);
+            beginnings.iter().find(|start| line.starts_with(**start)).map(|start| match *name {
+                "compiler" => line,
+                _ => line[start.len()..].split([' ', ',']).next().unwrap_or_default(),
+            })
+        });
+        all.extend(values.map(|value| (format!("PyTorch {name}"), value.to_owned())).next());
+    }
     if let Some((_, rest)) = text.split_once("CPU capability: ") {
         all.push(("PyTorch instruction set".to_owned(), first_line(rest)));
     }

@@ -198,6 +198,24 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_libraries_of_libtorch_are_read_from_its_description() {
+        let text = "PyTorch built with:\n  - GCC 13.3\n  - C++ Version: 201703\n  - Intel(R) MKL-DNN v3.11.2 (Git \
+                    Hash a)\n  - OpenMP 201511 (a.k.a. OpenMP 4.5)\n  - CUDA Runtime 13.0\n  - CuDNN 91.9.0\n  - Build \
+                    settings: BLAS_INFO=open, BUILD_TYPE=Release\nCPU capability: AVX512";
+        let expected = [
+            ("PyTorch compiler", "GCC 13.3"),
+            ("PyTorch oneDNN", "3.11.2"),
+            ("PyTorch OpenMP", "201511"),
+            ("PyTorch CUDA", "13.0"),
+            ("PyTorch cuDNN", "91.9.0"),
+            ("PyTorch instruction set", "AVX512"),
+            ("PyTorch BLAS", "OPEN"),
+        ];
+        let expected = expected.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        assert_eq!(extension::parse_configuration(text), expected);
+    }
+
+    #[test]
     fn a_device_that_fails_is_unavailable_with_a_reason() {
         check_computes(Device::Cpu).unwrap();
         if cfg!(target_os = "macos") {

@@ -36,7 +36,8 @@ const INTERLEAVE_LIMIT: Duration = Duration::from_secs(110);
   scripts/bench
   scripts/bench 'train-step/.*/f32/'
   scripts/bench --full 'attention/torch-cpu/'
-  scripts/bench --model src/model/indicator.toml --batch 4 'train-step/.*/f32/'")]
+  scripts/bench --model src/model/indicator.toml --batch 4 'train-step/.*/f32/'
+  scripts/bench --torch 2.11.0 && scripts/baseline save torch-2.11")]
 pub struct Arguments {
     /// Measure the cases of the headline tables (default); about 5 minutes on a CPU, and 8 to 25 on a Mac (estimated)
     #[arg(long, overrides_with = "full")]
@@ -184,7 +185,7 @@ fn lock(folder: &Path) -> Result<File> {
 
 /// Builds the executables. Cargo's progress is visible, since the first build takes minutes.
 fn build(executables: &Executables, group: &ProcessGroup) -> Result<Side> {
-    if executables.folder.is_none() {
+    if executables.are_of_worktree() {
         let mut command = Command::new("cargo");
         command.args(["bench", "--no-run", "--locked", "--bench", "torch", "--bench", "mlx"]);
         let status = group.run(command.current_dir(revisions::root()))?;

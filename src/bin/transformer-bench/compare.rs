@@ -1,10 +1,11 @@
 //! `scripts/compare`: a verdict for each case on whether HEAD is slower than BASE.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, ensure};
+use transformer_bench::compare::builds;
 use transformer_bench::compare::cores;
 use transformer_bench::compare::decision::Verdict;
 use transformer_bench::compare::revisions::{self, Source, Spec};
@@ -16,6 +17,7 @@ use transformer_bench::results::machine::Machine;
 use transformer_bench::suite::{BackendId, Case, Framework};
 use transformer_bench::text;
 
+use super::bisect;
 use super::compare_arguments::{Arguments, no_case};
 use super::compare_baselines::{compare_baselines, compare_with_baseline};
 use super::options::print_progress;
@@ -26,6 +28,9 @@ use super::output::{Line, Report};
 /// # Errors
 /// Returns an error if the input is wrong, or a side does not build or start.
 pub fn run(arguments: &Arguments) -> Result<u8> {
+    if let Some((sides, filter)) = arguments.bisected()? {
+        return bisect::run(arguments, &sides, &filter);
+    }
     let Some(spec) = arguments.spec()? else {
         return arguments.print(&reevaluate(arguments.from.clone().flatten(), arguments.threshold)?);
     };
@@ -45,8 +50,17 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
         let effects = report.env_effects(&arguments.variables(), &Machine::read().commit);
         results::save_env_effects(&folder, effects)?;
     }
-    files::write_atomic(&folder.join("comparison.json"), &serde_json::to_string_pretty(&report.json())?)?;
+    save(&report)?;
     Ok(code)
+}
+
+/// Saves a comparison as the last one, for `--from`.
+///
+/// # Errors
+/// Returns an error if the file cannot be written.
+pub fn save(report: &Report) -> Result<()> {
+    let path = results::folder().join("comparison.json");
+    files::write_atomic(&path, &serde_json::to_string_pretty(&report.json())?)
 }
 
 /// Reads a finished comparison, the last one by default, and applies another threshold to it.
@@ -61,10 +75,9 @@ fn reevaluate(file: Option<PathBuf>, threshold: f64) -> Result<Report> {
 
 /// Compares two sides that can both run.
 fn interleaved(arguments: &Arguments, spec: &Spec) -> Result<Report> {
-    let base = revisions::build(&spec.base, &print_progress)?;
+    let base = builds::build(&spec.base, &print_progress)?;
     let mut head =
-        if spec.head == spec.base { base.clone() } else { revisions::build(&spec.head, &print_progress)? };
-    let mut notes: Vec<String> = revisions::harness_note(&spec.base, &spec.head).into_iter().collect();
+        if spec.head == spec.base { base.clone() } else { builds::build(&spec.head, &print_progress)? };
     if !arguments.env.is_empty() {
         head.name = format!("{} with {}", head.name, arguments.variables());
         head.environment = arguments.env.clone();
@@ -73,6 +86,15 @@ fn interleaved(arguments: &Arguments, spec: &Spec) -> Result<Report> {
     for (side, backend) in sides.iter_mut().zip(arguments.backends.iter().flatten()) {
         side.name = backend.to_string();
     }
+    compare_sides(arguments, spec, sides)
+}
+
+/// Compares two sides that are built.
+///
+/// # Errors
+/// Returns an error if the filter selects no case, if a process does not start, or if the user interrupts.
+pub fn compare_sides(arguments: &Arguments, spec: &Spec, sides: [Side; 2]) -> Result<Report> {
+    let mut notes: Vec<String> = revisions::harness_note(&spec.base, &spec.head).into_iter().collect();
     let start = Instant::now();
     let until = start + arguments.minutes;
     let threads = arguments.threads();
@@ -99,6 +121,7 @@ fn interleaved(arguments: &Arguments, spec: &Spec) -> Result<Report> {
         notes.push(format!("stopped after {minutes} min (--minutes)"));
     }
     notes.extend(worker::pinning_note(threads).map(str::to_owned));
+    notes.extend(library_note(&sides, &rows, until));
     let names = sides.map(|side| side.name);
     lines.extend(rows.iter().map(|row| Line::from_row(row, &names)));
     Ok(Report::new(names, lines, notes, arguments.threshold, start.elapsed()))
@@ -184,7 +207,10 @@ fn check_parity(sides: &[Side; 2], rows: &mut [Row], until: Instant) -> Result<O
                 Ok(_) => {}
                 // Early revisions do not know this request.
                 Err(error) if worker::is_unknown_request(&error) => {
-                    note = Some(format!("{} is too old to check its cases at these shapes", side.name));
+                    note = Some(format!(
+                        "{} can't check its cases at these shapes: it is too old, or in Python",
+                        side.name
+                    ));
                     break;
                 }
                 Err(error) => {
@@ -195,6 +221,26 @@ fn check_parity(sides: &[Side; 2], rows: &mut [Row], until: Instant) -> Result<O
         }
     }
     Ok(note)
+}
+
+/// Returns a note that lists where the libraries and settings of the two sides differ, besides the framework itself.
+///
+/// Returns `None` if nothing differs, or if a side is too old to describe itself.
+fn library_note(sides: &[Side; 2], rows: &[Row], until: Instant) -> Option<String> {
+    let frameworks: BTreeSet<Framework> = rows.iter().map(|row| row.base.backend.framework()).collect();
+    let mut all = Vec::new();
+    for framework in
+        frameworks.into_iter().filter(|f| sides[0].executables.get(f) != sides[1].executables.get(f))
+    {
+        let describe = |side| Worker::start(side, framework, Threads::All)?.until(until).machine();
+        let (base, head) = (describe(&sides[0]).ok()?, describe(&sides[1]).ok()?);
+        let release = format!("{}:", framework.label());
+        all.extend(
+            base.differences(&head).into_iter().filter(|difference| !difference.starts_with(&release)),
+        );
+    }
+    all.dedup();
+    (!all.is_empty()).then(|| format!("these differ too (base / head): {}", all.join("; ")))
 }
 
 #[cfg(test)]

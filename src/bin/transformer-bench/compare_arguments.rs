@@ -7,9 +7,9 @@ use anyhow::{Result, anyhow};
 use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use transformer_bench::compare::decision::{THRESHOLD, Verdict};
-use transformer_bench::compare::revisions::Spec;
+use transformer_bench::compare::revisions::{self, Source, Spec};
 use transformer_bench::compare::worker::Threads;
-use transformer_bench::suite::{BackendId, Set, parse_filter};
+use transformer_bench::suite::{BackendId, Framework, Set, parse_filter};
 
 use super::options;
 use super::output::Report;
@@ -28,6 +28,9 @@ use super::output::Report;
   scripts/compare baseline:nightly              the working tree and a saved baseline
   scripts/compare --from --threshold 5          the last comparison with another threshold
   scripts/compare --backends torch-cpu mlx-cpu  two frameworks
+  scripts/compare --torch 2.11.0 2.13.0         two releases of PyTorch
+  scripts/compare --bisect 2.11.0..2.13.0 'train-step/torch-cpu/f32/indicator-b1$'
+                                                the first release that is slower
   scripts/compare worktree --env OMP_NUM_THREADS=1 --threads all
                                                 the effect of a variable")]
 pub struct Arguments {
@@ -52,6 +55,16 @@ pub struct Arguments {
     /// Compare two backends of one side
     #[arg(long, num_args = 2, value_names = ["A", "B"])]
     pub backends: Option<Vec<BackendId>>,
+    /// Compare two releases of PyTorch, with the sources of one side
+    #[arg(long, num_args = 2, value_names = ["A", "B"], conflicts_with_all = ["mlx", "backends", "from", "bisect"])]
+    pub torch: Option<Vec<String>>,
+    /// Compare two releases of MLX, with the sources of one side
+    #[arg(long, num_args = 2, value_names = ["A", "B"], conflicts_with_all = ["backends", "from", "bisect"])]
+    pub mlx: Option<Vec<String>>,
+    /// Search the first release, or the first of several sides, that is slower than the first one for a case
+    #[arg(long, value_name = "A..B|SIDE,SIDE,…", value_delimiter = ',', value_parser = options::side)]
+    #[arg(conflicts_with_all = ["backends", "from", "env"])]
+    pub bisect: Option<Vec<String>>,
     /// Set an environment variable on the HEAD side only
     #[arg(long, value_name = "NAME=VALUE", value_parser = variable)]
     pub env: Vec<(String, String)>,
@@ -96,6 +109,21 @@ fn variable(text: &str) -> Result<(String, String), String> {
 }
 
 impl Arguments {
+    /// Checks all that does not depend on executables.
+    ///
+    /// # Errors
+    /// Returns an error that names the wrong argument.
+    pub fn check(&self) -> Result<()> {
+        match self.bisected()? {
+            Some(_) => Ok(()),
+            None => self.spec().map(drop),
+        }
+    }
+
+    fn words(&self) -> [Option<&str>; 3] {
+        [&self.base, &self.head, &self.filter].map(Option::as_deref)
+    }
+
     /// Returns both sides and the filter, or `None` with `--from`.
     ///
     /// # Errors
@@ -104,10 +132,25 @@ impl Arguments {
         if self.from.is_some() {
             return Ok(None);
         }
-        let [base, head, filter] = [&self.base, &self.head, &self.filter].map(Option::as_deref);
-        let spec = Spec::read(base, head, filter, self.backends.is_some())?;
+        let words = self.words();
+        let spec = match (self.torch.as_deref(), self.mlx.as_deref()) {
+            (Some([a, b]), _) => Spec::of_releases(Framework::Torch, [a, b], words)?,
+            (_, Some([a, b])) => Spec::of_releases(Framework::Mlx, [a, b], words)?,
+            _ => Spec::read(words[0], words[1], words[2], self.backends.is_some())?,
+        };
         parse_filter(&spec.filter)?;
         Ok(Some(spec))
+    }
+
+    /// Returns the sides of `--bisect` and the filter, or `None` without that option.
+    ///
+    /// # Errors
+    /// Returns an error if a word does not name a side, or if the filter is not a regular expression.
+    pub fn bisected(&self) -> Result<Option<(Vec<Source>, String)>> {
+        let Some(sides) = &self.bisect else { return Ok(None) };
+        let (sides, filter) = revisions::bisected(sides, self.words())?;
+        parse_filter(&filter)?;
+        Ok(Some((sides, filter)))
     }
 
     /// Returns the variables of `--env` as one text: `A=1 B=2`.

@@ -5,8 +5,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use transformer_bench::compare::baseline_level::{self, BaselineLevel};
+use transformer_bench::compare::builds;
 use transformer_bench::compare::decision::Verdict;
-use transformer_bench::compare::revisions::{self, Source, Spec};
+use transformer_bench::compare::revisions::{Source, Spec};
 use transformer_bench::compare::worker::{Side, Threads, Worker};
 use transformer_bench::results::baseline::{self, Baseline, SavedCase};
 use transformer_bench::results::machine::Machine;
@@ -53,7 +54,7 @@ pub fn compare_with_baseline(
     ensure!(arguments.backends.is_none(), "--backends compares two backends of one side, without a baseline");
     let base = load(name)?;
     check_model(&base)?;
-    let mut side = revisions::build(head, &print_progress)?;
+    let mut side = builds::build(head, &print_progress)?;
     side.environment = arguments.env.clone();
     let machine = machine_of(&side, &base)?;
     let mut notes = check_machines(&base.machine, &machine, arguments.allow_mismatch)?;

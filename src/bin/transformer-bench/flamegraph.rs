@@ -6,6 +6,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
+use transformer_bench::compare::builds;
 use transformer_bench::compare::decision::Verdict;
 use transformer_bench::compare::revisions;
 use transformer_bench::compare::signals::check_interrupted;
@@ -58,7 +59,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     arguments.check()?;
     let selected = select(arguments)?;
     let head = arguments.executables.build()?;
-    let build_base = |text: &String| revisions::build(&revisions::named(text)?, &print_progress);
+    let build_base = |text: &String| builds::build(&revisions::named(text)?, &print_progress);
     let base = arguments.diff.as_ref().map(build_base).transpose()?;
     let home = results::criterion_home();
     let mut pictures = String::new();

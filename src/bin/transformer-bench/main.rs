@@ -2,6 +2,7 @@
 
 mod baseline;
 mod bench;
+mod bisect;
 mod calibrate;
 mod compare;
 mod compare_arguments;
@@ -72,7 +73,7 @@ const CHECK_ARGUMENTS: &str = "TRANSFORMER_BENCH_CHECK_ARGUMENTS";
 fn check_arguments(command: &Command) -> anyhow::Result<()> {
     match command {
         Command::Bench(arguments) => arguments.selected().map(drop),
-        Command::Compare(arguments) => arguments.spec().map(drop),
+        Command::Compare(arguments) => arguments.check(),
         Command::Flamegraph(arguments) => arguments.check(),
         Command::Calibrate(arguments) => arguments.check(),
         Command::Report(_)

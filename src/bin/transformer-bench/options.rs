@@ -7,10 +7,12 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use clap::Args;
 use clap::builder::{OsStringValueParser, PossibleValuesParser, StringValueParser, TypedValueParser};
-use transformer_bench::compare::revisions::{self, Source};
+use transformer_bench::compare::builds;
+use transformer_bench::compare::releases::{self, Release};
+use transformer_bench::compare::revisions::{Source, with_release};
 use transformer_bench::compare::worker::Side;
 use transformer_bench::model::Lora;
-use transformer_bench::suite::Set;
+use transformer_bench::suite::{Framework, Set};
 
 /// Names the folder in which the user called a script. The scripts run this command in the project's root.
 const CALLER_FOLDER: &str = "TRANSFORMER_BENCH_CALLER_FOLDER";
@@ -81,16 +83,33 @@ pub struct Executables {
     /// Measure the executables DIR/torch and DIR/mlx instead of those of the working tree
     #[arg(long = "executables", value_name = "DIR", value_parser = path())]
     pub folder: Option<PathBuf>,
+    /// Measure the working tree with this release of PyTorch
+    #[arg(long, value_name = "RELEASE", value_parser = |text: &str| releases::find(Framework::Torch, text))]
+    #[arg(conflicts_with_all = ["folder", "mlx"])]
+    torch: Option<&'static Release>,
+    /// Measure the working tree with this release of MLX
+    #[arg(long, value_name = "RELEASE", value_parser = |text: &str| releases::find(Framework::Mlx, text))]
+    #[arg(conflicts_with = "folder")]
+    mlx: Option<&'static Release>,
 }
 
 impl Executables {
+    /// Returns true if they are those of the working tree with its locked releases.
+    pub fn are_of_worktree(&self) -> bool {
+        self.folder.is_none() && self.torch.or(self.mlx).is_none()
+    }
+
     /// Returns the executables, built if they are those of the working tree.
     ///
     /// # Errors
     /// Returns an error if the build fails or the folder has no executables.
     pub fn build(&self) -> Result<Side> {
-        let source = self.folder.clone().map_or(Source::Worktree, Source::Folder);
-        let side = revisions::build(&source, &print_progress)?;
+        let source = match (&self.folder, self.torch.or(self.mlx)) {
+            (Some(folder), _) => Source::Folder(folder.clone()),
+            (None, Some(release)) => with_release(release, &Source::Worktree)?,
+            (None, None) => Source::Worktree,
+        };
+        let side = builds::build(&source, &print_progress)?;
         ensure!(!side.executables.is_empty(), "{} has no executable torch or mlx", side.name);
         Ok(side)
     }

@@ -183,8 +183,8 @@ impl Line {
 
 /// The result of a comparison.
 pub struct Report {
-    names: [String; 2],
-    lines: Vec<Line>,
+    pub names: [String; 2],
+    pub lines: Vec<Line>,
     notes: Vec<String>,
     threshold: f64,
     elapsed: Duration,
