@@ -20,12 +20,7 @@ OPENBLAS = "scipy-openblas32>=0.3.30,<0.4"
 BINDGEN = "0.72.1"
 LIBCLANG = "libclang>=18,<19"
 BINDINGS = NATIVE / "bindings.rs"
-
-
-def bindings(mlx_sys):
-    """Returns the file of the bindings for a version of mlx-sys. Older versions that the manifests allow have their own."""
-    older = BINDINGS.with_name(f"bindings-{mlx_sys.name.removeprefix('mlx-sys-')}.rs")
-    return older if older.exists() else BINDINGS
+LATER_RELEASES = NATIVE / "later_releases.hpp"
 
 
 def version(mlx_sys):
@@ -114,9 +109,11 @@ def linux_sources(target):
     return [NATIVE / "compat.hpp", NATIVE / "mach.c"] if target.linux else []
 
 
-def compile_flags(target, source, mlx, libtorch):
-    """Returns the compiler flags of a file of mlx-c."""
+def compile_flags(target, source, mlx, libtorch, later=False):
+    """Returns the compiler flags of a file of mlx-c. `later` is true for a release after the one that it is written for."""
     extra = ["-include", NATIVE / "compat.hpp", *format_flags(libtorch)] if target.linux else []
+    if later:
+        extra += ["-include", LATER_RELEASES]
     return ["-std=c++20", "-O2", "-fPIC", f"-I{source}", f"-I{mlx / 'include'}", *extra]
 
 
@@ -129,11 +126,11 @@ def link_flags(target, lib):
     return [*shared, f"-L{lib}", "-lmlx", f"-Wl,-rpath,{target.origin}"]
 
 
-def compile_mlx_c(target, mlx_sys, work, libtorch, compiler="c++", env=None):
+def compile_mlx_c(target, mlx_sys, work, libtorch, compiler="c++", env=None, later=False):
     """Compiles libmlxc in the folder of libmlx, with additional environment variables."""
     source = mlx_sys / "src" / "mlx-c"
     mlx = work / "mlx"
-    flags = compile_flags(target, source, mlx, libtorch)
+    flags = compile_flags(target, source, mlx, libtorch, later)
     files = sorted((source / "mlx" / "c").glob("*.cpp"))
     objects = work / "objects"
     objects.mkdir()
@@ -155,15 +152,18 @@ def compile_mlx_c(target, mlx_sys, work, libtorch, compiler="c++", env=None):
     shutil.rmtree(objects)
 
 
-def prepare(target, mlx_sys, version, libtorch, cuda):
+def prepare(target, mlx_sys, release, libtorch, cuda):
     """Returns the folder with mlx/lib (libmlx, libmlxc), bindings.rs, and the name of the CPU's BLAS in `blas`.
 
     `cuda` is the folder of the CUDA packages, or None.
     """
     tag = mlx_platform(target)
     blas_key = [OPENBLAS] if target.linux else [tag, "deployment target"]
-    key = [version, mlx_sys.name, target.triple, *blas_key, str(cuda) if cuda else "cpu", "mlx 2",
-           [file_hash(path) for path in [*linux_sources(target), bindings(mlx_sys)]]]
+    key = [release, mlx_sys.name, target.triple, *blas_key, str(cuda) if cuda else "cpu", "mlx 2",
+           [file_hash(path) for path in [*linux_sources(target), BINDINGS]]]
+    later = release != version(mlx_sys)
+    if later:
+        key.append(file_hash(LATER_RELEASES))
 
     def build(work):
         if cuda:
@@ -173,13 +173,13 @@ def prepare(target, mlx_sys, version, libtorch, cuda):
             if (cuda / "nvidia").is_dir():
                 (work / "nvidia").symlink_to(cuda / "nvidia")
         else:
-            shutil.copytree(unpacked_wheel(target, version, tag), work, dirs_exist_ok=True, symlinks=True)
+            shutil.copytree(unpacked_wheel(target, release, tag), work, dirs_exist_ok=True, symlinks=True)
         bundled = next(iter(work.glob("mlx_*.libs")), None)
         blas = replace_blas(work / "mlx" / "lib" / target.file_name("mlx"), bundled) if target.linux and bundled else "as bundled"
         (work / "blas").write_text(("Accelerate" if not target.linux else blas) + "\n")
         env = {"MACOSX_DEPLOYMENT_TARGET": deployment_target(target, tag)} if tag else None
-        compile_mlx_c(target, mlx_sys, work, libtorch, env=env)
-        shutil.copyfile(bindings(mlx_sys), work / "bindings.rs")
+        compile_mlx_c(target, mlx_sys, work, libtorch, env=env, later=later)
+        shutil.copyfile(BINDINGS, work / "bindings.rs")
 
     return component("mlx", key, build)
 
@@ -190,10 +190,9 @@ def bindings_header(mlx_sys, version):
 
 
 def check_bindings(mlx_sys, version):
-    """Raises SetupError if the bindings belong to another version of mlx-sys."""
-    file = bindings(mlx_sys)
-    if not file.exists() or not file.read_text().startswith(bindings_header(mlx_sys, version)):
-        raise SetupError(f"{file.name} does not belong to {mlx_sys.name}: "
+    """Raises SetupError if bindings.rs belongs to another version of mlx-sys."""
+    if not BINDINGS.exists() or not BINDINGS.read_text().startswith(bindings_header(mlx_sys, version)):
+        raise SetupError(f"{BINDINGS.name} does not belong to {mlx_sys.name}: "
                          "run 'scripts/setup --bindings', then scripts/setup again")
 
 

@@ -126,8 +126,8 @@ class Releases(CompareCase):
     def test_releases_without_crates_are_refused_in_one_line(self):
         for arguments, word in (
                 (("--torch", "2.9.1", "2.13.0"), "choose PyTorch 2.11.0 or 2.13.0"),
-                (("--mlx", "0.32.2", "2.11.0"), "choose MLX 0.31.2 or 0.32.2"),
-                (("--bisect", "2.9.1..2.13.0"), "PyTorch 2.11.0 or 2.13.0, MLX 0.31.2 or 0.32.2"),
+                (("--mlx", "0.31.2", "0.32.2"), "choose MLX 0.32.2 or 0.32.3 or 0.32.4"),
+                (("--bisect", "2.9.1..2.13.0"), "PyTorch 2.11.0 or 2.13.0, MLX 0.32.2 or 0.32.3 or 0.32.4"),
                 (("--bisect", "2.13.0..2.11.0"), "to a later one"),
                 (("--bisect", "baseline:a,worktree"), "a baseline does not"),
                 (("--torch", "2.11.0", "2.13.0", "baseline:a"), "not from executables or a baseline"),

@@ -263,6 +263,7 @@ class Wheels(SetupCase):
         mlx_sys = self.folder / "mlx-sys-0.7.0"
         (mlx_sys / "src/mlx-c/mlx/c").mkdir(parents=True)
         (mlx_sys / "src/mlx-c/mlx/c/array.cpp").touch()
+        (mlx_sys / "src/mlx-c/CMakeLists.txt").write_text("GIT_TAG v0.32.2)\n")
         commands, targets = [], set()
         path = self.metal_wheel()
 
@@ -386,6 +387,14 @@ class Bindings(SetupCase):
         mlx_sys = crates.crate_folders(row)["mlx-sys"]
         self.assert_error("scripts/setup --bindings", mlx.check_bindings, mlx_sys.with_name("mlx-sys-9.9.9"), "0.32.2")
         self.assert_error("scripts/setup --bindings", mlx.check_bindings, mlx_sys, "9.9.9")
+
+    def test_a_later_release_of_mlx_gets_translated_calls(self):
+        for row in (target.LINUX["x86_64"], target.MAC):
+            with mock.patch.object(mlx, "format_flags", return_value=[]):
+                flags = [mlx.compile_flags(row, Path("/c"), Path("/m"), None, later) for later in (False, True)]
+            self.assertEqual([mlx.LATER_RELEASES in each for each in flags], [False, True])
+            self.assertTrue(mlx.LATER_RELEASES.exists())
+        self.assertNotEqual(self.setup.inputs(True), self.setup.inputs(True, "0.32.3"))
 
     def test_the_bindings_only_have_names_of_mlx(self):
         """Names of one system would fail on another."""

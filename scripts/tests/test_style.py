@@ -46,7 +46,7 @@ PYTHON = ["scripts/*", "scripts/**/*.py", "src/**/*.py"]
 NATIVE = ["src/**/*.cpp", "src/**/*.hpp", "src/**/*.h", "src/**/*.c"]
 PAGES = ["src/**/*.html"]
 # Tables of old words, and quotations from other projects.
-EXEMPT = {"scripts/tests/test_style.py", "src/mlx/native/bindings.rs", "src/mlx/native/bindings-0.6.0.rs", "src/results/upgrade.rs"}
+EXEMPT = {"scripts/tests/test_style.py", "src/mlx/native/bindings.rs", "src/results/upgrade.rs"}
 
 
 def files(patterns):

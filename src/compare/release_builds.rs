@@ -6,8 +6,9 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::OnceLock;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use super::builds::{self, BuildCache};
 use super::releases::{Release, require_crates};
@@ -28,7 +29,15 @@ pub fn build(release: &Release, sources: &Source, report: &dyn Fn(&str)) -> Resu
     let id = format!("{}-{}", release.framework.id(), release.version);
     let tree = cache.tree(&id)?;
     let key = match sources {
-        Source::Worktree => copy_sources(&root(), &tree.0)?,
+        Source::Worktree => {
+            static FIRST: OnceLock<String> = OnceLock::new();
+            let checksum = copy_sources(&root(), &tree.0)?;
+            ensure!(
+                *FIRST.get_or_init(|| checksum.clone()) == checksum,
+                "the working tree was changed while it was built with another release: compare again"
+            );
+            checksum
+        }
         Source::Revision { commit, name } => {
             builds::export(commit, name, &tree.0)?;
             commit[..12].to_owned()
@@ -40,7 +49,7 @@ pub fn build(release: &Release, sources: &Source, report: &dyn Fn(&str)) -> Resu
     report(&format!("setting up {release} (downloads up to 0.6 GB once, or several GB with an NVIDIA GPU)"));
     let mut setup = Command::new("./scripts/setup");
     // The release is compared as published, not as the user's own libtorch.
-    setup.arg("--quiet").current_dir(&tree.0).env_remove("LIBTORCH");
+    setup.arg("--quiet").args(release.setup_options()).current_dir(&tree.0).env_remove("LIBTORCH");
     builds::run_quietly(setup, &format!("{release}: its set-up failed"))?;
     let hash = files::checksum(&builds::configuration(&tree.0));
     let folder = cache.folder.join(format!("{key}-{id}-{hash:016x}"));

@@ -1,7 +1,8 @@
 //! Releases of PyTorch and MLX that the suite can be built with.
 //!
-//! [`RELEASES`] is the only place that relates a release to versions of crates. `tch` and `mlx-sys` are written for one
-//! release each, so a release without a row has no crate that fits.
+//! [`RELEASES`] is the only place that relates a release to versions of crates. A version of `tch` fits one release.
+//! A version of `mlx-sys` contains mlx-c, which fits the releases whose C++ interface it calls. Set-up compiles it with each
+//! of them (`src/mlx/native/later_releases.hpp`). A release without a row has no crate that fits.
 
 use std::fmt;
 use std::fs;
@@ -12,7 +13,7 @@ use toml::{Table, Value};
 
 use crate::suite::Framework;
 
-/// A release of a framework, and the crates that were written for it.
+/// A release of a framework, and the crates that fit.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Release {
     pub framework: Framework,
@@ -23,20 +24,25 @@ pub struct Release {
 
 /// All releases, from the oldest to the newest of each framework. The requirements in `src/torch/Cargo.toml` and
 /// `src/mlx/Cargo.toml` allow these versions of the crates.
-static RELEASES: [Release; 4] = [
+static RELEASES: [Release; 5] = [
     Release { framework: Framework::Torch, version: "2.11.0", crates: &[("tch", "0.24.0")] },
     Release { framework: Framework::Torch, version: "2.13.0", crates: &[("tch", "0.26.0")] },
-    Release {
-        framework: Framework::Mlx,
-        version: "0.31.2",
-        crates: &[("mlx-rs", "0.32.0"), ("mlx-sys", "0.6.0")],
-    },
-    Release {
-        framework: Framework::Mlx,
-        version: "0.32.2",
-        crates: &[("mlx-rs", "0.33.0"), ("mlx-sys", "0.7.0")],
-    },
+    Release { framework: Framework::Mlx, version: "0.32.2", crates: MLX_0_32 },
+    Release { framework: Framework::Mlx, version: "0.32.3", crates: MLX_0_32 },
+    Release { framework: Framework::Mlx, version: "0.32.4", crates: MLX_0_32 },
 ];
+
+const MLX_0_32: &[(&str, &str)] = &[("mlx-rs", "0.33.0"), ("mlx-sys", "0.7.0")];
+
+impl Release {
+    /// Returns the options of set-up that select the release, if the crates do not.
+    pub fn setup_options(&self) -> Vec<&'static str> {
+        match self.framework {
+            Framework::Torch => Vec::new(),
+            Framework::Mlx => vec!["--mlx", self.version],
+        }
+    }
+}
 
 impl fmt::Display for Release {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -59,7 +65,7 @@ pub fn find(framework: Framework, version: &str) -> Result<&'static Release> {
     let found = RELEASES.iter().find(|r| r.framework == framework && r.version == version);
     found.with_context(|| {
         format!(
-            "{} {version} cannot be built, because no allowed crate was written for it: choose {} \
+            "{} {version} cannot be built, because no allowed crate fits: choose {} \
              (scripts/compare-python compares any release)",
             framework.label(),
             list(framework)
@@ -139,12 +145,18 @@ mod tests {
     use super::*;
     use crate::files::tests::scratch;
 
-    /// Returns true if `version` is in a requirement such as `>=0.24, <0.27`.
+    /// Returns true if `version` is in a requirement such as `>=0.24, <0.27` or `0.33`.
     fn allows(requirement: &str, version: &str) -> bool {
         let parts = |text: &str| -> Vec<u64> { text.trim().split('.').map(|n| n.parse().unwrap()).collect() };
-        requirement.split(',').all(|bound| match bound.trim().split_at_checked(2) {
-            Some((">=", least)) => parts(version) >= parts(least),
-            _ => parts(version) < parts(bound.trim().strip_prefix('<').unwrap()),
+        requirement.split(',').map(str::trim).all(|bound| {
+            if let Some(least) = bound.strip_prefix(">=") {
+                parts(version) >= parts(least)
+            } else if let Some(limit) = bound.strip_prefix('<') {
+                parts(version) < parts(limit)
+            } else {
+                // Versions 0.N.P are compatible if they have the same N.
+                bound.starts_with("0.") && parts(version).starts_with(&parts(bound))
+            }
         })
     }
 
@@ -174,7 +186,7 @@ mod tests {
     fn a_range_has_the_releases_of_one_framework_in_order() {
         let names = |text| range(text).map(|all| all.iter().map(|r| r.to_string()).collect::<Vec<_>>());
         assert_eq!(names("2.11.0..2.13.0").unwrap(), ["PyTorch 2.11.0", "PyTorch 2.13.0"]);
-        for wrong in ["2.13.0..2.11.0", "2.11.0..2.11.0", "2.13.0..0.31.2", "2.9.1..2.13.0", "..", "2.11.0"] {
+        for wrong in ["2.13.0..2.11.0", "2.11.0..2.11.0", "2.13.0..0.32.2", "2.9.1..2.13.0", "..", "2.11.0"] {
             assert!(range(wrong).is_err(), "{wrong}");
         }
     }
@@ -187,15 +199,15 @@ mod tests {
             let manifest = Path::new("src").join(framework.id()).join("Cargo.toml");
             fs::copy(Path::new(env!("CARGO_MANIFEST_DIR")).join(&manifest), tree.join(&manifest)).unwrap();
         }
-        require_crates(find(Framework::Mlx, "0.31.2").unwrap(), &tree).unwrap();
+        require_crates(find(Framework::Mlx, "0.32.3").unwrap(), &tree).unwrap();
         let text = fs::read_to_string(tree.join("src/mlx/Cargo.toml")).unwrap();
         let written: Table = text.parse().unwrap();
         let macos = &written["target"]["cfg(target_os = \"macos\")"]["dependencies"];
         for dependencies in [&written["dependencies"], macos] {
-            assert_eq!(dependencies["mlx-rs"]["version"].as_str(), Some("=0.32.0"), "{text}");
+            assert_eq!(dependencies["mlx-rs"]["version"].as_str(), Some("=0.33.0"), "{text}");
             assert_eq!(dependencies["mlx-rs"]["default-features"].as_bool(), Some(false), "{text}");
         }
-        assert_eq!(written["dependencies"]["mlx-sys"]["version"].as_str(), Some("=0.6.0"), "{text}");
+        assert_eq!(written["dependencies"]["mlx-sys"]["version"].as_str(), Some("=0.7.0"), "{text}");
         fs::write(tree.join("src/torch/Cargo.toml"), "[dependencies]\n").unwrap();
         let error = require_crates(find(Framework::Torch, "2.11.0").unwrap(), &tree).unwrap_err();
         assert!(error.to_string().contains("needs the crate tch"), "{error}");
