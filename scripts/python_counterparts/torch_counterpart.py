@@ -95,7 +95,8 @@ def check(case, variant):
     no_dropout = network.Dropout({site: 0.0 for site in case["dropout"]})
     net, data = network.build(case, variant != "eager", no_dropout), network.data(case)
     wide_net = copy.deepcopy(net).to("cpu", torch.float64)
-    wide = [t.to("cpu", torch.float64 if t.is_floating_point() else t.dtype) for t in data]
+    # The third input belongs to the loss, which is computed in f32.
+    wide = [t.to("cpu", torch.float64 if t.is_floating_point() and i < 2 else t.dtype) for i, t in enumerate(data)]
     loss, forward = functions(case, variant, net, data)
     if case["workload"] == "forward":
         with torch.no_grad():
@@ -124,9 +125,8 @@ def versions():
                           ("oneDNN", r"MKL-DNN v([\d.]+)"), ("OpenMP", r"- OpenMP (\d+)")):
         if match := re.search(pattern, text):
             found[f"PyTorch {name}"] = match[1]
-    if torch.version.cuda:
+    if torch.cuda.is_available():
         found["PyTorch CUDA"] = torch.version.cuda
-    if torch.version.cuda and torch.backends.cudnn.is_available():
         found["PyTorch cuDNN"] = str(torch.backends.cudnn.version())
     return found
 
