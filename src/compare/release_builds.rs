@@ -134,7 +134,7 @@ mod tests {
             }
         }
         std::os::unix::fs::symlink("a.rs", from.join("scripts/link")).unwrap();
-        let mut copy = || {
+        let copy = || {
             let _ = fs::remove_dir_all(&to);
             fs::create_dir_all(&to).unwrap();
             copy_sources(&from, &to).unwrap()

@@ -113,10 +113,12 @@ pub fn require_crates(release: &Release, tree: &Path) -> Result<()> {
         fs::write(&path, manifest.to_string())
             .with_context(|| format!("{} could not be written", path.display()))?;
     }
-    for (_, (name, _)) in found.iter().zip(release.crates).filter(|(found, _)| !**found) {
-        bail!("{release} needs the crate {name}, which these sources do not use");
+    match found.iter().position(|found| !found) {
+        Some(index) => {
+            bail!("{release} needs the crate {}, which these sources do not use", release.crates[index].0)
+        }
+        None => Ok(()),
     }
-    Ok(())
 }
 
 /// Sets the version of a crate in all tables of dependencies. Returns true if one has it.

@@ -17,7 +17,7 @@ use super::cores::physical_cores;
 use super::signals::check_interrupted;
 use crate::files::Scratch;
 use crate::results::machine::Machine;
-use crate::results::upgrade;
+use crate::results::{self, upgrade};
 use crate::statistics::lower_quartile;
 use crate::suite::{Case, Framework, Set, parse_filter};
 
@@ -116,7 +116,9 @@ impl Worker {
             .args(["--bench", "--worker"])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
+            .stderr(Stdio::piped())
+            // A copied executable cannot derive this folder, which has its passed checks, from its own path.
+            .env("TRANSFORMER_BENCH_RESULTS", results::folder());
         if threads == Threads::One {
             for name in
                 ["OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"]
