@@ -121,7 +121,7 @@ fn describe(
     let mut texts: Vec<String> =
         reports.iter().map(|(_, report)| report.text(false, arguments.markdown)).collect();
     let printed = if arguments.markdown { text::markdown(conclusion) } else { conclusion.to_owned() };
-    texts.push(format!("{printed} ({} comparisons of {} sides)\n", reports.len(), names.len()));
+    texts.push(format!("{printed}\nsides: {}, comparisons: {}\n", names.len(), reports.len()));
     texts.join("\n")
 }
 
