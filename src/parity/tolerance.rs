@@ -37,6 +37,11 @@ const FAST_MATH_FACTOR: f64 = 8.0;
 /// 3.3 times the tolerance without this factor.
 const SATURATED_FAST_MATH_FACTOR: f64 = 32.0;
 
+/// [`SATURATED_TOLERANCE_FACTOR`] of fused attention, as a factor. On a CPU with AVX-512, PyTorch computes its exp with an
+/// error of up to 20 units in the last place (`exp_u20` in ATen's `vec512_float.h`). The largest error measured there is
+/// 1.5 times the tolerance without this factor.
+const SATURATED_FUSED_FACTOR: f64 = 4.0;
+
 /// Returns true if the device of a case computes functions in fast math.
 fn uses_fast_math(case: &Case) -> bool {
     case.backend.device() == Device::AppleGpu
@@ -63,22 +68,31 @@ fn tolerance_factor(name: &str, fixture: &Fixture, accumulation: Accumulation) -
         (true, false) => FAST_MATH_FACTOR,
         (true, true) => SATURATED_FAST_MATH_FACTOR,
     };
+    let of_fusion = if fixture.case.fuses_attention() { SATURATED_FUSED_FACTOR } else { 1.0 };
     match precision {
-        Precision::F32 | Precision::Tf32 if is_saturated => of_functions * SATURATED_TOLERANCE_FACTOR,
+        Precision::F32 | Precision::Tf32 if is_saturated => {
+            of_functions.max(of_fusion) * SATURATED_TOLERANCE_FACTOR
+        }
         Precision::F32 => of_functions * SUM_TOLERANCE_FACTOR,
         _ if is_narrow_sum(name, accumulation) => SUM_TOLERANCE_FACTOR,
         _ => TOLERANCE_FACTOR,
     }
 }
 
-/// Returns the smallest tolerance of the scale. A long sum in bf16 stops growing, so that MLX's gradients of biases were
+/// Returns the smallest tolerance of the scale. Each layer rounds common factors, such as that of its norm, and the errors
+/// of several layers add up like a random walk. In 30 layers on an H200, the largest error was 1.0 %, of 2.1 % that are
+/// allowed. A long sum in bf16 stops growing, so that MLX's gradients of biases were
 /// measured to be half as large as the reference, and PyTorch's gradients of norms 20 % smaller. A wrong sign is an
 /// error of 2.
-fn min_scale_tolerance(name: &str, accumulation: Accumulation) -> f64 {
+fn min_scale_tolerance(name: &str, shape: Shape, accumulation: Accumulation) -> f64 {
+    let layers = match shape {
+        Shape::Model { model, .. } => model.layers,
+        _ => 1,
+    };
     match accumulation {
         Accumulation::Narrow if is_narrow_sum(name, accumulation) => 0.75,
         Accumulation::NarrowInNorms if is_narrow_sum(name, accumulation) => 0.4,
-        _ => MIN_SCALE_TOLERANCE,
+        _ => MIN_SCALE_TOLERANCE * (layers as f64).sqrt(),
     }
 }
 
@@ -359,7 +373,7 @@ fn expected_results(
     let errors = rounding_errors(&exact, rounded_runs(fixture), |seed| {
         reference::compute(fixture, Rounding { seed, ..rounding }, masks)
     });
-    let min_scale = |name: &str| min_scale_tolerance(name, accumulation);
+    let min_scale = |name: &str| min_scale_tolerance(name, fixture.case.shape, accumulation);
     let checks_scale = !matches!(precision, Precision::F32 | Precision::Tf32);
     let min_scale = checks_scale.then_some(&min_scale as &dyn Fn(&str) -> f64);
     with_tolerances(exact, errors, |name| tolerance_factor(name, fixture, accumulation), min_scale)
