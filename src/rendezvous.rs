@@ -1,12 +1,17 @@
 //! The variables with which launched ranks find each other, checked before a framework waits for the others.
 
+use std::net::{TcpStream, ToSocketAddrs};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::files;
 use crate::suite::Framework;
 use crate::text::variable;
+
+/// Time between attempts to connect.
+const RETRY: Duration = Duration::from_millis(100);
 
 /// Variable with the file that connects PyTorch's ranks of one machine, instead of `MASTER_ADDR` and `MASTER_PORT`.
 pub const FILE_VARIABLE: &str = "TRANSFORMER_BENCH_RENDEZVOUS_FILE";
@@ -58,10 +63,43 @@ pub fn master() -> Result<(String, u16)> {
     }
 }
 
+/// Waits until PyTorch's first rank accepts connections. libtorch waits up to three times its time limit.
+///
+/// # Errors
+/// Returns an error after `limit`.
+pub fn wait_for_master(host: &str, port: u16, limit: Duration) -> Result<()> {
+    let start = Instant::now();
+    let connect = || -> std::io::Result<()> {
+        let address = (host, port).to_socket_addrs()?.next();
+        let address = address.ok_or(std::io::ErrorKind::NotFound)?;
+        TcpStream::connect_timeout(&address, limit.saturating_sub(start.elapsed()).max(RETRY)).map(drop)
+    };
+    while let Err(error) = connect() {
+        let seconds = limit.as_secs();
+        ensure!(
+            start.elapsed() < limit,
+            "rank 0 did not answer at {host}:{port} within {seconds} s: {error}"
+        );
+        std::thread::sleep(RETRY);
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::files::tests::scratch;
+
+    #[test]
+    fn a_first_rank_that_does_not_listen_is_an_error_in_time() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        wait_for_master("127.0.0.1", port, Duration::from_secs(5)).unwrap();
+        drop(listener);
+        let start = Instant::now();
+        let error = wait_for_master("127.0.0.1", port, Duration::from_millis(300)).unwrap_err().to_string();
+        assert!(error.contains("did not answer") && start.elapsed() < Duration::from_secs(3), "{error}");
+    }
 
     #[test]
     fn a_hosts_file_lists_addresses_with_ports() {

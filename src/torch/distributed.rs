@@ -85,6 +85,9 @@ fn init_process_group() -> Result<()> {
             Some(file) => (CString::new(file.as_bytes())?, 0),
             None => {
                 let (host, port) = rendezvous::master()?;
+                if rank.index > 0 {
+                    rendezvous::wait_for_master(&host, port, COLLECTIVE_TIMEOUT)?;
+                }
                 (CString::new(host)?, c_int::from(port))
             }
         };
