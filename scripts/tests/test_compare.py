@@ -7,7 +7,7 @@ import subprocess
 import time
 import unittest
 
-from support import PROGRAM, ROOT, CompareCase, process_ends
+from support import PROGRAM, ROOT, CompareCase, process_ends, temporary_folder
 
 
 class Compare(CompareCase):
@@ -62,10 +62,14 @@ class Compare(CompareCase):
 
     def test_processes_of_two_speeds_are_no_regression(self):
         """PyTorch on Metal: 40 % of the processes take 2.5 times as long."""
-        side = self.side("bimodal", "step *= random.Random(os.getpid()).choice([1, 1, 1, 2.5, 2.5])")
+        numbers = temporary_folder(self)
+        # Processes take their speeds in turn, because random ones are all equal by chance in some runs.
+        claim = f"open(f'{numbers}/{{os.getpid()}}', 'w').close(); factor = [1, 2.5, 1, 1, 2.5][len(os.listdir('{numbers}')) % 5]"
+        side = self.side("bimodal", f"if 'factor' not in globals(): {claim}\n    step *= factor")
         code, text = self.compare(side, side, "--set", "smoke", "--minutes", "0.2")
-        # A regression is 1. All processes of the first rounds have the same speed by chance in 2 % of the runs.
-        self.assertIn(code, (0, 3), text)
+        # Not 1, a regression.
+        self.assertEqual(code, 3, text)
+        self.assertIn("inconclusive", text)
 
     def test_steps_that_stop_computing_fail(self):
         idle = 'if word == "verify": print("failed: no work", flush=True); continue'
