@@ -170,35 +170,37 @@ impl<'a> Suite<'a> {
         available.retain(|case| backends.get(case.backend).is_some());
         options.check_baseline(&self.criterion_home, &available)?;
         if self.checks() && !options.test {
-            let time = estimate::format(estimate::timing(&self.runnable(selected), options.set, &machine));
-            let count = self.runnable(selected).len();
-            eprintln!("{framework}: {count} cases, timed in an estimated {time} after their checks");
+            let runnable = self.runnable(selected);
+            let time = estimate::format(estimate::timing(&runnable, options.set, &machine));
+            eprintln!(
+                "{framework}: {} cases, timed in an estimated {time} after their checks",
+                runnable.len()
+            );
         }
-        let mut writer = if !options.test && options.profile.is_none() && !options.load_baseline {
-            let selection = Selection { set: options.set.to_string(), filter: options.filter.to_string() };
-            let (folder, tf32) = (results::folder(), backend::is_tf32_process());
-            Some(Writer::begin(&folder, framework, tf32, selection, selected, machine)?)
-        } else {
-            None
-        };
+        let mut writer = None;
         let (mut records, mut done) = (Vec::new(), 0);
         let mut elapsed = Duration::ZERO;
-        for group in self.groups(selected) {
-            self.prepare(framework, &group, rank)?;
+        let [ready, uncompiled] = self.groups(selected);
+        for (group, is_compiled) in [(ready, true), (uncompiled, false)] {
+            if !is_compiled && group.is_empty() {
+                continue;
+            }
+            self.prepare(framework, &group, is_compiled, rank)?;
+            if writer.is_none() && !options.test && options.profile.is_none() && !options.load_baseline {
+                let selection =
+                    Selection { set: options.set.to_string(), filter: options.filter.to_string() };
+                let (folder, tf32) = (results::folder(), backend::is_tf32_process());
+                let machine = machine.clone();
+                writer = Some(Writer::begin(&folder, framework, tf32, selection, selected, machine)?);
+            }
             let started = Instant::now();
             for case in &group {
                 let (position, left) = (records.len() + 1, available.len() - done);
                 let eta = eta(elapsed + started.elapsed(), done, left);
-                let record = self.measure(case, &format!("[{position}/{}{eta}]", selected.len()));
-                records.extend(record);
+                records.extend(self.measure(case, &format!("[{position}/{}{eta}]", selected.len())));
                 done += usize::from(available.contains(case));
-                // The order of the suite is that of the report.
-                let mut ordered = records.clone();
-                ordered.sort_by_key(|record: &Record| {
-                    selected.iter().position(|case| case.to_string() == record.id)
-                });
                 if let Some(writer) = &mut writer {
-                    writer.save(&ordered)?;
+                    writer.save(&records)?;
                 }
             }
             elapsed += started.elapsed();
@@ -220,22 +222,28 @@ impl<'a> Suite<'a> {
         cases.iter().copied().filter(|case| self.environment.backend_for(case).is_ok()).collect()
     }
 
-    /// Returns the cases in the order of their measurement: first those that are ready, then those to compile.
-    /// Compiling a deep model takes minutes.
-    fn groups(&self, selected: &[Case]) -> Vec<Vec<Case>> {
+    /// Returns the cases that are ready, and those to compile, which are measured later. Compiling a deep model takes
+    /// minutes.
+    fn groups(&self, selected: &[Case]) -> [Vec<Case>; 2] {
         let needs_compile =
             |case: &Case| self.environment.backend_for(case).is_ok_and(|b| b.needs_compile(case));
-        let (later, ready): (Vec<Case>, Vec<Case>) = selected.iter().partition(|case| needs_compile(case));
-        [ready, later].into_iter().filter(|group| !group.is_empty()).collect()
+        let (uncompiled, ready) = selected.iter().partition(|case| needs_compile(case));
+        [ready, uncompiled]
     }
 
-    /// Compiles and checks cases.
-    fn prepare(&mut self, framework: Framework, cases: &[Case], rank: Option<Rank>) -> Result<()> {
+    /// Checks cases, after compiling them if they are not compiled.
+    fn prepare(
+        &mut self,
+        framework: Framework,
+        cases: &[Case],
+        is_compiled: bool,
+        rank: Option<Rank>,
+    ) -> Result<()> {
         if !self.checks() {
             return Ok(());
         }
         let mut runnable = self.runnable(cases);
-        let failed = self.compile_cases(&runnable);
+        let failed = if is_compiled { ParityResults::new() } else { self.compile_cases(&runnable) };
         runnable.retain(|case| !failed.contains_key(case));
         self.parity.extend(match rank {
             // A subprocess would not be a rank.
@@ -247,15 +255,12 @@ impl<'a> Suite<'a> {
         Ok(())
     }
 
-    /// Compiles the cases that need it. Returns those that failed, with the reason.
+    /// Compiles cases. Returns those that failed, with the reason.
     fn compile_cases(&self, cases: &[Case]) -> ParityResults {
         let mut failed = ParityResults::new();
         for backend in &self.environment.backends.available {
-            let cases: Vec<Case> = cases
-                .iter()
-                .copied()
-                .filter(|case| case.backend == backend.id() && backend.needs_compile(case))
-                .collect();
+            let cases: Vec<Case> =
+                cases.iter().copied().filter(|case| case.backend == backend.id()).collect();
             if cases.is_empty() {
                 continue;
             }
