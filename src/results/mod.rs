@@ -296,9 +296,7 @@ impl RunModel {
 
     /// Returns the numbers of tokens, as `--tokens` takes them. Returns `None` if the model has a fixed number.
     pub fn lengths(&self) -> Option<String> {
-        let lengths = std::iter::once(&self.configuration.tokens).chain(&self.other_lengths);
-        let lengths: Vec<String> = lengths.map(usize::to_string).collect();
-        self.configuration.is_language_model().then(|| lengths.join(","))
+        self.configuration.is_language_model().then(|| self.custom_model().lengths())
     }
 
     /// Returns the environment variables that select this model, with PATH as a placeholder for its file.

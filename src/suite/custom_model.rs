@@ -35,6 +35,12 @@ impl CustomModel {
         Shape::for_model(self.model, self.batch).with_micro_batches(self.micro_batches)
     }
 
+    /// Returns the numbers of tokens, as `--tokens` takes them.
+    pub fn lengths(&self) -> String {
+        let lengths = std::iter::once(&self.model.tokens).chain(&self.other_lengths);
+        lengths.map(usize::to_string).collect::<Vec<_>>().join(",")
+    }
+
     /// Returns the shapes of the training steps, the headline's first.
     pub fn step_shapes(&self) -> Vec<Shape> {
         let other = |&tokens: &usize| {
@@ -116,9 +122,7 @@ pub fn from_environment(capacity: impl FnOnce() -> MachineCapacity) -> Result<Ve
         std::env::set_var(BATCH_VARIABLE, custom.batch.to_string());
         std::env::set_var(ACCUMULATE_VARIABLE, custom.micro_batches.to_string());
         if model.is_language_model() {
-            let lengths = std::iter::once(&custom.model.tokens).chain(&custom.other_lengths);
-            let lengths: Vec<String> = lengths.map(usize::to_string).collect();
-            std::env::set_var(TOKENS_VARIABLE, lengths.join(","));
+            std::env::set_var(TOKENS_VARIABLE, custom.lengths());
         }
     }
     Ok(notes.into_iter().chain([message]).collect())

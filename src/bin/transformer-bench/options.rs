@@ -32,23 +32,23 @@ pub fn path() -> impl TypedValueParser<Value = PathBuf> {
     OsStringValueParser::new().map(|text| in_caller_folder(&text))
 }
 
+fn is_whole_number(text: &str, max: usize) -> bool {
+    text.parse().is_ok_and(|number| (1..=max).contains(&number))
+}
+
 /// Parses a whole number from 1 to `max`, and returns it as text for the environment.
 pub fn whole_number(max: usize) -> impl TypedValueParser<Value = String> {
-    StringValueParser::new().try_map(move |text| match text.parse() {
-        Ok(number) if (1..=max).contains(&number) => Ok(text),
-        _ => Err(format!("expected a whole number from 1 to {max}")),
+    StringValueParser::new().try_map(move |text| match is_whole_number(&text, max) {
+        true => Ok(text),
+        false => Err(format!("expected a whole number from 1 to {max}")),
     })
 }
 
 /// Parses whole numbers from 1 to `max` that are separated by commas, and returns them as text for the environment.
 pub fn whole_numbers(max: usize) -> impl TypedValueParser<Value = String> {
-    StringValueParser::new().try_map(move |text| {
-        let valid = |number: &str| number.parse().is_ok_and(|number: usize| (1..=max).contains(&number));
-        if text.split(',').all(valid) {
-            Ok(text)
-        } else {
-            Err(format!("expected whole numbers from 1 to {max}, separated by commas"))
-        }
+    StringValueParser::new().try_map(move |text| match text.split(',').all(|n| is_whole_number(n, max)) {
+        true => Ok(text),
+        false => Err(format!("expected whole numbers from 1 to {max}, separated by commas")),
     })
 }
 
