@@ -332,6 +332,12 @@ pub fn check_supported(case: &Case) -> Result<(), Unsupported> {
         Variant::Overlap if case.shape.ranks() == 1 => {
             return no("one device has no communication: use the same case with -dp2");
         }
+        variant if variant.reduces_memory() && !case.workload.has_loss() => {
+            return no("without a loss and its gradients, there is no memory of a backward pass to reduce");
+        }
+        Variant::ChunkedLoss if !case.is_language_model() => {
+            return no("only a cross-entropy over a vocabulary can be computed in chunks");
+        }
         Variant::Eager | Variant::Overlap | Variant::Compile | Variant::Tuned => {}
         _ if case.shape.ranks() == 1 => {}
         _ => return no("data-parallel cases have the variants eager, -overlap, -compile and -tuned"),

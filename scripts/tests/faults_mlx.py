@@ -11,6 +11,8 @@ ATTENTION = "attention-grad/mlx-cpu/f32/b16-h8-t111-d32"
 FORWARD = "forward/mlx-cpu/f32/indicator-b16"
 ADAPTED = ["train-step/mlx-cpu/f32/indicator-tiny-b2-lora4", "train-step/mlx-cpu/f32-tuned/indicator-tiny-b2-lora4"]
 ACCUMULATED = ["train-step/mlx-cpu/f32/indicator-tiny-b8-a4", "train-step/mlx-cpu/f32-tuned/indicator-tiny-b8-a4"]
+RECOMPUTED = ["train-step/mlx-cpu/f32-checkpoint/indicator-tiny-b2"]
+CHUNKED = ["train-step/mlx-cpu/f32-chunked-loss/gpt2-tiny-b2-t16", "train-step/mlx-cpu/mixed-chunked-loss/gpt2-tiny-b2-t16"]
 # A model without dropout.
 GPT2 = "train-step/mlx-cpu/f32-tuned/gpt2-tiny-b2-t16"
 GPT2_GRADIENTS = "forward-backward/mlx-cpu/f32/gpt2-tiny-b2-t16"
@@ -89,6 +91,16 @@ FAULTS = [
     ("division by micro-batches forgotten", ACCUMULATED,
      [(PROGRAM, "let share = «1.0 / self.case.shape.micro_batches() as f64»;", "1.0")]),
     ("only the last micro-batch counts", ACCUMULATED, [(PROGRAM, "*own = «own.add(sum)?»;", "own.clone()")]),
+    ("fresh masks in recomputed layers", RECOMPUTED,
+     [(NETWORK, "let mut layers = «layers.clone()»;", "Layers { random: RandomState::from_key("
+       "mlx_rs::random::key(crate::count(\"mask\"))?), ..layers.clone() }")]),
+    ("parameters that are constants of a recomputed layer", RECOMPUTED,
+     [(NETWORK, "let y = recompute::checkpoint(body, «&inputs»)?", "&inputs.iter().enumerate().map(|(i, a)| "
+       "if i == 0 { Ok(a.clone()) } else { mlx_rs::stop_gradient(a) }).collect::<Result<Vec<_>>>()?")]),
+    ("the last chunk of the loss dropped", CHUNKED,
+     [(NETWORK, "let loss = «recompute::checkpoint(body, &inputs)?.remove(0)»;",
+       "{ let loss = recompute::checkpoint(body, &inputs)?.remove(0); let last = ends.len() as u64; "
+       "if crate::count(\"chunk\") % (last + 1) == last { scale(&loss, 0.0)? } else { loss } }")]),
     ("adapters of the first step in every step", [ADAPTED[0]],
      [(PROGRAM, "self.forward(self.in_order(«trained», a.frozen), inputs, &mut layers)?", "crate::first_inputs(trained)")]),
     ("a base that moves", ADAPTED,

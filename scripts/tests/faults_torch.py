@@ -22,6 +22,8 @@ ADAPTED = [f"train-step/torch-cpu/{method}/indicator-tiny-b2-lora4" for method i
 ADAPTED_COMPILED = "train-step/torch-cpu/f32-compile/indicator-tiny-b2-lora4"
 ACCUMULATED = ["train-step/torch-cpu/f32/indicator-tiny-b8-a4", "train-step/torch-cpu/f32-tuned/indicator-tiny-b8-a4",
                "train-step/torch-cpu/mixed-tuned/indicator-tiny-b8-a4"]
+RECOMPUTED = ["train-step/torch-cpu/f32-checkpoint/indicator-tiny-b2", "train-step/torch-cpu/mixed-checkpoint/indicator-tiny-b2"]
+CHUNKED = ["train-step/torch-cpu/f32-chunked-loss/gpt2-tiny-b2-t16", "train-step/torch-cpu/mixed-chunked-loss/gpt2-tiny-b2-t16"]
 ACCUMULATED_COMPILED = "train-step/torch-cpu/f32-compile/indicator-tiny-b8-a4"
 
 HELPERS = """
@@ -48,7 +50,7 @@ pub fn drop_shared(x: &Tensor, p: f64, shared: &[usize]) -> Tensor {
 """
 
 NETWORK, STEP, LEAVES, COMPILED_STEP = "network.rs", "step.rs", "leaves.rs", "compiled_step.rs"
-ACCUMULATION = "accumulation.rs"
+ACCUMULATION, SEGMENTS = "accumulation.rs", "segments.rs"
 PYTHON, PACKAGE = "inductor/network.py", "inductor/package.py"
 
 DROP = "if p > 0.0 { «x.dropout(p, true)» } else { x }"
@@ -57,7 +59,7 @@ SDPA = "«Tensor::scaled_dot_product_attention(&q, &k, &v, mask, p, causal, m.sc
 KEYS = "let (k, v) = «(repeat(k), repeat(v))»;"
 LAYER_NORM = "«x.layer_norm(last, weight, bias, eps, true)»"
 UPDATE = "«state.step(&self.adamw, &self.leaves.trained, gradients)»"
-BACKWARD = "let gradients = «extension::grad(&loss, None, &self.leaves.differentiated)?»;"
+BACKWARD = "let gradients = «autograd::grad(&loss, None, leaves)?»;"
 SOFTMAX = "dropout(«scores.softmax(-1, None::<Kind>)», self.dropout.weights)"
 MICRO_BATCH = "let mean = network::loss(&self.layers.model, &«self.forward(inputs)?», inputs);"
 TIME = "    «»/// Runs all-reduces without waiting between them"
@@ -160,10 +162,10 @@ EAGER = [
       (STEP, "fn checkpoint(&mut self) -> Result<Vec<Named>> {«»", READ),
       (STEP, "fn restore(&mut self, tensors: &[Named], seed: u64) -> Result<()> {«»", READ)]),
     ("no backward pass from the fourth step on", [TRAIN, GPT2, GPT2_GRADIENTS],
-     [(STEP, BACKWARD, "crate::cached(3, || extension::grad(&loss, None, &self.leaves.differentiated))?")]),
+     [(STEP, BACKWARD, "crate::cached(3, || autograd::grad(&loss, None, leaves))?")]),
     ("gradients 1.5 times too large in even steps", [TRAIN, GPT2, GPT2_GRADIENTS],
      [(STEP, BACKWARD, "{ let factor = 1.0 + 0.5 * (crate::count(\"backward\") % 2) as f64; "
-       "extension::grad(&loss, None, &self.leaves.differentiated)?.iter().map(|g| g * factor).collect() }")]),
+       "autograd::grad(&loss, None, leaves)?.iter().map(|g| g * factor).collect() }")]),
     ("a cached forward pass", [FORWARD, "attention/torch-cpu/f32/b16-h8-t111-d32"],
      [(STEP, "self.results = «tch::no_grad(|| self.forward(self.inputs()))?»;",
        "crate::cached(1, || tch::no_grad(|| self.forward(self.inputs())))?")]),
@@ -179,6 +181,13 @@ EAGER = [
      [(ACCUMULATION, "«extension::foreach_add(&self.gradients, &gradients)»", "self.gradients = gradients; Ok(())")]),
     ("the inputs of the last micro-batch in all", ACCUMULATED,
      [(STEP, MICRO_BATCH, "self.forward(&self.micro_batches[count - 1])?")]),
+    ("fresh masks in recomputed layers", RECOMPUTED, [(SEGMENTS, "«autograd::set_random_state(self.device, &state)?»;", "()")]),
+    ("the last recomputed layer at the parameters of the first", RECOMPUTED[:1],
+     [(SEGMENTS, "self.layers.layer(&x, &self.network.blocks[«index»], index)", "0")]),
+    ("the last chunk of the loss dropped", CHUNKED,
+     [(SEGMENTS, "for start in «(0..count).step_by(chunk as usize)» {", "(0..(count - chunk).max(1)).step_by(chunk as usize)")]),
+    ("chunks of the loss that count as the whole", CHUNKED,
+     [(SEGMENTS, "(share * «length as f64 / count as f64»)", "1.0")]),
     ("a base that moves", ADAPTED,
      [(STEP, UPDATE, "{ for leaf in self.leaves.stored.iter().filter(|leaf| !leaf.requires_grad()) { "
        "let _ = leaf.shallow_clone().multiply_scalar_(0.999); } "

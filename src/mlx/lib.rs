@@ -7,6 +7,7 @@ mod distributed;
 mod library;
 mod network;
 mod program;
+mod recompute;
 mod step;
 
 use std::path::Path;

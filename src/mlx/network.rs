@@ -1,12 +1,16 @@
 //! The network in MLX. Dimensions: B batch, N (T) tokens, D width, H heads, F feed-forward width, V vocabulary.
 
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use crate::recompute;
 use half::{bf16, f16};
 use mlx_rs::error::Result;
 use mlx_rs::ops::indexing::{take_along_axis, take_axis};
 use mlx_rs::random::{RandomState, bernoulli};
 use mlx_rs::{Array, Dtype, fast, ops};
 use transformer_bench::model::parameters::{
-    Attention, Embedding, FeedForward, IndicatorHead, Layer, Linear, Network, Norm, OutputHead,
+    Attention, Embedding, FeedForward, InOrder, IndicatorHead, Layer, Linear, Network, Norm, OutputHead,
 };
 use transformer_bench::model::{
     Activation, AttentionKind, Dropout, Lora, Model, ModelId, NormKind, NormOrder, Output, Position,
@@ -40,7 +44,7 @@ pub struct AttentionCache {
 }
 
 /// Returns the constants of each kind of attention.
-pub fn attention_caches(m: &Model) -> Vec<AttentionCache> {
+pub fn attention_caches(m: &Model) -> Rc<[AttentionCache]> {
     let cache = |kind: AttentionKind| {
         let listed = match kind.position {
             Position::Rotary(rotary) if rotary.frequencies.is_some() => rotary.frequencies(m.head_width),
@@ -74,10 +78,13 @@ impl AttentionCache {
 }
 
 /// Configuration of the layers, and the random state of dropout.
+#[derive(Clone)]
 pub struct Layers {
     pub model: ModelId,
     /// Constants of attention, by the model's kinds of attention.
-    pub caches: Vec<AttentionCache>,
+    pub caches: Rc<[AttentionCache]>,
+    /// True if the backward pass computes each layer again.
+    pub recomputes: bool,
     /// True for fused attention, unless the attention weights need dropout, which MLX's kernel does not have.
     pub fused: bool,
     /// Dropout probabilities, which are 0 outside training.
@@ -242,6 +249,24 @@ impl Layers {
         self.residual(&x, [norm2, output2], dropouts[1], |layers, x| layers.feed_forward(x, &l.feed_forward))
     }
 
+    /// Applies a layer that the backward pass computes again, with the same dropout masks.
+    fn recomputed_layer(&mut self, x: &Array, l: &Layer<Array>, index: usize) -> Result<Array> {
+        let mut inputs = vec![x.clone()];
+        inputs.extend(l.tensors());
+        let next_state = Rc::new(RefCell::new(self.random.clone()));
+        let (layers, state) = (self.clone(), next_state.clone());
+        let body = move |inputs: &[Array]| {
+            let mut layers = layers.clone();
+            let l = Layer::take(&mut InOrder(inputs[1..].iter().cloned()), "", &layers.model);
+            let y = layers.layer(&inputs[0], &l, index)?;
+            *state.borrow_mut() = layers.random;
+            Ok(vec![y])
+        };
+        let y = recompute::checkpoint(body, &inputs)?.remove(0);
+        self.random = next_state.borrow().clone();
+        Ok(y)
+    }
+
     /// Completes the result of a block for the residual addition.
     fn branch(&mut self, y: Array, norm: Option<&Norm<Array>>, p: f64) -> Result<Array> {
         let y = norm.map_or(Ok(y.clone()), |norm| self.norm(&y, norm))?;
@@ -269,8 +294,8 @@ impl Layers {
         linear(&self.dropout(active, self.dropout.heads)?, &h.out)?.squeeze_axes(&[-1])
     }
 
-    /// Returns the outputs of the model, in the order of [`Model::output_names`].
-    pub fn model(&mut self, inputs: &[Array], p: &Network<Array>) -> Result<Vec<Array>> {
+    /// Returns the input of the output head [B, N, D].
+    fn hidden(&mut self, inputs: &[Array], p: &Network<Array>) -> Result<Array> {
         let embedded = match &p.embedding {
             Embedding::Tokens(table, token_type) => {
                 let rows = take_axis(table, &inputs[0], 0)?;
@@ -288,26 +313,68 @@ impl Layers {
         }
         x = self.dropout(x, self.dropout.embedding)?; // [B, N, D]
         for (index, layer) in p.blocks.iter().enumerate() {
-            x = self.layer(&x, layer, index)?;
+            let recomputes = self.recomputes;
+            x = if recomputes {
+                self.recomputed_layer(&x, layer, index)
+            } else {
+                self.layer(&x, layer, index)
+            }?;
         }
         if let Some(norm) = &p.final_norm {
             x = self.norm(&x, norm)?;
         }
-        x = scale(&x, self.model.scale.hidden)?;
-        let logits = match &p.output {
-            OutputHead::IndicatorHeads([selection, allocation]) => {
-                let selection = self.head(&x, selection)?;
-                return Ok(vec![selection, softmax(&self.head(&x, allocation)?)?]);
-            }
+        scale(&x, self.model.scale.hidden)
+    }
+
+    /// Returns the outputs of the model, in the order of [`Model::output_names`].
+    pub fn model(&mut self, inputs: &[Array], p: &Network<Array>) -> Result<Vec<Array>> {
+        let x = self.hidden(inputs, p)?;
+        if let OutputHead::IndicatorHeads([selection, allocation]) = &p.output {
+            let selection = self.head(&x, selection)?;
+            return Ok(vec![selection, softmax(&self.head(&x, allocation)?)?]);
+        }
+        Ok(vec![self.logits(&x, &p.output, p.token_table())?])
+    }
+
+    /// Applies the output head of a language model: x [.., D] → logits [.., V].
+    fn logits(&self, x: &Array, output: &OutputHead<Array>, token_table: &Array) -> Result<Array> {
+        let logits = match output {
+            OutputHead::IndicatorHeads(_) => unreachable!("a language model"),
             OutputHead::MlmHead { dense, norm, bias } => {
-                let hidden = activate(&linear(&x, dense)?, self.model.activation)?;
-                let hidden = self.norm(&hidden, norm)?;
-                ops::addmm(bias, hidden, p.token_table().transpose()?, None, None)?
+                let hidden = activate(&linear(x, dense)?, self.model.activation)?;
+                ops::addmm(bias, self.norm(&hidden, norm)?, token_table.transpose()?, None, None)?
             }
-            OutputHead::Untied(output) => linear(&x, output)?,
-            OutputHead::Tied => x.matmul(p.token_table().transpose()?)?,
+            OutputHead::Untied(output) => linear(x, output)?,
+            OutputHead::Tied => x.matmul(token_table.transpose()?)?,
         };
-        Ok(vec![soft_cap(scale(&logits, self.model.scale.logits)?, self.model.cap.logits)?])
+        soft_cap(scale(&logits, self.model.scale.logits)?, self.model.cap.logits)
+    }
+
+    /// Returns the cross-entropy of a language model in f32. The logits of a chunk of the tokens exist at a time, and the
+    /// backward pass computes them again.
+    pub fn chunked_loss(&mut self, inputs: &[Array], p: &Network<Array>) -> Result<Array> {
+        let (x, targets) = (self.hidden(inputs, p)?, inputs[1].reshape(&[-1])?);
+        let (rows, count) = (x.reshape(&[-1, x.dim(-1)])?, targets.dim(0));
+        let chunk = self.model.loss_chunk_rows(count as usize);
+        let ends: Vec<i32> = (chunk as i32..count).step_by(chunk).collect();
+        let parts = ops::split_at_indices(&rows, &ends, 0)?;
+        let mut total: Option<Array> = None;
+        for (rows, targets) in parts.into_iter().zip(ops::split_at_indices(&targets, &ends, 0)?) {
+            // The mean over all tokens is the sum of the shares of the chunks.
+            let share = f64::from(targets.dim(0)) / f64::from(count);
+            let layers = self.clone();
+            let body = move |inputs: &[Array]| {
+                let mut parameters = InOrder(inputs[2..].iter().cloned());
+                let output = OutputHead::take(&mut parameters, &layers.model);
+                let logits = layers.logits(&inputs[0], &output, &inputs[1])?;
+                Ok(vec![scale(&cross_entropy(&logits, &targets)?, share)?])
+            };
+            let mut inputs = vec![rows, p.token_table().clone()];
+            inputs.extend(p.output.tensors());
+            let loss = recompute::checkpoint(body, &inputs)?.remove(0);
+            total = Some(total.map_or(Ok(loss.clone()), |total| total.add(&loss))?);
+        }
+        Ok(total.expect("a batch has tokens"))
     }
 }
 
@@ -347,7 +414,7 @@ fn indicator_loss(selection: &Array, weights: &Array, usefulness: &Array) -> Res
     bce.add(scale(&mse, 0.5)?)?.add(scale(&probability.mean(false)?, 0.1)?)
 }
 
-/// Returns the cross-entropy of logits [B, T, V] and targets [B, T].
+/// Returns the mean cross-entropy of logits [.., V] and targets [..] in f32.
 fn cross_entropy(logits: &Array, targets: &Array) -> Result<Array> {
     let logits = logits.as_dtype(Dtype::Float32)?;
     let target_logits =

@@ -11,7 +11,7 @@ use transformer_bench::backend::result_names;
 use transformer_bench::fixture::AdamW;
 use transformer_bench::model::parameters::{InOrder, Parameters};
 use transformer_bench::model::{Dropout, ModelId};
-use transformer_bench::suite::{Case, Precision, Shape, Workload};
+use transformer_bench::suite::{Case, Precision, Shape, Variant, Workload};
 
 use crate::distributed;
 use crate::network::{self, Layers, scalar};
@@ -175,6 +175,7 @@ impl Program {
         Layers {
             model,
             caches: network::attention_caches(&model),
+            recomputes: self.case.method.variant == Variant::Checkpoint,
             fused: self.case.method.variant.uses_sdpa(),
             dropout: self.dropout,
             random: RandomState::from_key(key),
@@ -187,12 +188,18 @@ impl Program {
         // The mean of the batch is the sum of the shares of its micro-batches.
         let share = 1.0 / self.case.shape.micro_batches() as f64;
         let loss = |p: &[Array]| -> Result<Vec<Array>, Exception> {
-            Ok(vec![network::scale(&network::loss(&model, &forward(p, a.inputs)?, a.inputs)?, share)?])
+            let outputs = forward(p, a.inputs)?;
+            let loss = match self.case.method.variant {
+                Variant::ChunkedLoss => outputs[0].clone(),
+                _ => network::loss(&model, &outputs, a.inputs)?,
+            };
+            Ok(vec![network::scale(&loss, share)?])
         };
         let (loss, gradients) = value_and_grad_with_argnums(loss, &all)(a.trained)?;
         Ok(loss.into_iter().chain(gradients).collect())
     }
 
+    /// Returns the outputs of the network, or its loss if it is computed in chunks.
     fn forward<'a>(
         &self,
         parameters: impl Iterator<Item = &'a Array>,
@@ -212,6 +219,9 @@ impl Program {
         // The third input belongs to the loss and keeps its type.
         let inputs = inputs.iter().take(2).map(cast).collect::<Result<Vec<_>, _>>()?;
         Ok(match self.case.shape.take_parameters(&mut InOrder(parameters.into_iter())) {
+            Parameters::Model(network) if self.case.method.variant == Variant::ChunkedLoss => {
+                vec![layers.chunked_loss(&inputs, &network)?]
+            }
             Parameters::Model(network) => layers.model(&inputs, &network)?,
             Parameters::Attention(attention) => vec![layers.attention(&inputs[0], &attention, 0)?],
             Parameters::FeedForward(block) => vec![layers.feed_forward(&inputs[0], &block)?],

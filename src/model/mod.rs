@@ -383,6 +383,12 @@ impl Model {
         if self.qk_norm_across_heads { [queries, keys] } else { [self.head_width; 2] }
     }
 
+    /// Returns the rows of logits that a chunked loss computes at a time, of `rows` tokens: the power of two from which on
+    /// they need the memory of all hidden states. It is the rule "aspect_ratio" of `torch.nn.LinearCrossEntropyOptions`.
+    pub fn loss_chunk_rows(&self, rows: usize) -> usize {
+        rows.div_ceil(self.vocabulary.div_ceil(self.width)).next_power_of_two()
+    }
+
     /// Returns true if a sample is a sequence of tokens. Ids then contain the number of tokens.
     pub fn is_language_model(&self) -> bool {
         self.input == Input::Tokens

@@ -3,6 +3,8 @@
 //! The reference and both frameworks store their own tensors in the structures below, filled in the same
 //! order. Weights are [out, in], as in the linear layers of both frameworks.
 
+mod flatten;
+
 use super::{Block, Input, Model, NormKind, NormOrder, Output, Position};
 
 /// Distribution of a parameter's initial values.
@@ -297,7 +299,8 @@ impl<T> FeedForward<T> {
 }
 
 impl<T> Layer<T> {
-    fn take(source: &mut impl ParameterSource<Item = T>, name: &str, m: &Model) -> Self {
+    /// Takes the parameters of a layer from `source`.
+    pub fn take(source: &mut impl ParameterSource<Item = T>, name: &str, m: &Model) -> Self {
         let attention = Attention::take(source, &format!("{name}.attention"), m);
         let norm1 = Norm::take(source, &format!("{name}.norm1"), m.width, m.norm);
         let feed_forward = FeedForward::take(source, &format!("{name}.feed-forward"), m);
@@ -338,7 +341,8 @@ impl<T> Embedding<T> {
 const SMALL: f32 = 0.05;
 
 impl<T> OutputHead<T> {
-    fn take(source: &mut impl ParameterSource<Item = T>, m: &Model) -> Self {
+    /// Takes the parameters of the output head from `source`.
+    pub fn take(source: &mut impl ParameterSource<Item = T>, m: &Model) -> Self {
         match m.output {
             Output::Tied => Self::Tied,
             Output::Untied => {

@@ -24,6 +24,11 @@ impl Case {
         if self.workload.trains() { self.shape.dropout() } else { Dropout::NONE }
     }
 
+    /// Returns true if the loss is a cross-entropy over a vocabulary.
+    pub fn is_language_model(&self) -> bool {
+        self.shape.model().is_some_and(|(model, _)| model.is_language_model())
+    }
+
     /// Returns true if the model has adapters, and all its other parameters are frozen.
     pub fn has_adapters(&self) -> bool {
         self.shape.model().is_some_and(|(model, _)| model.lora.is_some())

@@ -82,6 +82,11 @@ impl Workload {
         }
     }
 
+    /// Returns true if the loss of a model and its gradients are part of the work.
+    pub fn has_loss(self) -> bool {
+        matches!(self, Self::ForwardBackward | Self::TrainStep)
+    }
+
     /// Returns true if AdamW is part of the work.
     pub fn optimizes(self) -> bool {
         matches!(self, Self::OptimizerStep | Self::TrainStep)
@@ -226,6 +231,10 @@ named! {
         Overlap => "overlap",
         /// The step compiled by the framework's compiler.
         Compile => "compile",
+        /// Activations of a layer recomputed in the backward pass.
+        Checkpoint => "checkpoint",
+        /// The cross-entropy and its logits computed for a part of the tokens at a time.
+        ChunkedLoss => "chunked-loss",
         /// All hand-written optimizations that do not change the result.
         Tuned => "tuned",
     }
@@ -240,6 +249,11 @@ impl Variant {
     /// Returns true if the step calls a fused AdamW.
     pub fn uses_fused_adamw(self) -> bool {
         matches!(self, Self::FusedAdamw | Self::Tuned)
+    }
+
+    /// Returns true if it only reduces the memory of a backward pass.
+    pub fn reduces_memory(self) -> bool {
+        matches!(self, Self::Checkpoint | Self::ChunkedLoss)
     }
 
     /// Returns true if ranks all-reduce gradients in buckets during the backward pass.

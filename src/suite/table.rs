@@ -1,6 +1,6 @@
 //! The table of cases.
 
-use super::{BackendId, Case, CustomModel, Framework, Method, Set, Shape, Workload, custom_model};
+use super::{BackendId, Case, CustomModel, Framework, Method, Set, Shape, Variant, Workload, custom_model};
 use crate::model::ModelId;
 
 /// The batch and the shape of the headline tables.
@@ -74,6 +74,8 @@ const MIXED: &str = "mixed f32-tuned bf16-tuned mixed-tuned";
 const TF32: &str = "tf32 tf32-tuned";
 /// One optimization each.
 const SINGLE: &str = "f32-sdpa f32-fused-adamw mixed-sdpa mixed-fused-adamw";
+/// Variants that need less memory. A model without a vocabulary has only the first of each precision.
+const MEMORY: &str = "f32-checkpoint f32-chunked-loss mixed-checkpoint mixed-chunked-loss";
 
 #[rustfmt::skip]
 const TABLE: &[Row] = &[
@@ -86,6 +88,8 @@ const TABLE: &[Row] = &[
     row(Smoke,   &[TrainStep],     Only(Torch),    TINY,                          "amp"),
     row(Smoke,   &[TrainStep],     Any,            TINY,                          TF32),
     row(Smoke,   &[TrainStep],     Any,            TINY,                          SINGLE),
+    row(Smoke,   &[TrainStep],     Any,            TINY,                          MEMORY),
+    row(Smoke,   &[TrainStep],     Only(Torch),    TINY,                          "amp-checkpoint amp-chunked-loss"),
     row(Smoke,   &[TrainStep],     Only(Torch),    TINY,                          "f32-cudagraph mixed-cudagraph"),
     row(Smoke,   &[TrainStep],     Only(Mlx),      TINY,                          "f32-compile mixed-compile"),
     // The compiler takes half a minute per case.
@@ -136,6 +140,7 @@ const TABLE: &[Row] = &[
     row(Full,    &[TrainStep],     Any,            SWEEP,                         TF32),
     row(Full,    &[TrainStep],     Only(Torch),    SWEEP,                         "amp"),
     row(Full,    &[TrainStep],     Any,            "indicator-b16",               SINGLE),
+    row(Full,    &[TrainStep],     Any,            "indicator-b16 gpt2-b8-t1024", MEMORY),
     row(Full,    &[TrainStep],     Any,            "indicator-b16-a4",            "f32 f32-tuned f32-compile mixed-tuned"),
     row(Full,    &[Forward, OptimizerStep], Any,   LORA,                          "f32"),
     row(Full,    &[ForwardBackward, TrainStep], Any, LORA,                        "f32 f32-tuned bf16 bf16-tuned"),
@@ -239,7 +244,9 @@ fn all_cases_for(set: Set, custom: Option<&CustomModel>) -> Vec<Case> {
             for (shape, mut methods) in by_shape {
                 methods.sort();
                 methods.dedup();
-                all.extend(methods.into_iter().map(|method| Case { workload, backend, method, shape }));
+                let cases = methods.into_iter().map(|method| Case { workload, backend, method, shape });
+                let chunks = |case: &Case| case.method.variant == Variant::ChunkedLoss;
+                all.extend(cases.filter(|case| !chunks(case) || case.is_language_model()));
             }
         }
     }
@@ -249,7 +256,7 @@ fn all_cases_for(set: Set, custom: Option<&CustomModel>) -> Vec<Case> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::suite::{Precision, Variant};
+    use crate::suite::Precision;
 
     #[test]
     fn the_table_has_every_precision_variant_and_model() {

@@ -309,7 +309,7 @@ mod tests {
         let sync = GradientSync::Buckets(Buckets::new(&parameters, BucketSizes::DDP, true).unwrap());
         let gradients = |factor: f64| {
             let loss = (&parameters[0] * factor).sum(tch::Kind::Float);
-            extension::grad(&loss, None, &parameters).unwrap()
+            crate::autograd::grad(&loss, None, &parameters).unwrap()
         };
         for _ in 0..2 {
             sync.start_backward(&[], false).unwrap();
@@ -330,7 +330,7 @@ mod tests {
             for step in 1..3 {
                 let term = |(i, p): (usize, &Tensor)| p.sum(tch::Kind::Float) * (i as i64 + step);
                 let loss: Tensor = parameters.iter().enumerate().map(term).sum();
-                let gradients = extension::grad(&loss, None, &parameters).unwrap();
+                let gradients = crate::autograd::grad(&loss, None, &parameters).unwrap();
                 let means = sync.finish_backward(gradients).unwrap();
                 for (i, (mean, parameter)) in means.iter().zip(&parameters).enumerate() {
                     assert_eq!(mean.size(), parameter.size());

@@ -25,13 +25,6 @@ unsafe extern "C" {
     fn tb_foreach_copy(to: *const RawTensor, from: *const RawTensor, count: usize) -> c_int;
     fn tb_foreach_add(sums: *const RawTensor, others: *const RawTensor, count: usize) -> c_int;
     fn tb_foreach_mul(tensors: *const RawTensor, factor: f64, count: usize) -> c_int;
-    fn tb_grad(
-        output: RawTensor,
-        upstream: RawTensor,
-        inputs: *const RawTensor,
-        count: usize,
-        gradients: *mut RawTensor,
-    ) -> c_int;
     fn tb_adamw(
         parameters: *const RawTensor,
         gradients: *const RawTensor,
@@ -94,7 +87,7 @@ fn first_line(text: &str) -> String {
 }
 
 /// Returns the number of a device in the C++ functions.
-fn device_code(device: Device) -> c_int {
+pub fn device_code(device: Device) -> c_int {
     match device {
         Device::Mps => 1,
         Device::Cuda(_) => 2,
@@ -303,14 +296,6 @@ pub fn foreach_mul(tensors: &[Tensor], factor: f64) -> Result<()> {
     let tensors = as_raw_list(tensors);
     // SAFETY: a list of `tensors.len()` live tensors.
     check_status(unsafe { tb_foreach_mul(tensors.as_ptr(), factor, tensors.len()) })
-}
-
-/// Returns the gradients of `output` with respect to `inputs`. `upstream` is the gradient of `output`, or `None` for 1.
-pub fn grad(output: &Tensor, upstream: Option<&Tensor>, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
-    let upstream = upstream.map_or(std::ptr::null_mut(), as_raw);
-    let raw = as_raw_list(inputs);
-    // SAFETY: all tensors outlive the call, and `out` has a slot per input.
-    returned(raw.len(), |out| unsafe { tb_grad(as_raw(output), upstream, raw.as_ptr(), raw.len(), out) })
 }
 
 /// State of AdamW in the type of the parameters, as in torch.optim.

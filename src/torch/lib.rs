@@ -5,6 +5,7 @@
 //! wraps C++ functions that tch lacks.
 
 mod accumulation;
+mod autograd;
 mod checkpoint;
 mod compiled_step;
 mod distributed;
@@ -13,6 +14,7 @@ mod inductor;
 mod leaves;
 mod network;
 mod params;
+mod segments;
 mod step;
 
 use std::path::Path;

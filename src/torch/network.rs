@@ -239,7 +239,8 @@ impl Layers {
         self.linear(&dropout(hidden, self.dropout.hidden), &f.down)
     }
 
-    fn layer(&self, x: &Tensor, l: &Layer<Tensor>, index: usize) -> Tensor {
+    /// Applies the layer of an index: x [B, N, D] → [B, N, D].
+    pub fn layer(&self, x: &Tensor, l: &Layer<Tensor>, index: usize) -> Tensor {
         let dropouts = [self.dropout.attention(), self.dropout.residual];
         if self.model.norm_order.is_parallel() {
             let input = self.norm(x, &l.norm1);
@@ -282,8 +283,8 @@ impl Layers {
         self.linear(&dropout(hidden, self.dropout.heads), &h.out).squeeze_dim(-1)
     }
 
-    /// Returns the hidden states [B, N, D] before the output head.
-    fn hidden(&self, inputs: &[Tensor], p: &Network<Tensor>) -> Tensor {
+    /// Returns the input of the first layer [B, N, D].
+    pub fn embed(&self, inputs: &[Tensor], p: &Network<Tensor>) -> Tensor {
         let embedded = match &p.embedding {
             Embedding::Tokens(table, token_type) => {
                 let rows = Tensor::embedding(table, &inputs[0], -1, false, false);
@@ -298,26 +299,38 @@ impl Layers {
         if let Some(norm) = &p.embedding_norm {
             x = self.norm(&x, norm);
         }
-        x = dropout(x, self.dropout.embedding);
-        for (index, layer) in p.blocks.iter().enumerate() {
-            x = self.layer(&x, layer, index);
-        }
-        let x = p.final_norm.as_ref().map_or(x.shallow_clone(), |norm| self.norm(&x, norm));
+        dropout(x, self.dropout.embedding)
+    }
+
+    /// Returns the input of the output head, from the result of the last layer [B, N, D].
+    pub fn finish_layers(&self, x: &Tensor, p: &Network<Tensor>) -> Tensor {
+        let x = p.final_norm.as_ref().map_or(x.shallow_clone(), |norm| self.norm(x, norm));
         scale(x, self.model.scale.hidden)
+    }
+
+    /// Returns the input of the output head [B, N, D].
+    pub fn hidden(&self, inputs: &[Tensor], p: &Network<Tensor>) -> Tensor {
+        let layers = p.blocks.iter().enumerate();
+        let x = layers.fold(self.embed(inputs, p), |x, (index, layer)| self.layer(&x, layer, index));
+        self.finish_layers(&x, p)
     }
 
     /// Returns the outputs of the model, in the order of [`Model::output_names`].
     pub fn model(&self, inputs: &[Tensor], p: &Network<Tensor>) -> Vec<Tensor> {
-        let x = self.hidden(inputs, p);
+        self.outputs(&self.hidden(inputs, p), p)
+    }
+
+    /// Applies the output head: x [.., D] → the outputs of the model.
+    pub fn outputs(&self, x: &Tensor, p: &Network<Tensor>) -> Vec<Tensor> {
         let logits = match &p.output {
             OutputHead::IndicatorHeads([selection, allocation]) => {
-                return vec![self.head(&x, selection), self.head(&x, allocation).softmax(-1, None::<Kind>)];
+                return vec![self.head(x, selection), self.head(x, allocation).softmax(-1, None::<Kind>)];
             }
             OutputHead::MlmHead { dense, norm, bias } => {
-                let hidden = self.norm(&self.activate(&self.linear(&x, dense)), norm);
+                let hidden = self.norm(&self.activate(&self.linear(x, dense)), norm);
                 hidden.linear(p.token_table(), Some(bias))
             }
-            OutputHead::Untied(output) => self.linear(&x, output),
+            OutputHead::Untied(output) => self.linear(x, output),
             OutputHead::Tied => x.linear(p.token_table(), None::<&Tensor>),
         };
         vec![soft_cap(scale(logits, self.model.scale.logits), self.model.cap.logits)]
@@ -333,10 +346,15 @@ pub fn loss(model: &Model, outputs: &[Tensor], inputs: &[Tensor]) -> Tensor {
     match model.output {
         // Cross-entropy of logits [B, T, V] and targets [B, T].
         Output::Tied | Output::Untied | Output::MlmHead => {
-            outputs[0].flatten(0, 1).log_softmax(-1, Kind::Float).nll_loss(&inputs[1].flatten(0, 1))
+            cross_entropy(&outputs[0].flatten(0, 1), &inputs[1].flatten(0, 1))
         }
         Output::IndicatorHeads => indicator_loss(&outputs[0], &outputs[1], &inputs[2]),
     }
+}
+
+/// Returns the mean cross-entropy of logits [N, V] and targets [N] in f32.
+pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Tensor {
+    logits.log_softmax(-1, Kind::Float).nll_loss(targets)
 }
 
 /// Returns BCE with logits + 0.5·MSE(weights, t) + 0.1·mean(σ(selection)), with t = u·σ(selection) divided by its

@@ -11,12 +11,14 @@ use transformer_bench::model::parameters::Parameters;
 use transformer_bench::suite::{Case, Precision, Shape, Workload};
 
 use crate::accumulation::GradientSums;
+use crate::autograd;
 use crate::checkpoint;
 use crate::distributed::{self, BucketSizes, GradientSync};
 use crate::extension::{self, AdamWState, Graph};
 use crate::leaves::Leaves;
 use crate::network::{self, Layers};
 use crate::params;
+use crate::segments::SegmentedPass;
 
 /// A case on a device.
 pub struct Step {
@@ -134,6 +136,10 @@ impl Step {
         self.case.method.precision == Precision::Mixed
     }
 
+    fn autocasts(&self) -> bool {
+        self.case.method.precision == Precision::Amp
+    }
+
     /// Returns the inputs of the first micro-batch, which are all inputs unless a training step has several.
     fn inputs(&self) -> &[Tensor] {
         &self.micro_batches[0]
@@ -141,17 +147,17 @@ impl Step {
 
     /// Runs the forward pass, under autocast in precision `amp`. Returns the outputs.
     fn forward(&self, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
-        extension::autocast(self.device, self.case.method.precision == Precision::Amp, || {
-            if !self.is_mixed() {
-                return self.forward_from(inputs);
-            }
+        extension::autocast(self.device, self.autocasts(), || self.forward_from(&self.cast_inputs(inputs)))
+    }
+
+    /// Returns inputs in the type of the computation.
+    fn cast_inputs(&self, inputs: &[Tensor]) -> Vec<Tensor> {
+        let cast = |(i, input): (usize, &Tensor)| {
             // The third input belongs to the loss and keeps its type.
-            let cast = |(i, input): (usize, &Tensor)| {
-                let casts = i < 2 && input.kind() == Kind::Float;
-                if casts { input.to_kind(Kind::BFloat16) } else { input.shallow_clone() }
-            };
-            self.forward_from(&inputs.iter().enumerate().map(cast).collect::<Vec<_>>())
-        })
+            let casts = self.is_mixed() && i < 2 && input.kind() == Kind::Float;
+            if casts { input.to_kind(Kind::BFloat16) } else { input.shallow_clone() }
+        };
+        inputs.iter().enumerate().map(cast).collect()
     }
 
     fn forward_from(&self, inputs: &[Tensor]) -> Vec<Tensor> {
@@ -199,7 +205,7 @@ impl Step {
                 let upstream = self.inputs()[1].to_kind(out.kind());
                 let inputs = self.inputs()[..1].iter().chain(&self.leaves.differentiated);
                 let inputs: Vec<Tensor> = inputs.map(Tensor::shallow_clone).collect();
-                self.results = extension::grad(&out, Some(&upstream), &inputs)?;
+                self.results = autograd::grad(&out, Some(&upstream), &inputs)?;
                 self.gradients = self.results.split_off(1);
             }
             Workload::ForwardBackward | Workload::TrainStep => {
@@ -221,14 +227,25 @@ impl Step {
         for (index, inputs) in self.micro_batches.iter().enumerate() {
             let is_last = index + 1 == count;
             self.gradient_sync.start_backward(sums.so_far(), is_last)?;
-            let mean = network::loss(&self.layers.model, &self.forward(inputs)?, inputs);
-            // The mean of the batch is the sum of the shares of its micro-batches.
-            let loss = if count > 1 { mean / count as f64 } else { mean };
-            let gradients = extension::grad(&loss, None, &self.leaves.differentiated)?;
+            let (loss, gradients) = self.micro_batch_gradients(inputs, count)?;
             sums.add(gradients, is_last && self.gradient_sync.adds_sums())?;
-            total = Some(total.map_or(loss.detach(), |total| total + loss.detach()));
+            total = Some(total.map_or(loss.shallow_clone(), |total| total + loss));
         }
         Ok((total.expect("at least one micro-batch"), sums.into_gradients()))
+    }
+
+    /// Returns the loss of one of `count` micro-batches and its gradients. The mean of the batch is the sum of them.
+    fn micro_batch_gradients(&self, inputs: &[Tensor], count: usize) -> Result<(Tensor, Vec<Tensor>)> {
+        let (leaves, variant) = (&self.leaves.differentiated, self.case.method.variant);
+        if let (Parameters::Model(network), true) = (&self.parameters, variant.reduces_memory()) {
+            let (layers, device) = (&self.layers, self.device);
+            let pass = SegmentedPass { layers, network, device, variant, autocast: self.autocasts() };
+            return pass.loss_and_gradients(&self.cast_inputs(inputs), inputs, 1.0 / count as f64, leaves);
+        }
+        let mean = network::loss(&self.layers.model, &self.forward(inputs)?, inputs);
+        let loss = if count > 1 { mean / count as f64 } else { mean };
+        let gradients = autograd::grad(&loss, None, leaves)?;
+        Ok((loss.detach(), gradients))
     }
 
     /// Runs the optimizer, if the workload has one.

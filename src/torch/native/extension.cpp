@@ -32,6 +32,12 @@ c10::DeviceType device_type(int device) {
   }
 }
 
+// Returns the random generator that the operations of a device draw from.
+at::Generator generator(int device) {
+  auto type = device_type(device);
+  return at::globalContext().defaultGenerator(type == c10::kCPU ? at::Device(type) : at::Device(type, 0));
+}
+
 using Stat = c10::CachingAllocator::StatType;
 
 // Returns the gradients in the type of the parameters. One launch converts all of them if the types differ.
@@ -121,13 +127,33 @@ int tb_foreach_mul(at::Tensor** tensors, double factor, size_t count) {
 }
 
 // Computes the gradients of `output` with respect to `inputs`, as torch.autograd.grad does. `upstream` is the
-// gradient of `output`; null means 1, for a scalar. `gradients` receives `count` new tensors.
-int tb_grad(at::Tensor* output, at::Tensor* upstream, at::Tensor** inputs, size_t count, at::Tensor** gradients) {
+// gradient of `output`; null means 1, for a scalar. `gradients` receives `count` new tensors. With `allow_unused`, those
+// of inputs that `output` does not depend on are undefined.
+int tb_grad(at::Tensor* output, at::Tensor* upstream, at::Tensor** inputs, size_t count, bool allow_unused,
+            at::Tensor** gradients) {
   return guarded([&] {
     torch::autograd::variable_list upstreams;
     if (upstream) upstreams.push_back(*upstream);
-    auto all = torch::autograd::grad({*output}, list(inputs, count), upstreams);
+    auto all = torch::autograd::grad({*output}, list(inputs, count), upstreams, /*retain_graph=*/std::nullopt,
+                                     /*create_graph=*/false, allow_unused);
     return_tensors(std::move(all), gradients);
+  });
+}
+
+// Returns the state of a device's random generator as a tensor in host memory.
+int tb_random_state(int device, at::Tensor** state) {
+  return guarded([&] {
+    auto random = generator(device);
+    std::lock_guard<std::mutex> lock(random.mutex());
+    *state = new at::Tensor(random.get_state());
+  });
+}
+
+int tb_set_random_state(int device, at::Tensor* state) {
+  return guarded([&] {
+    auto random = generator(device);
+    std::lock_guard<std::mutex> lock(random.mutex());
+    random.set_state(*state);
   });
 }
 
