@@ -120,6 +120,61 @@ pub fn resident_bytes() -> u64 {
     system.process(pid).map_or(0, sysinfo::Process::memory)
 }
 
+/// The environment variable that limits the bytes that this process may allocate.
+pub const MEMORY_LIMIT_VARIABLE: &str = "TRANSFORMER_BENCH_MEMORY_LIMIT";
+
+/// Limits the memory that this process may allocate, if [`MEMORY_LIMIT_VARIABLE`] is set. Only Linux counts it: its
+/// `RLIMIT_DATA` includes private mappings (`man setrlimit`), but not the code of libraries.
+///
+/// # Errors
+/// Returns an error if the variable is not a number, or if the system refuses the limit.
+pub fn limit_allocations() -> anyhow::Result<()> {
+    let Some(text) = variable(MEMORY_LIMIT_VARIABLE)? else { return Ok(()) };
+    let bytes: u64 =
+        text.parse().map_err(|_| anyhow::anyhow!("{MEMORY_LIMIT_VARIABLE}={text}: use bytes"))?;
+    let limit = libc::rlimit { rlim_cur: bytes, rlim_max: bytes };
+    // SAFETY: plain data that outlives the call.
+    let status = unsafe { libc::setrlimit(libc::RLIMIT_DATA, &raw const limit) };
+    anyhow::ensure!(status == 0, "the system refused to limit the memory to {bytes} bytes");
+    Ok(())
+}
+
+/// Returns true if [`limit_allocations`] has an effect on this system.
+pub const CAN_LIMIT_ALLOCATIONS: bool = cfg!(target_os = "linux");
+
+/// Returns the bytes of memory that programs can still allocate without swapping, or `None` if the system does not report
+/// them.
+pub fn available_bytes() -> Option<u64> {
+    let mut system = sysinfo::System::new();
+    system.refresh_memory();
+    Some(system.available_memory()).filter(|bytes| *bytes > 0)
+}
+
+/// Bytes of swap that must be written before a system counts as swapping. Writing less is common on an idle Mac.
+const SWAPPING_BYTES: u64 = 256 << 20;
+
+/// Watches whether the system begins to swap.
+pub struct SwapWatch {
+    used: u64,
+}
+
+impl SwapWatch {
+    pub fn start() -> Self {
+        Self { used: Self::used_bytes() }
+    }
+
+    fn used_bytes() -> u64 {
+        let mut system = sysinfo::System::new();
+        system.refresh_memory_specifics(sysinfo::MemoryRefreshKind::nothing().with_swap());
+        system.used_swap()
+    }
+
+    /// Returns the bytes that were swapped since the start, if they are too many for an undisturbed step.
+    pub fn swapped(&self) -> Option<u64> {
+        Some(Self::used_bytes().saturating_sub(self.used)).filter(|bytes| *bytes > SWAPPING_BYTES)
+    }
+}
+
 /// Number of calls of [`reset_resident_peak`].
 static RESETS: AtomicUsize = AtomicUsize::new(0);
 

@@ -11,6 +11,7 @@
 //! | `describe ID` | the case as JSON, from which a program in another language builds the same step |
 //! | `work ROUNDS` | the nanoseconds that ROUNDS of unrelated arithmetic take |
 //! | `gpu-busy N` | the share of N steps in which an NVIDIA GPU is busy |
+//! | `memory` | the peak bytes of the framework's allocator on a GPU, and of the process, or `-` |
 //! | `verify` | `verified` if a step with other inputs has other results. Later steps use these inputs |
 //! | a number N | nanoseconds of N steps of the loaded case: wall time, CPU time, and time that runnable threads waited for a CPU |
 //!
@@ -30,10 +31,10 @@ use transformer_bench::interference::{cpu_time, scheduler_delay_ns};
 use transformer_bench::parity::cache::PassedChecks;
 use transformer_bench::parity::idle_steps::{IdleCase, IdleStep};
 use transformer_bench::parity::{ParityChecker, timed_work};
-use transformer_bench::process;
 use transformer_bench::profile::gpu;
 use transformer_bench::results::{self, one_line, upgrade};
 use transformer_bench::suite::{Case, Framework, cases, parse_filter};
+use transformer_bench::{memory, process};
 
 use super::environment::{describe_machine, find_backend};
 use super::protocol::{send_line, serve_requests, write_tensors};
@@ -70,6 +71,7 @@ pub fn serve_if_requested(framework: Framework, find: fn() -> Backends) -> Resul
     if arguments.next().is_none() {
         return Ok(());
     }
+    memory::limit_allocations()?;
     let first = arguments.next();
     if first.as_deref().and_then(|id| id.parse().ok()).is_some_and(|case| needs_tf32_process(&case)) {
         // SAFETY: no other thread runs yet.
@@ -111,6 +113,7 @@ impl<'a> Worker<'a> {
                 self.cases(set, filter)
             }
             ("gpu-busy", steps) => self.gpu_busy_share(steps),
+            ("memory", "") => self.peak_memory(),
             ("verify", "") => self.verify().map(|()| "verified".to_owned()),
             ("prove", id) => self.check_parity(id),
             ("outputs", rest) => {
@@ -218,6 +221,15 @@ impl<'a> Worker<'a> {
         let (_, loaded) = self.loaded.as_mut().context(NO_CASE)?;
         let trace = gpu::record(steps, || loaded.step())?;
         Ok((1.0 - trace.idle_share()).to_string())
+    }
+
+    /// Returns the peak memory since the loaded case was loaded.
+    fn peak_memory(&self) -> Result<String> {
+        let (case, _) = self.loaded.as_ref().context(NO_CASE)?;
+        let backend = find_backend(self.backends, case).map_err(anyhow::Error::msg)?;
+        let allocator = backend.peak_memory().filter(|_| !case.backend.is_cpu());
+        let text = |bytes: Option<u64>| bytes.map_or_else(|| "-".to_owned(), |bytes| bytes.to_string());
+        Ok(format!("{} {}", text(allocator), text(memory::resident_peak_bytes())))
     }
 
     /// Verifies that the steps of the loaded case still do their work.

@@ -12,6 +12,7 @@ class Options(unittest.TestCase):
     SIMILAR = {"bench": ("--ful", "--full"), "test": ("--halp", "--help"), "setup": ("--cpuu", "--cpu"),
                "check-mac": ("--lnk", "--link"), "compare-python": ("--round", "--rounds"), "baseline": ("--hlp", "--help"),
                "compare": ("--treshold", "--threshold"), "flamegraph": ("--secnds", "--seconds"),
+               "fit": ("--tokns", "--tokens"),
                "report": ("--hlp", "--help"), "calibrate": ("--minuts", "--minutes"), "list": ("--flps", "--flops"),
                "publish": ("--chek", "--check")}
 

@@ -12,6 +12,7 @@
 //! | `releases.rs` | releases of the frameworks, and the crates that fit |
 //! | `release_builds.rs` | builds with a release |
 //! | `bisection.rs` | the search for the first slower side |
+//! | `fit.rs` | the search for the largest step that fits into memory |
 //! | `baseline_level.rs` | comparisons with a saved baseline |
 //! | `signals.rs` | interrupts |
 
@@ -20,6 +21,7 @@ pub mod bisection;
 pub mod builds;
 pub mod cores;
 pub mod decision;
+pub mod fit;
 mod release_builds;
 pub mod releases;
 pub mod revisions;

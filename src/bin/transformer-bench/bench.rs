@@ -1,6 +1,5 @@
 //! `scripts/bench`: measures this machine and prints the report.
 
-use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
@@ -9,7 +8,6 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
-use clap::builder::{OsStringValueParser, TypedValueParser};
 use transformer_bench::compare::revisions;
 use transformer_bench::compare::signals::check_interrupted;
 use transformer_bench::compare::worker::Side;
@@ -47,7 +45,7 @@ pub struct Arguments {
     full: bool,
     /// Measure your model instead of the built-in ones: a Hugging Face config.json, its folder, or a TOML file
     /// (src/model/README.md)
-    #[arg(long, value_name = "PATH", value_parser = OsStringValueParser::new().try_map(existing_path))]
+    #[arg(long, value_name = "PATH", value_parser = options::existing_path())]
     model: Option<PathBuf>,
     /// Batch size of your model; default: the largest with a training step under an estimated two seconds
     #[arg(long, value_name = "B", value_parser = options::whole_number(MAX_BATCH))]
@@ -68,12 +66,6 @@ pub struct Arguments {
     filter: Option<String>,
     #[command(flatten)]
     executables: Executables,
-}
-
-fn existing_path(text: OsString) -> Result<PathBuf> {
-    let path = options::in_caller_folder(&text);
-    ensure!(!text.is_empty() && path.exists(), "no such file or folder");
-    Ok(std::path::absolute(path)?)
 }
 
 impl Arguments {

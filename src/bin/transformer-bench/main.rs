@@ -7,6 +7,7 @@ mod calibrate;
 mod compare;
 mod compare_arguments;
 mod compare_baselines;
+mod fit;
 mod flamegraph;
 mod interleave;
 mod list;
@@ -44,6 +45,7 @@ enum Command {
     Report(report::Arguments),
     Baseline(baseline::Arguments),
     Compare(compare_arguments::Arguments),
+    Fit(fit::Arguments),
     Flamegraph(flamegraph::Arguments),
     List(list::Arguments),
     Interleave(interleave::Arguments),
@@ -74,6 +76,7 @@ fn check_arguments(command: &Command) -> anyhow::Result<()> {
     match command {
         Command::Bench(arguments) => arguments.selected().map(drop),
         Command::Compare(arguments) => arguments.check(),
+        Command::Fit(arguments) => arguments.check(),
         Command::Flamegraph(arguments) => arguments.check(),
         Command::Calibrate(arguments) => arguments.check(),
         Command::Report(_)
@@ -86,8 +89,10 @@ fn check_arguments(command: &Command) -> anyhow::Result<()> {
 
 /// Reads the custom model, which ids may name. Returns messages for the user.
 fn read_model(command: &mut Command) -> anyhow::Result<Vec<String>> {
-    if let Command::Bench(arguments) = command {
-        arguments.export_model()?;
+    match command {
+        Command::Bench(arguments) => arguments.export_model()?,
+        Command::Fit(arguments) => arguments.export_model()?,
+        _ => {}
     }
     custom_model::from_environment(|| machine::capacity(&Machine::read()))
 }
@@ -116,6 +121,7 @@ fn main() -> ExitCode {
         Command::Report(arguments) => ("report", report::run(&arguments).map(|()| 0)),
         Command::Baseline(arguments) => ("baseline", baseline::run(arguments).map(|()| 0)),
         Command::Compare(arguments) => ("compare", compare::run(&arguments)),
+        Command::Fit(arguments) => ("fit", fit::run(&arguments).map(|()| 0)),
         Command::Flamegraph(arguments) => ("flamegraph", flamegraph::run(&arguments).map(|()| 0)),
         Command::List(arguments) => ("list", list::run(&arguments).map(|()| 0)),
         Command::Interleave(arguments) => ("interleave", interleave::run(&arguments)),

@@ -32,6 +32,15 @@ pub fn path() -> impl TypedValueParser<Value = PathBuf> {
     OsStringValueParser::new().map(|text| in_caller_folder(&text))
 }
 
+/// Parses the path of a file or folder that exists, and returns it as an absolute path.
+pub fn existing_path() -> impl TypedValueParser<Value = PathBuf> {
+    OsStringValueParser::new().try_map(|text| -> Result<PathBuf> {
+        let path = in_caller_folder(&text);
+        ensure!(!text.is_empty() && path.exists(), "no such file or folder");
+        Ok(std::path::absolute(path)?)
+    })
+}
+
 fn is_whole_number(text: &str, max: usize) -> bool {
     text.parse().is_ok_and(|number| (1..=max).contains(&number))
 }
