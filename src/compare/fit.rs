@@ -1,4 +1,4 @@
-//! What fits into memory: the largest batch, and the longest sequence, of a training step.
+//! The search for the largest training step that fits into memory: the largest batch, and the longest sequence, of a training step.
 
 use std::time::{Duration, Instant};
 
@@ -17,7 +17,7 @@ const REPEATED_STEP: Duration = Duration::from_secs(5);
 /// Longest wait for a step. MLX compiles the kernels of a step for minutes.
 const STEP_TIMEOUT: Duration = Duration::from_secs(600);
 
-/// What one size did.
+/// The result of one size.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Outcome {
     /// The step ran.
@@ -81,8 +81,11 @@ pub fn sizes(smallest: usize, largest: usize) -> Vec<usize> {
     all
 }
 
-/// Finds the largest of ascending `sizes` whose step fits, if all smaller ones fit. It doubles the position until a size
-/// does not fit, and then halves the range.
+/// Positions in [`sizes`] between the attempts of a search before one fails: each size is twice the last one.
+const STRIDE: usize = 2;
+
+/// Finds the largest of ascending `sizes` whose step fits, if all smaller ones fit. It doubles the size until one does not
+/// fit, and then tries the sizes between the last two.
 ///
 /// # Errors
 /// Returns the first error of `attempt`.
@@ -91,19 +94,15 @@ pub fn search(sizes: &[usize], mut attempt: impl FnMut(usize) -> Result<Outcome>
     let mut limit = Limit::Size;
     // All positions below `low` fit, and none from `high` on.
     let (mut low, mut high) = (0, sizes.len());
-    let mut stride = 1;
     while low < high {
-        let at =
-            if limit == Limit::Size { (low + stride - 1).min(high - 1) } else { usize::midpoint(low, high) };
+        let next = if low == 0 { 0 } else { low - 1 + STRIDE };
+        let at = if limit == Limit::Size { next.min(high - 1) } else { usize::midpoint(low, high) };
         let outcome = attempt(sizes[at])?;
         match &outcome {
             Outcome::Fits { seconds, .. } if *seconds > LONGEST_STEP.as_secs_f64() => {
                 (low, high, limit) = (at + 1, at + 1, Limit::Time);
             }
-            Outcome::Fits { .. } => {
-                low = at + 1;
-                stride *= 2;
-            }
+            Outcome::Fits { .. } => low = at + 1,
             Outcome::DoesNotFit { .. } => (high, limit) = (at, Limit::Memory),
         }
         points.push(Point { size: sizes[at], outcome });
@@ -262,14 +261,14 @@ mod tests {
             .unwrap();
             assert_eq!(found.largest().map(|point| point.size), expected, "{limit}");
             assert_eq!(found.limit, Limit::Memory);
-            assert!(attempts <= 10, "{attempts} attempts for {limit}");
+            assert!(attempts <= 9, "{attempts} attempts for {limit}");
         }
     }
 
     #[test]
     fn a_long_step_ends_the_search() {
         let found = search(&sizes(1, 1 << 16), |size| Ok(fits(6.0 * size as f64))).unwrap();
-        assert_eq!((found.largest().unwrap().size, found.limit), (6, Limit::Time));
+        assert_eq!((found.largest().unwrap().size, found.limit), (4, Limit::Time));
         let all = search(&sizes(64, 128), |_| Ok(fits(0.1))).unwrap();
         assert_eq!((all.largest().unwrap().size, all.limit), (128, Limit::Size));
     }

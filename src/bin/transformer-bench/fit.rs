@@ -19,12 +19,14 @@ use transformer_bench::suite::custom_model::{self, CustomModel};
 use transformer_bench::suite::{
     BackendId, Case, Framework, MAX_BATCH, Method, Precision, Set, Shape, Variant, Workload,
 };
-use transformer_bench::text::variable;
+use transformer_bench::text::{shortened, variable};
 
 use super::options::{self, Executables, print_progress};
 
 /// The shortest sequence that is tried. Shorter ones take milliseconds and fit wherever the model does.
 const SHORTEST: usize = 64;
+/// Characters of a framework's message about missing memory that the progress shows.
+const MAX_REASON: usize = 100;
 /// Variants that are compared: plain steps, the fastest ones without a compiler ahead of time, and those that need less
 /// memory.
 const VARIANTS: [Variant; 4] = [Variant::Eager, Variant::Tuned, Variant::Checkpoint, Variant::ChunkedLoss];
@@ -217,7 +219,9 @@ fn describe(outcome: &Outcome) -> String {
             let peak = peak.map_or_else(String::new, |bytes| format!(", peak {}", megabytes(bytes)));
             format!("{} s a step{peak}", digits(*seconds))
         }
-        Outcome::DoesNotFit { reason } => format!("does not fit ({})", one_line(reason)),
+        Outcome::DoesNotFit { reason } => {
+            format!("does not fit ({})", shortened(one_line(reason), MAX_REASON))
+        }
     }
 }
 
