@@ -1,6 +1,8 @@
 //! The seeded inputs, targets and initial parameters of a case, identical for every backend. Each part is
 //! generated on first use and cached.
 
+mod hyperparameters;
+
 use half::{bf16, f16};
 use once_cell::sync::OnceCell;
 use rand_chacha::ChaCha8Rng;
@@ -9,6 +11,7 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 use crate::model::parameters::{Init, ParameterSpec, Role};
 use crate::model::{Dropout, Input, Model};
 use crate::suite::{Case, Precision, Shape, Workload};
+pub use hyperparameters::{AdamW, Muon};
 
 const SEED: u64 = 0x7261_6e73_666f_726d;
 
@@ -20,27 +23,6 @@ pub struct Tensor {
     pub data: Vec<f32>,
 }
 
-/// Hyperparameters of AdamW (Loshchilov and Hutter 2019) with bias correction. The weight decay is multiplied by
-/// the learning rate and applies to every parameter.
-// C++ takes it by value (`tb_adamw_options`).
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct AdamW {
-    pub lr: f64,
-    pub beta1: f64,
-    pub beta2: f64,
-    pub eps: f64,
-    pub weight_decay: f64,
-}
-
-impl AdamW {
-    /// The hyperparameters of timed workloads.
-    pub const TRAINING: Self = Self { lr: 2e-4, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 1e-5 };
-
-    /// The hyperparameters of parity checks, so large that one step shows a missing or wrong term.
-    pub const PARITY: Self = Self { lr: 0.1, weight_decay: 0.5, ..Self::TRAINING };
-}
-
 /// The data that a backend needs for a case.
 #[derive(Debug)]
 pub struct Fixture {
@@ -48,6 +30,7 @@ pub struct Fixture {
     /// The dropout of the case. Parity fixtures have none.
     pub dropout: Dropout,
     pub adamw: AdamW,
+    pub muon: Muon,
     /// The sample at each position of the batch.
     samples: Vec<usize>,
     /// Number of the batch that the inputs and fixed gradients are.
@@ -121,6 +104,7 @@ impl Fixture {
             case,
             dropout: case.dropout(),
             adamw: AdamW::TRAINING,
+            muon: Muon::TRAINING,
             samples: (0..case.shape.batch()).collect(),
             batch: 0,
             rank: None,
@@ -131,11 +115,18 @@ impl Fixture {
         }
     }
 
-    /// Creates the fixture of a parity check: no dropout, [`AdamW::PARITY`], and a large batch repeats a few samples.
+    /// Creates the fixture of a parity check: no dropout, large learning rates, and a large batch repeats a few samples.
     pub fn for_parity(case: Case) -> Self {
         let distinct = case.shape.model().map_or(1, |(model, _)| (DISTINCT_TOKENS / model.tokens).max(2));
         let samples = repeated_samples(case.shape, distinct);
-        Self { dropout: Dropout::NONE, adamw: AdamW::PARITY, samples, ..Self::new(case) }
+        let (adamw, muon) = (AdamW::PARITY, Muon::PARITY);
+        Self { dropout: Dropout::NONE, adamw, muon, samples, ..Self::new(case) }
+    }
+
+    /// Sets the learning rates to 0, so that the optimizer leaves the parameters unchanged.
+    pub fn stop_updates(&mut self) {
+        self.adamw = AdamW { lr: 0.0, weight_decay: 0.0, ..AdamW::TRAINING };
+        self.muon = Muon { lr: 0.0, weight_decay: 0.0, ..Muon::TRAINING };
     }
 
     /// Returns a fixture with the inputs and fixed gradients of another batch.

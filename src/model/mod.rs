@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 pub use lora::{AdaptedLayers, Lora};
 pub use position::{AttentionKind, Position, Rotary, SecondAttention};
-pub use presets::{GPT2, INDICATOR, ModelId, OPTION_MODELS};
+pub use presets::{GPT2, INDICATOR, ModelId, NANOCHAT_D4, NANOCHAT_D12, OPTION_MODELS};
 
 /// A part of a transformer layer that is benchmarked alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -42,6 +42,11 @@ impl ParameterSpec {
         self.role != Role::Frozen
     }
 
+    /// Returns true for a matrix of a transformer block. Embeddings, positions, output heads, norms and biases are none.
+    pub fn is_block_matrix(&self) -> bool {
+        self.dims.len() == 2 && self.name.starts_with("blocks.")
+    }
+
     pub fn len(&self) -> usize {
         self.dims.iter().product()
     }
@@ -420,7 +425,7 @@ pub fn parameter_count(m: &Model, block: Option<Block>) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{AdaptedLayers, GPT2, INDICATOR, Lora, ModelId};
+    use crate::model::{AdaptedLayers, GPT2, INDICATOR, Lora, ModelId, NANOCHAT_D4, NANOCHAT_D12};
 
     #[test]
     fn parameter_counts_match_hand_computed_ones() {
@@ -429,6 +434,23 @@ mod tests {
         assert_eq!(parameter_count(&INDICATOR, None), indicator);
         // GPT-2 small has 124,439,808 with 50,257 tokens; the preset has 47 more rows of 768.
         assert_eq!(parameter_count(&GPT2, None), 124_439_808 + 47 * 768);
+        // Two tables of tokens, and 12 width² in each layer.
+        let nanochat = |width: usize, layers: usize| 2 * 32768 * width + layers * 12 * width * width;
+        assert_eq!(parameter_count(&NANOCHAT_D12, None), nanochat(768, 12));
+        assert_eq!(parameter_count(&NANOCHAT_D4, None), nanochat(256, 4));
+    }
+
+    #[test]
+    fn only_linear_layers_of_the_blocks_are_block_matrices() {
+        let matrices = |m: &Model| {
+            let specs = parameter_specs(m, None).into_iter().filter(ParameterSpec::is_block_matrix);
+            specs.map(|spec| spec.name).collect::<Vec<_>>()
+        };
+        // Four projections, and two layers of the feed-forward block.
+        assert_eq!(matrices(&GPT2).len(), 12 * 6);
+        assert_eq!(matrices(&INDICATOR).len(), 6 * 6);
+        let ends = [".q.weight", ".k.weight", ".v.weight", ".o.weight", ".up.weight", ".down.weight"];
+        assert!(matrices(&INDICATOR).iter().all(|name| ends.iter().any(|end| name.ends_with(end))));
     }
 
     #[test]

@@ -72,6 +72,41 @@ pub const GPT2: Model = Model {
     lora: None,
 };
 
+/// nanochat of 7 January 2026 (<https://github.com/karpathy/nanochat>, commit ccf4b7f) at depth 12; 135 M parameters.
+/// Width and heads follow from the depth, as in its training script. It is the last version before learned factors of the
+/// residual stream, windows and value embeddings.
+pub const NANOCHAT_D12: Model = Model {
+    name: "nanochat-d12",
+    tokens: 2048,
+    heads: 6,
+    key_value_heads: 6,
+    head_width: 128,
+    vocabulary: 1 << 15,
+    norm: NANOCHAT_NORM,
+    qk_norm: Some(NANOCHAT_NORM),
+    embedding_norm: true,
+    position: Position::Rotary(Rotary::new(1e4)),
+    activation: Activation::ReluSquared,
+    bias: Biases::NONE,
+    cap: Caps { scores: None, logits: Some(15.0) },
+    output: Output::Untied,
+    ..GPT2
+};
+
+/// The norm of nanochat, with PyTorch's default ε in f32.
+const NANOCHAT_NORM: NormKind = NormKind::Rms { eps: f32::EPSILON as f64, weight: false, offset: false };
+
+/// nanochat at depth 4, for CPUs; 20 M parameters.
+pub const NANOCHAT_D4: Model = Model {
+    name: "nanochat-d4",
+    width: 256,
+    layers: 4,
+    heads: 2,
+    key_value_heads: 2,
+    ffn_width: 1024,
+    ..NANOCHAT_D12
+};
+
 /// Miniatures with the options that no built-in model has, so that the tests cover the options of custom models.
 pub const OPTION_MODELS: [Model; 6] = [
     // Like Llama and Qwen 2: grouped heads, rotary positions, gated SiLU, an untied output, biases of q, k, v.
@@ -200,8 +235,16 @@ impl Model {
 }
 
 /// The built-in models. Each is followed by its miniature.
-static MODELS: [Model; 4] =
-    [INDICATOR, INDICATOR.miniature("indicator-tiny", 8), GPT2, GPT2.miniature("gpt2-tiny", 16)];
+static MODELS: [Model; 8] = [
+    INDICATOR,
+    INDICATOR.miniature("indicator-tiny", 8),
+    GPT2,
+    GPT2.miniature("gpt2-tiny", 16),
+    NANOCHAT_D12,
+    NANOCHAT_D12.miniature("nanochat-d12-tiny", 16),
+    NANOCHAT_D4,
+    NANOCHAT_D4.miniature("nanochat-d4-tiny", 16),
+];
 
 /// Other models of this process. They live as long as the process.
 static INTERNED: Mutex<Vec<&'static Model>> = Mutex::new(Vec::new());

@@ -4,6 +4,9 @@
 //! or its outputs, or a reference with another rounding replaces the backend. No fault is a switch in timed code.
 //! README.md has the table of faults.
 
+mod edits;
+mod muon;
+
 use anyhow::Result;
 
 use super::dropout::{self, NoiseProbe, Probe};
@@ -16,7 +19,13 @@ use crate::model::{
     SecondAttention,
 };
 use crate::reference::{self, Accumulation, NamedValues, Rounding};
-use crate::suite::{Case, Method, Precision, Shape, Workload};
+use crate::suite::{Case, Method, Optimizer, Precision, Shape, Workload};
+use edits::{
+    accumulate_gradients, copy_first_key_head, double_noise, edit, edit_rotary, enlarge_even_gradients, fill,
+    model_of, pair_rotary_features, repeat_first_half, repeat_last_quarter, scale, scale_queries,
+    swap_adapter, swap_norm_gradients, swap_parameters, swap_two_heads, undo_update,
+};
+use muon::{WrongOptimizer, WrongUpdate};
 
 /// The change that a fault makes.
 enum Change {
@@ -34,6 +43,8 @@ enum Change {
     NoiseInput(fn(&mut Fixture)),
     /// The results in the check of the noise of dropout.
     NoiseOutput(fn(&[Vec<Tensor>]) -> Vec<Tensor>),
+    /// The optimizer's step of some parameters.
+    Update(WrongUpdate),
     /// The number formats. The reference replaces the backend.
     Rounding(fn() -> Rounding),
 }
@@ -48,7 +59,7 @@ pub struct Fault {
     change: Change,
 }
 
-use Precision::{Amp, Bf16, F16, Mixed, Tf32};
+use Precision::{Amp, Bf16, F16, F32, Mixed, Tf32};
 use Workload::{
     Attention, AttentionGrad, FeedForward, FeedForwardGrad, Forward, ForwardBackward, OptimizerStep,
     TrainStep,
@@ -98,6 +109,18 @@ pub const FAULTS: &[Fault] = &[
     fault("no bias correction", TrainStep, "indicator", Change::Input(|f| f.adamw.lr *= 0.1 / 0.001f64.sqrt()), &[]),
     fault("β2 of 0.9", TrainStep, "gpt2", Change::Input(|f| f.adamw.beta2 = 0.9), &[Bf16]),
     fault("learning rate 5 % off", OptimizerStep, "indicator", Change::Input(|f| f.adamw.lr *= 1.05), &[]),
+    fault("Muon's weight decay missing", TrainStep, "indicator-muon", Change::Input(|f| f.muon.weight_decay = 0.0), &[]),
+    fault("Muon's learning rate 5 % off", OptimizerStep, "indicator-muon", Change::Input(|f| f.muon.lr *= 1.05), &[]),
+    fault("four iterations", TrainStep, "gpt2-muon", Change::Input(|f| f.muon.iterations = 4), &[]),
+    fault("coefficients (2, −1.5, 0.5)", TrainStep, "indicator-muon", Change::Input(|f| f.muon.coefficients = [2.0, -1.5, 0.5]), &[]),
+    fault("no transpose of tall matrices", TrainStep, "indicator-muon", of_matrices(muon::no_transpose), &[F32, Tf32, Bf16, Mixed, Amp]),
+    fault("norm added up in bf16", TrainStep, "gpt2-muon", of_matrices(muon::norm_in_bf16), &[]),
+    fault("no scale of tall matrices", TrainStep, "indicator-muon", of_matrices(muon::no_scale), &[]),
+    fault("momentum without Nesterov", TrainStep, "gpt2-muon", of_matrices(muon::no_nesterov), &[]),
+    fault("momentum after the orthogonalization", TrainStep, "indicator-muon", of_matrices(muon::late_momentum), &[]),
+    fault("NaN in the iterations", TrainStep, "indicator-muon", of_matrices(muon::norm_of_zero), &[]),
+    fault("an embedding updated by Muon", TrainStep, "gpt2-muon", Change::Update(WrongUpdate { applies: |spec| spec.name == "token", step: muon::muon_step }), &[]),
+    fault("AdamW's part skipped", TrainStep, "indicator-muon", Change::Update(WrongUpdate { applies: |spec| !spec.is_block_matrix(), step: muon::skipped }), &[]),
     fault("no causal mask", Forward, "gpt2", Change::Model(|m| m.causal = false), &[]),
     fault("no causal mask, gradients", AttentionGrad, "gpt2", Change::Model(|m| m.causal = false), &[]),
     fault("an extra causal mask", ForwardBackward, "indicator", Change::Model(|m| m.causal = true), &[]),
@@ -170,166 +193,14 @@ pub const FAULTS: &[Fault] = &[
     fault("sums accumulated in bf16", FeedForwardGrad, "indicator", Change::Rounding(|| Rounding::for_precision(Bf16, Accumulation::Narrow)), BF16),
 ];
 
+const fn of_matrices(step: muon::WrongStep) -> Change {
+    Change::Update(WrongUpdate::of_matrices(step))
+}
+
 /// Returns the miniature of a built-in model, or one of [`OPTION_MODELS`].
 fn miniature(name: &str) -> ModelId {
     let option_model = || OPTION_MODELS.iter().find(|m| m.name == name).copied().map(ModelId::intern);
     ModelId::named(name).map(ModelId::miniature).or_else(option_model).expect("a model of the suite")
-}
-
-fn scale(f: &mut Fixture, name: &str, factor: f32) {
-    f.edit_parameter(name, |data| data.iter_mut().for_each(|v| *v *= factor));
-}
-
-fn fill(f: &mut Fixture, name: &str, value: f32) {
-    f.edit_parameter(name, |data| data.fill(value));
-}
-
-fn scale_queries(f: &mut Fixture, name: &str, factor: f32) {
-    scale(f, &format!("{name}.q.weight"), factor);
-    scale(f, &format!("{name}.q.bias"), factor);
-}
-
-fn edit_rotary(m: &mut Model, change: fn(&mut Rotary)) {
-    if let Position::Rotary(rotary) = &mut m.position {
-        change(rotary);
-    }
-}
-
-fn model_of(f: &Fixture) -> ModelId {
-    f.case.shape.model().expect("a case with a model").0
-}
-
-/// Reorders the features of each query and key head. Rotation in halves then has the result of rotation in pairs.
-fn pair_rotary_features(f: &mut Fixture) {
-    let model = model_of(f);
-    let each = model.head_width;
-    for name in ["q.weight", "q.bias", "k.weight", "k.bias"] {
-        f.edit_parameter(&format!("attention.{name}"), |data| {
-            let row = if name.ends_with("weight") { model.width } else { 1 };
-            for head in data.chunks_mut(each * row) {
-                let old = head.to_vec();
-                for i in 0..each {
-                    let from = if i < each / 2 { 2 * i } else { 2 * i - each + 1 };
-                    head[i * row..(i + 1) * row].copy_from_slice(&old[from * row..(from + 1) * row]);
-                }
-            }
-        });
-    }
-}
-
-/// Swaps the second and the third of four heads, so that each reads the keys and values of the other.
-fn swap_two_heads(f: &mut Fixture) {
-    let model = model_of(f);
-    let each = model.head_width;
-    for (name, row) in [("q.weight", model.width), ("q.bias", 1)] {
-        f.edit_parameter(&format!("attention.{name}"), |data| {
-            data[each * row..3 * each * row].rotate_left(each * row);
-        });
-    }
-    f.edit_parameter("attention.o.weight", |data| {
-        data.chunks_mut(model.qkv_widths().0).for_each(|row| row[each..3 * each].rotate_left(each));
-    });
-}
-
-fn copy_first_half_to_second(data: &mut [f32]) {
-    let half = data.len() / 2;
-    data.copy_within(..half, half);
-}
-
-fn copy_first_key_head(f: &mut Fixture) {
-    for name in ["k.weight", "k.bias"] {
-        f.edit_parameter(&format!("attention.{name}"), |data| copy_first_half_to_second(data));
-    }
-}
-
-fn repeat_first_half(f: &mut Fixture) {
-    for name in ["values", "market", "usefulness"] {
-        f.edit_input(name, |data| copy_first_half_to_second(data));
-    }
-}
-
-/// Replaces the other micro-batches of four by the last one, so that the mean is that of the last one.
-fn repeat_last_quarter(f: &mut Fixture) {
-    for name in ["values", "market", "usefulness"] {
-        f.edit_input(name, |data| {
-            let quarter = data.len() / 4;
-            (0..3).for_each(|part| data.copy_within(3 * quarter.., part * quarter));
-        });
-    }
-}
-
-/// Replaces both matrices of an adapter of a square layer by the transpose of the other.
-fn swap_adapter(f: &mut Fixture) {
-    let [a, b] = ["lora-a", "lora-b"].map(|part| format!("blocks.0.attention.o.{part}"));
-    swap_parameters(f, &a, &b);
-    let width = model_of(f).width;
-    let transpose = |data: &mut Vec<f32>, rows: usize| {
-        let columns = data.len() / rows;
-        *data = (0..data.len()).map(|i| data[i % rows * columns + i / rows]).collect();
-    };
-    // The first had the rows of B, one per feature, and the second those of A.
-    f.edit_parameter(&a, |data| transpose(data, width));
-    f.edit_parameter(&b, |data| {
-        let rows = data.len() / width;
-        transpose(data, rows);
-    });
-}
-
-fn swap_parameters(f: &mut Fixture, a: &str, b: &str) {
-    let mut other = Vec::new();
-    f.edit_parameter(a, |data| other = std::mem::take(data));
-    f.edit_parameter(b, |data| std::mem::swap(data, &mut other));
-    f.edit_parameter(a, |data| *data = other);
-}
-
-/// Returns the results of the last step, with a change to the tensors whose names begin with `prefix`.
-fn edit(steps: &[Vec<Tensor>], prefix: &str, change: impl Fn(&mut [f32])) -> Vec<Tensor> {
-    let mut last = steps.last().cloned().unwrap_or_default();
-    last.iter_mut().filter(|t| t.name.starts_with(prefix)).for_each(|t| change(&mut t.data));
-    last
-}
-
-fn swap_norm_gradients(steps: &[Vec<Tensor>]) -> Vec<Tensor> {
-    let mut last = steps.last().cloned().unwrap_or_default();
-    let index = |name: &str| last.iter().position(|t| t.name == name).expect("a gradient of the model");
-    let (a, b) = (index("grad/blocks.0.norm1.weight"), index("grad/blocks.0.norm2.weight"));
-    let data = std::mem::take(&mut last[a].data);
-    last[a].data = std::mem::replace(&mut last[b].data, data);
-    last
-}
-
-/// Returns the results of the first step, with the sum of the gradients of all steps.
-fn accumulate_gradients(steps: &[Vec<Tensor>]) -> Vec<Tensor> {
-    let mut sum = steps[0].clone();
-    for step in &steps[1..] {
-        for (sum, now) in sum.iter_mut().zip(step).filter(|(t, _)| t.name.starts_with("grad/")) {
-            sum.data.iter_mut().zip(&now.data).for_each(|(a, b)| *a += b);
-        }
-    }
-    sum
-}
-
-fn enlarge_even_gradients(steps: &[Vec<Tensor>]) -> Vec<Tensor> {
-    let factor = if steps.len().is_multiple_of(2) { 1.5 } else { 1.0 };
-    edit(steps, "grad/", |g| g.iter_mut().for_each(|v| *v *= factor))
-}
-
-/// Doubles the difference of gradients between steps, as masks do that four equal samples share.
-fn double_noise(steps: &[Vec<Tensor>]) -> Vec<Tensor> {
-    let (first, mut last) = (&steps[0], steps[steps.len() - 1].clone());
-    for (tensor, first) in last.iter_mut().zip(first).filter(|(tensor, _)| tensor.name.starts_with("grad/")) {
-        tensor.data.iter_mut().zip(&first.data).for_each(|(v, first)| *v += *v - first);
-    }
-    last
-}
-
-/// Replaces a parameter by its initial value.
-fn undo_update(steps: &[Vec<Tensor>]) -> Vec<Tensor> {
-    let name = "blocks.0.feed-forward.down.weight";
-    let case: Case = "train-step/torch-cpu/f32/indicator-tiny-b2".parse().expect("an id");
-    let fixture = Fixture::for_parity(case);
-    let start = fixture.parameters().iter().find(|t| t.name == name).expect("a parameter");
-    edit(steps, &format!("param/{name}"), |data| data.copy_from_slice(&start.data))
 }
 
 /// A loaded case that returns changed results.
@@ -390,6 +261,7 @@ impl Fault {
     pub fn case(&self, backend: &dyn Backend, method: Method) -> Case {
         let shape = match self.model.rsplit_once('-') {
             Some((model, "a4")) => Shape::for_model(miniature(model), 8).with_micro_batches(4),
+            Some((model, "muon")) => Shape::for_model(miniature(model), 2).with_optimizer(Optimizer::Muon),
             Some((model, "lora4")) => Shape::for_model(miniature(model).with_lora(Lora::from_id("4")), 2),
             _ => Shape::for_workload(self.workload, miniature(self.model), 2),
         };
@@ -431,6 +303,11 @@ impl Fault {
             }
             Change::Output(change) => {
                 let mut loaded = FaultyCase::load(backend, &fixture, change)?;
+                checker.compare(&fixture, &mut loaded, accumulation)
+            }
+            Change::Update(update) => {
+                let inner = backend.load(&fixture)?;
+                let mut loaded = WrongOptimizer { inner, fixture: &fixture, update, state: Vec::new() };
                 checker.compare(&fixture, &mut loaded, accumulation)
             }
             Change::DropoutInput(edit) => {

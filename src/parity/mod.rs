@@ -15,6 +15,7 @@ pub mod idle_steps;
 mod steps;
 pub mod timed_work;
 pub mod tolerance;
+mod updates;
 
 use std::fmt;
 

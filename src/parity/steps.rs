@@ -13,6 +13,7 @@ use super::tolerance::{self, Expected, ReferenceCache, layer_name};
 use super::{Mismatch, RankMismatch, compare_tensors, find, timed_work};
 use crate::backend::{Accumulation, LoadedCase};
 use crate::fixture::{Fixture, Tensor};
+use crate::model::parameters::ParameterSpec;
 use crate::suite::{Case, Shape, Workload};
 
 /// The last training step that is compared is at least and at most this one. Its number is random, so that no
@@ -40,10 +41,10 @@ impl From<Error> for Failure {
     }
 }
 
-type Outcome<T> = Result<T, Failure>;
+pub(super) type Outcome<T> = Result<T, Failure>;
 
 /// Returns a number in `0..count`, another one in each process and each call.
-fn random_below(count: usize) -> usize {
+pub(super) fn random_below(count: usize) -> usize {
     (RandomState::new().build_hasher().finish() % count as u64) as usize
 }
 
@@ -70,11 +71,11 @@ impl StepCheck<'_> {
         Ok(ratio)
     }
 
-    fn case(&self) -> Case {
+    pub(super) fn case(&self) -> Case {
         self.fixture.case
     }
 
-    fn mismatch(&self, reason: impl fmt::Display) -> Failure {
+    pub(super) fn mismatch(&self, reason: impl fmt::Display) -> Failure {
         Mismatch::new(self.case(), reason.to_string()).into()
     }
 
@@ -122,7 +123,7 @@ impl StepCheck<'_> {
         self.compare(expected, &results, step)
     }
 
-    fn compare(&self, expected: &[Expected], results: &[Tensor], step: &str) -> Outcome<f64> {
+    pub(super) fn compare(&self, expected: &[Expected], results: &[Tensor], step: &str) -> Outcome<f64> {
         compare_tensors(self.case(), expected, results)
             .map_err(|m| Mismatch { reason: format!("{}{step}", m.reason), ..m }.into())
     }
@@ -217,7 +218,7 @@ impl StepCheck<'_> {
         Ok(worst.max(self.compare_outputs(&expected, &step)?))
     }
 
-    /// Runs one step, and compares its update with AdamW for the gradients of the backend. Replaces `state`, the
+    /// Runs one step, and compares its update with that of the optimizer for the gradients of the backend. Replaces `state`, the
     /// checkpoint before the step, with that after it. Returns the outputs.
     fn checked_step(
         &mut self,
@@ -243,62 +244,6 @@ impl StepCheck<'_> {
         *state = after;
         Ok(results)
     }
-
-    /// Returns the values of `prefix/<parameter>`, which must be as many as those of the parameter.
-    fn values<'t>(&self, all: &'t [Tensor], prefix: &str, parameter: &Tensor) -> Outcome<&'t [f32]> {
-        let name = format!("{prefix}/{}", parameter.name);
-        let found = find(all, &name).filter(|tensor| tensor.data.len() == parameter.data.len());
-        Ok(&found.ok_or_else(|| self.mismatch(format!("{name} is missing")))?.data)
-    }
-
-    /// Checks that a step left the frozen parameters unchanged, bit for bit.
-    fn check_frozen(&self, before: &[Tensor], after: &[Tensor], step: i32) -> Outcome<()> {
-        for spec in self.case().shape.parameter_specs().iter().filter(|spec| !spec.is_trained()) {
-            let name = format!("param/{}", spec.name);
-            let (before, after) = (find(before, &name), find(after, &name));
-            if before.is_none() || before.map(|t| &t.data) != after.map(|t| &t.data) {
-                return Err(self.mismatch(format!("{name} is frozen, and step {step} changed it")));
-            }
-        }
-        Ok(())
-    }
-
-    fn compare_update(
-        &self,
-        fixture: &Fixture,
-        before: &[Tensor],
-        results: &[Tensor],
-        after: &[Tensor],
-        step: i32,
-    ) -> Outcome<f64> {
-        let case = self.case();
-        let mut worst = 0.0_f64;
-        self.check_frozen(before, after, step)?;
-        let same_layer = |a: &&Tensor, b: &&Tensor| layer_name(&a.name) == layer_name(&b.name);
-        let trained: Vec<&Tensor> = fixture.trained_parameters().collect();
-        let fixed = case.workload == Workload::OptimizerStep;
-        let mut fixed_gradients = if fixed { fixture.gradients().iter() } else { [].iter() };
-        for layer in trained.chunk_by(same_layer) {
-            let mut updates = Vec::new();
-            for &parameter in layer {
-                let name = &parameter.name;
-                let values = |all, prefix| self.values(all, prefix, parameter);
-                let gradient = if fixed {
-                    &fixed_gradients.next().expect("a gradient for each trained parameter").data[..]
-                } else {
-                    values(results, "grad")?
-                };
-                let state =
-                    [values(before, "param")?, values(before, "moment1")?, values(before, "moment2")?];
-                updates.push(tolerance::Update { name, state, gradient });
-            }
-            let expected =
-                tolerance::expected_update(&fixture.adamw, &updates, step, case.optimizer_precision());
-            let step = format!(" after the update of step {step}");
-            worst = worst.max(self.compare(&expected, after, &step)?);
-        }
-        Ok(worst)
-    }
 }
 
 /// Returns the checkpoint before the first step of a case without an optimizer.
@@ -310,13 +255,16 @@ fn parameter_checkpoint(fixture: &Fixture) -> Vec<Tensor> {
 /// Returns the checkpoint before the first step of a case with an optimizer.
 fn initial_checkpoint(fixture: &Fixture) -> Vec<Tensor> {
     let mut all = parameter_checkpoint(fixture);
-    for prefix in ["moment1", "moment2"] {
-        all.extend(fixture.trained_parameters().map(|parameter| Tensor {
-            name: format!("{prefix}/{}", parameter.name),
-            dims: parameter.dims.clone(),
-            data: vec![0.0; parameter.data.len()],
-        }));
-    }
+    let zeros = |prefix: &str, spec: &ParameterSpec| Tensor {
+        name: format!("{prefix}/{}", spec.name),
+        dims: spec.dims.clone(),
+        data: vec![0.0; spec.len()],
+    };
+    let shape = fixture.case.shape;
+    let specs: Vec<ParameterSpec> =
+        shape.parameter_specs().into_iter().filter(ParameterSpec::is_trained).collect();
+    all.extend(specs.iter().map(|spec| zeros("moment1", spec)));
+    all.extend(specs.iter().filter(|spec| !shape.uses_muon_for(spec)).map(|spec| zeros("moment2", spec)));
     all.push(Tensor { name: "step".to_owned(), dims: vec![1], data: vec![0.0] });
     all
 }

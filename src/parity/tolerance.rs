@@ -15,7 +15,7 @@ use std::sync::Arc;
 use crate::fixture::{Fixture, Tensor};
 use crate::reference::{self, Accumulation, DropoutMasks, LOSS_TERMS, NamedValues, Rounding};
 use crate::suite::{Case, Device, Precision, Shape, Workload, cost};
-pub use update::{Update, expected_update};
+pub use update::{MatrixUpdate, Update, expected_update};
 
 /// Tolerance over the rounding error of the reference. Measured over all tensors, precisions and variants of both
 /// frameworks on CPUs, the error of a backend is 1.0 times as large (median), and 1.9 times at most.
@@ -124,6 +124,8 @@ pub struct TensorError {
     /// The scale error, and its tolerance.
     pub scale: f64,
     pub scale_tolerance: Option<f64>,
+    /// Number of results that are NaN.
+    pub nan: usize,
 }
 
 /// Returns error / tolerance. NaN counts as infinite.
@@ -152,6 +154,9 @@ impl TensorError {
 
 impl fmt::Display for TensorError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.nan > 0 {
+            return write!(f, "{}: {} NaN", self.name, self.nan);
+        }
         if let Some(tolerance) = self.scale_tolerance
             && self.scale_ratio() > share(self.error, self.tolerance)
         {
@@ -190,7 +195,8 @@ impl Expected {
         let (name, tolerance) = (self.name.clone(), self.tolerance);
         let found = results.iter().find(|t| t.name == self.name).map_or(&[][..], |t| &t.data);
         let scale = scale_error(&self.values, found);
-        TensorError { name, error, tolerance, norm, scale, scale_tolerance: self.scale_tolerance }
+        let nan = found.iter().filter(|v| v.is_nan()).count();
+        TensorError { name, error, tolerance, norm, scale, scale_tolerance: self.scale_tolerance, nan }
     }
 }
 
@@ -216,7 +222,7 @@ fn scale_error(exact: &[f64], found: &[f32]) -> f64 {
 
 /// Returns the rounding error of each tensor, as a mean over `runs` runs with different seeds.
 fn rounding_errors(
-    exact: &ExactResults,
+    exact: &[(String, Arc<Vec<f64>>)],
     runs: usize,
     rounded: impl Fn(u64) -> Vec<NamedValues<f32>>,
 ) -> Vec<RoundingError> {
@@ -418,6 +424,8 @@ mod tests {
     fn nan_missing_and_short_tensors_are_errors() {
         assert_eq!(ratio(1.0, 1.0, f32::NAN), f64::INFINITY);
         let expected = expected(&[1.0, 1.0], 9.0);
+        let nan = Tensor { name: "a".to_owned(), dims: vec![2], data: vec![f32::NAN, 1.0] };
+        assert_eq!(expected.error(&[nan]).to_string(), "a: 1 NaN");
         assert_eq!(expected.error(&[]).ratio(), f64::INFINITY);
         let short = Tensor { name: "a".to_owned(), dims: vec![1], data: vec![1.0] };
         assert_eq!(expected.error(&[short]).ratio(), f64::INFINITY);

@@ -9,7 +9,7 @@
 //! | `network.rs`, `loss.rs` | the layers and the loss of one sample |
 //! | `autograd.rs` | operations on matrices and their gradients |
 //! | `attention.rs`, `activation.rs` | larger operations of the graph, and functions of single numbers |
-//! | `adamw.rs` | the optimizer |
+//! | `adamw.rs`, `muon.rs` | the optimizers |
 //! | `matmul.rs` | matrices and their products |
 //! | `rounding.rs` | number formats of the precisions |
 //! | `test_data.rs` | cases and dropout masks for the tests |
@@ -26,12 +26,13 @@ mod batch;
 mod gradient_tests;
 mod loss;
 mod matmul;
+pub mod muon;
 mod network;
 mod rounding;
 pub mod test_data;
 
 pub use adamw::adamw;
 pub use batch::{LOSS_TERMS, NamedValues, compute};
-pub use matmul::Real;
+pub use matmul::{Matrix, Real};
 pub use network::{DropoutMasks, Site};
 pub use rounding::{Accumulation, Format, Rounding};

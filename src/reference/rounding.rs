@@ -104,6 +104,13 @@ impl Rounding {
         Self { accumulation, ..formats }
     }
 
+    /// Returns the rounding of Muon in a precision. Parameters and moments have their own type, and the iterations run in
+    /// the type of the computation: in f32, or in bf16 as published.
+    pub fn for_muon(precision: Precision) -> Self {
+        let computation = Self::for_precision(precision, Accumulation::Wide);
+        Self { leaf: if precision.is_half() { computation.leaf } else { Format::Unrounded }, ..computation }
+    }
+
     /// Rounds a computed value to `format`. Leaves are not computed, so [`Format::round`] rounds them.
     pub fn round<R: Real>(&self, format: Format, value: R) -> R {
         if self.seed == 0 {

@@ -8,7 +8,7 @@ use crate::suite::{BackendId, Case, CustomModel, Method, Precision, Set, cases_f
 pub fn cases() -> Vec<Case> {
     let options = OPTION_MODELS.iter().map(|&model| {
         let model = ModelId::intern(model);
-        Some(CustomModel { model, batch: 2, micro_batches: 1, other_lengths: Vec::new() })
+        Some(CustomModel::plain(model, 2))
     });
     let models = [None].into_iter().chain(options);
     let mut all: Vec<Case> = models.flat_map(|custom| cases_for(Set::Smoke, custom.as_ref())).collect();

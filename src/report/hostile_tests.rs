@@ -6,12 +6,13 @@ use serde_json::{Map, Value, json};
 use super::{export, html, machines, markdown, tests};
 use crate::compare::baseline_level;
 use crate::files::checksum;
-use crate::model::{GPT2, Model};
+use crate::model::{GPT2, Model, ModelId};
 use crate::results::baseline::{Baseline, SavedCase, Selection};
 use crate::results::machine::Machine;
 use crate::results::{
     EnvEffect, InterleavedResult, Record, Results, RunModel, Throughput, VERSION, validate,
 };
+use crate::suite::CustomModel;
 use crate::text::error_line;
 
 fn record(id: &str) -> Record {
@@ -38,7 +39,8 @@ fn machine() -> Machine {
 }
 
 fn model(name: &'static str) -> RunModel {
-    RunModel { batch: 2, micro_batches: 1, configuration: Model { name, ..GPT2 }, other_lengths: Vec::new() }
+    let model = ModelId::intern(Model { name, ..GPT2 });
+    RunModel::of(CustomModel::plain(model, 2))
 }
 
 /// Collects the paths of all values in a document.

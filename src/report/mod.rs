@@ -8,6 +8,7 @@ pub mod lengths;
 pub mod machines;
 pub mod markdown;
 pub mod notes;
+mod optimizers;
 pub mod plots;
 pub mod publish;
 pub mod scaling;
@@ -179,10 +180,14 @@ pub fn batches<'a>(all: &[Measured<'a>]) -> Vec<Sweep<'a>> {
     let mut sweeps: Vec<Sweep<'a>> = Vec::new();
     for m in all.iter().filter(|m| m.case.workload == Workload::TrainStep) {
         let Case { backend, method, .. } = m.case;
-        if let Shape::Model { model, ranks: 1, micro_batches: 1, .. } = m.case.shape
+        if let Shape::Model { model, ranks: 1, micro_batches: 1, optimizer, .. } = m.case.shape
             && !model.is_miniature()
         {
-            match sweeps.iter_mut().find(|s| (s.model, s.backend, s.method) == (model, backend, method)) {
+            let same_optimizer = |s: &Sweep<'_>| s.steps[0].case.shape.optimizer() == optimizer;
+            let same = |s: &&mut Sweep<'_>| {
+                (s.model, s.backend, s.method) == (model, backend, method) && same_optimizer(s)
+            };
+            match sweeps.iter_mut().find(same) {
                 Some(sweep) => sweep.steps.push(*m),
                 None => sweeps.push(Sweep { model, backend, method, steps: vec![*m] }),
             }

@@ -25,7 +25,8 @@ pub struct Scaling<'a> {
 fn single_device_case(case: &Case, batch: usize) -> Option<Case> {
     let (model, _) = case.shape.model()?;
     let variant = if case.method.variant == Variant::Overlap { Variant::Eager } else { case.method.variant };
-    Some(Case { method: Method { variant, ..case.method }, shape: Shape::for_model(model, batch), ..*case })
+    let shape = Shape::for_model(model, batch).with_optimizer(case.shape.optimizer());
+    Some(Case { method: Method { variant, ..case.method }, shape, ..*case })
 }
 
 /// Returns every measured case with several ranks. An all-reduce has no efficiency.

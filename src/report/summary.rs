@@ -2,7 +2,7 @@
 
 use super::format::{count, digits, megabytes, range, speed};
 use super::headline::{RUN_TO_RUN, best_pairs, fastest_first, find_eager, rivals, same_method_pairs};
-use super::{Measured, Ratio, Sweep, all_measured, batches, find_measured, scaling};
+use super::{Measured, Ratio, Sweep, all_measured, batches, find_measured, optimizers, scaling};
 use crate::compare::decision::THRESHOLD;
 use crate::results::{Record, Results};
 use crate::suite::{BackendId, Case, Framework, Method, Precision, Variant, Workload};
@@ -122,7 +122,7 @@ impl<'a> Comparison<'a> {
 }
 
 /// Returns the reason why nothing is concluded from a case, if other programs disturbed it.
-fn disturbance(step: &Measured<'_>) -> Option<String> {
+pub(super) fn disturbance(step: &Measured<'_>) -> Option<String> {
     let share = step.record.cpu_wait_share.filter(|_| step.record.disturbed())?;
     Some(format!("{} waited for a core for {:.0} % of its time", step.record.id, 100.0 * share))
 }
@@ -176,6 +176,7 @@ pub fn findings(results: &Results) -> Vec<String> {
     all.extend(memory_use(results));
     all.extend(fastest_methods(results));
     all.extend(slow_compilers(results));
+    all.extend(optimizers::sentences(results));
     if !answered.is_empty() {
         all.extend(scaling::sentences(&all_measured(results)));
     }

@@ -20,7 +20,7 @@ use crate::files::{self, lock_file, write_atomic};
 use crate::interference;
 use crate::model::{Model, ModelId, config};
 use crate::statistics::{REPORT_CONFIDENCE, trimmed_half_width};
-use crate::suite::{Case, CustomModel, HEADLINE_SHAPE, MAX_BATCH, Shape, custom_model};
+use crate::suite::{Case, CustomModel, HEADLINE_SHAPE, MAX_BATCH, Optimizer, Shape, custom_model};
 use crate::text;
 use machine::Machine;
 pub use upgrade::VERSION;
@@ -274,6 +274,9 @@ pub struct RunModel {
     /// Micro-batches of a training step.
     #[serde(default = "one", skip_serializing_if = "is_one")]
     pub micro_batches: usize,
+    /// Optimizer of a training step.
+    #[serde(default = "adamw", skip_serializing_if = "is_adamw")]
+    pub optimizer: Optimizer,
     pub configuration: Model,
     /// Numbers of tokens of further training steps.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -288,10 +291,18 @@ fn is_one(count: &usize) -> bool {
     *count == 1
 }
 
+fn adamw() -> Optimizer {
+    Optimizer::Adamw
+}
+
+fn is_adamw(optimizer: &Optimizer) -> bool {
+    *optimizer == Optimizer::Adamw
+}
+
 impl RunModel {
     pub fn of(custom: CustomModel) -> Self {
-        let CustomModel { model, batch, micro_batches, other_lengths } = custom;
-        Self { batch, micro_batches, configuration: *model, other_lengths }
+        let CustomModel { model, batch, micro_batches, optimizer, other_lengths } = custom;
+        Self { batch, micro_batches, optimizer, configuration: *model, other_lengths }
     }
 
     /// Returns the numbers of tokens, as `--tokens` takes them. Returns `None` if the model has a fixed number.
@@ -312,8 +323,12 @@ impl RunModel {
             .configuration
             .lora
             .map_or_else(String::new, |lora| format!(" {}={}", custom_model::LORA_VARIABLE, lora.option()));
+        let optimizer = match self.optimizer {
+            Optimizer::Adamw => String::new(),
+            optimizer => format!(" {}={optimizer}", custom_model::OPTIMIZER_VARIABLE),
+        };
         format!(
-            "{}=PATH {}={}{tokens}{accumulate}{lora}",
+            "{}=PATH {}={}{tokens}{accumulate}{lora}{optimizer}",
             custom_model::MODEL_VARIABLE,
             custom_model::BATCH_VARIABLE,
             self.batch
@@ -325,6 +340,7 @@ impl RunModel {
             model: ModelId::intern(self.configuration),
             batch: self.batch,
             micro_batches: self.micro_batches,
+            optimizer: self.optimizer,
             other_lengths: self.other_lengths.clone(),
         }
     }
@@ -340,7 +356,8 @@ pub fn deserialize_run_model<'de, D: Deserializer<'de>>(from: D) -> Result<Optio
         let whole = config::complete_and_check(own.configuration).ok() == Some(own.configuration);
         let lengths = own.other_lengths.iter().all(|tokens| (1..=config::MAX_SIZE).contains(tokens));
         let sizes = [own.batch, own.micro_batches].iter().all(|size| (1..=MAX_BATCH).contains(size));
-        if !whole || !lengths || !sizes || !own.batch.is_multiple_of(own.micro_batches) {
+        let optimizes = own.configuration.lora.is_none() || is_adamw(&own.optimizer);
+        if !whole || !lengths || !sizes || !optimizes || !own.batch.is_multiple_of(own.micro_batches) {
             return Err(D::Error::custom("the model of this run is not valid"));
         }
         ModelId::register(own.configuration).map_err(D::Error::custom)?;

@@ -13,7 +13,7 @@ use super::{
     Record, Results, RunModel, Status, VERSION, env_effects, interleaved_results, read_json, validate,
 };
 use crate::files::{executable_checksum, write_atomic};
-use crate::suite::{Case, Framework, Set, cases_for, custom_model};
+use crate::suite::{Case, Framework, Optimizer, Set, cases_for, custom_model};
 
 /// The set and filter of a run.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -198,7 +198,11 @@ pub fn command(parts: &[ProcessRecord]) -> String {
         };
         let m = custom.configuration;
         let lora = m.lora.map_or_else(String::new, |lora| format!(" --lora {}", lora.option()));
-        format!(" --model {} --batch {}{tokens}{accumulate}{lora}", m.name, custom.batch)
+        let optimizer = match custom.optimizer {
+            Optimizer::Adamw => String::new(),
+            optimizer => format!(" --optimizer {optimizer}"),
+        };
+        format!(" --model {} --batch {}{tokens}{accumulate}{lora}{optimizer}", m.name, custom.batch)
     });
     for Selection { set, filter } in parts.iter().flat_map(|p| &p.selections) {
         let filter = if filter.is_empty() { String::new() } else { format!(" '{filter}'") };

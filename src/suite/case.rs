@@ -6,7 +6,7 @@ use std::str::FromStr;
 use anyhow::{Context, Result, ensure};
 use regex::Regex;
 
-use super::{BackendId, Device, Framework, Method, Precision, Shape, Variant, Workload, cost};
+use super::{BackendId, Device, Framework, Method, Optimizer, Precision, Shape, Variant, Workload, cost};
 use crate::model::Dropout;
 
 /// One benchmark.
@@ -60,7 +60,7 @@ impl Case {
         let Some((model, batch)) = self.shape.model().filter(|_| self.shape.undivided() == self.shape) else {
             return serde_json::Value::Null;
         };
-        serde_json::json!({
+        let mut description = serde_json::json!({
             "workload": self.workload.id(),
             "trains": self.workload.trains(),
             "optimizes": self.workload.optimizes(),
@@ -73,7 +73,11 @@ impl Case {
             "batch": batch,
             "dropout": self.dropout(),
             "model": *model,
-        })
+        });
+        if self.shape.optimizer() != Optimizer::Adamw {
+            description["optimizer"] = self.shape.optimizer().id().into();
+        }
+        description
     }
 }
 
@@ -97,7 +101,8 @@ impl FromStr for Case {
             method: method.parse()?,
             shape: shape.parse()?,
         };
-        if let Shape::Model { model, batch, ranks: 1, micro_batches: 1 } = case.shape
+        if let Shape::Model { model, batch, .. } = case.shape
+            && case.shape == Shape::for_model(model, batch)
             && !model.is_preset()
             && model.lora.is_none()
         {
@@ -111,7 +116,10 @@ impl FromStr for Case {
             Workload::CopyPeak => matches!(case.shape, Shape::Buffer { ranks: 1, .. }),
             Workload::AllReduce => matches!(case.shape, Shape::Buffer { ranks: 2.., .. }),
             Workload::TrainStep => matches!(case.shape, Shape::Model { .. }),
-            _ => matches!(case.shape, Shape::Model { ranks: 1, micro_batches: 1, .. }),
+            Workload::OptimizerStep => matches!(case.shape, Shape::Model { ranks: 1, micro_batches: 1, .. }),
+            _ => {
+                matches!(case.shape, Shape::Model { model, batch, .. } if case.shape == Shape::for_model(model, batch))
+            }
         };
         if !fits {
             return Err(format!("'{text}': {workload} has no shape '{shape}'"));
@@ -144,7 +152,7 @@ mod tests {
 
     use super::*;
     use crate::model::ModelId;
-    use crate::suite::{Block, HEADLINE_SHAPE, Set, cases};
+    use crate::suite::{Block, HEADLINE_SHAPE, Optimizer, Set, cases};
 
     #[test]
     fn ids_are_short_lower_case_unique_and_parse_to_their_case() {
@@ -178,6 +186,11 @@ mod tests {
         assert_eq!(accumulated.to_string(), "gpt2-b8-t1024-a2-dp4");
         assert_eq!("gpt2-b8-t1024-a2-dp4".parse(), Ok(accumulated));
         assert_eq!(accumulated.micro_batch().to_string(), "gpt2-b1-t1024");
+        let muon = gpt2.with_optimizer(Optimizer::Muon);
+        assert_eq!(muon.to_string(), "gpt2-b8-t1024-muon");
+        let divided = muon.with_micro_batches(2).with_ranks(4);
+        assert_eq!("gpt2-b8-t1024-muon-a2-dp4".parse(), Ok(divided));
+        assert_eq!(divided.undivided(), muon);
         let adapted = "gpt2-b8-t1024-lora16qv-a2-dp4";
         let case: Case = format!("train-step/torch-cpu/f32/{adapted}").parse().unwrap();
         assert_eq!(case.shape.to_string(), adapted);
@@ -218,6 +231,11 @@ mod tests {
             ("train-step/torch-cpu/f32/indicator-b16-a4-lora16", "write -lora16 behind"),
             ("train-step/torch-cpu/f32/indicator-b16-lora0", "unknown shape"),
             ("copy-peak/torch-cpu/f32/1mib-lora8", "write -lora8 behind"),
+            ("forward/torch-cpu/f32/indicator-b16-muon", "has no shape"),
+            ("train-step/torch-cpu/f32/indicator-b16-adamw", "AdamW is the default"),
+            ("train-step/torch-cpu/f32/indicator-b16-lora16-muon", "adapters are trained with AdamW"),
+            ("train-step/torch-cpu/f32/indicator-b16-a4-muon", "write -muon behind"),
+            ("matmul-peak/torch-cpu/f32/n64-muon", "write -muon behind"),
             ("all-reduce/torch-cpu/f32/1mib", "has no shape"),
             ("copy-peak/torch-cpu/f32/1mib-dp2", "has no shape"),
             ("matmul-peak/torch-cpu/f32/n64-dp2", "cannot be divided between ranks"),
@@ -237,6 +255,7 @@ mod tests {
         parts.extend(Precision::ALL.iter().map(|p| p.to_string()));
         parts.extend(Variant::ALL.iter().filter(|&&v| v != Variant::Eager).map(|v| format!("-{v}")));
         parts.extend(ModelId::all().map(|m| m.to_string()));
+        parts.extend(Optimizer::ALL.iter().map(|o| o.to_string()));
         for part in parts {
             assert!(readme.contains(&format!("`{part}`")), "src/suite/README.md does not explain {part}");
         }

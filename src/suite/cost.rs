@@ -2,17 +2,21 @@
 //!
 //! A multiply-add is 2 FLOPs, and only matrix products count, as in PyTorch's `FlopCounterMode` and the
 //! scaling-law literature (Kaplan et al. 2020). The backward pass has two products for each product whose
-//! operands both need a gradient, and one if only one of them does. Causal attention counts in full. Bytes are
-//! the minimum traffic: each operand is read once, and each result is written once.
+//! operands both need a gradient, and one if only one of them does. Causal attention counts in full. The products of
+//! Muon count too. Bytes are the minimum traffic: each operand is read once, and each result is written once.
 //!
 //! Intermediate results have 128 bits, which no shape exceeds. A result of over 64 bits is `u64::MAX`, and
 //! [`is_computable`] refuses its case.
 
 use super::adapter_cost::AdapterCost;
 use super::{Block, Case, Shape, Workload};
+use crate::model::parameters::ParameterSpec;
 use crate::model::{Input, Lora, Model, Output, Position};
 
 const MIB: usize = 1 << 20;
+
+/// Newton-Schulz iterations of Muon in a step, as published.
+pub const NEWTON_SCHULZ_ITERATIONS: u32 = 5;
 
 /// The work of one iteration, in the unit of the case's speed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +50,8 @@ pub fn work(case: &Case) -> Work {
             Shape::Model { batch, .. } => Work::Samples(batch as u64),
             _ => unreachable!("model workloads have model shapes"),
         },
+        // The products of Muon take most of its time.
+        Workload::OptimizerStep if flops(case) > 0 => Work::Flops(flops(case)),
         Workload::OptimizerStep | Workload::CopyPeak | Workload::AllReduce => Work::Bytes(bytes(case)),
         _ => Work::Flops(flops(case)),
     }
@@ -115,6 +121,27 @@ fn outer_flops(m: &Model, batch: usize) -> (u128, u128) {
     (embedding, output)
 }
 
+/// Returns the FLOPs of the Newton-Schulz iterations of Muon for a matrix: in each iteration the Gram matrix of its
+/// shorter side, the square of that, and a product with the matrix.
+pub fn orthogonalization_flops(rows: usize, columns: usize) -> u128 {
+    let (short, long) = (rows.min(columns), rows.max(columns));
+    let iteration = 2 * linear(short, long, short) + linear(short, short, short);
+    u128::from(NEWTON_SCHULZ_ITERATIONS) * iteration
+}
+
+/// Returns the FLOPs of the optimizer. AdamW has no matrix product. Ranks that repeat the products of Muon count once.
+fn optimizer_flops(shape: Shape) -> u128 {
+    let specs = shape.parameter_specs().into_iter().filter(|spec| shape.uses_muon_for(spec));
+    specs.map(|spec| orthogonalization_flops(spec.dims[0], spec.dims[1])).sum()
+}
+
+/// Returns the numbers that the optimizer reads and writes at least. AdamW reads the parameter, its gradient and two
+/// moments, and writes the parameter and the moments. Muon has one moment.
+fn optimizer_traffic(shape: Shape) -> u128 {
+    let specs = shape.parameter_specs().into_iter().filter(ParameterSpec::is_trained);
+    specs.map(|spec| product([spec.len(), if shape.uses_muon_for(&spec) { 5 } else { 7 }])).sum()
+}
+
 /// Returns the FLOPs of one iteration. Workloads without a matrix product have 0.
 pub fn flops(case: &Case) -> u64 {
     let (forward, backward) = match case.shape {
@@ -130,7 +157,8 @@ pub fn flops(case: &Case) -> u64 {
         Shape::Buffer { .. } => (0, 0),
     };
     saturated(match case.workload {
-        Workload::OptimizerStep => 0,
+        Workload::OptimizerStep => optimizer_flops(case.shape),
+        Workload::TrainStep => forward + backward + optimizer_flops(case.shape),
         workload if workload.trains() => forward + backward,
         _ => forward,
     })
@@ -142,9 +170,8 @@ pub fn flops(case: &Case) -> u64 {
 /// the bus bandwidth of nccl-tests (<https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md>).
 pub fn bytes(case: &Case) -> u64 {
     saturated(match (case.workload, case.shape) {
-        // Reads the parameter, its gradient and two moments; writes the parameter and the moments.
         (Workload::OptimizerStep, shape) => {
-            7 * product([shape.trained_count(), case.optimizer_precision().parameter_bytes()])
+            optimizer_traffic(shape) * case.optimizer_precision().parameter_bytes() as u128
         }
         (Workload::AllReduce, Shape::Buffer { mib, ranks }) => {
             product([2, ranks - 1, mib, MIB]) / ranks as u128
@@ -158,7 +185,8 @@ pub fn bytes(case: &Case) -> u64 {
 /// each, and the traffic of the optimizer. Activations could remain in caches.
 pub fn min_bytes(case: &Case) -> u64 {
     let width = case.method.precision.parameter_bytes();
-    let trained = product([case.shape.trained_count(), case.optimizer_precision().parameter_bytes()]);
+    let trained_width = case.optimizer_precision().parameter_bytes() as u128;
+    let trained = case.shape.trained_count() as u128 * trained_width;
     // Frozen parameters are only read.
     let frozen = product([case.shape.parameter_count() - case.shape.trained_count(), width]);
     let inputs_and_outputs = match case.shape {
@@ -167,13 +195,13 @@ pub fn min_bytes(case: &Case) -> u64 {
         Shape::Square { n, chain } => product([1 + 2 * chain, n, n]),
         Shape::Buffer { .. } => return bytes(case),
     };
-    let passes = match case.workload {
+    let of_trained = match case.workload {
         Workload::OptimizerStep => return bytes(case),
-        Workload::TrainStep => 9,
-        workload if workload.trains() => 2,
-        _ => 1,
+        Workload::TrainStep => 2 * trained + optimizer_traffic(case.shape) * trained_width,
+        workload if workload.trains() => 2 * trained,
+        _ => trained,
     };
-    saturated(passes * trained + frozen + inputs_and_outputs * width as u128)
+    saturated(of_trained + frozen + inputs_and_outputs * width as u128)
 }
 
 /// Returns the activations per token that eager attention saves for the backward pass, including its norms.
@@ -268,6 +296,23 @@ mod tests {
         assert_eq!(bytes(&case("all-reduce/torch-cuda/f32/64mib-dp4")), 2 * 48 * 1024 * 1024);
         assert_eq!(bytes(&case("optimizer-step/torch-cpu/f32/indicator-b16")), 7 * 4 * 4_836_866);
         assert_eq!(bytes(&case("optimizer-step/torch-cpu/bf16/indicator-b16")), 7 * 2 * 4_836_866);
+    }
+
+    #[test]
+    fn muon_adds_the_products_of_its_iterations() {
+        // Five iterations with two products of a matrix and the square of its Gram matrix.
+        let square = 5 * 3 * 2 * 256 * 256 * 256;
+        let wide = 5 * (2 * 2 * 256 * 256 * 1024 + 2 * 256 * 256 * 256);
+        let all = 6 * (4 * square + 2 * wide);
+        assert_eq!(flops(&case("optimizer-step/torch-cpu/f32/indicator-b16-muon")), all);
+        let step = |shape| flops(&case(&format!("train-step/torch-cpu/f32/indicator-{shape}")));
+        assert_eq!(step("b16-muon"), step("b16") + all);
+        assert_eq!(step("b16-muon-a2-dp2"), step("b16-muon"));
+        assert!(matches!(work(&case("optimizer-step/torch-cpu/f32/indicator-b16-muon")), Work::Flops(_)));
+        // Matrices of the blocks have one moment.
+        let matrices = 6 * (4 * 256 * 256 + 2 * 256 * 1024);
+        let traffic = 4 * (7 * 4_836_866 - 2 * matrices);
+        assert_eq!(bytes(&case("optimizer-step/torch-cpu/f32/indicator-b16-muon")), traffic);
     }
 
     #[test]

@@ -1,12 +1,12 @@
-//! A user-supplied model (`TRANSFORMER_BENCH_MODEL`, `_BATCH`, `_TOKENS`, `_ACCUMULATE`, `_LORA`) that replaces the
-//! built-in ones for this process.
+//! A user-supplied model (`TRANSFORMER_BENCH_MODEL`, `_BATCH`, `_TOKENS`, `_ACCUMULATE`, `_LORA`, `_OPTIMIZER`) that
+//! replaces the built-in ones for this process.
 
 use std::path::Path;
 use std::sync::OnceLock;
 
 use anyhow::{Context, Result, anyhow, ensure};
 
-use super::{BackendId, Case, MAX_BATCH, Method, Precision, Shape, Workload, cost};
+use super::{BackendId, Case, MAX_BATCH, Method, Optimizer, Precision, Shape, Workload, cost};
 use crate::model::config::{self, ParsedModel};
 use crate::model::{Lora, Model, ModelId};
 use crate::text::variable;
@@ -16,6 +16,7 @@ pub const BATCH_VARIABLE: &str = "TRANSFORMER_BENCH_BATCH";
 pub const TOKENS_VARIABLE: &str = "TRANSFORMER_BENCH_TOKENS";
 pub const ACCUMULATE_VARIABLE: &str = "TRANSFORMER_BENCH_ACCUMULATE";
 pub const LORA_VARIABLE: &str = "TRANSFORMER_BENCH_LORA";
+pub const OPTIMIZER_VARIABLE: &str = "TRANSFORMER_BENCH_OPTIMIZER";
 
 /// A model with its sizes.
 #[derive(Clone, Debug, PartialEq)]
@@ -25,14 +26,23 @@ pub struct CustomModel {
     pub batch: usize,
     /// Micro-batches of a training step (`--accumulate`).
     pub micro_batches: usize,
+    /// Optimizer of a training step (`--optimizer`).
+    pub optimizer: Optimizer,
     /// Other numbers of tokens of its training steps, with about as many tokens per step (`--tokens 512,1024`).
     pub other_lengths: Vec<usize>,
 }
 
 impl CustomModel {
+    /// Returns a model at one number of tokens, trained with AdamW and without micro-batches.
+    pub fn plain(model: ModelId, batch: usize) -> Self {
+        Self { model, batch, micro_batches: 1, optimizer: Optimizer::Adamw, other_lengths: Vec::new() }
+    }
+
     /// Returns the shape of the headline's training step.
     pub fn shape(&self) -> Shape {
-        Shape::for_model(self.model, self.batch).with_micro_batches(self.micro_batches)
+        Shape::for_model(self.model, self.batch)
+            .with_optimizer(self.optimizer)
+            .with_micro_batches(self.micro_batches)
     }
 
     /// Returns the numbers of tokens, as `--tokens` takes them.
@@ -46,7 +56,9 @@ impl CustomModel {
         let other = |&tokens: &usize| {
             let model = ModelId::intern(Model { tokens, ..*self.model });
             let batch = batch_at(tokens, self.model.tokens * self.batch).next_multiple_of(self.micro_batches);
-            Shape::for_model(model, batch).with_micro_batches(self.micro_batches)
+            Shape::for_model(model, batch)
+                .with_optimizer(self.optimizer)
+                .with_micro_batches(self.micro_batches)
         };
         std::iter::once(self.shape()).chain(self.other_lengths.iter().map(other)).collect()
     }
@@ -80,6 +92,51 @@ pub fn custom_model() -> Option<CustomModel> {
     CUSTOM_MODEL.get().cloned()
 }
 
+/// The options of the environment next to the path of the model.
+#[derive(PartialEq)]
+struct Options {
+    batch: Option<usize>,
+    tokens: Vec<usize>,
+    micro_batches: usize,
+    lora: Option<Lora>,
+    optimizer: Optimizer,
+}
+
+impl Options {
+    const NONE: Self =
+        Self { batch: None, tokens: Vec::new(), micro_batches: 1, lora: None, optimizer: Optimizer::Adamw };
+
+    /// Reads the options from the environment.
+    ///
+    /// # Errors
+    /// Returns an error if one is invalid, or if Muon should train adapters.
+    fn read() -> Result<Self> {
+        let mut options = Self::NONE;
+        if let Some(text) = variable(BATCH_VARIABLE)? {
+            options.batch = Some(parse_size(BATCH_VARIABLE, &text, MAX_BATCH)?);
+        }
+        if let Some(text) = variable(TOKENS_VARIABLE)? {
+            let sizes = text.split(',').map(|text| parse_size(TOKENS_VARIABLE, text, config::MAX_SIZE));
+            options.tokens = sizes.collect::<Result<_>>()?;
+        }
+        if let Some(text) = variable(ACCUMULATE_VARIABLE)? {
+            options.micro_batches = parse_size(ACCUMULATE_VARIABLE, &text, MAX_BATCH)?;
+        }
+        if let Some(text) = variable(LORA_VARIABLE)? {
+            options.lora = Some(text.parse().map_err(|reason| anyhow!("{LORA_VARIABLE}={reason}"))?);
+        }
+        if let Some(text) = variable(OPTIMIZER_VARIABLE)? {
+            options.optimizer = text.parse().map_err(|reason| anyhow!("{OPTIMIZER_VARIABLE}: {reason}"))?;
+        }
+        ensure!(
+            options.lora.is_none() || options.optimizer == Optimizer::Adamw,
+            "--optimizer {}: adapters (--lora) are trained with AdamW",
+            options.optimizer
+        );
+        Ok(options)
+    }
+}
+
 /// Reads the custom model from the environment, for this process and the processes that it starts. Must be called
 /// before another thread runs. Returns messages for the user: notes about the file, and the sizes with their
 /// reason.
@@ -87,34 +144,22 @@ pub fn custom_model() -> Option<CustomModel> {
 /// # Errors
 /// Returns an error if the file or a size is invalid, or if the model does not fit into the memory.
 pub fn from_environment(capacity: impl FnOnce() -> MachineCapacity) -> Result<Vec<String>> {
-    let batch = match variable(BATCH_VARIABLE)? {
-        Some(text) => Some(parse_size(BATCH_VARIABLE, &text, MAX_BATCH)?),
-        None => None,
-    };
-    let tokens = variable(TOKENS_VARIABLE)?.unwrap_or_default();
-    let tokens = tokens.split(',').filter(|_| !tokens.is_empty());
-    let tokens: Vec<usize> =
-        tokens.map(|text| parse_size(TOKENS_VARIABLE, text, config::MAX_SIZE)).collect::<Result<_>>()?;
-    let micro_batches = match variable(ACCUMULATE_VARIABLE)? {
-        Some(text) => parse_size(ACCUMULATE_VARIABLE, &text, MAX_BATCH)?,
-        None => 1,
-    };
-    let lora = match variable(LORA_VARIABLE)? {
-        Some(text) => Some(text.parse::<Lora>().map_err(|reason| anyhow!("{LORA_VARIABLE}={reason}"))?),
-        None => None,
-    };
+    let options = Options::read()?;
     let Some(path) = std::env::var_os(MODEL_VARIABLE).filter(|path| !path.is_empty()) else {
         ensure!(
-            tokens.is_empty() && batch.is_none() && micro_batches == 1 && lora.is_none(),
-            "{TOKENS_VARIABLE}, {BATCH_VARIABLE}, {ACCUMULATE_VARIABLE} and {LORA_VARIABLE} need {MODEL_VARIABLE}"
+            options == Options::NONE,
+            "{TOKENS_VARIABLE}, {BATCH_VARIABLE}, {ACCUMULATE_VARIABLE}, {LORA_VARIABLE} and {OPTIMIZER_VARIABLE} \
+             need {MODEL_VARIABLE}"
         );
         return Ok(Vec::new());
     };
     let ParsedModel { model, notes } = config::read(Path::new(&path))?;
     ModelId::register(model)?;
+    let Options { batch, tokens, micro_batches, lora, optimizer } = options;
     let model = Model { lora, ..model };
     let (custom, message) = choose_lengths(model, &tokens, batch, capacity)?;
     let (custom, message) = accumulate(custom, message, micro_batches, batch.is_some())?;
+    let (custom, message) = optimize(custom, message, optimizer);
     let custom = CUSTOM_MODEL.get_or_init(|| custom);
     // Workers use the same sizes.
     // SAFETY: no other thread runs yet.
@@ -126,6 +171,19 @@ pub fn from_environment(capacity: impl FnOnce() -> MachineCapacity) -> Result<Ve
         }
     }
     Ok(notes.into_iter().chain([message]).collect())
+}
+
+/// Sets the optimizer of the training steps.
+fn optimize(custom: CustomModel, message: String, optimizer: Optimizer) -> (CustomModel, String) {
+    let custom = CustomModel { optimizer, ..custom };
+    let message = match optimizer {
+        Optimizer::Adamw => message,
+        Optimizer::Muon => {
+            let shape = custom.shape();
+            format!("{message}. Muon trains the matrices of its blocks, and AdamW the rest: {shape}")
+        }
+    };
+    (custom, message)
 }
 
 /// Divides the batch into micro-batches. A batch that the user did not choose is first rounded up to a multiple of their
@@ -218,7 +276,7 @@ fn choose_lengths(
     }
     let batch = batch.unwrap_or_else(|| batch_at(first, longest * at_longest.batch)).min(MAX_BATCH);
     let model = ModelId::intern(Model { tokens: first, ..model });
-    let custom = CustomModel { model, batch, micro_batches: 1, other_lengths };
+    let custom = CustomModel { other_lengths, ..CustomModel::plain(model, batch) };
     let shapes: Vec<String> = custom.step_shapes().iter().map(Shape::to_string).collect();
     Ok((custom, format!("{message}. Training steps: {}", shapes.join(", "))))
 }
@@ -244,7 +302,7 @@ fn choose_sizes(
         cost::is_computable(&step(smallest)),
         "{name} is too large: a training step of batch {smallest} has over 2^64 FLOPs or bytes"
     );
-    let with_batch = |batch| CustomModel { model: id, batch, micro_batches: 1, other_lengths: Vec::new() };
+    let with_batch = |batch| CustomModel::plain(id, batch);
     let parameters = parameter_message(with_batch(1).shape());
     let window = window_message(&id);
     let message = |batch, reason: String| {
@@ -354,6 +412,16 @@ mod tests {
         let longer = CustomModel { other_lengths: vec![512], ..sized(16, 8, true).unwrap().0 };
         let shapes: Vec<String> = longer.step_shapes().iter().map(Shape::to_string).collect();
         assert_eq!(shapes, ["custom-b16-t128-a8", "custom-b8-t512-a8"]);
+    }
+
+    #[test]
+    fn the_optimizer_is_a_part_of_the_shape_of_training_steps() {
+        let custom = choose_sizes(model(), Some(128), Some(8), || unreachable!()).unwrap().0;
+        let (custom, message) = optimize(custom, String::new(), Optimizer::Muon);
+        assert!(message.contains("AdamW the rest: custom-b8-t128-muon"), "{message}");
+        let custom = CustomModel { other_lengths: vec![512], ..custom };
+        let shapes: Vec<String> = custom.step_shapes().iter().map(Shape::to_string).collect();
+        assert_eq!(shapes, ["custom-b8-t128-muon", "custom-b2-t512-muon"]);
     }
 
     #[test]

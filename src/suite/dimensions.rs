@@ -3,6 +3,9 @@
 use std::fmt;
 use std::str::FromStr;
 
+use serde::de::Error;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
 use super::Block;
 
 /// Defines an enum whose values have ids, with `ALL`, `id()` and parsing.
@@ -54,9 +57,9 @@ named! {
         Forward => "forward",
         /// Loss and every gradient, with dropout.
         ForwardBackward => "forward-backward",
-        /// AdamW over every parameter, with fixed gradients.
+        /// The optimizer over every parameter, with fixed gradients.
         OptimizerStep => "optimizer-step",
-        /// Forward, loss, backward and AdamW.
+        /// Forward, loss, backward and the optimizer.
         TrainStep => "train-step",
         /// A square matrix product: the measured limit of arithmetic.
         MatmulPeak => "matmul-peak",
@@ -87,7 +90,7 @@ impl Workload {
         matches!(self, Self::ForwardBackward | Self::TrainStep)
     }
 
-    /// Returns true if AdamW is part of the work.
+    /// Returns true if the optimizer is part of the work.
     pub fn optimizes(self) -> bool {
         matches!(self, Self::OptimizerStep | Self::TrainStep)
     }
@@ -95,6 +98,38 @@ impl Workload {
     /// Returns true if the shape is a whole model.
     pub fn takes_model(self) -> bool {
         matches!(self, Self::Forward | Self::ForwardBackward | Self::OptimizerStep | Self::TrainStep)
+    }
+}
+
+named! {
+    /// The optimizer of a training step. Ids name the default, AdamW, only by leaving it out.
+    Optimizer, "optimizer", {
+        /// AdamW for every parameter.
+        Adamw => "adamw",
+        /// Muon for the matrices of the blocks, and AdamW for all other parameters.
+        Muon => "muon",
+    }
+}
+
+impl Optimizer {
+    /// Returns its name in text.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Adamw => "AdamW",
+            Self::Muon => "Muon",
+        }
+    }
+}
+
+impl Serialize for Optimizer {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_str(self.id())
+    }
+}
+
+impl<'de> Deserialize<'de> for Optimizer {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        String::deserialize(from)?.parse().map_err(D::Error::custom)
     }
 }
 
@@ -223,7 +258,7 @@ named! {
         Eager => "eager",
         /// Fused attention, and a single projection for q, k and v if the framework gains from it.
         Sdpa => "sdpa",
-        /// The optimizer in one kernel.
+        /// AdamW in one kernel, and Muon in products of stacked matrices.
         FusedAdamw => "fused-adamw",
         /// The step recorded as a CUDA graph and replayed.
         CudaGraph => "cudagraph",
@@ -246,7 +281,7 @@ impl Variant {
         matches!(self, Self::Sdpa | Self::Tuned)
     }
 
-    /// Returns true if the step calls a fused AdamW.
+    /// Returns true if the step calls a fused AdamW. Muon then stacks matrices of one shape.
     pub fn uses_fused_adamw(self) -> bool {
         matches!(self, Self::FusedAdamw | Self::Tuned)
     }

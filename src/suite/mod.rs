@@ -11,6 +11,6 @@ mod table;
 pub use crate::model::Block;
 pub use case::{Case, parse_filter};
 pub use custom_model::CustomModel;
-pub use dimensions::{BackendId, Device, Framework, Method, Precision, Set, Variant, Workload};
+pub use dimensions::{BackendId, Device, Framework, Method, Optimizer, Precision, Set, Variant, Workload};
 pub use shape::{MAX_BATCH, Shape};
 pub use table::{HEADLINE_BATCH, HEADLINE_SHAPE, cases, cases_for};

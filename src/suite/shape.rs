@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use super::Workload;
+use super::{Optimizer, Workload};
 use crate::model::parameters::{self, ParameterSource, ParameterSpec, Parameters};
 use crate::model::{Activation, Block, Dropout, Lora, ModelId, config};
 
@@ -16,8 +16,9 @@ pub enum Shape {
     /// `indicator-b16`, `gpt2-b8-t1024`, `indicator-tiny-b2`. In `indicator-b16-lora16`, the model has adapters of rank 16.
     /// `indicator-b16-dp2` divides the global batch of 16
     /// between two ranks, with one device each. In `indicator-b16-a4`, each rank computes its samples in four
-    /// micro-batches, one after the other, and adds up their gradients for one update.
-    Model { model: ModelId, batch: usize, ranks: usize, micro_batches: usize },
+    /// micro-batches, one after the other, and adds up their gradients for one update. `indicator-b16-muon` has
+    /// another optimizer than AdamW.
+    Model { model: ModelId, batch: usize, optimizer: Optimizer, ranks: usize, micro_batches: usize },
     /// `b16-h8-t111-d32` (B, H, T and D per head), with `-causal` for a causal mask; `b16-t111-d256-f1024`
     /// (B, T, D, F), with `-tanh` for the approximated GELU. A block of a custom model has the name of the
     /// model instead, because these sizes do not describe all of it.
@@ -67,6 +68,24 @@ impl Shape {
         self
     }
 
+    /// Returns the optimizer of a training step.
+    pub fn optimizer(self) -> Optimizer {
+        if let Self::Model { optimizer, .. } = self { optimizer } else { Optimizer::Adamw }
+    }
+
+    /// Returns the shape with another optimizer. Only whole models have one, and other shapes stay unchanged.
+    pub fn with_optimizer(mut self, other: Optimizer) -> Self {
+        if let Self::Model { optimizer, .. } = &mut self {
+            *optimizer = other;
+        }
+        self
+    }
+
+    /// Returns true if Muon updates a parameter of this shape.
+    pub fn uses_muon_for(self, spec: &ParameterSpec) -> bool {
+        self.optimizer() == Optimizer::Muon && spec.is_trained() && spec.is_block_matrix()
+    }
+
     /// Returns the shape that computes the same function on one device, without micro-batches.
     pub fn undivided(self) -> Self {
         self.with_ranks(1).with_micro_batches(1)
@@ -87,7 +106,7 @@ impl Shape {
 
     /// Returns the shape of a whole model on one device.
     pub const fn for_model(model: ModelId, batch: usize) -> Self {
-        Self::Model { model, batch, ranks: 1, micro_batches: 1 }
+        Self::Model { model, batch, optimizer: Optimizer::Adamw, ranks: 1, micro_batches: 1 }
     }
 
     /// Returns the shape of a workload on one device: the block that it runs, or the whole model.
@@ -157,11 +176,23 @@ impl Shape {
     fn parse_lora(text: &str, base: &str, lora: Lora) -> Result<Self, String> {
         match base.parse::<Self>()? {
             shape @ Self::Model { model, batch, .. }
-                if shape == shape.undivided() && model.lora.is_none() =>
+                if shape == Self::for_model(model, batch) && model.lora.is_none() =>
             {
                 Ok(Self::for_model(model.with_lora(Some(lora)), batch))
             }
             _ => Err(format!("shape '{text}': write -lora{lora} behind the batch and tokens of a model")),
+        }
+    }
+
+    fn parse_optimizer(text: &str, base: &str, optimizer: Optimizer) -> Result<Self, String> {
+        match base.parse::<Self>()? {
+            shape @ Self::Model { model, batch, .. } if shape == Self::for_model(model, batch) => {
+                if model.lora.is_some() {
+                    return Err(format!("shape '{text}': adapters are trained with AdamW"));
+                }
+                Ok(shape.with_optimizer(optimizer))
+            }
+            _ => Err(format!("shape '{text}': write -{optimizer} behind the batch and tokens of a model")),
         }
     }
 
@@ -190,6 +221,9 @@ impl fmt::Display for Shape {
         }
         if self.micro_batches() > 1 {
             return write!(f, "{}-a{}", self.with_micro_batches(1), self.micro_batches());
+        }
+        if self.optimizer() != Optimizer::Adamw {
+            return write!(f, "{}-{}", self.with_optimizer(Optimizer::Adamw), self.optimizer());
         }
         if let Self::Model { model, batch, .. } = *self
             && let Some(lora) = model.lora
@@ -246,6 +280,14 @@ impl FromStr for Shape {
             && let Ok(count) = count.parse()
         {
             return Self::parse_accumulation(text, undivided, count);
+        }
+        if let Some((base, name)) = text.rsplit_once('-')
+            && let Ok(optimizer) = name.parse::<Optimizer>()
+        {
+            if optimizer == Optimizer::Adamw {
+                return Err(format!("shape '{text}': AdamW is the default, write '{base}'"));
+            }
+            return Self::parse_optimizer(text, base, optimizer);
         }
         if let Some((base, lora)) = text.rsplit_once("-lora")
             && let Some(lora) = Lora::from_id(lora)

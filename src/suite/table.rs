@@ -1,6 +1,8 @@
 //! The table of cases.
 
-use super::{BackendId, Case, CustomModel, Framework, Method, Set, Shape, Variant, Workload, custom_model};
+use super::{
+    BackendId, Case, CustomModel, Framework, Method, Optimizer, Set, Shape, Variant, Workload, custom_model,
+};
 use crate::model::ModelId;
 
 /// The batch and the shape of the headline tables.
@@ -106,6 +108,15 @@ const TABLE: &[Row] = &[
     row(Smoke,   &[TrainStep],     Any,            "indicator-tiny-b2-lora4",     "bf16 mixed f32-tuned bf16-tuned"),
     row(Smoke,   &[TrainStep],     Only(Torch),    "indicator-tiny-b2-lora4",     "f32-compile"),
     row(Smoke,   &[TrainStep],     Any,            "gpt2-tiny-b2-t16-lora4qv",    "f32 f32-tuned"),
+    // Muon for square, tall and wide matrices.
+    row(Smoke,   &[OptimizerStep], Any,            "indicator-tiny-b2-muon",      "f32 bf16 f32-tuned bf16-tuned"),
+    row(Smoke,   &[TrainStep],     Any,            "indicator-tiny-b2-muon",      "f32 bf16 mixed f32-tuned bf16-tuned mixed-tuned"),
+    row(Smoke,   &[TrainStep],     Only(Torch),    "indicator-tiny-b2-muon",      "amp f32-compile f32-fused-adamw f32-cudagraph"),
+    row(Smoke,   &[TrainStep],     Only(Mlx),      "indicator-tiny-b2-muon",      "f32-compile"),
+    row(Smoke,   &[TrainStep],     Any,            "gpt2-tiny-b2-t16-muon",       "f32 f32-tuned"),
+    row(Smoke,   &[TrainStep],     Any,            "indicator-tiny-b8-muon-a2-dp2", "f32 f32-tuned"),
+    row(Smoke,   &[TrainStep],     Any,            "nanochat-d12-tiny-b2-t16 nanochat-d4-tiny-b2-t16-muon", "f32 f32-tuned"),
+    row(Smoke,   &[TrainStep],     Any,            "nanochat-d4-tiny-b2-t16-muon", "bf16 mixed-tuned"),
     row(Smoke,   &[AllReduce],     Any,            "1mib-dp2",                    "f32"),
     // Real widths, and steps so short that a comparison has hundreds of them within a minute.
     row(Compare, MODEL,            Cpu,            "indicator-b1",                "f32"),
@@ -120,6 +131,8 @@ const TABLE: &[Row] = &[
     row(Quick,   &[TrainStep],     Only(Torch),    "indicator-b16",               "mixed mixed-tuned amp"),
     row(Quick,   &[TrainStep],     Gpu,            "indicator-b16",               "mixed mixed-tuned bf16 bf16-tuned"),
     row(Quick,   &[TrainStep],     Only(Torch),    "indicator-b16",               "f32-compile mixed-compile"),
+    // What Muon costs over AdamW.
+    row(Quick,   &[TrainStep],     Any,            "indicator-b16-muon",          "f32-tuned"),
     // f32 takes long and is not needed for the headline.
     row(Quick,   &[TrainStep],     Gpu,            "gpt2-b8-t1024",               "bf16 bf16-tuned mixed mixed-tuned"),
     row(Quick,   &[MatmulPeak],    Cpu,            "n1024",                       "f32"),
@@ -142,6 +155,18 @@ const TABLE: &[Row] = &[
     row(Full,    &[TrainStep],     Any,            "indicator-b16",               SINGLE),
     row(Full,    &[TrainStep],     Any,            "indicator-b16 gpt2-b8-t1024", MEMORY),
     row(Full,    &[TrainStep],     Any,            "indicator-b16-a4",            "f32 f32-tuned f32-compile mixed-tuned"),
+    row(Full,    &[OptimizerStep], Any,            "indicator-b16-muon",          "f32 f32-tuned bf16 bf16-tuned"),
+    row(Full,    &[OptimizerStep], Gpu,            "gpt2-b8-t1024-muon",          "f32 f32-tuned bf16 bf16-tuned"),
+    row(Full,    &[OptimizerStep], Gpu,            "gpt2-b8-t1024",               "f32-tuned bf16-tuned"),
+    row(Full,    &[TrainStep],     Any,            "indicator-b16-muon",          "f32 f32-tuned f32-compile mixed mixed-tuned"),
+    row(Full,    &[TrainStep],     Only(Torch),    "indicator-b16-muon",          "f32-cudagraph mixed-compile amp"),
+    row(Full,    &[TrainStep],     Gpu,            "gpt2-b8-t1024-muon",          "bf16 bf16-tuned mixed mixed-tuned"),
+    row(Full,    &[TrainStep],     GpuOnly(Torch), "gpt2-b8-t1024-muon",          "bf16-compile mixed-compile"),
+    row(Full,    &[TrainStep],     Any,            "indicator-b16-muon-dp2",      "f32 f32-tuned"),
+    row(Full,    &[TrainStep],     Any,            "nanochat-d4-b1-t2048 nanochat-d4-b1-t2048-muon", "f32 f32-tuned"),
+    row(Full,    &[TrainStep],     Gpu,            "nanochat-d12-b8-t2048 nanochat-d12-b8-t2048-muon", "bf16 bf16-tuned mixed mixed-tuned"),
+    row(Full,    &[TrainStep],     GpuOnly(Torch), "nanochat-d12-b8-t2048 nanochat-d12-b8-t2048-muon", "bf16-compile mixed-compile"),
+    row(Full,    &[OptimizerStep], Gpu,            "nanochat-d12-b8-t2048 nanochat-d12-b8-t2048-muon", "f32 f32-tuned"),
     row(Full,    &[Forward, OptimizerStep], Any,   LORA,                          "f32"),
     row(Full,    &[ForwardBackward, TrainStep], Any, LORA,                        "f32 f32-tuned bf16 bf16-tuned"),
     row(Full,    &[TrainStep],     Only(Torch),    LORA,                          "f32-compile bf16-compile"),
@@ -179,13 +204,15 @@ impl BackendFilter {
 /// Returns the shapes of a row for a workload. A custom model replaces the indicator, and its batch replaces 16. Its
 /// training steps have several lengths. The list is empty if the row has no case for the custom model.
 fn shapes_for(workload: Workload, shape: Shape, custom: Option<&CustomModel>) -> Vec<Shape> {
-    let Shape::Model { model, batch, ranks, micro_batches } = shape else { return vec![shape] };
+    let Shape::Model { model, batch, optimizer, ranks, micro_batches } = shape else { return vec![shape] };
     let (model, batch) = match custom {
         None => (model, batch),
         Some(_) if model.miniature() != ModelId::indicator().miniature() => return Vec::new(),
         Some(custom) if model.is_miniature() => (custom.model.miniature(), batch),
         // `--accumulate` applies to all training steps of a custom model.
         Some(_) if micro_batches > 1 => return Vec::new(),
+        // So does `--optimizer`.
+        Some(_) if optimizer != Optimizer::Adamw => return Vec::new(),
         Some(custom) if workload == TrainStep && (batch, ranks) == (HEADLINE_BATCH, 1) => {
             return custom.step_shapes();
         }
@@ -195,8 +222,14 @@ fn shapes_for(workload: Workload, shape: Shape, custom: Option<&CustomModel>) ->
         Some(custom) if workload == TrainStep && !model.is_miniature() => custom.micro_batches,
         _ => micro_batches,
     };
-    let shape =
-        Shape::for_workload(workload, model, batch).with_ranks(ranks).with_micro_batches(micro_batches);
+    let optimizer = match custom {
+        Some(custom) if workload.optimizes() && !model.is_miniature() => custom.optimizer,
+        _ => optimizer,
+    };
+    let shape = Shape::for_workload(workload, model, batch)
+        .with_optimizer(optimizer)
+        .with_ranks(ranks)
+        .with_micro_batches(micro_batches);
     // The ranks and micro-batches may not divide the batch of a custom model.
     shape.divides_evenly().then_some(shape).into_iter().collect()
 }
@@ -276,7 +309,7 @@ mod tests {
     #[test]
     fn a_custom_model_replaces_the_built_in_ones() {
         let model = ModelId::intern(crate::model::Model { name: "mine", ..*ModelId::named("gpt2").unwrap() });
-        let own = CustomModel { model, batch: 4, micro_batches: 1, other_lengths: Vec::new() };
+        let own = CustomModel::plain(model, 4);
         let custom = Some(&own);
         for &set in Set::ALL {
             let all = cases_for(set, custom);
@@ -303,6 +336,10 @@ mod tests {
         let steps = cases_for(Full, Some(&accumulated)).into_iter().filter(|c| c.workload == TrainStep);
         assert!(steps.clone().all(|c| c.shape.micro_batches() == 2), "all training steps accumulate");
         assert!(steps.clone().any(|c| c.shape.to_string() == "mine-b4-t1024-a2"));
+        let muon = CustomModel { optimizer: Optimizer::Muon, ..own.clone() };
+        for case in cases_for(Full, Some(&muon)) {
+            assert_eq!(case.shape.optimizer() == Optimizer::Muon, case.workload.optimizes(), "{case}");
+        }
         let adapted = model.with_lora("16".parse().ok());
         let all = cases_for(Full, Some(&CustomModel { model: adapted, ..own.clone() }));
         let lora_of = |workload| {
@@ -319,7 +356,8 @@ mod tests {
     fn quick_on_a_mac_has_no_slow_steps_of_pytorch_on_the_cpu() {
         let mut quick = all_cases_for(Quick, None);
         let ids = |cases: &[Case]| -> Vec<String> {
-            let steps = cases.iter().filter(|c| c.workload == TrainStep && c.backend == BackendId::TorchCpu);
+            let steps = cases.iter().filter(|c| c.workload == TrainStep && c.shape == HEADLINE_SHAPE);
+            let steps = steps.filter(|c| c.backend == BackendId::TorchCpu);
             steps.map(|c| c.method.to_string()).collect()
         };
         assert!(ids(&quick).contains(&"mixed-compile".to_owned()), "{:?}", ids(&quick));

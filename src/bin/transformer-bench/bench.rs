@@ -61,6 +61,9 @@ pub struct Arguments {
     /// alone
     #[arg(long, value_name = "R", value_parser = options::lora())]
     lora: Option<String>,
+    /// Optimizer of the training steps of your model: adamw (default), or muon for the matrices of its blocks
+    #[arg(long, value_name = "NAME", value_parser = options::optimizer())]
+    optimizer: Option<String>,
     /// Regular expression over ids (workload/backend/precision/shape); a filtered run adds to the last run of the
     /// same build
     filter: Option<String>,
@@ -93,10 +96,11 @@ impl Arguments {
             || std::env::var_os(custom_model::MODEL_VARIABLE).is_some_and(|path| !path.is_empty());
         ensure!(
             has_model
-                || [&self.batch, &self.tokens, &self.accumulate, &self.lora]
+                || [&self.batch, &self.tokens, &self.accumulate, &self.lora, &self.optimizer]
                     .iter()
                     .all(|option| option.is_none()),
-            "--batch, --tokens, --accumulate and --lora need --model PATH: the built-in models have fixed sizes"
+            "--batch, --tokens, --accumulate, --lora and --optimizer need --model PATH: the built-in models have fixed \
+             sizes"
         );
         if let Some(path) = &self.model {
             // SAFETY: the caller guarantees that no other thread runs yet.
@@ -107,6 +111,7 @@ impl Arguments {
             (custom_model::TOKENS_VARIABLE, &mut self.tokens),
             (custom_model::ACCUMULATE_VARIABLE, &mut self.accumulate),
             (custom_model::LORA_VARIABLE, &mut self.lora),
+            (custom_model::OPTIMIZER_VARIABLE, &mut self.optimizer),
         ];
         for (name, size) in sizes {
             match size {

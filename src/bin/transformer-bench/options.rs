@@ -12,7 +12,7 @@ use transformer_bench::compare::releases::{self, Release};
 use transformer_bench::compare::revisions::{Source, with_release};
 use transformer_bench::compare::worker::Side;
 use transformer_bench::model::Lora;
-use transformer_bench::suite::{Framework, Set};
+use transformer_bench::suite::{Framework, Optimizer, Set};
 
 /// Names the folder in which the user called a script. The scripts run this command in the project's root.
 const CALLER_FOLDER: &str = "TRANSFORMER_BENCH_CALLER_FOLDER";
@@ -64,6 +64,11 @@ pub fn whole_numbers(max: usize) -> impl TypedValueParser<Value = String> {
 /// Parses a rank of adapters, such as `16` or `16:qv`, and returns it as text for the environment.
 pub fn lora() -> impl TypedValueParser<Value = String> {
     StringValueParser::new().try_map(move |text| text.parse::<Lora>().map(|_| text))
+}
+
+/// Parses the name of an optimizer, and returns it as text for the environment. The help text lists all names.
+pub fn optimizer() -> impl TypedValueParser<Value = String> {
+    PossibleValuesParser::new(Optimizer::ALL.iter().map(|optimizer| optimizer.id()))
 }
 
 /// Parses a side of a comparison: the path of `dir:PATH` is relative to the user's folder.

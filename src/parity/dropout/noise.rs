@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 
 use super::probe::probability;
 use crate::backend::LoadedCase;
-use crate::fixture::{AdamW, Fixture};
+use crate::fixture::Fixture;
 use crate::model::{Dropout, Model, ModelId};
 use crate::parity::Mismatch;
 use crate::reference::test_data::hash;
@@ -121,7 +121,7 @@ impl NoiseProbe {
     /// Returns the fixture of the probe. Its learning rate is 0, so the parameters do not change.
     pub fn fixture(&self) -> Fixture {
         let mut fixture = Fixture::new(self.case).with_equal_samples();
-        fixture.adamw = AdamW { lr: 0.0, weight_decay: 0.0, ..AdamW::TRAINING };
+        fixture.stop_updates();
         fixture.dropout = self.dropout;
         fixture.spread_scores(SCORE_DEVIATION);
         make_heads_equal(&mut fixture, &self.model);

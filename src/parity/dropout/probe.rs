@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use crate::fixture::{AdamW, Fixture, Tensor};
+use crate::fixture::{Fixture, Tensor};
 use crate::model::{Block, Dropout, Model, ModelId, Output, Position};
 use crate::reference::Site;
 use crate::suite::{Case, Shape};
@@ -132,7 +132,7 @@ impl Probe {
     /// Returns the fixture of the probe. Its learning rate is 0, so the parameters do not change.
     pub fn fixture(&self) -> Fixture {
         let mut fixture = Fixture::new(self.case);
-        fixture.adamw = AdamW { lr: 0.0, weight_decay: 0.0, ..AdamW::TRAINING };
+        fixture.stop_updates();
         fixture.dropout = self.dropout;
         let mut raise = |bias: &str, by: f32| {
             fixture.edit_parameter(bias, |data| data.iter_mut().for_each(|v| *v += by));

@@ -11,7 +11,7 @@ use crate::report::format::{percent, speed, time};
 use crate::report::headline::{Headline, headlines};
 use crate::report::{Measured, find_measured, scaling};
 use crate::results::Results;
-use crate::suite::{BackendId, Case, Method, Precision, Shape, Workload};
+use crate::suite::{BackendId, Case, Method, Optimizer, Precision, Shape, Workload};
 
 /// Height of a bar with its label.
 const BAR_HEIGHT: i32 = 44;
@@ -124,7 +124,9 @@ pub(super) fn step_times(all: &[Measured<'_>]) -> Result<Vec<Plot>> {
 pub(super) fn phases(all: &[Measured<'_>], shape: Shape) -> Result<Option<Plot>> {
     let keys = [FORWARD, BACKWARD, OPTIMIZER, OTHER];
     let bar = |&backend: &BackendId| {
-        let time_of = |workload| {
+        let time_of = |workload: Workload| {
+            let optimizer = if workload.optimizes() { shape.optimizer() } else { Optimizer::Adamw };
+            let shape = shape.with_optimizer(optimizer);
             let case = Case { workload, backend, method: Method::eager(Precision::F32), shape };
             all.iter().find(|m| m.case == case).map(|m| m.median_ns)
         };
