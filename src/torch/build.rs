@@ -18,7 +18,9 @@ fn main() {
         .include("native")
         .include(&include)
         .include(include.join("torch/csrc/api/include"))
-        .files(["distributed", "extension", "graph", "package"].map(|name| format!("native/{name}.cpp")));
+        .files(
+            ["distributed", "extension", "graph", "muon", "package"].map(|name| format!("native/{name}.cpp")),
+        );
     // The executable contains set-up's choice of Python, which runs TorchInductor.
     for name in ["PYTHON", "PYTHONPATH", "NO_INDUCTOR"] {
         let name = format!("TRANSFORMER_BENCH_{name}");

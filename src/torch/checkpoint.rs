@@ -1,19 +1,24 @@
-//! Reading and restoring of the parameters and of AdamW's state.
+//! Reading and restoring of the parameters and of the optimizer's state.
 
 use anyhow::Result;
 use tch::Tensor;
 use transformer_bench::fixture::Tensor as Named;
 
-use crate::extension::{self, AdamWState};
+use crate::extension;
+use crate::optimizer::OptimizerState;
 use crate::params::ParameterLayout;
 
 /// Names of the moments in [`transformer_bench::backend::LoadedCase::checkpoint`].
 const MOMENTS: [&str; 2] = ["moment1", "moment2"];
 
 /// Reads the leaves, and the state of the optimizer if there is one.
-pub fn read(layout: &ParameterLayout, leaves: &[Tensor], adamw: Option<&AdamWState>) -> Result<Vec<Named>> {
+pub fn read(
+    layout: &ParameterLayout,
+    leaves: &[Tensor],
+    optimizer: Option<&OptimizerState>,
+) -> Result<Vec<Named>> {
     let mut all = layout.read_leaves("param", leaves)?;
-    if let Some(state) = adamw {
+    if let Some(state) = optimizer {
         for (name, moments) in MOMENTS.iter().zip(state.moments()) {
             all.extend(layout.read_trained(name, moments)?);
         }
@@ -26,14 +31,14 @@ pub fn read(layout: &ParameterLayout, leaves: &[Tensor], adamw: Option<&AdamWSta
 pub fn restore(
     layout: &ParameterLayout,
     leaves: &[Tensor],
-    adamw: Option<&mut AdamWState>,
+    optimizer: Option<&mut OptimizerState>,
     tensors: &[Named],
     seed: u64,
 ) -> Result<()> {
     tch::manual_seed(seed as i64);
     extension::catch_panics(|| {
         layout.copy_into_leaves("param", tensors, leaves);
-        if let Some(state) = adamw {
+        if let Some(state) = optimizer {
             for (name, moments) in MOMENTS.iter().zip(state.moments()) {
                 layout.copy_into_trained(name, tensors, moments);
             }

@@ -12,8 +12,9 @@ use transformer_bench::suite::Case;
 use crate::accumulation::GradientSums;
 use crate::checkpoint;
 use crate::distributed::{BucketSizes, GradientSync};
-use crate::extension::{self, AdamWState, Graph, PackageRunner};
+use crate::extension::{self, Graph, PackageRunner};
 use crate::inductor::{self, Package};
+use crate::optimizer::OptimizerState;
 use crate::params::{self, ParameterLayout};
 
 /// A compiled case on a device.
@@ -31,7 +32,7 @@ pub struct CompiledStep {
     layout: ParameterLayout,
     gradient_sync: GradientSync,
     adamw: AdamW,
-    adamw_state: Option<AdamWState>,
+    optimizer: Option<OptimizerState>,
     /// Results and gradients of the last step.
     results: Vec<Tensor>,
     gradients: Vec<Tensor>,
@@ -75,7 +76,8 @@ impl CompiledStep {
         } else {
             GradientSync::Disabled
         };
-        let adamw_state = case.workload.optimizes().then(|| AdamWState::new(&trained, true));
+        let optimizer =
+            case.workload.optimizes().then(|| OptimizerState::new(fixture, &layout, &trained, true));
         let mut step = Self {
             case,
             device,
@@ -86,7 +88,7 @@ impl CompiledStep {
             layout,
             gradient_sync,
             adamw: fixture.adamw,
-            adamw_state,
+            optimizer,
             results: Vec::new(),
             gradients: Vec::new(),
             graph: None,
@@ -105,7 +107,7 @@ impl CompiledStep {
     /// Captures the step as a CUDA graph.
     fn capture(&mut self) -> Result<Graph> {
         let state = self.trained.iter().map(Tensor::shallow_clone);
-        let state = state.chain(self.adamw_state.iter().flat_map(AdamWState::tensors)).collect();
+        let state = state.chain(self.optimizer.iter().flat_map(OptimizerState::tensors)).collect();
         let this = RefCell::new(self);
         Graph::capture_step(state, || this.borrow_mut().run(), || this.borrow_mut().run())
     }
@@ -116,7 +118,7 @@ impl CompiledStep {
         self.gradients.clear();
         let gradients = self.run_package()?;
         self.gradients = self.gradient_sync.all_reduce(gradients)?;
-        if let Some(state) = &mut self.adamw_state {
+        if let Some(state) = &mut self.optimizer {
             state.step(&self.adamw, &self.trained, &self.gradients)?;
         }
         Ok(())
@@ -164,16 +166,16 @@ impl LoadedCase for CompiledStep {
     }
 
     fn checkpoint(&mut self) -> Result<Vec<Named>> {
-        checkpoint::read(&self.layout, self.leaves(), self.adamw_state.as_ref())
+        checkpoint::read(&self.layout, self.leaves(), self.optimizer.as_ref())
     }
 
     fn restore(&mut self, tensors: &[Named], seed: u64) -> Result<()> {
         let leaves = &self.arguments[0][self.leaves.clone()];
-        checkpoint::restore(&self.layout, leaves, self.adamw_state.as_mut(), tensors, seed)
+        checkpoint::restore(&self.layout, leaves, self.optimizer.as_mut(), tensors, seed)
     }
 
     fn outputs(&mut self) -> Result<Vec<Named>> {
-        let updated = if self.adamw_state.is_some() { self.leaves() } else { &[] };
+        let updated = if self.optimizer.is_some() { self.leaves() } else { &[] };
         self.layout.read_outputs(&self.case, &self.results, &self.gradients, updated)
     }
 }
@@ -193,7 +195,8 @@ mod tests {
                 let (arguments, leaves) = load_arguments(&fixture, Device::Cpu, &layout);
                 let mut tensors: Vec<Tensor> = arguments.into_iter().flatten().collect();
                 assert_eq!(leaves.len(), layout.leaf_names().len());
-                tensors.extend(AdamWState::new(&tensors[leaves], true).tensors());
+                let state = OptimizerState::new(&fixture, &layout, &layout.trained(&tensors[leaves]), true);
+                tensors.extend(state.tensors());
                 for tensor in tensors {
                     let known = [Kind::Float, Kind::BFloat16, Kind::Int64];
                     assert!(known.contains(&tensor.kind()), "{case}: {tensor:?}");

@@ -8,8 +8,7 @@ use std::path::Path;
 use std::sync::Once;
 
 use anyhow::{Context, Result, anyhow, bail};
-use tch::{Device, Kind, Tensor};
-use transformer_bench::fixture::AdamW;
+use tch::{Device, Tensor};
 
 /// Pointer to a C++ `at::Tensor`.
 pub type RawTensor = *mut c_void;
@@ -25,25 +24,6 @@ unsafe extern "C" {
     fn tb_foreach_copy(to: *const RawTensor, from: *const RawTensor, count: usize) -> c_int;
     fn tb_foreach_add(sums: *const RawTensor, others: *const RawTensor, count: usize) -> c_int;
     fn tb_foreach_mul(tensors: *const RawTensor, factor: f64, count: usize) -> c_int;
-    fn tb_adamw(
-        parameters: *const RawTensor,
-        gradients: *const RawTensor,
-        first: *const RawTensor,
-        second: *const RawTensor,
-        count: usize,
-        step: i64,
-        options: AdamW,
-        foreach: bool,
-    ) -> c_int;
-    fn tb_fused_adamw(
-        parameters: *const RawTensor,
-        gradients: *const RawTensor,
-        first: *const RawTensor,
-        second: *const RawTensor,
-        steps: *const RawTensor,
-        count: usize,
-        options: AdamW,
-    ) -> c_int;
     fn tb_graph_new(out: *mut *mut c_void) -> c_int;
     fn tb_graph_free(graph: *mut c_void);
     fn tb_graph_enter(graph: *mut c_void) -> c_int;
@@ -296,73 +276,6 @@ pub fn foreach_mul(tensors: &[Tensor], factor: f64) -> Result<()> {
     let tensors = as_raw_list(tensors);
     // SAFETY: a list of `tensors.len()` live tensors.
     check_status(unsafe { tb_foreach_mul(tensors.as_ptr(), factor, tensors.len()) })
-}
-
-/// State of AdamW in the type of the parameters, as in torch.optim.
-pub struct AdamWState {
-    first: Vec<Tensor>,
-    second: Vec<Tensor>,
-    step: i64,
-    /// Step counters on the device, for the fused kernel.
-    device_steps: Option<Vec<Tensor>>,
-}
-
-impl AdamWState {
-    pub fn new(parameters: &[Tensor], fused: bool) -> Self {
-        let zeros = || parameters.iter().map(|p| p.detach().zeros_like()).collect();
-        let counter = |p: &Tensor| Tensor::zeros([1i64; 0], (Kind::Float, p.device()));
-        let device_steps = fused.then(|| parameters.iter().map(counter).collect());
-        Self { first: zeros(), second: zeros(), step: 0, device_steps }
-    }
-
-    /// Returns the tensors that a step changes, except the parameters.
-    pub fn tensors(&self) -> Vec<Tensor> {
-        let steps = self.device_steps.iter().flatten();
-        self.first.iter().chain(&self.second).chain(steps).map(Tensor::shallow_clone).collect()
-    }
-
-    /// Resets the step counter on the host. During a capture, a change of the counters on the device would become a
-    /// part of the graph.
-    pub fn reset_host_count(&mut self) {
-        self.step = 0;
-    }
-
-    /// Returns the first and second moments, one per parameter.
-    pub fn moments(&self) -> [&[Tensor]; 2] {
-        [&self.first, &self.second]
-    }
-
-    /// Returns the number of steps so far.
-    pub fn step_count(&self) -> i64 {
-        let on_device = self.device_steps.iter().flatten().next();
-        on_device.map_or(self.step, |count| count.double_value(&[]) as i64)
-    }
-
-    /// Sets the number of steps, on the host and on the device.
-    pub fn set_step_count(&mut self, count: i64) {
-        self.step = count;
-        for counter in self.device_steps.iter_mut().flatten() {
-            let _ = counter.fill_(count);
-        }
-    }
-
-    /// Updates the parameters in place.
-    pub fn step(&mut self, options: &AdamW, parameters: &[Tensor], gradients: &[Tensor]) -> Result<()> {
-        let count = parameters.len();
-        assert_eq!(count, gradients.len());
-        let [p, g, m, v] = [parameters, gradients, &self.first, &self.second].map(as_raw_list);
-        let (p, g, m, v) = (p.as_ptr(), g.as_ptr(), m.as_ptr(), v.as_ptr());
-        self.step += 1;
-        // As in torch.optim, the default on an accelerator is the `_foreach_` implementation.
-        let foreach = parameters.first().is_some_and(|p| p.device() != Device::Cpu);
-        // SAFETY: lists of `count` live tensors.
-        check_status(unsafe {
-            match &self.device_steps {
-                Some(steps) => tb_fused_adamw(p, g, m, v, as_raw_list(steps).as_ptr(), count, *options),
-                None => tb_adamw(p, g, m, v, count, self.step, *options, foreach),
-            }
-        })
-    }
 }
 
 /// A loaded AOTInductor package.

@@ -21,7 +21,7 @@ use transformer_bench::parity::dropout::Probe;
 use transformer_bench::process::is_running;
 use transformer_bench::results::machine::Machine;
 use transformer_bench::results::one_line;
-use transformer_bench::suite::{Case, Device, Workload};
+use transformer_bench::suite::{Case, Device, Optimizer, Workload};
 
 use crate::extension;
 use crate::params::ParameterLayout;
@@ -73,7 +73,9 @@ pub fn compiled_case(case: &Case) -> Case {
         Workload::TrainStep => Workload::ForwardBackward,
         other => other,
     };
-    Case { workload, shape: case.shape.micro_batch(), ..*case }
+    // The optimizer is not a part of the package.
+    let shape = case.shape.micro_batch().with_optimizer(Optimizer::Adamw);
+    Case { workload, shape, ..*case }
 }
 
 /// Returns the packages that timing and checking a case need.
@@ -329,6 +331,7 @@ mod tests {
         assert!(own == package("forward-backward/torch-cpu/mixed-compile/indicator-b16"));
         assert!(own == package("train-step/torch-cpu/mixed-compile/indicator-b32-dp2"));
         assert!(own == package("train-step/torch-cpu/mixed-compile/indicator-b64-a4"));
+        assert!(own == package("train-step/torch-cpu/mixed-compile/indicator-b16-muon"));
         assert!(own == package("train-step/torch-cpu/mixed-compile/indicator-b128-a4-dp2"));
         assert!(own != package("train-step/torch-cpu/mixed-compile/indicator-b32"));
         assert!(own != package("forward/torch-cpu/mixed-compile/indicator-b16"));

@@ -1,7 +1,7 @@
 //! The PyTorch backends: libtorch through `tch` on CPU, MPS and CUDA.
 //!
 //! `network` is the model, `params` and `leaves` its parameters, `step` the workloads, and `accumulation` adds up gradients of
-//! micro-batches. `compiled_step` runs the packages that `inductor` builds. `distributed` connects ranks, and `extension`
+//! micro-batches. `optimizer` has AdamW and Muon. `compiled_step` runs the packages that `inductor` builds. `distributed` connects ranks, and `extension`
 //! wraps C++ functions that tch lacks.
 
 mod accumulation;
@@ -13,6 +13,7 @@ mod extension;
 mod inductor;
 mod leaves;
 mod network;
+mod optimizer;
 mod params;
 mod segments;
 mod step;

@@ -71,6 +71,8 @@ struct Location {
     leaf: usize,
     first_row: i64,
     rows: i64,
+    /// True if it is a matrix that Muon updates in a shape with this optimizer.
+    is_muon: bool,
 }
 
 /// Locations of all parameters, in order.
@@ -95,13 +97,24 @@ impl ParameterLayout {
                 layout.leaf_names.len() - 1
             });
             let first_row = layout.locations.iter().filter(|l| l.leaf == leaf).map(|l| l.rows).sum();
-            layout.locations.push(Location { name: spec.name, leaf, first_row, rows: spec.dims[0] as i64 });
+            let is_muon = shape.uses_muon_for(&spec);
+            let rows = spec.dims[0] as i64;
+            layout.locations.push(Location { name: spec.name, leaf, first_row, rows, is_muon });
         }
         layout
     }
 
     pub fn leaf_names(&self) -> &[String] {
         &self.leaf_names
+    }
+
+    /// Returns the rows of each matrix that Muon updates, for each trained leaf. The list of a leaf of AdamW is empty.
+    pub fn trained_matrices(&self) -> Vec<Vec<i64>> {
+        let rows_of = |leaf: usize| {
+            let of_leaf = self.locations.iter().filter(|l| l.leaf == leaf && l.is_muon);
+            of_leaf.map(|l| l.rows).collect()
+        };
+        (0..self.leaf_names.len()).filter(|leaf| self.is_trained(*leaf)).map(rows_of).collect()
     }
 
     /// Loads a list with one tensor per parameter, in order, as leaves. Adapters are in f32, and other leaves in `kind`.
@@ -143,11 +156,10 @@ impl ParameterLayout {
     }
 
     /// Returns the tensors of all leaves, from those of the trained ones.
-    fn by_leaf<'a>(&self, trained: &'a [Tensor]) -> Vec<Option<&'a Tensor>> {
-        let mut next = trained.iter();
-        (0..self.leaf_names.len())
-            .map(|leaf| if self.is_trained(leaf) { next.next() } else { None })
-            .collect()
+    fn by_leaf<'a>(&self, trained: impl IntoIterator<Item = Option<&'a Tensor>>) -> Vec<Option<&'a Tensor>> {
+        let mut next = trained.into_iter();
+        let of_leaf = |leaf| if self.is_trained(leaf) { next.next().flatten() } else { None };
+        (0..self.leaf_names.len()).map(of_leaf).collect()
     }
 
     /// Returns the parameters of the network. Each of q, k and v is the whole leaf if they are packed.
@@ -161,8 +173,13 @@ impl ParameterLayout {
         self.read_some(prefix, &leaves.iter().map(Some).collect::<Vec<_>>())
     }
 
-    /// Reads tensors of the trained leaves as one tensor per trained parameter, named `prefix/<parameter>`.
-    pub fn read_trained(&self, prefix: &str, trained: &[Tensor]) -> Result<Vec<Named>> {
+    /// Reads tensors of the trained leaves as one tensor per trained parameter, named `prefix/<parameter>`. A leaf
+    /// can have none.
+    pub fn read_trained<'a>(
+        &self,
+        prefix: &str,
+        trained: impl IntoIterator<Item = Option<&'a Tensor>>,
+    ) -> Result<Vec<Named>> {
         self.read_some(prefix, &self.by_leaf(trained))
     }
 
@@ -179,8 +196,13 @@ impl ParameterLayout {
         self.copy_into_some(prefix, tensors, &leaves.iter().map(Some).collect::<Vec<_>>());
     }
 
-    /// Copies the tensors that are named `prefix/<parameter>` into tensors of the trained leaves.
-    pub fn copy_into_trained(&self, prefix: &str, tensors: &[Named], trained: &[Tensor]) {
+    /// Copies the tensors that are named `prefix/<parameter>` into tensors of the trained leaves. A leaf can have none.
+    pub fn copy_into_trained<'a>(
+        &self,
+        prefix: &str,
+        tensors: &[Named],
+        trained: impl IntoIterator<Item = Option<&'a Tensor>>,
+    ) {
         self.copy_into_some(prefix, tensors, &self.by_leaf(trained));
     }
 
@@ -206,7 +228,7 @@ impl ParameterLayout {
         let names = result_names(case).iter().map(|name| (*name).to_owned());
         let mut all = names.zip(results).map(|(name, t)| read(name, t)).collect::<Result<Vec<_>>>()?;
         if !gradients.is_empty() {
-            all.extend(self.read_trained("grad", gradients)?);
+            all.extend(self.read_trained("grad", gradients.iter().map(Some))?);
         }
         if !updated.is_empty() {
             all.extend(self.read_leaves("param", updated)?);

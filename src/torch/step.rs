@@ -14,9 +14,10 @@ use crate::accumulation::GradientSums;
 use crate::autograd;
 use crate::checkpoint;
 use crate::distributed::{self, BucketSizes, GradientSync};
-use crate::extension::{self, AdamWState, Graph};
+use crate::extension::{self, Graph};
 use crate::leaves::Leaves;
 use crate::network::{self, Layers};
+use crate::optimizer::OptimizerState;
 use crate::params;
 use crate::segments::SegmentedPass;
 
@@ -30,7 +31,7 @@ pub struct Step {
     micro_batches: Vec<Vec<Tensor>>,
     leaves: Leaves,
     adamw: AdamW,
-    adamw_state: Option<AdamWState>,
+    optimizer: Option<OptimizerState>,
     fixed_gradients: Vec<Tensor>,
     /// Results of the last step, named by [`transformer_bench::backend::result_names`].
     results: Vec<Tensor>,
@@ -63,8 +64,10 @@ impl Step {
         let layers = layers(fixture, device);
 
         let (leaves, parameters) = Leaves::load(fixture, device, layers.fused);
-        let fused_adamw = variant.uses_fused_adamw();
-        let adamw_state = workload.optimizes().then(|| AdamWState::new(&leaves.trained, fused_adamw));
+        let fused = variant.uses_fused_adamw();
+        let optimizer = workload
+            .optimizes()
+            .then(|| OptimizerState::new(fixture, &leaves.layout, &leaves.trained, fused));
         let fixed_gradients = match workload {
             Workload::OptimizerStep => leaves.load_gradients(fixture.gradients(), device),
             _ => Vec::new(),
@@ -77,7 +80,7 @@ impl Step {
             micro_batches,
             leaves,
             adamw: fixture.adamw,
-            adamw_state,
+            optimizer,
             fixed_gradients,
             results: Vec::new(),
             gradients: Vec::new(),
@@ -110,14 +113,14 @@ impl Step {
     /// Captures the step as a CUDA graph.
     fn capture(&mut self) -> Result<Graph> {
         let state = self.leaves.trained.iter().map(Tensor::detach);
-        let state = state.chain(self.adamw_state.iter().flat_map(AdamWState::tensors)).collect();
+        let state = state.chain(self.optimizer.iter().flat_map(OptimizerState::tensors)).collect();
         let this = RefCell::new(self);
         Graph::capture_step(
             state,
             || this.borrow_mut().run(),
             || {
                 let mut this = this.borrow_mut();
-                if let Some(state) = &mut this.adamw_state {
+                if let Some(state) = &mut this.optimizer {
                     state.reset_host_count();
                 }
                 this.run_workload()?;
@@ -250,7 +253,7 @@ impl Step {
 
     /// Runs the optimizer, if the workload has one.
     fn run_optimizer(&mut self) -> Result<()> {
-        let Some(state) = &mut self.adamw_state else { return Ok(()) };
+        let Some(state) = &mut self.optimizer else { return Ok(()) };
         let gradients = match self.case.workload {
             Workload::OptimizerStep => &self.fixed_gradients,
             _ => &self.gradients,
@@ -298,21 +301,15 @@ impl LoadedCase for Step {
     }
 
     fn checkpoint(&mut self) -> Result<Vec<Named>> {
-        checkpoint::read(&self.leaves.layout, &self.leaves.stored, self.adamw_state.as_ref())
+        checkpoint::read(&self.leaves.layout, &self.leaves.stored, self.optimizer.as_ref())
     }
 
     fn restore(&mut self, tensors: &[Named], seed: u64) -> Result<()> {
-        checkpoint::restore(
-            &self.leaves.layout,
-            &self.leaves.stored,
-            self.adamw_state.as_mut(),
-            tensors,
-            seed,
-        )
+        checkpoint::restore(&self.leaves.layout, &self.leaves.stored, self.optimizer.as_mut(), tensors, seed)
     }
 
     fn outputs(&mut self) -> Result<Vec<Named>> {
-        let updated: &[Tensor] = if self.adamw_state.is_some() { &self.leaves.stored } else { &[] };
+        let updated: &[Tensor] = if self.optimizer.is_some() { &self.leaves.stored } else { &[] };
         self.leaves.layout.read_outputs(&self.case, &self.results, &self.gradients, updated)
     }
 }

@@ -40,16 +40,6 @@ at::Generator generator(int device) {
 
 using Stat = c10::CachingAllocator::StatType;
 
-// Returns the gradients in the type of the parameters. One launch converts all of them if the types differ.
-std::vector<at::Tensor> in_type_of(const std::vector<at::Tensor>& parameters,
-                                   std::vector<at::Tensor> gradients) {
-  if (gradients.empty() || gradients[0].scalar_type() == parameters[0].scalar_type()) return gradients;
-  std::vector<at::Tensor> converted;
-  for (const auto& p : parameters) converted.push_back(at::empty_like(p));
-  at::_foreach_copy_(converted, gradients);
-  return converted;
-}
-
 }  // namespace
 
 extern "C" {

@@ -81,12 +81,17 @@ def step(case, parameters, inputs, masks):
     return {**results, **dict(zip(grad_names, gradients))}
 
 
-def optimize(options, parameters, gradients):
-    """Returns the parameters after two steps of torch.optim.AdamW."""
+def optimize(case, parameters, gradients):
+    """Returns the parameters after two steps of torch.optim.AdamW, or of torch.optim.Muon for the case's matrices."""
+    # torch.optim.Muon casts to bf16. Its iterations then stay in f64.
+    torch.Tensor.bfloat16 = torch.Tensor.clone
     results = {}
     for index, (name, values) in enumerate(parameters):
         parameter = torch.nn.Parameter(values.clone())
-        optimizer = torch.optim.AdamW([parameter], **options)
+        if name in case["matrices"]:
+            optimizer = torch.optim.Muon([parameter], **case["muon"])
+        else:
+            optimizer = torch.optim.AdamW([parameter], **case["options"])
         for _, gradient in gradients[2 * index:2 * index + 2]:
             parameter.grad = gradient.clone()
             optimizer.step()
@@ -97,7 +102,7 @@ def optimize(options, parameters, gradients):
 def compute(case, parameters, inputs, masks):
     """Returns the results of a case by name."""
     if case["workload"] == "optimizer-step":
-        return optimize(case["options"], parameters, inputs)
+        return optimize(case, parameters, inputs)
     if case["workload"] == "matmul-peak":
         (_, a), (_, out) = inputs
         for _ in range(case["chain"]):

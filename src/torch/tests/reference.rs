@@ -1,4 +1,4 @@
-//! Compares the f64 reference with PyTorch in f64, for every workload, every model option and AdamW.
+//! Compares the f64 reference with PyTorch in f64, for every workload, every model option, AdamW and Muon.
 //!
 //! This side writes inputs, parameters and the reference's results to a folder. `reference.py` computes the results
 //! again with the networks of `src/torch/inductor/network.py`, `torch.autograd` and `torch.optim`, and compares.
@@ -8,8 +8,9 @@ use std::path::Path;
 use std::process::Command;
 
 use serde_json::{Value, json};
-use transformer_bench::fixture::{AdamW, Fixture, Tensor};
+use transformer_bench::fixture::{AdamW, Fixture, Muon, Tensor};
 use transformer_bench::model::Block;
+use transformer_bench::reference::muon::muon;
 use transformer_bench::reference::{DropoutMasks, Format, Rounding, Site, adamw, compute, test_data};
 use transformer_bench::suite::{Case, Shape, Workload};
 
@@ -90,19 +91,29 @@ impl Dump {
         sites.into_iter().map(write).collect()
     }
 
-    /// Adds two steps of AdamW.
-    fn add_optimizer(&mut self, case: Case, options: AdamW) {
+    /// Adds two steps of the optimizer.
+    fn add_optimizer(&mut self, case: Case, options: AdamW, muon_options: Muon) {
         let fixture = Fixture::for_parity(case);
         let trained: Vec<Tensor> = fixture.trained_parameters().cloned().collect();
         let parameters = self.fixture_tensors(&trained);
         let mut gradients = Vec::new();
         let mut results = Vec::new();
+        let specs = case.shape.parameter_specs();
+        let matrices: Vec<&str> =
+            specs.iter().filter(|s| case.shape.uses_muon_for(s)).map(|s| &*s.name).collect();
         for (parameter, first) in trained.iter().zip(fixture.gradients()) {
             let second = Tensor { data: first.data.iter().rev().copied().collect(), ..first.clone() };
-            let start = parameter.data.iter().copied().map(f64::from).collect();
+            let start: Vec<f64> = parameter.data.iter().copied().map(f64::from).collect();
             let mut state = [start, vec![0.0; parameter.data.len()], vec![0.0; parameter.data.len()]];
             for (step, gradient) in (1..).zip([first, &second]) {
-                state = adamw::<f64>(&options, &state, &gradient.data, step, Format::Unrounded);
+                if matrices.contains(&&*parameter.name) {
+                    let dims = [parameter.dims[0], parameter.dims[1]];
+                    let before = [&state[0][..], &state[1]];
+                    let [p, m] = muon::<f64>(&muon_options, before, &gradient.data, dims, &Rounding::NONE);
+                    (state[0], state[1]) = (p, m);
+                } else {
+                    state = adamw::<f64>(&options, &state, &gradient.data, step, Format::Unrounded);
+                }
             }
             let [updated, ..] = state;
             results.push((first, updated));
@@ -114,8 +125,14 @@ impl Dump {
             "lr": options.lr, "betas": [options.beta1, options.beta2], "eps": options.eps,
             "weight_decay": options.weight_decay,
         });
+        let muon_options = json!({
+            "lr": muon_options.lr, "momentum": muon_options.momentum, "weight_decay": muon_options.weight_decay,
+            "eps": muon_options.eps, "ns_coefficients": muon_options.coefficients,
+            "ns_steps": muon_options.iterations,
+        });
         self.cases.push(json!({
             "id": format!("{case} {options}"), "workload": case.workload.id(), "options": options,
+            "muon": muon_options, "matrices": matrices,
             "parameters": parameters, "inputs": gradients, "masks": [], "results": results,
         }));
     }
@@ -138,8 +155,8 @@ fn the_reference_agrees_with_pytorch_in_f64() {
     let mut dump = Dump::default();
     for case in test_data::cases() {
         if case.workload == Workload::OptimizerStep {
-            for options in [AdamW::PARITY, AdamW::TRAINING] {
-                dump.add_optimizer(case, options);
+            for (options, muon) in [(AdamW::PARITY, Muon::PARITY), (AdamW::TRAINING, Muon::TRAINING)] {
+                dump.add_optimizer(case, options, muon);
             }
             continue;
         }
