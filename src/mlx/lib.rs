@@ -1,11 +1,12 @@
 //! The MLX backends: `mlx-rs` on CPU, Metal and CUDA.
 //!
-//! `network` is the model, `program` a step as functions of arrays, `step` the state that they update, and `distributed`
+//! `network` is the model, `program` a step as functions of arrays, `optimizer` AdamW and Muon, `step` the state that they update, and `distributed`
 //! connects ranks. `library` wraps functions of mlx-c that mlx-rs lacks.
 
 mod distributed;
 mod library;
 mod network;
+mod optimizer;
 mod program;
 mod recompute;
 mod step;

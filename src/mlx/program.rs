@@ -8,13 +8,13 @@ use mlx_rs::random::RandomState;
 use mlx_rs::transforms::{value_and_grad_with_argnums, vjp};
 use mlx_rs::{Array, Dtype};
 use transformer_bench::backend::result_names;
-use transformer_bench::fixture::AdamW;
 use transformer_bench::model::parameters::{InOrder, Parameters};
 use transformer_bench::model::{Dropout, ModelId};
 use transformer_bench::suite::{Case, Precision, Shape, Variant, Workload};
 
 use crate::distributed;
-use crate::network::{self, Layers, scalar};
+use crate::network::{self, Layers};
+use crate::optimizer::Optimizer;
 
 /// The part of a step that one call of its function computes. As in mlx-lm's trainer, a call computes one micro-batch, and
 /// its results are evaluated before the next call. One graph of the whole step would need the memory of all of them.
@@ -64,6 +64,7 @@ pub struct Program {
     pub dropout: Dropout,
     /// True for each parameter that is trained. Adapters freeze all others.
     pub is_trained: Rc<[bool]>,
+    pub optimizer: Rc<Optimizer>,
     /// Number of inputs of a micro-batch.
     pub inputs: usize,
     /// True if ranks skip the all-reduce, which measures exposed communication.
@@ -74,7 +75,8 @@ pub struct Program {
 struct Arguments<'a> {
     /// Parameters that are trained.
     trained: &'a [Array],
-    /// AdamW's first moments, then its second moments. Empty if the workload does not optimize.
+    /// First moments, then the second moments of the parameters that AdamW updates. Empty if the workload does not
+    /// optimize.
     moments: &'a [Array],
     frozen: &'a [Array],
     inputs: &'a [Array],
@@ -97,7 +99,8 @@ impl Program {
 
     /// Returns the number of arrays that it updates, or only reads if it does not run the optimizer.
     pub fn state_len(&self) -> usize {
-        if self.updates() { 3 * self.trained_count() } else { self.trained_count() }
+        let moments = self.trained_count() + self.optimizer.second_moments();
+        self.trained_count() + if self.updates() { moments } else { 0 }
     }
 
     /// Returns the number of results.
@@ -153,7 +156,7 @@ impl Program {
         if self.updates() {
             let fixed = self.case.workload == Workload::OptimizerStep;
             let gradients = if fixed { a.inputs } else { &out[1..] };
-            out.extend(adamw(&a, gradients)?);
+            out.extend(self.optimizer.step(a.trained, a.moments, gradients, a.adamw_scalars)?);
         }
         out.push(last_state.into_inner());
         Ok(out)
@@ -250,36 +253,4 @@ fn block_gradients(forward: Forward<'_>, a: &Arguments<'_>) -> Result<Vec<Array>
         vec![out[0].as_dtype(upstream.dtype()).expect("a cast")]
     };
     Ok(vjp(f, &primals, std::slice::from_ref(&upstream))?.1)
-}
-
-/// Returns AdamW's scalars of step `t` in the type of the parameters: the factor of weight decay, β1, 1 − β1, β2, 1 − β2, lr
-/// over the first bias correction, the inverse square root of the second one, and ε.
-pub fn adamw_scalars(s: &AdamW, t: i32, dtype: Dtype) -> Vec<Array> {
-    let rate = s.lr / (1.0 - s.beta1.powi(t));
-    let root = 1.0 / (1.0 - s.beta2.powi(t)).sqrt();
-    [1.0 - s.lr * s.weight_decay, s.beta1, 1.0 - s.beta1, s.beta2, 1.0 - s.beta2, rate, root, s.eps]
-        .map(|value| scalar(value, dtype))
-        .into()
-}
-
-/// Runs an AdamW step with bias correction, as MLX's Python optimizer does. The optimizer of mlx-rs has no correction.
-/// Returns the new state: trained parameters, then first and second moments.
-fn adamw(a: &Arguments<'_>, gradients: &[Array]) -> Result<Vec<Array>, Exception> {
-    let [decay, beta1, rest1, beta2, rest2, rate, root, eps] = a.adamw_scalars else {
-        unreachable!("AdamW has eight scalars");
-    };
-    let (first, second) = a.moments.split_at(gradients.len());
-    let (mut p_new, mut m_new, mut v_new) = (Vec::new(), Vec::new(), Vec::new());
-    for (i, g) in gradients.iter().enumerate() {
-        let m = first[i].multiply(beta1)?.add(g.multiply(rest1)?)?;
-        let v = second[i].multiply(beta2)?.add(g.square()?.multiply(rest2)?)?;
-        let denominator = v.sqrt()?.multiply(root)?.add(eps)?;
-        let update = m.multiply(rate)?.divide(denominator)?;
-        p_new.push(a.trained[i].multiply(decay)?.subtract(update)?);
-        m_new.push(m);
-        v_new.push(v);
-    }
-    p_new.append(&mut m_new);
-    p_new.append(&mut v_new);
-    Ok(p_new)
 }

@@ -1,5 +1,7 @@
 //! The workloads: the state of a case, and the calls of its program.
 
+use std::rc::Rc;
+
 use anyhow::{Context, Result};
 use half::{bf16, f16};
 use mlx_rs::error::Exception;
@@ -13,7 +15,8 @@ use transformer_bench::model::parameters::{ParameterSpec, Role};
 use transformer_bench::suite::Workload;
 
 use crate::distributed;
-use crate::program::{Part, Program, adamw_scalars};
+use crate::optimizer::{Optimizer, adamw_scalars};
+use crate::program::{Part, Program};
 
 type Function = Box<dyn FnMut(&[Array]) -> Result<Vec<Array>, Exception>>;
 
@@ -22,7 +25,7 @@ pub struct Step {
     program: Program,
     /// Run the program, eagerly or compiled: for each [`Part`] of a step, in the order of [`Part::ALL`], or for a whole step.
     functions: Vec<Function>,
-    /// Trained parameters, then AdamW's first and second moments if the workload optimizes.
+    /// Trained parameters, then the moments of the optimizer if the workload optimizes.
     state: Vec<Array>,
     /// Parameters that are not trained, next to adapters.
     frozen: Vec<Array>,
@@ -93,17 +96,19 @@ impl Step {
             list.push(load(parameter, stored_dtype(spec.role, dtype)));
         }
         let micro_batches = load_inputs(fixture, dtype);
-        let trained = state.len();
         let program = Program {
             case,
             part: Part::Whole,
             dropout: fixture.dropout,
             is_trained: specs.iter().map(ParameterSpec::is_trained).collect(),
+            optimizer: Rc::new(Optimizer::new(fixture)),
             inputs: micro_batches[0].len(),
             no_sync: fixture.no_sync,
         };
-        for i in 0..program.state_len() - trained {
-            state.push(mlx_rs::ops::zeros_like(&state[i])?);
+        if program.updates() {
+            let zeros = state.iter().chain(program.optimizer.of_adamw(&state)).map(mlx_rs::ops::zeros_like);
+            let zeros = zeros.collect::<Result<Vec<_>, _>>()?;
+            state.extend(zeros);
         }
         let compiles = case.method.variant.captures_full_step();
         let function = |part: &Part| -> Function {
@@ -144,6 +149,14 @@ impl Step {
     fn names(&self, is_trained: bool) -> Vec<String> {
         let specs = self.program.case.shape.parameter_specs().into_iter();
         specs.filter(|spec| spec.is_trained() == is_trained).map(|spec| spec.name).collect()
+    }
+
+    /// Returns the names of the arrays of the state, in order.
+    fn state_names(&self) -> Vec<String> {
+        let trained = self.names(true);
+        let named = |prefix: &'static str| move |name: &String| format!("{prefix}/{name}");
+        let first = trained.iter().map(named("param")).chain(trained.iter().map(named("moment1")));
+        first.chain(self.program.optimizer.of_adamw(&trained).map(named("moment2"))).collect()
     }
 
     /// Reads one array per trained parameter, named `prefix/<parameter>`.
@@ -198,9 +211,6 @@ impl Step {
     }
 }
 
-/// Prefixes of the names of a state's arrays, in their order.
-const STATE_NAMES: [&str; 3] = ["param", "moment1", "moment2"];
-
 /// Copies an array to the host as f32.
 fn read(name: String, array: &Array) -> Result<Named> {
     let dims = array.shape().iter().map(|&d| d as usize).collect();
@@ -246,11 +256,9 @@ impl LoadedCase for Step {
     }
 
     fn checkpoint(&mut self) -> Result<Vec<Named>> {
-        let mut all = Vec::new();
-        let trained = self.program.trained_count().max(1);
-        for (prefix, arrays) in STATE_NAMES.iter().zip(self.state.chunks(trained)) {
-            all.extend(self.read_trained(prefix, arrays)?);
-        }
+        let names = self.state_names().into_iter();
+        let mut all: Vec<Named> =
+            names.zip(&self.state).map(|(name, array)| read(name, array)).collect::<Result<_>>()?;
         all.extend(self.read_frozen()?);
         if self.program.case.workload.optimizes() {
             all.push(Named { name: "step".to_owned(), dims: vec![1], data: vec![self.step_count as f32] });
@@ -259,12 +267,10 @@ impl LoadedCase for Step {
     }
 
     fn restore(&mut self, checkpoint: &[Named], seed: u64) -> Result<()> {
-        let (trained, frozen) = (self.names(true), self.names(false));
-        let of_state = STATE_NAMES.iter().flat_map(|prefix| trained.iter().map(move |name| (*prefix, name)));
-        let of_frozen = frozen.iter().map(|name| ("param", name));
+        let of_frozen = self.names(false).into_iter().map(|name| format!("param/{name}"));
+        let of_state = self.state_names();
         let arrays = self.state.iter_mut().zip(of_state).chain(self.frozen.iter_mut().zip(of_frozen));
-        for (array, (prefix, name)) in arrays {
-            let name = format!("{prefix}/{name}");
+        for (array, name) in arrays {
             if let Some(named) = checkpoint.iter().find(|tensor| tensor.name == name) {
                 *array = load(named, array.dtype());
             }
