@@ -2,7 +2,8 @@
 
 DESCRIPTION is the answer of the suite's worker to `describe ID`. The network is the one that the suite's
 variant -compile compiles. Variants: eager (as in a tutorial), tuned (scaled_dot_product_attention, one q-k-v
-projection, fused AdamW), compile (tuned under torch.compile), reduce-overhead (torch.compile with that mode).
+projection, fused AdamW), compile (tuned under torch.compile, with the step of torch.optim.Muon if the case has it),
+reduce-overhead (torch.compile with that mode).
 Precision `mixed` runs on bf16 copies of f32 parameters, `amp` is torch.autocast. `--flops DESCRIPTION` prints
 the FLOPs that torch's own counter finds.
 """
@@ -17,6 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src" / "torch" / "inductor"))
 import network
 from protocol import serve
+from torch_optimizers import Optimizers, is_block_matrix
 
 
 # Largest error of a gradient as a share of its norm. Rounding causes 1e-6 in f32. In bf16 it causes up to 20 % in the
@@ -54,7 +56,7 @@ def functions(case, variant, net, data):
 
 
 def check_workload(case):
-    if case["workload"] not in ("forward", "forward-backward", "train-step"):
+    if case["workload"] not in ("forward", "forward-backward", "optimizer-step", "train-step"):
         sys.exit(f"no Python counterpart of {case['workload']}")
 
 
@@ -63,16 +65,20 @@ def build_step(case, variant):
     check_workload(case)
     tuned, device = variant != "eager", torch.device(case["device"])
     net, data = network.build(case, tuned), network.data(case)
-    trained = [p for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=1e-5, fused=True if tuned else None)
+    optimizer = Optimizers(case, net, tuned, is_compiled(variant))
     loss, forward = functions(case, variant, net, data)
+    if case["workload"] == "optimizer-step":
+        for p in net.parameters():
+            p.grad = torch.randn_like(p) / 100
 
     def step():
         if case["workload"] == "forward":
             with torch.no_grad():
                 forward()
+        elif case["workload"] == "optimizer-step":
+            optimizer.step()
         else:
-            optimizer.zero_grad(set_to_none=True)
+            net.zero_grad(set_to_none=True)
             loss().backward()
             if case["optimizes"]:
                 optimizer.step()
@@ -85,9 +91,23 @@ def build_step(case, variant):
     return step
 
 
-def check(case, variant):
-    """Compares the results of a step, without dropout and optimizer, with the same network in f64 on the CPU.
+def muon_updates(case, net, wide_net, fused):
+    """Returns the change of each matrix by a step of Muon, and that in f64 for the same gradients."""
+    named, wide = (dict(module.named_parameters()) for module in (net, wide_net))
+    before = {name: p.detach().clone() for name, p in named.items()}
+    for name, p in named.items():
+        wide[name].grad = p.grad.to("cpu", torch.float64)
+    Optimizers(case, net, fused).step()
+    Optimizers({**case, "precision": "f64"}, wide_net, False).step()
+    change = lambda p, name: p.detach().double().cpu() - before[name].double().cpu()
+    return {f"update of {name}": (change(p, name), change(wide[name], name)) for name, p in named.items()
+            if is_block_matrix(name, p)}
 
+
+def check(case, variant):
+    """Compares the results of a step without dropout with the same network in f64 on the CPU.
+
+    So are the updates of the matrices by Muon, if the case has it.
     Returns the largest error as a share of its tolerance, and the name of that tensor.
     """
     check_workload(case)
@@ -108,6 +128,8 @@ def check(case, variant):
         wide_parameters = dict(wide_net.named_parameters())
         pairs = {name: (p.grad, wide_parameters[name].grad) for name, p in net.named_parameters() if p.grad is not None}
         pairs["loss"] = value.detach(), expected.detach()
+        if case["optimizes"] and case.get("optimizer") == "muon":
+            pairs.update(muon_updates(case, net, wide_net, variant != "eager"))
     norms = {name: expected.double().norm().item() for name, (_, expected) in pairs.items()}
     least = SMALL * max(norms.values())
     errors = {name: (actual.double().cpu() - expected.double()).norm().item() / max(norms[name], least)

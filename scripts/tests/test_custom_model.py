@@ -90,11 +90,14 @@ class CustomModel(unittest.TestCase):
             self.assertEqual(len(text.splitlines()), 1, text)
         small = str(self.config().parent)
         for arguments, word in ((["--model"], "a value is required"), (["--model", "/no/such"], "no such file"),
-                                (["--batch", "4"], "--batch, --tokens, --accumulate and --lora need --model"),
-                                (["--accumulate", "4"], "--batch, --tokens, --accumulate and --lora need --model"),
+                                (["--batch", "4"], "--batch, --tokens, --accumulate, --lora and --optimizer need --model"),
+                                (["--accumulate", "4"], "--batch, --tokens, --accumulate, --lora and --optimizer need --model"),
                                 (["--model", small, "--batch", "6", "--accumulate", "4"], "does not divide the batch of 6"),
-                                (["--lora", "16"], "--lora need --model"),
+                                (["--lora", "16"], "--lora and --optimizer need --model"),
                                 (["--model", small, "--lora", "16:kv"], "use a rank from 1 to 65536"),
+                                (["--optimizer", "muon"], "--lora and --optimizer need --model"),
+                                (["--model", small, "--optimizer", "sgd"], "adamw, muon"),
+                                (["--model", small, "--lora", "4", "--optimizer", "muon"], "adapters (--lora) are trained"),
                                 (["--model", small, "--batch", "0"], "--batch"),
                                 (["--model", small, "--tokens", "5000000"], "from 1 to 4194304"),
                                 (["--model", small, "--tokens", "70000"], "takes at most 128")):

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use mlx_rs::error::Exception;
-use mlx_rs::ops::stack;
+use mlx_rs::ops::{addmm, stack};
 use mlx_rs::{Array, Dtype};
 use transformer_bench::fixture::{AdamW, Fixture, Muon};
 use transformer_bench::suite::Precision;
@@ -101,11 +101,12 @@ impl Optimizer {
         let norm = wide.square()?.sum_axes(&[-2, -1], true)?.sqrt()?;
         let norm = mlx_rs::ops::maximum(norm, scalar(self.muon.eps, Dtype::Float32))?;
         let mut x = wide.divide(norm)?.as_dtype(self.dtype)?;
-        let [a, b, c] = self.muon.coefficients;
+        let [a, b, c] = self.muon.coefficients.map(|v| v as f32);
         for _ in 0..self.muon.iterations {
             let gram = x.matmul(x.swap_axes(-1, -2)?)?;
-            let polynomial = scale(&gram, b)?.add(scale(&gram.matmul(&gram)?, c)?)?;
-            x = scale(&x, a)?.add(polynomial.matmul(&x)?)?;
+            // As in PyTorch, the factors are not rounded to bf16, and each sum is rounded once.
+            let polynomial = addmm(&gram, &gram, &gram, c, b)?;
+            x = addmm(&x, &polynomial, &x, 1.0, a)?;
         }
         if is_tall { x.swap_axes(-1, -2) } else { Ok(x) }
     }

@@ -208,6 +208,8 @@ fn shapes_for(workload: Workload, shape: Shape, custom: Option<&CustomModel>) ->
     let (model, batch) = match custom {
         None => (model, batch),
         Some(_) if model.miniature() != ModelId::indicator().miniature() => return Vec::new(),
+        // Adapters are trained with AdamW.
+        Some(custom) if custom.model.lora.is_some() && optimizer != Optimizer::Adamw => return Vec::new(),
         Some(custom) if model.is_miniature() => (custom.model.miniature(), batch),
         // `--accumulate` applies to all training steps of a custom model.
         Some(_) if micro_batches > 1 => return Vec::new(),
