@@ -268,7 +268,7 @@ mod tests {
     #[test]
     fn a_long_step_ends_the_search() {
         let found = search(&sizes(1, 1 << 16), |size| Ok(fits(6.0 * size as f64))).unwrap();
-        assert_eq!((found.largest().unwrap().size, found.limit), (4, Limit::Time));
+        assert_eq!((found.largest().unwrap().size, found.limit), (6, Limit::Time));
         let all = search(&sizes(64, 128), |_| Ok(fits(0.1))).unwrap();
         assert_eq!((all.largest().unwrap().size, all.limit), (128, Limit::Size));
     }
