@@ -10,6 +10,7 @@ FEED_FORWARD = "feed-forward-grad/mlx-cpu/f32/b16-t111-d256-f1024"
 ATTENTION = "attention-grad/mlx-cpu/f32/b16-h8-t111-d32"
 FORWARD = "forward/mlx-cpu/f32/indicator-b16"
 ADAPTED = ["train-step/mlx-cpu/f32/indicator-tiny-b2-lora4", "train-step/mlx-cpu/f32-tuned/indicator-tiny-b2-lora4"]
+MUON = [f"train-step/mlx-cpu/{method}/indicator-tiny-b2-muon" for method in ("f32", "f32-tuned", "bf16-tuned")]
 ACCUMULATED = ["train-step/mlx-cpu/f32/indicator-tiny-b8-a4", "train-step/mlx-cpu/f32-tuned/indicator-tiny-b8-a4"]
 RECOMPUTED = ["train-step/mlx-cpu/f32-checkpoint/indicator-tiny-b2"]
 CHUNKED = ["train-step/mlx-cpu/f32-chunked-loss/gpt2-tiny-b2-t16", "train-step/mlx-cpu/mixed-chunked-loss/gpt2-tiny-b2-t16"]
@@ -27,7 +28,7 @@ pub fn first_inputs(inputs: &[Array]) -> &'static [Array] {
 }
 """
 
-NETWORK, PROGRAM, STEP = "network.rs", "program.rs", "step.rs"
+NETWORK, PROGRAM, STEP, OPTIMIZERS = "network.rs", "program.rs", "step.rs", "optimizer.rs"
 NEXT_KEY = "self.key = «take(1).pop().context(\"the program returns a key last\")?»;"
 MASK = "let mask = «bernoulli(&Array::from_f32(keep as f32), x.shape(), &key)?»;"
 SHARED = "{{ let mut shape = x.shape().to_vec(); {} bernoulli(&Array::from_f32(keep as f32), &shape, &key)? }}"
@@ -104,8 +105,13 @@ FAULTS = [
     ("adapters of the first step in every step", [ADAPTED[0]],
      [(PROGRAM, "self.forward(self.in_order(«trained», a.frozen), inputs, &mut layers)?", "crate::first_inputs(trained)")]),
     ("a base that moves", ADAPTED,
-     [(STEP, "«»Ok(())\n    }\n}\n\n/// Prefixes of the names",
+     [(STEP, "«»Ok(())\n    }\n}\n\n/// Copies an array to the host",
        "if FAULT { for w in &mut self.frozen { *w = w.multiply(Array::from_f32(0.999))?; } }\n        ")]),
+    ("stacked matrices in another order", MUON[1:],
+     [(OPTIMIZERS, "results[«i»] = turn(",
+       "members[(members.iter().position(|m| *m == i).unwrap_or(0) + 1) % members.len()]")]),
+    ("tall matrices of Muon that are not turned back", MUON[:1],
+     [(OPTIMIZERS, "if is_tall { «x.swap_axes(-1, -2)» } else { Ok(x) }", "x.reshape(&[x.dim(-1), x.dim(-2)])")]),
     ("α / rank forgotten", ADAPTED, [(NETWORK, "adapter.b.transpose()?)?, «lora.scale()»)?", "1.0")]),
     ("no gradient of A", ADAPTED,
      [(NETWORK, "x.matmul(«adapter.a.transpose()?»)?", "mlx_rs::stop_gradient(&adapter.a)?.transpose()?")]),

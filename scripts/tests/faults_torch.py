@@ -24,6 +24,7 @@ ACCUMULATED = ["train-step/torch-cpu/f32/indicator-tiny-b8-a4", "train-step/torc
                "train-step/torch-cpu/mixed-tuned/indicator-tiny-b8-a4"]
 RECOMPUTED = ["train-step/torch-cpu/f32-checkpoint/indicator-tiny-b2", "train-step/torch-cpu/mixed-checkpoint/indicator-tiny-b2"]
 CHUNKED = ["train-step/torch-cpu/f32-chunked-loss/gpt2-tiny-b2-t16", "train-step/torch-cpu/mixed-chunked-loss/gpt2-tiny-b2-t16"]
+MUON = [f"train-step/torch-cpu/{method}/indicator-tiny-b2-muon" for method in ("f32", "f32-tuned", "bf16-tuned")]
 ACCUMULATED_COMPILED = "train-step/torch-cpu/f32-compile/indicator-tiny-b8-a4"
 
 HELPERS = """
@@ -51,6 +52,7 @@ pub fn drop_shared(x: &Tensor, p: f64, shared: &[usize]) -> Tensor {
 
 NETWORK, STEP, LEAVES, COMPILED_STEP = "network.rs", "step.rs", "leaves.rs", "compiled_step.rs"
 ACCUMULATION, SEGMENTS = "accumulation.rs", "segments.rs"
+OPTIMIZERS = "optimizer.rs"
 PYTHON, PACKAGE = "inductor/network.py", "inductor/package.py"
 
 DROP = "if p > 0.0 { «x.dropout(p, true)» } else { x }"
@@ -188,6 +190,11 @@ EAGER = [
      [(SEGMENTS, "for start in «(0..count).step_by(chunk as usize)» {", "(0..(count - chunk).max(1)).step_by(chunk as usize)")]),
     ("chunks of the loss that count as the whole", CHUNKED,
      [(SEGMENTS, "(share * «length as f64 / count as f64»)", "1.0")]),
+    ("queries, keys and values as one matrix", MUON[1:],
+     [(OPTIMIZERS, "_ => «tensor.detach().split_with_sizes(rows, 0)»,", "vec![tensor.detach()]")]),
+    ("every third step of Muon skipped", MUON,
+     [(OPTIMIZERS, "«self.step_muon(parameters, gradients)?»;",
+       "if crate::count(\"muon\") % 3 != 2 { self.step_muon(parameters, gradients)? }")]),
     ("a base that moves", ADAPTED,
      [(STEP, UPDATE, "{ for leaf in self.leaves.stored.iter().filter(|leaf| !leaf.requires_grad()) { "
        "let _ = leaf.shallow_clone().multiply_scalar_(0.999); } "

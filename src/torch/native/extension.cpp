@@ -17,6 +17,7 @@
 
 #include <vector>
 
+#include "gradients.hpp"
 #include "guarded.hpp"
 
 namespace {

@@ -1,7 +1,7 @@
 // Errors and lists of tensors across the C interface.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
 #include <string>
@@ -36,14 +36,4 @@ inline std::vector<at::Tensor> list(at::Tensor** tensors, size_t count) {
 // Moves tensors to the caller, which owns them.
 inline void return_tensors(std::vector<at::Tensor> all, at::Tensor** out) {
   for (size_t i = 0; i < all.size(); ++i) out[i] = new at::Tensor(std::move(all[i]));
-}
-
-// Returns the gradients in the type of the parameters. One launch converts all of them if the types differ.
-inline std::vector<at::Tensor> in_type_of(const std::vector<at::Tensor>& parameters,
-                                          std::vector<at::Tensor> gradients) {
-  if (gradients.empty() || gradients[0].scalar_type() == parameters[0].scalar_type()) return gradients;
-  std::vector<at::Tensor> converted;
-  for (const auto& p : parameters) converted.push_back(at::empty_like(p));
-  at::_foreach_copy_(converted, gradients);
-  return converted;
 }

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "gradients.hpp"
 #include "guarded.hpp"
 
 // The same fields as `Muon` in src/fixture/hyperparameters.rs.
