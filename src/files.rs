@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 
+use crate::installation;
+
 /// A folder or file that is removed on drop.
 #[derive(Debug)]
 pub struct Scratch(pub PathBuf);
@@ -103,19 +105,16 @@ fn lock_with(path: &Path, lock_as: impl Fn(&fs::File) -> std::io::Result<()>) ->
     take().with_context(|| format!("{} could not be locked", lock.display()))
 }
 
-/// Returns the cache folder that all clones share. An empty or relative XDG_CACHE_HOME counts as unset, as in
-/// set-up (XDG base directory specification).
+/// Returns the cache folder that all clones and installations share. On a Mac, set-up uses `~/.cache` too, and an
+/// installation the platform's folder.
 ///
 /// # Errors
-/// Returns an error if neither XDG_CACHE_HOME nor HOME is set.
+/// Returns an error if the user has no home folder.
 pub fn cache_folder() -> Result<PathBuf> {
-    let given = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
-    let base = match given {
-        Some(cache) => cache,
-        None => PathBuf::from(std::env::var_os("HOME").context("neither XDG_CACHE_HOME nor HOME is set")?)
-            .join(".cache"),
-    };
-    Ok(base.join("transformer-bench"))
+    let home = std::env::home_dir().context("neither XDG_CACHE_HOME nor HOME is set")?;
+    let mac = cfg!(target_os = "macos") && installation::find().is_some();
+    let platform = if mac { "Library/Caches" } else { ".cache" };
+    Ok(installation::user_folder(std::env::var_os("XDG_CACHE_HOME"), &home, platform))
 }
 
 #[cfg(test)]

@@ -21,6 +21,7 @@
 //! | [`compare`] | interleaved comparisons of revisions, and their decision rule |
 //! | [`profile`] | flamegraphs of CPU stacks and GPU kernels |
 //! | [`report`] | tables, pictures and text from results |
+//! | [`installation`] | the layout of an installed wheel, and the commands that messages name |
 //! | [`text`] | cleaning of text that is read, and escaping for each target |
 //! | [`files`], [`process`], [`memory`], [`interference`], [`statistics`] | tools for all modules |
 //!
@@ -33,6 +34,7 @@ pub mod backend;
 pub mod compare;
 pub mod files;
 pub mod fixture;
+pub mod installation;
 pub mod interference;
 pub mod memory;
 pub mod model;

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use regex::Regex;
+use transformer_bench::installation;
 use transformer_bench::results::baseline::check_name;
 use transformer_bench::results::criterion_folder;
 use transformer_bench::suite::{self, Case, Set, cases};
@@ -103,10 +104,14 @@ impl Options {
         let in_full_set = cases(Set::Full).iter().filter(|c| self.selects(c)).count();
         let hint = if in_full_set > 0 && self.set != Set::Full {
             format!(
-                "the full set has {in_full_set}: use ./scripts/bench --full, or TRANSFORMER_BENCH_SET=full"
+                "the full set has {in_full_set}: use {} --full, or TRANSFORMER_BENCH_SET=full",
+                installation::command("bench")
             )
         } else {
-            "ids are workload/backend/precision/shape, and 'cargo bench -- --list' prints them".to_owned()
+            format!(
+                "ids are workload/backend/precision/shape, and {} prints them",
+                installation::command("list")
+            )
         };
         bail!("no case of the {} set matches '{}'; {hint}", self.set, self.filter)
     }

@@ -12,6 +12,7 @@ use super::revisions::{Source, executables, git, root, title};
 use super::signals::check_interrupted;
 use super::worker::Side;
 use crate::files::{self, Scratch};
+use crate::installation;
 use crate::process::is_running;
 use crate::results;
 use crate::suite::Framework;
@@ -27,6 +28,11 @@ pub fn build(source: &Source, report: &dyn Fn(&str)) -> Result<Side> {
         Source::Folder(path) => {
             prepare(path, report)?;
             path.clone()
+        }
+        Source::Worktree if let Some(own) = installation::find() => {
+            // The executables find their libraries from their own folder.
+            let (name, executables) = (title(source), own.executables()?);
+            return Ok(Side { name, executables, environment: Vec::new(), scratch });
         }
         Source::Worktree => {
             // A later build or another comparison must not change the measured executables, so this one has a copy.

@@ -11,6 +11,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use toml::{Table, Value};
 
+use crate::installation::command;
 use crate::suite::Framework;
 
 /// A release of a framework, and the crates that fit.
@@ -66,9 +67,10 @@ pub fn find(framework: Framework, version: &str) -> Result<&'static Release> {
     found.with_context(|| {
         format!(
             "{} {version} cannot be built, because no allowed crate fits: choose {} \
-             (scripts/compare-python compares any release)",
+             ({} compares any release)",
             framework.label(),
-            list(framework)
+            list(framework),
+            command("compare-python")
         )
     })
 }
@@ -83,8 +85,9 @@ pub fn range(text: &str) -> Result<Vec<&'static Release>> {
     let (Some(first), Some(last)) = (index(first), index(last)) else {
         let all: Vec<String> = Framework::ALL.iter().map(|&framework| list(framework)).collect();
         bail!(
-            "'{text}' is not a range of releases that have crates: {} (scripts/compare-python bisects any release)",
-            all.join(", ")
+            "'{text}' is not a range of releases that have crates: {} ({} bisects any release)",
+            all.join(", "),
+            command("compare-python")
         );
     };
     let chosen = RELEASES.get(first..=last).unwrap_or_default();

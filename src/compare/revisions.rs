@@ -6,6 +6,7 @@ use std::process::Command;
 
 use super::releases::{self, Release};
 use crate::files;
+use crate::installation::{self, command};
 use crate::suite::{Framework, Set, cases, parse_filter};
 use anyhow::{Context, Result, bail, ensure};
 
@@ -55,7 +56,8 @@ impl Spec {
             let (side, filter) = one_side([base, second, third])?;
             return Ok(Self { base: side.clone(), head: side, filter, filter_hint: None });
         }
-        let base = base.context("BASE is missing, for example: scripts/compare main (see --help)")?;
+        let missing = || format!("BASE is missing, for example: {} main (see --help)", command("compare"));
+        let base = base.with_context(missing)?;
         let base = named(base)?;
         let (head, filter, filter_hint) = match (second, third) {
             (None, _) => (Source::Worktree, "", None),
@@ -125,6 +127,7 @@ pub fn bisected(words: &[String], filter: [Option<&str>; 3]) -> Result<(Vec<Sour
 /// # Errors
 /// Returns an error if the other side has no sources.
 pub fn with_release(release: &'static Release, sources: &Source) -> Result<Source> {
+    installation::check_checkout("a build with another release")?;
     ensure!(
         matches!(sources, Source::Worktree | Source::Revision { .. }),
         "a release is built from a git revision or the worktree, not from executables or a baseline"
@@ -151,6 +154,8 @@ pub fn root() -> PathBuf {
 /// # Errors
 /// Returns the first line of git's error message.
 fn git_or_why(arguments: &[&str]) -> Result<String, String> {
+    // A repository in the user's folder is not the suite's.
+    installation::check_checkout("a git revision").map_err(|error| error.to_string())?;
     let done = Command::new("git").arg("-C").arg(root()).args(arguments).output();
     let done = done.map_err(|error| format!("git does not start: {error}"))?;
     if done.status.success() {
@@ -188,6 +193,12 @@ fn source(text: &str) -> Result<Option<Source>> {
 /// Returns an error that lists the possible sides if the word does not name one.
 pub fn named(text: &str) -> Result<Source> {
     source(text)?.with_context(|| {
+        if installation::find().is_some() {
+            return format!(
+                "'{text}' is not a side: an installation compares baseline:NAME, dir:PATH and worktree, which is itself; \
+                 revisions need a checkout"
+            );
+        }
         let how = "a git revision, baseline:NAME, dir:PATH or worktree";
         match git_or_why(&["rev-parse", "--git-dir"]) {
             Ok(_) => format!("'{text}' is not a revision of this repository; a side is {how}"),
@@ -210,6 +221,9 @@ pub fn title(source: &Source) -> String {
         Source::Folder(path) => {
             let named = files::read_text(&path.join("name")).ok();
             named.map_or_else(|| path.display().to_string(), |name| name.trim().to_owned())
+        }
+        Source::Worktree if let Some(own) = installation::find() => {
+            format!("this installation, {}", own.version())
         }
         Source::Worktree => {
             let commit = git(&["rev-parse", "--short=12", "HEAD"]).unwrap_or_else(|| "no commit".to_owned());

@@ -17,6 +17,7 @@ use anyhow::{Result, ensure};
 use mlx_rs::{Array, Device, DeviceType, Dtype};
 use transformer_bench::backend::{self, Accumulation, Backend, Backends, EnvVars, LoadedCase, Unsupported};
 use transformer_bench::fixture::Fixture;
+use transformer_bench::installation;
 use transformer_bench::suite::{BackendId, Case, Framework, Method, Precision, Variant};
 
 /// MLX on one device.
@@ -43,10 +44,7 @@ fn check_available(id: BackendId) -> Result<()> {
         return Ok(());
     }
     backend::check_system(id.device())?;
-    ensure!(
-        id != BackendId::MlxCuda || library::is_built_with_cuda(),
-        "this MLX is a CPU build (no NVIDIA driver when scripts/setup ran)"
-    );
+    ensure!(id != BackendId::MlxCuda || library::is_built_with_cuda(), "{}", installation::cpu_build("MLX"));
     ensure!(library::has_gpu(), "MLX finds no GPU on this machine");
     check_computes(DeviceType::Gpu)
 }

@@ -4,6 +4,7 @@ use std::ffi::{CStr, CString, c_char, c_int};
 use std::path::Path;
 
 use anyhow::{Result, ensure};
+use transformer_bench::installation::{self, Installation};
 
 /// Sets MLX's TF32 switch, which is on by default. MLX reads it once, so this must precede all other calls of MLX.
 pub fn set_tf32_switch() {
@@ -111,7 +112,9 @@ pub fn memory_total() -> Option<u64> {
 
 /// Returns true if MLX uses neural accelerators of the GPU, which TF32 needs on Metal.
 pub fn uses_neural_accelerators() -> bool {
-    if !wheel_uses_neural_accelerators(env!("TRANSFORMER_BENCH_MLX_WHEEL")) {
+    let built_with = || env!("TRANSFORMER_BENCH_MLX_WHEEL").to_owned();
+    if !wheel_uses_neural_accelerators(&installation::find().map_or_else(built_with, Installation::mlx_wheel))
+    {
         return false;
     }
     let mut text: *const c_char = std::ptr::null();

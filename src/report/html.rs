@@ -6,6 +6,7 @@ use minijinja::{Environment, Value, context};
 use super::table::Table;
 use super::tables;
 use super::{notes, plots, summary};
+use crate::installation;
 use crate::results::Results;
 
 fn table(table: &Table) -> Value {
@@ -64,6 +65,7 @@ pub fn render(results: &Results, samples: &dyn Fn(&str) -> Vec<f64>, command: &s
             all_cases => all_cases.first().map(table),
             missing => notes::not_measured(results),
             invitation => notes::invitation(results),
+            bench => installation::command("bench"),
             program => env!("CARGO_PKG_VERSION"),
         })
         .context("the page could not be rendered")

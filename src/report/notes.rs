@@ -3,6 +3,7 @@
 use super::format::count;
 use super::headline::headlines;
 use super::{all_measured, find_measured, find_record};
+use crate::installation::command;
 use crate::interference;
 use crate::memory::MALLOC_VARIABLE;
 use crate::results::{Results, Status};
@@ -134,7 +135,7 @@ fn untried_variables(results: &Results) -> Vec<String> {
         let eager = headlines.iter().map(|row| row.case).find(|case| case.backend == backend)?;
         let id = &find_measured(results, &eager)?.record.id;
         let tried = results.env_effects.iter().any(|e| e.variables == variable && e.id == *id);
-        let command = format!("./scripts/compare worktree --env {variable} '{id}'");
+        let command = format!("{} worktree --env {variable} '{id}'", command("compare"));
         (!tried).then(|| format!("effect of {variable} on {backend}: run {command}"))
     };
     let applies = |(backend, ..): &(BackendId, &str, &str)| !(is_mac(results) && backend.is_cpu());
@@ -177,11 +178,14 @@ pub fn not_measured(results: &Results) -> Vec<String> {
 }
 
 /// Asks for results of machines that have none yet.
-pub fn invitation(results: &Results) -> Option<&'static str> {
-    is_mac(results).then_some(
-        "No results of a Mac are published yet. `./scripts/baseline save first-mac` saves these results. A pull request \
-         with the new folder in criterion-baselines/ publishes them.",
-    )
+pub fn invitation(results: &Results) -> Option<String> {
+    let send = command("baseline");
+    is_mac(results).then(|| {
+        format!(
+            "No results of a Mac are published yet. `{send} save first-mac --send` saves these results, and writes the \
+             text of an issue with which you can send them."
+        )
+    })
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@ use super::format::{count, digits, megabytes, range, speed};
 use super::headline::{RUN_TO_RUN, best_pairs, fastest_first, find_eager, rivals, same_method_pairs};
 use super::{Measured, Ratio, Sweep, all_measured, batches, find_measured, optimizers, scaling};
 use crate::compare::decision::THRESHOLD;
+use crate::installation::command;
 use crate::results::{Record, Results};
 use crate::suite::{BackendId, Case, Framework, Method, Precision, Variant, Workload};
 use crate::{interference, memory};
@@ -60,11 +61,16 @@ impl<'a> Comparison<'a> {
         let variables = results.model.as_ref().map_or_else(String::new, |custom| custom.variables() + " ");
         // The rounds at the end of `scripts/bench` compare different methods.
         if a.method != b.method {
-            return format!("{variables}./scripts/bench");
+            return variables + &command("bench");
         }
         format!(
-            "{variables}./scripts/compare --set quick --backends {} {} '^{}/[^/]*/{}/{}$'",
-            a.backend, b.backend, a.workload, a.method, a.shape
+            "{variables}{} --set quick --backends {} {} '^{}/[^/]*/{}/{}$'",
+            command("compare"),
+            a.backend,
+            b.backend,
+            a.workload,
+            a.method,
+            a.shape
         )
     }
 

@@ -17,6 +17,7 @@ use super::upgrade::{self, VERSION};
 use super::validate;
 use super::{EnvEffect, InterleavedResult, Record, Results, RunModel, Status, deserialize_run_model};
 use crate::files;
+use crate::installation;
 use crate::results;
 use crate::suite::Case;
 use crate::text;
@@ -84,8 +85,9 @@ impl Baseline {
         let left: Vec<String> = parts.iter().filter_map(run::missing_cases).collect();
         ensure!(
             cut || left.is_empty(),
-            "the last run was cut off ({}): run ./scripts/bench again, or --force saves what there is",
-            left.join(", ")
+            "the last run was cut off ({}): run {bench} again, or --force saves what there is",
+            left.join(", "),
+            bench = installation::command("bench")
         );
         let mut cases = Vec::new();
         for record in merged.cases {
@@ -93,7 +95,8 @@ impl Baseline {
         }
         ensure!(
             cases.iter().any(SavedCase::is_measured),
-            "the last run measured nothing: run ./scripts/bench first"
+            "the last run measured nothing: run {} first",
+            installation::command("bench")
         );
         let of = |p: &ProcessRecord| -> Vec<Selection> {
             let selection = |s: &run::Selection| Selection {
@@ -226,16 +229,17 @@ fn save_case(home: &Path, record: Record, named: &str) -> Result<SavedCase> {
     let id = kept.record.id.clone();
     let case: Case = id.parse().map_err(anyhow::Error::msg)?;
     let folder = results::criterion_folder(home, &case);
+    let advice = results::run_again();
     let read = |run: &str, name: &str| -> Result<Value> {
         let path = folder.join(run).join(name);
-        ensure!(path.exists(), "Criterion's {} is missing: run ./scripts/bench again", path.display());
-        results::read_json(&path, "run ./scripts/bench again")
+        ensure!(path.exists(), "Criterion's {} is missing: {advice}", path.display());
+        results::read_json(&path, &advice)
     };
     kept.estimates = read("new", "estimates.json")?;
     let same = |estimates: &Value| estimates["median"]["point_estimate"].as_f64() == kept.record.median_ns;
     ensure!(
         same(&kept.estimates),
-        "Criterion's files of {id} are of another run than the last one: run ./scripts/bench again"
+        "Criterion's files of {id} are of another run than the last one: {advice}"
     );
     if folder.join(named).join("estimates.json").exists() && !same(&read(named, "estimates.json")?) {
         bail!(
@@ -248,8 +252,12 @@ fn save_case(home: &Path, record: Record, named: &str) -> Result<SavedCase> {
     Ok(kept)
 }
 
-/// Returns the folder of all baselines, in the current folder or in the checkout that built this program.
+/// Returns the folder of all baselines: in the current folder or in the checkout that built this program, or in the
+/// user's data folder in an installation.
 pub fn root() -> PathBuf {
+    if let Some(own) = installation::find() {
+        return own.data_folder().join("baselines");
+    }
     let here = Path::new("criterion-baselines");
     if here.is_dir() { here.to_owned() } else { Path::new(env!("CARGO_MANIFEST_DIR")).join(here) }
 }

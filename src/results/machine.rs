@@ -8,6 +8,7 @@ use anyhow::{Result, bail};
 use serde::{Deserialize, Serialize};
 
 use super::apple;
+use crate::installation;
 use crate::suite::custom_model::MachineCapacity;
 use crate::suite::{BackendId, Device, Precision};
 
@@ -54,6 +55,28 @@ fn output(program: &str, arguments: &[&str]) -> Option<String> {
     (done.status.success() && !text.is_empty()).then_some(text)
 }
 
+/// Returns the commit of the suite, and whether its files differ from the commit.
+///
+/// An installation has recorded both. Other executables read the checkout that built them, or the one that they run in
+/// if they were carried to another machine. A repository of the user is neither.
+fn source_version() -> (String, bool) {
+    if let Some(own) = installation::find() {
+        let (commit, dirty) = own.commit();
+        return (commit.to_owned(), dirty);
+    }
+    let git = |root: &str, arguments: &[&str]| output("git", &[&["-C", root], arguments].concat());
+    let is_checkout = |root: &&str| {
+        // A folder without .git can be part of any repository.
+        [".git", "src/results/machine.rs"].iter().all(|name| Path::new(root).join(name).exists())
+    };
+    let Some(root) = [env!("CARGO_MANIFEST_DIR"), "."].into_iter().find(is_checkout) else {
+        return ("unknown".to_owned(), false);
+    };
+    let commit = git(root, &["rev-parse", "--short=12", "HEAD"]);
+    let dirty = git(root, &["status", "--porcelain", "--untracked-files=no"]);
+    (commit.clone().unwrap_or_else(|| "unknown".to_owned()), commit.is_some() && dirty.is_some())
+}
+
 impl Machine {
     /// Reads the machine. The backends add `versions`.
     pub fn read() -> Self {
@@ -74,11 +97,7 @@ impl Machine {
             let ioreg = output("ioreg", &["-rc", "AGXAccelerator", "-d1"]);
             gpus.push(apple::gpu_name(&cpu, &ioreg.unwrap_or_default()));
         }
-        // The executable may run on another machine than the one that built it.
-        let built = env!("CARGO_MANIFEST_DIR");
-        let root = if Path::new(built).exists() { built } else { "." };
-        let commit = output("git", &["-C", root, "rev-parse", "--short=12", "HEAD"]);
-        let dirty = output("git", &["-C", root, "status", "--porcelain", "--untracked-files=no"]);
+        let (commit, dirty) = source_version();
         Self {
             cpu,
             cores: std::thread::available_parallelism().map_or(1, usize::from),
@@ -89,8 +108,8 @@ impl Machine {
             date: output("date", &["-u", "+%F"]).unwrap_or_default(),
             gpus,
             driver,
-            dirty: commit.is_some() && dirty.is_some(),
-            commit: commit.unwrap_or_else(|| "unknown".to_owned()),
+            commit,
+            dirty,
             versions: Vec::new(),
             profile: if cfg!(debug_assertions) { "debug" } else { "release" }.to_owned(),
             power: power(),

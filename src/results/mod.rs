@@ -17,6 +17,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::backend::RankStats;
 use crate::files::{self, lock_file, write_atomic};
+use crate::installation;
 use crate::interference;
 use crate::model::{Model, ModelId, config};
 use crate::statistics::{REPORT_CONFIDENCE, trimmed_half_width};
@@ -365,11 +366,19 @@ pub fn deserialize_run_model<'de, D: Deserializer<'de>>(from: D) -> Result<Optio
     Ok(own)
 }
 
-/// Returns the folder of the last run: TRANSFORMER_BENCH_RESULTS, or `transformer-bench` in Cargo's target
-/// folder.
+/// Returns the folder of the last run: TRANSFORMER_BENCH_RESULTS, the user's data folder in an installation, or
+/// `transformer-bench` in Cargo's target folder.
 pub fn folder() -> PathBuf {
-    std::env::var_os("TRANSFORMER_BENCH_RESULTS")
-        .map_or_else(|| target_folder().join("transformer-bench"), PathBuf::from)
+    output_folder("TRANSFORMER_BENCH_RESULTS", "results", "transformer-bench")
+}
+
+/// Returns the folder that a variable names. Without the variable, it is in the user's data folder in an installation,
+/// and in Cargo's target folder in a checkout.
+fn output_folder(variable: &str, installed: &str, built: &str) -> PathBuf {
+    std::env::var_os(variable).map(PathBuf::from).unwrap_or_else(|| match installation::find() {
+        Some(own) => own.data_folder().join(installed),
+        None => target_folder().join(built),
+    })
 }
 
 /// Returns Cargo's target folder. This executable is in `<target>/<profile>/[deps/]`.
@@ -382,7 +391,7 @@ pub fn target_folder() -> PathBuf {
 
 /// Returns Criterion's output folder.
 pub fn criterion_home() -> PathBuf {
-    std::env::var_os("CRITERION_HOME").map_or_else(|| target_folder().join("criterion"), PathBuf::from)
+    output_folder("CRITERION_HOME", "criterion", "criterion")
 }
 
 /// Returns Criterion's folder of a case: group, function and value, with `_` for `/`.
@@ -390,6 +399,11 @@ pub fn criterion_folder(home: &Path, case: &Case) -> PathBuf {
     home.join(case.workload.id())
         .join(format!("{}_{}", case.backend, case.method))
         .join(case.shape.to_string())
+}
+
+/// Advises to repeat a run whose files are missing or damaged.
+pub(crate) fn run_again() -> String {
+    format!("run {} again", installation::command("bench"))
 }
 
 /// Reads a JSON file of this suite.

@@ -10,9 +10,11 @@ use serde::{Deserialize, Serialize};
 
 use super::machine::Machine;
 use super::{
-    Record, Results, RunModel, Status, VERSION, env_effects, interleaved_results, read_json, validate,
+    Record, Results, RunModel, Status, VERSION, env_effects, interleaved_results, read_json, run_again,
+    validate,
 };
 use crate::files::{executable_checksum, write_atomic};
+use crate::installation;
 use crate::suite::{Case, Framework, Optimizer, Set, cases_for, custom_model};
 
 /// The set and filter of a run.
@@ -52,8 +54,8 @@ pub fn part_path(folder: &Path, framework: Framework, tf32: bool) -> PathBuf {
 fn parts(folder: &Path) -> Result<Vec<(PathBuf, ProcessRecord)>> {
     let paths = Framework::ALL.iter().flat_map(|&f| [false, true].map(|tf32| part_path(folder, f, tf32)));
     let read = |path: PathBuf| -> Result<(PathBuf, ProcessRecord)> {
-        let part: ProcessRecord = read_json(&path, "run ./scripts/bench again")?;
-        let damaged = || format!("{} is damaged: run ./scripts/bench again", path.display());
+        let part: ProcessRecord = read_json(&path, &run_again())?;
+        let damaged = || format!("{} is damaged: {}", path.display(), run_again());
         // The run's own executable wrote it, so it has the present version.
         let version = part.results.version;
         ensure!(version == VERSION, "{}: its version is {version}, not {VERSION}", damaged());
@@ -142,19 +144,19 @@ impl Writer {
 pub fn merge(folder: &Path) -> Result<(Results, Vec<ProcessRecord>)> {
     let parts: Vec<ProcessRecord> = parts(folder)?.into_iter().map(|(_, part)| part).collect();
     let Some(first) = parts.first() else {
-        bail!("no run to report in {}: run ./scripts/bench first", folder.display());
+        bail!("no run to report in {}: run {} first", folder.display(), installation::command("bench"));
     };
     let mut machine = first.results.machine.clone();
     for part in &parts[1..] {
         if !is_same_run(&first.results, &part.results) {
-            bail!("the frameworks' records come from different runs: run ./scripts/bench again");
+            bail!("the frameworks' records come from different runs: {}", run_again());
         }
         machine.add_versions(part.results.machine.versions.iter().cloned());
     }
     let model = first.results.model.clone();
     let mut records: Vec<Record> = parts.iter().flat_map(|p| p.results.cases.clone()).collect();
     validate::check_cases(&records)
-        .context("the records of the last run are damaged: run ./scripts/bench again")?;
+        .with_context(|| format!("the records of the last run are damaged: {}", run_again()))?;
     let custom = model.as_ref().map(RunModel::custom_model);
     let cases = |&set: &Set| cases_for(set, custom.as_ref());
     let order: Vec<String> = Set::ALL.iter().rev().flat_map(cases).map(|c: Case| c.to_string()).collect();
@@ -206,7 +208,7 @@ pub fn command(parts: &[ProcessRecord]) -> String {
     });
     for Selection { set, filter } in parts.iter().flat_map(|p| &p.selections) {
         let filter = if filter.is_empty() { String::new() } else { format!(" '{filter}'") };
-        let line = format!("./scripts/bench --{set}{model}{filter}");
+        let line = format!("{} --{set}{model}{filter}", installation::command("bench"));
         if !lines.contains(&line) {
             lines.push(line);
         }

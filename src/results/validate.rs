@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use super::machine::Machine;
-use super::{EnvEffect, InterleavedResult, Record, Results, Status, VERSION, upgrade};
+use super::{EnvEffect, InterleavedResult, Record, Results, Status, VERSION, run_again, upgrade};
 use crate::suite::Case;
 use crate::text;
 
@@ -16,9 +16,9 @@ use crate::text;
 /// # Errors
 /// Returns an error if the file is empty, damaged or of a newer version, or if a value is invalid.
 pub fn parse_results(text: &str, place: &str) -> Result<Results> {
-    ensure!(!text.trim().is_empty(), "{place} is empty: run ./scripts/bench again");
-    let mut value =
-        text::parse_json(text).with_context(|| format!("{place} is damaged: run ./scripts/bench again"))?;
+    let advice = run_again();
+    ensure!(!text.trim().is_empty(), "{place} is empty: {advice}");
+    let mut value = text::parse_json(text).with_context(|| format!("{place} is damaged: {advice}"))?;
     // The first version has no number.
     let version = value.get("version").map_or(Ok(1), |version| check_version(version, place))?;
     upgrade::upgrade(&mut value, version);

@@ -9,6 +9,7 @@ use std::sync::Once;
 
 use anyhow::{Context, Result, anyhow, bail};
 use tch::{Device, Tensor};
+use transformer_bench::installation;
 
 /// Pointer to a C++ `at::Tensor`.
 pub type RawTensor = *mut c_void;
@@ -174,7 +175,7 @@ pub fn load_cuda() -> Result<()> {
         unsafe { CStr::from_ptr(reason) }.to_string_lossy().into_owned()
     };
     if reason.starts_with("libtorch_cuda.so:") {
-        bail!("this libtorch is a CPU build (no NVIDIA driver when scripts/setup ran)");
+        bail!("{}", installation::cpu_build("libtorch"));
     }
     bail!("libtorch_cuda does not load: {}", first_line(&reason))
 }

@@ -17,11 +17,12 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::{Value, json};
 use transformer_bench::backend::{CompileReport, Unsupported};
 use transformer_bench::files::{Scratch, cache_folder, checksum, lock_file, read_text, write_atomic};
+use transformer_bench::installation;
 use transformer_bench::parity::dropout::Probe;
 use transformer_bench::process::is_running;
 use transformer_bench::results::machine::Machine;
 use transformer_bench::results::one_line;
-use transformer_bench::suite::{Case, Device, Optimizer, Workload};
+use transformer_bench::suite::{Case, Device, Framework, Optimizer, Workload};
 
 use crate::extension;
 use crate::params::ParameterLayout;
@@ -36,6 +37,9 @@ const RECORD: &str = "built-from.json";
 /// backward pass of `gpt2-b8-t1024` in f32 on a CPU.
 const BUILD_MEMORY: u64 = 2 << 30;
 
+/// Name of the compiler in the environment of a build if there is none.
+const NO_COMPILER: &str = "none";
+
 /// The C++ compiler that Inductor calls on Linux. It hides the weak templates of libstdc++, which libraries of other
 /// compilers would otherwise share: packages of Ubuntu 24.04's g++ ended in a segmentation fault.
 const COMPILER: &str = "#!/bin/sh
@@ -45,13 +49,37 @@ esac
 exec c++ \"$@\"
 ";
 
-/// Returns the reason why this machine cannot build packages, or `None` if it can.
-fn missing_python() -> Option<&'static str> {
-    match (env!("TRANSFORMER_BENCH_NO_INDUCTOR"), env!("TRANSFORMER_BENCH_PYTHON")) {
-        ("", "") => Some("set-up prepared no torch for Python: run ./scripts/setup"),
-        ("", _) => None,
-        (reason, _) => Some(reason),
+/// Returns the Python that has torch, and a `PYTHONPATH` that it needs for that. An installation uses the interpreter of
+/// its environment, and a checkout that of set-up.
+///
+/// # Errors
+/// Returns the reason why this machine cannot build packages.
+fn inductor_python() -> Result<(String, &'static str), Unsupported> {
+    let unsupported = |reason: &str| Err(Unsupported(reason.to_owned()));
+    if let Some(own) = installation::find() {
+        return match own.python() {
+            None => {
+                unsupported("no interpreter is known: start this program by the command transformer-bench")
+            }
+            Some(_) if !has_compiler() => unsupported(
+                "-compile needs a C++ compiler (Debian, Ubuntu: apt install g++; macOS: xcode-select --install)",
+            ),
+            Some(python) => Ok((python, "")),
+        };
     }
+    match (env!("TRANSFORMER_BENCH_NO_INDUCTOR"), env!("TRANSFORMER_BENCH_PYTHON")) {
+        ("", "") => unsupported("set-up prepared no torch for Python: run ./scripts/setup"),
+        ("", python) => Ok((python.to_owned(), env!("TRANSFORMER_BENCH_PYTHONPATH"))),
+        (reason, _) => unsupported(reason),
+    }
+}
+
+/// Returns true if there is a C++ compiler. Without the Command Line Tools, the c++ of macOS asks the user for them, so
+/// it is not started.
+fn has_compiler() -> bool {
+    let has_tools =
+        || Command::new("xcode-select").arg("-p").output().is_ok_and(|done| done.status.success());
+    (!cfg!(target_os = "macos") || has_tools()) && build_environment()["compiler"] != NO_COMPILER
 }
 
 /// Checks that a workload has a `-compile` variant, and that this machine can build packages.
@@ -59,12 +87,10 @@ fn missing_python() -> Option<&'static str> {
 /// # Errors
 /// Returns the reason if not.
 pub fn check_supported(workload: Workload) -> Result<(), Unsupported> {
-    let reason = if workload.trains() || workload == Workload::Forward {
-        missing_python()
-    } else {
-        Some("-compile exists for forward, and for the workloads with a backward pass")
-    };
-    reason.map_or(Ok(()), |reason| Err(Unsupported(reason.to_owned())))
+    if workload.trains() || workload == Workload::Forward {
+        return inductor_python().map(drop);
+    }
+    Err(Unsupported("-compile exists for forward, and for the workloads with a backward pass".to_owned()))
 }
 
 /// Returns the case to compile. Of a train step, it is the forward and backward pass of one micro-batch of one rank.
@@ -141,6 +167,14 @@ pub fn build_all(cases: &[Case], report: &mut CompileReport) {
     });
 }
 
+/// Returns the version of torch. Builds of one version with and without CUDA generate other code, and an environment can
+/// change from one to the other.
+fn torch_version() -> String {
+    installation::find()
+        .and_then(|own| own.installed_version(Framework::Torch))
+        .unwrap_or_else(extension::version)
+}
+
 /// Returns what the generated code depends on besides the case: instruction set, GPUs, compiler, torch and sources.
 fn build_environment() -> &'static Value {
     static ENVIRONMENT: OnceLock<Value> = OnceLock::new();
@@ -153,8 +187,8 @@ fn build_environment() -> &'static Value {
         json!({
             "cpu": flags.map_or(machine.cpu, |line| line.split_once(':').map_or(line, |(_, f)| f).trim().to_owned()),
             "gpus": machine.gpus,
-            "compiler": compiler.as_deref().and_then(|text| text.lines().next()).unwrap_or("none"),
-            "torch": extension::version(),
+            "compiler": compiler.as_deref().and_then(|text| text.lines().next()).unwrap_or(NO_COMPILER),
+            "torch": torch_version(),
             "sources": format!("{:016x}", checksum(format!("{NETWORK}{PACKAGE}{COMPILER}").as_bytes())),
         })
     })
@@ -216,9 +250,7 @@ impl Package {
         if self.is_built() {
             return Ok(());
         }
-        if let Some(reason) = missing_python() {
-            bail!("{reason}");
-        }
+        let (python, python_path) = inductor_python().map_err(|Unsupported(reason)| anyhow!(reason))?;
         let folder = self.folder()?;
         let _lock = lock_file(&folder)?;
         // Processes that wait for the lock have the file open. Later ones find the package.
@@ -232,17 +264,16 @@ impl Package {
         fs::create_dir_all(&output)
             .and_then(|()| fs::create_dir_all(work.0.join("tmp")))
             .with_context(|| format!("{} could not be created", work.0.display()))?;
-        self.run_inductor(&work.0, &output)?;
+        self.run_inductor(&python, python_path, &work.0, &output)?;
         write_atomic(&output.join(RECORD), &self.record(&find_library(&output)?)?.to_string())?;
         let _ = fs::remove_dir_all(&folder).or_else(|_| fs::remove_file(&folder));
         fs::rename(&output, &folder).with_context(|| format!("{} could not be created", folder.display()))
     }
 
     /// Runs Inductor, which writes the package to `output`. Its temporary files stay in `work`.
-    fn run_inductor(&self, work: &Path, output: &Path) -> Result<()> {
+    fn run_inductor(&self, python: &str, python_path: &str, work: &Path, output: &Path) -> Result<()> {
         write_atomic(&work.join("network.py"), NETWORK)?;
         write_atomic(&work.join("package.py"), PACKAGE)?;
-        let python = env!("TRANSFORMER_BENCH_PYTHON");
         let mut command = Command::new(python);
         command
             .arg(work.join("package.py"))
@@ -253,8 +284,8 @@ impl Package {
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .stderr(fs::File::create(work.join("log"))?);
-        if !env!("TRANSFORMER_BENCH_PYTHONPATH").is_empty() {
-            command.env("PYTHONPATH", env!("TRANSFORMER_BENCH_PYTHONPATH"));
+        if !python_path.is_empty() {
+            command.env("PYTHONPATH", python_path);
         }
         if cfg!(target_os = "linux") {
             // Inductor recognizes the compiler by its name.

@@ -4,18 +4,22 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, Subcommand};
+use transformer_bench::installation;
 use transformer_bench::report::markdown;
 use transformer_bench::results::baseline::{self, Baseline};
 use transformer_bench::results::machine::Machine;
 use transformer_bench::results::{self, Status};
 use transformer_bench::text::printable;
 
-/// Saves runs as baselines in criterion-baselines/MACHINE/NAME/.
+use super::send;
+
+/// Saves runs as baselines in criterion-baselines/MACHINE/NAME/, or in the data folder of an installation.
 ///
 /// NAME alone refers to this machine, MACHINE/NAME to any machine.
 #[derive(Args)]
 #[command(after_help = "Examples:
   scripts/bench && scripts/baseline save nightly
+  scripts/baseline save first --send
   scripts/compare baseline:nightly
   scripts/baseline restore nightly && cargo bench -- --baseline nightly")]
 pub struct Arguments {
@@ -31,6 +35,9 @@ enum Action {
         /// Replace a baseline of the same name
         #[arg(long)]
         force: bool,
+        /// Write the text of an issue with which you can send the results, and print both. Nothing is sent
+        #[arg(long)]
+        send: bool,
     },
     /// Lists the saved baselines
     List,
@@ -56,7 +63,7 @@ pub fn run(arguments: Arguments) -> Result<()> {
     let machine = Machine::read();
     let slug = machine.slug();
     match arguments.action {
-        Action::Save { name, force } => save(&root, &name, force),
+        Action::Save { name, force, send } => save(&root, &name, force, send),
         Action::List => list(&root),
         Action::Show { name } => show(&baseline::find(&root, &name, &slug)?),
         Action::Restore { name, force, allow_mismatch } => {
@@ -69,7 +76,11 @@ pub fn run(arguments: Arguments) -> Result<()> {
             }
             let short = name.rsplit('/').next().unwrap_or(&name);
             let count = saved.restore(&results::criterion_home(), short, force)?;
-            super::show(&format!("restored {count} cases: cargo bench -- --baseline {short}\n"))
+            let home = results::criterion_home();
+            super::show(&match installation::find() {
+                Some(_) => format!("restored {count} cases in {}\n", home.display()),
+                None => format!("restored {count} cases: cargo bench -- --baseline {short}\n"),
+            })
         }
         Action::Remove { name } => {
             let file = baseline::find(&root, &name, &slug)?;
@@ -85,7 +96,7 @@ pub fn run(arguments: Arguments) -> Result<()> {
     }
 }
 
-fn save(root: &Path, name: &str, force: bool) -> Result<()> {
+fn save(root: &Path, name: &str, force: bool, send: bool) -> Result<()> {
     baseline::check_name(name)?;
     let saved = Baseline::of_last_run(&results::folder(), &results::criterion_home(), name, force)?;
     let report = markdown::render(&saved.results(), &saved.command);
@@ -94,6 +105,10 @@ fn save(root: &Path, name: &str, force: bool) -> Result<()> {
     super::show(&format!("saved {measured} cases as {}\n", file.display()))?;
     if saved.machine.dirty {
         super::show("note: the checkout has uncommitted changes, so comparisons need --allow-mismatch\n")?;
+    }
+    if send {
+        show(&file)?;
+        send::write(&saved, &file)?;
     }
     Ok(())
 }

@@ -11,9 +11,10 @@ use clap::Args;
 use transformer_bench::compare::revisions;
 use transformer_bench::compare::signals::check_interrupted;
 use transformer_bench::compare::worker::Side;
+use transformer_bench::installation;
 use transformer_bench::model::config::MAX_SIZE;
 use transformer_bench::results;
-use transformer_bench::suite::{Case, MAX_BATCH, Set, custom_model};
+use transformer_bench::suite::{Case, Framework, MAX_BATCH, Set, custom_model};
 use transformer_bench::text::{error_line, variable};
 
 use super::options::{self, Executables};
@@ -131,11 +132,18 @@ impl Arguments {
 pub fn run(arguments: &Arguments) -> Result<u8> {
     let (set, filter) = (arguments.set(), arguments.filter.as_deref());
     // A wrong filter must change nothing.
-    arguments.selected()?;
+    let selected = arguments.selected()?;
     let folder = results::folder();
     let _lock = lock(&folder)?;
     let group = ProcessGroup::start()?;
     let side = build(&arguments.executables, &group)?;
+    ensure!(
+        selected.iter().any(|case| side.executables.contains_key(&case.backend.framework())),
+        "{} has no executable for these cases{}",
+        side.name,
+        installation::find()
+            .map_or_else(String::new, |own| format!(": {}", own.install_command(Framework::ALL)))
+    );
     let last_run = folder.join("run");
     // A filtered run adds to the last run.
     if filter.is_none() && last_run.exists() {
@@ -182,7 +190,7 @@ fn lock(folder: &Path) -> Result<File> {
 
 /// Builds the executables. Cargo's progress is visible, since the first build takes minutes.
 fn build(executables: &Executables, group: &ProcessGroup) -> Result<Side> {
-    if executables.are_of_worktree() {
+    if executables.are_of_worktree() && installation::find().is_none() {
         let mut command = Command::new("cargo");
         command.args(["bench", "--no-run", "--locked", "--bench", "torch", "--bench", "mlx"]);
         let status = group.run(command.current_dir(revisions::root()))?;

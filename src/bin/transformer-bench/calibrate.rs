@@ -20,6 +20,7 @@ use transformer_bench::compare::rounds::{self, Row};
 use transformer_bench::compare::signals::{self, check_interrupted};
 use transformer_bench::compare::worker::{Side, Threads, Worker};
 use transformer_bench::files;
+use transformer_bench::installation;
 use transformer_bench::report::publish;
 use transformer_bench::results;
 use transformer_bench::results::machine::Machine;
@@ -174,6 +175,7 @@ impl Drop for BackgroundLoad {
 /// # Errors
 /// Returns an error if the input is wrong or a comparison fails.
 pub fn run(arguments: &Arguments) -> Result<()> {
+    installation::check_checkout("calibrate")?;
     arguments.check()?;
     let side = arguments.executables.build()?;
     let mut cases =

@@ -12,6 +12,7 @@ use transformer_bench::compare::revisions::{self, Source, Spec};
 use transformer_bench::compare::rounds::{self, Failure, Row};
 use transformer_bench::compare::worker::{self, CheckOutcome, Side, Threads, Worker};
 use transformer_bench::files;
+use transformer_bench::installation::command;
 use transformer_bench::results;
 use transformer_bench::results::machine::Machine;
 use transformer_bench::suite::{BackendId, Case, Framework};
@@ -68,7 +69,7 @@ fn reevaluate(file: Option<PathBuf>, threshold: f64) -> Result<Report> {
     let path = file.unwrap_or_else(|| results::folder().join("comparison.json"));
     let text =
         files::read_text(&path).map_err(|error| anyhow!("{error:#}: compare first, or name a file"))?;
-    let damaged = || format!("{} does not contain what scripts/compare --json prints", path.display());
+    let damaged = || format!("{} does not contain what {} --json prints", path.display(), command("compare"));
     let json = text::parse_json(&text).with_context(damaged)?;
     Report::reevaluate(json, threshold).with_context(damaged)
 }
@@ -144,7 +145,7 @@ fn pair_cases(
     };
     let select = |backend: BackendId| -> Result<Vec<Case>> {
         let found: Vec<Case> = base.iter().filter(|case| case.backend == backend).copied().collect();
-        ensure!(!found.is_empty(), "{backend} has no such case here: cargo bench -- --test shows the reason");
+        ensure!(!found.is_empty(), "{backend} has no such case here: {} shows the reason", command("bench"));
         Ok(found)
     };
     let (first, second) = (select(backends[0])?, select(backends[1])?);

@@ -9,6 +9,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use transformer_bench::compare::decision::{THRESHOLD, Verdict};
 use transformer_bench::compare::revisions::{self, Source, Spec};
 use transformer_bench::compare::worker::Threads;
+use transformer_bench::installation;
 use transformer_bench::suite::{BackendId, Framework, Set, parse_filter};
 
 use super::options;
@@ -176,7 +177,8 @@ impl Arguments {
 pub fn no_case(spec: &Spec, set: Set) -> anyhow::Error {
     let hint = spec.filter_hint.clone().unwrap_or_default();
     let filter = &spec.filter;
-    anyhow!("no case of the {set} set that can run here matches '{filter}'{hint}: scripts/list shows the ids")
+    let list = installation::command("list");
+    anyhow!("no case of the {set} set that can run here matches '{filter}'{hint}: {list} shows the ids")
 }
 
 #[cfg(test)]

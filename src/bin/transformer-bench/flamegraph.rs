@@ -12,6 +12,7 @@ use transformer_bench::compare::revisions;
 use transformer_bench::compare::signals::check_interrupted;
 use transformer_bench::compare::worker::Side;
 use transformer_bench::files;
+use transformer_bench::installation::command;
 use transformer_bench::profile::{Profile, Unit};
 use transformer_bench::results::{self, Status};
 use transformer_bench::suite::{Case, Set, cases, parse_filter};
@@ -98,7 +99,7 @@ fn select(arguments: &Arguments) -> Result<Vec<Case>> {
         selected = slowest_of_last_run()?;
     }
     selected.truncate(arguments.top);
-    ensure!(!selected.is_empty(), "the last run measured nothing: run ./scripts/bench, or name a case");
+    ensure!(!selected.is_empty(), "the last run measured nothing: run {}, or name a case", command("bench"));
     Ok(selected)
 }
 
@@ -112,7 +113,7 @@ fn matching(filter: &str) -> Result<Vec<Case>> {
     let mut found = exact.unwrap_or_else(|_| cases(Set::Quick));
     found.retain(|case| matches(case) && (measured.is_empty() || measured.contains(case)));
     found.sort_by_key(|case| measured.iter().position(|other| other == case));
-    ensure!(!found.is_empty(), "no case matches '{filter}': scripts/list shows the ids");
+    ensure!(!found.is_empty(), "no case matches '{filter}': {} shows the ids", command("list"));
     Ok(found)
 }
 

@@ -2,6 +2,7 @@
 
 use anyhow::{Result, bail};
 use clap::Args;
+use transformer_bench::installation::command;
 use transformer_bench::report::format::prefixed;
 use transformer_bench::report::headline::best_pairs;
 use transformer_bench::results::{self, run};
@@ -71,8 +72,8 @@ pub fn select(set: Set, filter: &str, framework: Option<Framework>) -> Result<Ve
     let found: Vec<Case> = cases(set).into_iter().filter(matches).collect();
     if found.is_empty() {
         let hint = match cases(Set::Full).iter().filter(|case| matches(case)).count() {
-            0 => "ids read workload/backend/precision/shape: scripts/list shows them".to_owned(),
-            count => format!("{count} cases of the full set match: scripts/bench --full"),
+            0 => format!("ids read workload/backend/precision/shape: {} shows them", command("list")),
+            count => format!("{count} cases of the full set match: {} --full", command("bench")),
         };
         bail!("no case of the {set} set matches '{filter}'; {hint}");
     }

@@ -7,6 +7,7 @@ mod calibrate;
 mod compare;
 mod compare_arguments;
 mod compare_baselines;
+mod compare_python;
 mod fit;
 mod flamegraph;
 mod interleave;
@@ -18,13 +19,17 @@ mod publish;
 #[cfg(test)]
 mod reader_tests;
 mod report;
+mod send;
 
 use std::io::Write;
 use std::process::ExitCode;
+use std::sync::LazyLock;
 
 use anyhow::Context;
-use clap::{Parser, Subcommand};
+use clap::builder::StyledStr;
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use transformer_bench::compare::signals;
+use transformer_bench::installation;
 use transformer_bench::results::machine::{self, Machine};
 use transformer_bench::suite::custom_model;
 use transformer_bench::text::{self, error_line};
@@ -33,7 +38,7 @@ use transformer_bench::text::{self, error_line};
 ///
 /// scripts/NAME sets up, builds this command and runs `transformer-bench NAME`.
 #[derive(Parser)]
-#[command(name = "transformer-bench", version)]
+#[command(name = "transformer-bench", version = version())]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -45,12 +50,44 @@ enum Command {
     Report(report::Arguments),
     Baseline(baseline::Arguments),
     Compare(compare_arguments::Arguments),
+    ComparePython(compare_python::Arguments),
     Fit(fit::Arguments),
     Flamegraph(flamegraph::Arguments),
     List(list::Arguments),
     Interleave(interleave::Arguments),
     Calibrate(calibrate::Arguments),
     Publish(publish::Arguments),
+}
+
+/// Returns the version, and what an installation was built from.
+fn version() -> &'static str {
+    static VERSION: LazyLock<String> = LazyLock::new(|| {
+        installation::find().map_or_else(|| env!("CARGO_PKG_VERSION").to_owned(), |own| own.version())
+    });
+    &VERSION
+}
+
+/// Replaces the scripts in the help of a command and of its subcommands by the commands of an installation.
+fn with_installed_words(mut command: clap::Command) -> clap::Command {
+    let text = |found: Option<&StyledStr>| found.map(|text| installation::words(&text.to_string()));
+    if let Some(notes) = text(command.get_after_help()) {
+        command = command.after_help(notes);
+    }
+    if let Some(about) = text(command.get_long_about()) {
+        command = command.long_about(about);
+    }
+    let names: Vec<String> = command.get_subcommands().map(|sub| sub.get_name().to_owned()).collect();
+    command = names.iter().fold(command, |all, name| all.mut_subcommand(name, with_installed_words));
+    command.mut_args(|argument| match text(argument.get_help()) {
+        Some(help) => argument.help(help),
+        None => argument,
+    })
+}
+
+/// Reads the command line. Ends the process after help, or with a message after a wrong argument.
+fn read_command() -> Command {
+    let parsed = Cli::from_arg_matches(&with_installed_words(Cli::command()).get_matches());
+    parsed.unwrap_or_else(|error| error.exit()).command
 }
 
 /// Prints a result without control characters and flushes it. A closed pipe is not an error: its reader has seen enough.
@@ -81,6 +118,7 @@ fn check_arguments(command: &Command) -> anyhow::Result<()> {
         Command::Calibrate(arguments) => arguments.check(),
         Command::Report(_)
         | Command::Baseline(_)
+        | Command::ComparePython(_)
         | Command::List(_)
         | Command::Interleave(_)
         | Command::Publish(_) => Ok(()),
@@ -98,7 +136,7 @@ fn read_model(command: &mut Command) -> anyhow::Result<Vec<String>> {
 }
 
 fn main() -> ExitCode {
-    let mut command = Cli::parse().command;
+    let mut command = read_command();
     match read_model(&mut command) {
         // For the other commands, the bench targets print them.
         Ok(notes) if matches!(command, Command::List(_)) => {
@@ -121,6 +159,7 @@ fn main() -> ExitCode {
         Command::Report(arguments) => ("report", report::run(&arguments).map(|()| 0)),
         Command::Baseline(arguments) => ("baseline", baseline::run(arguments).map(|()| 0)),
         Command::Compare(arguments) => ("compare", compare::run(&arguments)),
+        Command::ComparePython(arguments) => ("compare-python", compare_python::run(&arguments)),
         Command::Fit(arguments) => ("fit", fit::run(&arguments).map(|()| 0)),
         Command::Flamegraph(arguments) => ("flamegraph", flamegraph::run(&arguments).map(|()| 0)),
         Command::List(arguments) => ("list", list::run(&arguments).map(|()| 0)),

@@ -5,6 +5,7 @@ use std::path::Path;
 use anyhow::{Result, bail};
 use clap::Args;
 use transformer_bench::files;
+use transformer_bench::installation;
 use transformer_bench::report::publish;
 
 /// Writes the generated blocks and pictures of README.md and criterion-baselines/README.md.
@@ -21,6 +22,7 @@ pub struct Arguments {
 }
 
 pub fn run(arguments: &Arguments) -> Result<()> {
+    installation::check_checkout("publish")?;
     let mut differ = Vec::new();
     for (path, text) in publish::files(Path::new("."))? {
         if std::fs::read_to_string(&path).is_ok_and(|found| found == text) {

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use clap::Args;
 use transformer_bench::files;
+use transformer_bench::installation;
 use transformer_bench::report::{export, html, machines, markdown};
 use transformer_bench::results::baseline::{self, Baseline};
 use transformer_bench::results::machine::Machine;
@@ -41,7 +42,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     if let Some(path) = &arguments.from {
         let place = path.display().to_string();
         let read = validate::parse_results(&files::read_text(path)?, &place)?;
-        return write(&folder, &read, &|_| Vec::new(), "./scripts/bench");
+        return write(&folder, &read, &|_| Vec::new(), &installation::command("bench"));
     }
     last_run(&folder)
 }

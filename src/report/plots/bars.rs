@@ -7,6 +7,7 @@ use super::{
     BACKWARD, EXPOSED, FORWARD, INK, Key, LARGE, OPTIMIZER, OTHER, Plot, WIDTH, color, draw_for_page,
     draw_legend, draw_text, plot_error,
 };
+use crate::installation::command;
 use crate::report::format::{percent, speed, time};
 use crate::report::headline::{Headline, headlines};
 use crate::report::{Measured, find_measured, scaling};
@@ -82,7 +83,8 @@ pub fn training(results: &Results) -> Result<Option<Plot>> {
     };
     let bars: Vec<Bar> = headlines(results).into_iter().filter_map(bar).collect();
     let note = format!(
-        "Higher is better. The lines are 95 % CIs. To repeat: ./scripts/bench 'train-step/.*/{shape}$'"
+        "Higher is better. The lines are 95 % CIs. To repeat: {} 'train-step/.*/{shape}$'",
+        command("bench")
     );
     plot_bars(format!("Training speed, {shape}"), note, &bars, &[])
 }
@@ -108,7 +110,8 @@ pub(super) fn step_times(all: &[Measured<'_>]) -> Result<Vec<Plot>> {
             note: time(m.median_ns),
         };
         let note = format!(
-            "Step time: lower is better. The lines are 95 % CIs. To repeat: ./scripts/bench '{workload}/.*/{shape}'"
+            "Step time: lower is better. The lines are 95 % CIs. To repeat: {} '{workload}/.*/{shape}'",
+            command("bench")
         );
         plots.extend(plot_bars(
             format!("{workload}, {shape}"),
@@ -150,7 +153,8 @@ pub(super) fn phases(all: &[Measured<'_>], shape: Shape) -> Result<Option<Plot>>
     let bars: Vec<Bar> = BackendId::ALL.iter().filter_map(bar).collect();
     let note = format!(
         "Backward is the time of forward-backward minus forward, and forward runs without dropout. Each workload is \
-         measured separately, so the parts need not add up. To repeat: ./scripts/bench '/f32/{shape}'"
+         measured separately, so the parts need not add up. To repeat: {} '/f32/{shape}'",
+        command("bench")
     );
     plot_bars(format!("Phases of a training step, {shape}"), note, &bars, &keys)
 }
@@ -171,7 +175,10 @@ pub(super) fn data_parallel(all: &[Measured<'_>]) -> Result<Option<Plot>> {
     let scalings = scaling::scalings(all);
     let steps = scalings.iter().filter(|s| s.step.case.workload == Workload::TrainStep);
     let bars: Vec<Bar> = steps.map(bar).collect();
-    let note = "Each bar is one step, with its time and its scaling efficiency (weak, or else strong). To repeat: \
-                ./scripts/bench --full 'train-step/.*/indicator-b'";
-    plot_bars("Data-parallel training steps".to_owned(), note.to_owned(), &bars, &[EXPOSED])
+    let note = format!(
+        "Each bar is one step, with its time and its scaling efficiency (weak, or else strong). To repeat: \
+         {} --full 'train-step/.*/indicator-b'",
+        command("bench")
+    );
+    plot_bars("Data-parallel training steps".to_owned(), note, &bars, &[EXPOSED])
 }

@@ -8,6 +8,7 @@ use plotters::coord::combinators::WithKeyPoints;
 use plotters::prelude::*;
 
 use super::{Area, FONT, INK, LARGE, Plot, SMALL, WIDTH, color, draw_for_page, draw_text, plot_error};
+use crate::installation;
 use crate::report::format::{digits, significant};
 use crate::report::lengths::{LengthSweep, length_sweeps, tokens};
 use crate::report::{Measured, Sweep, batches, measured_peak, rate};
@@ -149,9 +150,10 @@ pub(super) fn roofline(all: &[Measured<'_>], backend: BackendId, shape: Shape) -
         title: format!("Roofline of {backend} in f32, {shape}"),
         note: format!(
             "The roof is {} GFLOP/s (matmul-peak) and {} GB/s (copy-peak), both from this run. {explanations}To repeat: \
-             ./scripts/bench '{backend}/f32'",
+             {} '{backend}/f32'",
             digits(flops / 1e9),
-            digits(bandwidth / 1e9)
+            digits(bandwidth / 1e9),
+            installation::command("bench")
         ),
         svg: draw_roofline(&roof, &points, color(backend))?,
     }))
@@ -202,7 +204,7 @@ fn draw_over(x: &SweptSize, title: &str, unit: &str, series: &[Series]) -> Resul
         }
         draw_labels(area, names)
     })?;
-    Ok(Some(Plot { title: title.to_owned(), note: x.note.to_owned(), svg }))
+    Ok(Some(Plot { title: title.to_owned(), note: installation::words(x.note), svg }))
 }
 
 /// A size that plots have on their horizontal axis, with the text below them.
@@ -299,9 +301,11 @@ pub(super) fn samples(all: &[Measured<'_>], of: &dyn Fn(&str) -> Vec<f64>) -> Re
     })?;
     Ok(Some(Plot {
         title: "Samples of the training steps".to_owned(),
-        note: "Each sample is relative to the median of its case. Rings are outliers, more than 1.5 interquartile ranges from \
-               the quartiles. To repeat: ./scripts/bench 'train-step'"
-            .to_owned(),
+        note: format!(
+            "Each sample is relative to the median of its case. Rings are outliers, more than 1.5 interquartile ranges \
+             from the quartiles. To repeat: {} 'train-step'",
+            installation::command("bench")
+        ),
         svg,
     }))
 }
