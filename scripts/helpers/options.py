@@ -7,19 +7,21 @@ import difflib
 import os
 import sys
 
+import installation
+
 
 def unknown_option(script, option, known):
     """Returns the error message, which suggests the most similar option of `known`."""
     similar = difflib.get_close_matches(option, known, n=1)
     suggestion = f", did you mean {similar[0]}?" if similar else ""
-    return f"unknown option '{option}'{suggestion} (see scripts/{script} --help)"
+    return f"unknown option '{option}'{suggestion} (see {installation.command(script)} --help)"
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser for `scripts/SCRIPT`. Options and positional arguments may come in any order."""
+    """A parser for a script. Options and positional arguments may come in any order."""
 
     def __init__(self, script, description, epilog=None):
-        super().__init__(prog=f"scripts/{script}", description=description, epilog=epilog, allow_abbrev=False,
+        super().__init__(prog=installation.command(script), description=description, epilog=epilog, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
         self.script = script
 
@@ -34,10 +36,10 @@ class Parser(argparse.ArgumentParser):
 
     def print_help(self, file=None):
         """Prints the help. argparse would ignore a full disk."""
-        print(self.format_help(), end="", file=file)
+        print(installation.words(self.format_help()), end="", file=file)
 
     def error(self, message):
-        self.exit(2, f"{self.script}: {message} (see scripts/{self.script} --help)\n")
+        self.exit(2, f"{self.script}: {message} (see {installation.command(self.script)} --help)\n")
 
 
 def printable(text):

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import installation
 import python_release
 from timing import ComparisonError
 
@@ -24,6 +25,18 @@ OPTIONS = [("--threshold", "PERCENT", "the smallest change that must be found (d
            ("--minutes", "N", "stop a comparison after N minutes (default: 30)"),
            ("--threads", "one|all", "threads of the steps (default: one)")]
 FLAGS = ["--strict", "--markdown", "--json"]
+
+
+def program():
+    """Returns the command line of the command `transformer-bench`, which cargo builds in a checkout."""
+    if installation.INSTALLED:
+        return [str(installation.PROGRAMS / "transformer-bench")]
+    return ["cargo", "run", "--quiet", "--release", "--locked", "--bin", "transformer-bench", "--"]
+
+
+def program_folder():
+    """Returns the folder in which the command runs, or None for the user's."""
+    return None if installation.INSTALLED else ROOT
 
 
 def are_compared(arguments):
@@ -124,8 +137,7 @@ def compare_sides(environments, scripts, steps, model, options):
         for index, (name, python, prepare) in enumerate(environments):
             sides.append(Path(folder) / str(index))
             write_side(sides[-1], name, python, scripts, steps, model, prepare)
-        command = ["cargo", "run", "--quiet", "--release", "--locked", "--bin", "transformer-bench", "--"]
-        process = subprocess.Popen([*command, *compare_command(sides, options)], cwd=ROOT)
+        process = subprocess.Popen([*program(), *compare_command(sides, options)], cwd=program_folder())
         while True:
             try:
                 return process.wait()

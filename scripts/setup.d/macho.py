@@ -10,6 +10,7 @@ from shared import SetupError
 MAGIC = 0xFEEDFACF
 SYMTAB = 0x2
 BUILD_VERSION = 0x32
+SEARCH_PATH = 0x8000001C
 EXTERNAL, TYPE, STAB = 0x01, 0x0E, 0xE0
 
 
@@ -52,6 +53,17 @@ def minimum_system(path):
                 [version] = struct.unpack_from("<I", data, place + 12)
                 return version >> 16, version >> 8 & 0xFF
     raise SetupError(f"{path} names no minimum system")
+
+
+def search_paths(path):
+    """Returns the folders in which a file looks for its libraries (LC_RPATH)."""
+    found = []
+    with mapped(path) as data:
+        for command, place in load_commands(data, path):
+            if command == SEARCH_PATH:
+                size, offset = struct.unpack_from("<2I", data, place + 4)
+                found.append(data[place + offset:place + size].split(b"\0")[0].decode())
+    return found
 
 
 def contains(path, text):

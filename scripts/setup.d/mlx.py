@@ -55,6 +55,30 @@ def unpacked_wheel(target, version, tag):
     return component("mlx-wheel", key, build)
 
 
+def bundled_blas(lib):
+    """Returns the names of the BLAS and LAPACK that libmlx loads from its wheel."""
+    return [name for name in needed(lib) if re.match(r"lib(blas|lapack)", name)]
+
+
+def blas_calls(lib, bundled):
+    """Returns the symbols that libmlx calls in its bundled BLAS and LAPACK, which are in the folder `bundled`."""
+    offered = set().union(*(symbols(bundled / name, "--defined-only") for name in bundled_blas(lib)))
+    return sorted(offered & symbols(lib, "--undefined-only"))
+
+
+def missing_calls(calls, openblas):
+    """Returns the symbols that PyPI's OpenBLAS, which prefixes its names, does not have."""
+    defined = symbols(openblas, "--defined-only")
+    return [name for name in calls if "scipy_" + name not in defined]
+
+
+def jumps(calls):
+    """Returns assembly code that forwards each symbol to PyPI's OpenBLAS, for the CPU of this machine."""
+    arm = platform.machine() in ("aarch64", "arm64")
+    code = [f".globl {c}\n.type {c},%function\n{c}: {'b' if arm else 'jmp'} scipy_{c}{'' if arm else '@PLT'}\n" for c in calls]
+    return ".text\n" + "".join(code) + '.section .note.GNU-stack,"",%progbits\n'
+
+
 def replace_blas(lib, bundled):
     """Replaces the reference BLAS and LAPACK that are bundled with MLX by OpenBLAS. Returns the name of the BLAS.
 
@@ -70,22 +94,14 @@ def replace_blas(lib, bundled):
     openblas = next((bundled / "scipy_openblas32" / "lib").glob("libscipy_openblas*.so"))
     openblas_library = bundled / openblas.name
     openblas.rename(openblas_library)
-    defined = symbols(openblas_library, "--defined-only")
-    replaced = [name for name in needed(lib) if re.match(r"lib(blas|lapack)", name)]
-    offered = set().union(*(symbols(bundled / name, "--defined-only") for name in replaced))
-    calls = sorted(offered & symbols(lib, "--undefined-only"))
-    missing = [name for name in calls if "scipy_" + name not in defined]
+    replaced = bundled_blas(lib)
+    calls = blas_calls(lib, bundled)
+    missing = missing_calls(calls, openblas_library)
     if not calls or missing:
         say(f"this OpenBLAS lacks {', '.join(missing) or 'the symbols'}; MLX uses its reference BLAS")
         return "reference"
-    jump = "b" if platform.machine() in ("aarch64", "arm64") else "jmp"
-    suffix = "" if jump == "b" else "@PLT"
     source = bundled / "jumps.s"
-    source.write_text(
-        ".text\n"
-        + "".join(f".globl {c}\n.type {c},%function\n{c}: {jump} scipy_{c}{suffix}\n" for c in calls)
-        + '.section .note.GNU-stack,"",%progbits\n'
-    )
+    source.write_text(jumps(calls))
     for name in replaced:
         (bundled / name).rename(bundled / (name + ".reference"))
         run(["cc", "-shared", "-o", bundled / name, source, f"-Wl,-soname,{name}", f"-L{bundled}",
