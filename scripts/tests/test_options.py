@@ -14,7 +14,7 @@ class Options(unittest.TestCase):
                "compare": ("--treshold", "--threshold"), "flamegraph": ("--secnds", "--seconds"),
                "fit": ("--tokns", "--tokens"),
                "report": ("--hlp", "--help"), "calibrate": ("--minuts", "--minutes"), "list": ("--flps", "--flops"),
-               "publish": ("--chek", "--check")}
+               "publish": ("--chek", "--check"), "wheel": ("--targt", "--target")}
 
     def scripts(self):
         return sorted(p.name for p in (ROOT / "scripts").iterdir() if p.is_file() and os.access(p, os.X_OK))
@@ -26,7 +26,7 @@ class Options(unittest.TestCase):
             self.assertEqual(code, 2, script)
             self.assertIn(wrong, text)
             self.assertIn(similar, text)
-            if script in ("test", "setup", "compare-python", "check-mac"):
+            if script in ("test", "setup", "compare-python", "check-mac", "wheel"):
                 self.assertEqual(len(text.splitlines()), 1, script)
 
     def test_every_script_explains_itself(self):
@@ -64,7 +64,7 @@ class Options(unittest.TestCase):
         build()
         code, text = run(PROGRAM, "--help")
         self.assertEqual(code, 0)
-        for name in ("bench", "baseline", "compare", "flamegraph", "report", "list", "interleave", "calibrate", "publish"):
+        for name in ("bench", "baseline", "compare", "compare-python", "flamegraph", "report", "list", "interleave", "calibrate", "publish"):
             self.assertRegex(text, f"(?m)^  {name} +[A-Z]")
 
 

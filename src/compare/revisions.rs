@@ -127,7 +127,11 @@ pub fn bisected(words: &[String], filter: [Option<&str>; 3]) -> Result<(Vec<Sour
 /// # Errors
 /// Returns an error if the other side has no sources.
 pub fn with_release(release: &'static Release, sources: &Source) -> Result<Source> {
-    installation::check_checkout("a build with another release")?;
+    ensure!(
+        installation::find().is_none(),
+        "another release is built from a checkout of the suite with Rust; here, {} compares releases",
+        command("compare-python")
+    );
     ensure!(
         matches!(sources, Source::Worktree | Source::Revision { .. }),
         "a release is built from a git revision or the worktree, not from executables or a baseline"

@@ -175,7 +175,7 @@ impl Drop for BackgroundLoad {
 /// # Errors
 /// Returns an error if the input is wrong or a comparison fails.
 pub fn run(arguments: &Arguments) -> Result<()> {
-    installation::check_checkout("calibrate")?;
+    installation::check_checkout("this command")?;
     arguments.check()?;
     let side = arguments.executables.build()?;
     let mut cases =

@@ -22,7 +22,7 @@ pub struct Arguments {
 }
 
 pub fn run(arguments: &Arguments) -> Result<()> {
-    installation::check_checkout("publish")?;
+    installation::check_checkout("this command")?;
     let mut differ = Vec::new();
     for (path, text) in publish::files(Path::new("."))? {
         if std::fs::read_to_string(&path).is_ok_and(|found| found == text) {
