@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
-use crate::fixture::{Fixture, Tensor};
+use crate::fixture::{Fixture, OperationFixture, Tensor};
 pub use crate::reference::Accumulation;
 use crate::rendezvous;
 use crate::suite::{BackendId, Case, Device, Framework, MAX_BATCH, Precision, Shape, Variant, Workload};
@@ -41,6 +41,12 @@ pub trait Backend {
 
     /// Loads a fixture onto the device.
     fn load(&self, fixture: &Fixture) -> Result<Box<dyn LoadedCase>>;
+
+    /// Loads a pass of an operation of a training step onto the device.
+    ///
+    /// # Errors
+    /// Returns an error if the backend does not have the operation.
+    fn load_operation(&self, fixture: &OperationFixture) -> Result<Box<dyn LoadedOperation>>;
 
     /// Returns true if cases of this variant are compiled ahead of time (about a minute per case, cached).
     fn is_precompiled(&self, _variant: Variant) -> bool {
@@ -146,6 +152,16 @@ pub trait LoadedCase {
     ///
     /// Names are the outputs of the model (`out`, `selection`, `weights`, `logits`), `loss`,
     /// `grad/<parameter>`, `grad/x`, and `param/<parameter>` after an optimizer step.
+    fn outputs(&mut self) -> Result<Vec<Tensor>>;
+}
+
+/// A pass of an operation, loaded onto a device.
+pub trait LoadedOperation {
+    /// Times `runs` runs, and returns when all results of each run exist on the device. A backward pass is timed without
+    /// the forward pass that it needs.
+    fn time(&mut self, runs: u64) -> Result<Duration>;
+
+    /// Returns the results of the last run in f32: `out` or `loss`, and `grad/<operand>` for each gradient of the pass.
     fn outputs(&mut self) -> Result<Vec<Tensor>>;
 }
 

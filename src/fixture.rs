@@ -13,6 +13,9 @@ use crate::model::{Dropout, Input, Model};
 use crate::suite::{Case, Precision, Shape, Workload};
 pub use hyperparameters::{AdamW, Muon};
 
+mod operation;
+pub use operation::{OperationFixture, fill_hidden};
+
 const SEED: u64 = 0x7261_6e73_666f_726d;
 
 /// A named array of f32 values, row-major.

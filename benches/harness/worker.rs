@@ -9,6 +9,7 @@
 //! | `prove ID` | the parity check at the case's shape: `now SHARE` if it passed, `before SHARE` if it passed in an earlier process, `wrong REASON` if it failed. SHARE is the largest error as a share of its tolerance |
 //! | `outputs ID FILE` | `written` once the inputs, parameters and results of the first parity step are in FILE |
 //! | `describe ID` | the case as JSON, from which a program in another language builds the same step |
+//! | `operation NAME/PASS ID` | `ready SHARE` once a pass of an operation of a training step is loaded and agrees with the reference. A number then times it, and `verify` checks the last results |
 //! | `work ROUNDS` | the nanoseconds that ROUNDS of unrelated arithmetic take |
 //! | `gpu-busy N` | the share of N steps in which an NVIDIA GPU is busy |
 //! | `memory` | the peak bytes of the framework's allocator on a GPU, and of the process, or `-` |
@@ -30,9 +31,11 @@ use transformer_bench::fixture::{Fixture, Tensor};
 use transformer_bench::interference::{cpu_time, scheduler_delay_ns};
 use transformer_bench::parity::cache::PassedChecks;
 use transformer_bench::parity::idle_steps::{IdleCase, IdleStep};
+use transformer_bench::parity::operations::CheckedOperation;
 use transformer_bench::parity::{ParityChecker, timed_work};
 use transformer_bench::profile::gpu;
 use transformer_bench::results::{self, one_line, upgrade};
+use transformer_bench::suite::operations::{check_separable, operation_passes};
 use transformer_bench::suite::{Case, Framework, cases, parse_filter};
 use transformer_bench::{memory, process};
 
@@ -40,7 +43,8 @@ use super::environment::{describe_machine, find_backend};
 use super::protocol::{send_line, serve_requests, write_tensors};
 use super::ranks::{self, rank_worker};
 
-/// Slows steps down, to verify that comparisons find it: `ID=ROUNDS` of [`burn_cpu`] per step, separated by `;`.
+/// Slows steps down, to verify that comparisons find it: `ID=ROUNDS` of [`burn_cpu`] per step, separated by `;`. The id of
+/// an operation is `NAME/PASS`.
 const EXTRA_WORK: &str = "TRANSFORMER_BENCH_EXTRA_WORK";
 
 /// Makes the steps of a case stop computing, to verify that comparisons find it: the id of the case.
@@ -56,7 +60,9 @@ struct Worker<'a> {
     backends: &'a Backends,
     framework: Framework,
     loaded: Option<(Case, Box<dyn LoadedCase>)>,
-    /// Rounds of extra work per step of the loaded case.
+    /// The loaded operation, if there is no loaded case.
+    operation: Option<CheckedOperation>,
+    /// Rounds of extra work per step of the loaded case or operation.
     extra_rounds: u64,
     checker: ParityChecker,
     passed: Option<PassedChecks>,
@@ -90,6 +96,7 @@ fn serve(backends: &Backends, framework: Framework, first: Option<String>) -> Re
         backends,
         framework,
         loaded: None,
+        operation: None,
         extra_rounds: 0,
         checker: ParityChecker::default(),
         passed: None,
@@ -108,6 +115,10 @@ impl<'a> Worker<'a> {
         }
         match line.split_once(' ').unwrap_or((line, "")) {
             ("case", id) => Ok(format!("ready {}", self.load(id)?.as_nanos())),
+            ("operation", rest) => {
+                let (name, id) = rest.split_once(' ').context("usage: operation NAME/PASS ID")?;
+                Ok(format!("ready {}", self.load_operation(name, id)?))
+            }
             ("cases", rest) => {
                 let (set, filter) = rest.split_once(' ').unwrap_or((rest, ""));
                 self.cases(set, filter)
@@ -198,10 +209,23 @@ impl<'a> Worker<'a> {
         Ok((case, backend.map_err(anyhow::Error::msg).with_context(|| case.to_string())?))
     }
 
+    /// Loads a pass of an operation and compares its results with the reference. Returns the largest error / tolerance.
+    fn load_operation(&mut self, name: &str, id: &str) -> Result<f64> {
+        self.loaded = None;
+        self.operation = None;
+        let (case, backend) = self.find(id)?;
+        check_separable(&case).map_err(anyhow::Error::msg)?;
+        let found = operation_passes(&case).into_iter().find(|part| part.to_string() == name);
+        let part = found.with_context(|| format!("{case} has no operation {name}"))?;
+        self.extra_rounds = extra_work(name)?.unwrap_or(0);
+        Ok(self.operation.insert(CheckedOperation::load(backend, case, part)?).share)
+    }
+
     /// Loads a case and runs a step. Returns the time of the step.
     fn load(&mut self, id: &str) -> Result<Duration> {
         // Freed first, because two cases may not fit into memory.
         self.loaded = None;
+        self.operation = None;
         let (case, backend) = self.find(id)?;
         backend.reset_peak_memory()?;
         let mut loaded = backend.load(&Fixture::new(case))?;
@@ -234,14 +258,20 @@ impl<'a> Worker<'a> {
 
     /// Verifies that the steps of the loaded case still do their work.
     fn verify(&mut self) -> Result<()> {
+        if let Some(operation) = &mut self.operation {
+            return operation.check();
+        }
         let (case, loaded) = self.loaded.as_mut().context(NO_CASE)?;
         timed_work::verify_progress(loaded.as_mut(), *case)
     }
 
     fn time(&mut self, steps: u64) -> Result<String> {
         let (delay_before, cpu_before) = (scheduler_delay_ns(), cpu_time());
-        let (_, loaded) = self.loaded.as_mut().context(NO_CASE)?;
-        let mut wall = loaded.time(steps)?;
+        let mut wall = match (&mut self.operation, &mut self.loaded) {
+            (Some(operation), _) => operation.loaded.time(steps)?,
+            (None, Some((_, loaded))) => loaded.time(steps)?,
+            (None, None) => bail!(NO_CASE),
+        };
         if self.extra_rounds > 0 {
             let start = Instant::now();
             burn_cpu(self.extra_rounds * steps);

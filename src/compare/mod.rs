@@ -14,6 +14,7 @@
 //! | `bisection.rs` | the search for the first slower side |
 //! | `fit.rs` | the search for the largest step that fits into memory |
 //! | `baseline_level.rs` | comparisons with a saved baseline |
+//! | `explain.rs` | the operations of a training step on two backends |
 //! | `signals.rs` | interrupts |
 
 pub mod baseline_level;
@@ -21,6 +22,7 @@ pub mod bisection;
 pub mod builds;
 pub mod cores;
 pub mod decision;
+pub mod explain;
 pub mod fit;
 mod release_builds;
 pub mod releases;

@@ -19,6 +19,7 @@ use crate::files::Scratch;
 use crate::results::machine::Machine;
 use crate::results::{self, upgrade};
 use crate::statistics::lower_quartile;
+use crate::suite::operations::OperationPass;
 use crate::suite::{Case, Framework, Set, parse_filter};
 
 /// Share of its time above which a step counts as waiting for something other than the core.
@@ -242,7 +243,8 @@ impl Worker {
         Some(String::from_utf8_lossy(&line).trim_end().to_owned())
     }
 
-    fn cases(&mut self, set: Set, filter: &str) -> Result<Vec<Case>> {
+    /// Returns the cases of a set that match a filter and can run here.
+    pub(super) fn cases(&mut self, set: Set, filter: &str) -> Result<Vec<Case>> {
         let parse = |text: &str| text.split_whitespace().filter_map(|id| id.parse().ok()).collect();
         if self.old_ids()?.is_none() {
             return Ok(parse(&self.ask(&format!("cases {set} {filter}"), STARTUP_TIMEOUT)?));
@@ -293,6 +295,16 @@ impl Worker {
         let answer = self.ask(&format!("case {id}"), REQUEST_TIMEOUT)?;
         let first: Option<f64> = answer.strip_prefix("ready ").and_then(|time| time.parse().ok());
         Ok(first.map(|nanoseconds| nanoseconds * 1e-9))
+    }
+
+    /// Loads a pass of an operation of a training step, ready to be timed. Returns its largest error / tolerance.
+    ///
+    /// # Errors
+    /// Returns an error if its results are wrong or the process does not answer.
+    pub fn load_operation(&mut self, case: &Case, part: &OperationPass) -> Result<f64> {
+        let answer = self.ask(&format!("operation {part} {case}"), REQUEST_TIMEOUT)?;
+        let share = answer.strip_prefix("ready ").and_then(|share| share.parse().ok());
+        share.with_context(|| format!("'{answer}' is not an outcome of a check"))
     }
 
     /// Checks the parity of a case, or recalls an earlier check.

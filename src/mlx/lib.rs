@@ -15,8 +15,10 @@ use std::path::Path;
 
 use anyhow::{Result, ensure};
 use mlx_rs::{Array, Device, DeviceType, Dtype};
-use transformer_bench::backend::{self, Accumulation, Backend, Backends, EnvVars, LoadedCase, Unsupported};
-use transformer_bench::fixture::Fixture;
+use transformer_bench::backend::{
+    self, Accumulation, Backend, Backends, EnvVars, LoadedCase, LoadedOperation, Unsupported,
+};
+use transformer_bench::fixture::{Fixture, OperationFixture};
 use transformer_bench::installation;
 use transformer_bench::suite::{BackendId, Case, Framework, Method, Precision, Variant};
 
@@ -110,6 +112,11 @@ impl Backend for Mlx {
     fn load(&self, fixture: &Fixture) -> Result<Box<dyn LoadedCase>> {
         Device::set_default(&self.device());
         Ok(Box::new(step::Step::new(fixture)?))
+    }
+
+    fn load_operation(&self, fixture: &OperationFixture) -> Result<Box<dyn LoadedOperation>> {
+        Device::set_default(&self.device());
+        Ok(Box::new(network::Operation::new(fixture)?))
     }
 
     fn devices(&self) -> (usize, &'static str) {

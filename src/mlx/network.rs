@@ -1,9 +1,10 @@
 //! The network in MLX. Dimensions: B batch, N (T) tokens, D width, H heads, F feed-forward width, V vocabulary.
 
+mod operations;
+
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use crate::recompute;
 use half::{bf16, f16};
 use mlx_rs::error::Result;
 use mlx_rs::ops::indexing::{take_along_axis, take_axis};
@@ -15,6 +16,8 @@ use transformer_bench::model::parameters::{
 use transformer_bench::model::{
     Activation, AttentionKind, Dropout, Lora, Model, ModelId, NormKind, NormOrder, Output, Position,
 };
+
+pub use operations::Operation;
 
 /// Returns a scalar array. MLX promotes bf16 × f32 to f32, so a constant needs the type of the other operand.
 pub fn scalar(value: f64, dtype: Dtype) -> Array {
@@ -194,30 +197,50 @@ impl Layers {
         let [q, k, v] = self.heads(x, a)?;
         let (q, k) = (cache.rotate(q)?, cache.rotate(k)?);
         let window = cache.kind.window;
-        let mask = || mask(n, m.causal, window, x.dtype());
         // The fused function has neither dropout nor a soft cap.
         let context = if self.fused && self.dropout.weights == 0.0 && m.cap.scores.is_none() {
-            let windowed = window.map(|_| mask()).transpose()?;
-            let mask = match &windowed {
-                Some(mask) => Some(fast::ScaledDotProductAttentionMask::Array(mask)),
-                None => m.causal.then_some(fast::ScaledDotProductAttentionMask::Causal),
-            };
-            fast::scaled_dot_product_attention(&q, &k, &v, m.score_scale() as f32, mask, None)?
+            self.fused_attention(&q, &k, &v, window)?
         } else {
-            // Each key-value head serves a group of query heads.
-            let groups = (m.heads / m.key_value_heads) as i32;
-            let repeat = |x: Array| if groups > 1 { ops::repeat_axis::<f32>(x, groups, 1) } else { Ok(x) };
-            let (k, v) = (repeat(k)?, repeat(v)?);
-            let scores = scale(&q, m.score_scale())?.matmul(k.transpose_axes(&[0, 1, 3, 2])?)?; // [B, H, N, N]
-            let mut scores = soft_cap(scores, m.cap.scores)?;
-            if m.causal || window.is_some() {
-                scores = scores.add(mask()?)?;
-            }
-            let weights = softmax(&scores)?;
-            self.dropout(weights, self.dropout.weights)?.matmul(v)?
+            let weights = softmax(&self.scores(&q, k, window)?)?;
+            let weights = self.dropout(weights, self.dropout.weights)?;
+            self.weighted_values(&weights, v)?
         };
         let inner = (m.heads * m.head_width) as i32;
         self.linear(&context.transpose_axes(&[0, 2, 1, 3])?.reshape(&[b, n, inner])?, &a.o)
+    }
+
+    /// Applies the fused function to queries, keys and values [B, H, N, d].
+    fn fused_attention(&self, q: &Array, k: &Array, v: &Array, window: Option<usize>) -> Result<Array> {
+        let m = self.model;
+        let windowed = window.map(|_| mask(q.dim(2), m.causal, window, q.dtype())).transpose()?;
+        let mask = match &windowed {
+            Some(mask) => Some(fast::ScaledDotProductAttentionMask::Array(mask)),
+            None => m.causal.then_some(fast::ScaledDotProductAttentionMask::Causal),
+        };
+        fast::scaled_dot_product_attention(q, k, v, m.score_scale() as f32, mask, None)
+    }
+
+    /// Repeats key or value heads: each serves a group of query heads.
+    fn repeat_heads(&self, x: Array) -> Result<Array> {
+        let groups = (self.model.heads / self.model.key_value_heads) as i32;
+        if groups > 1 { ops::repeat_axis::<f32>(x, groups, 1) } else { Ok(x) }
+    }
+
+    /// Returns the masked attention scores [B, H, N, N] of queries and keys [B, H, N, d].
+    fn scores(&self, q: &Array, k: Array, window: Option<usize>) -> Result<Array> {
+        let m = self.model;
+        let k = self.repeat_heads(k)?;
+        let scores = scale(q, m.score_scale())?.matmul(k.transpose_axes(&[0, 1, 3, 2])?)?;
+        let scores = soft_cap(scores, m.cap.scores)?;
+        if m.causal || window.is_some() {
+            return scores.add(mask(q.dim(2), m.causal, window, q.dtype())?);
+        }
+        Ok(scores)
+    }
+
+    /// Returns the values [B, H, N, d], weighted by [B, H, N, N].
+    fn weighted_values(&self, weights: &Array, v: Array) -> Result<Array> {
+        weights.matmul(self.repeat_heads(v)?)
     }
 
     /// Applies the feed-forward block: x [.., D] → [.., D].

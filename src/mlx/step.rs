@@ -40,7 +40,7 @@ pub struct Step {
     gradients: Vec<Array>,
 }
 
-fn load(named: &Named, dtype: Dtype) -> Array {
+pub fn load(named: &Named, dtype: Dtype) -> Array {
     let dims: Vec<i32> = named.dims.iter().map(|&d| d as i32).collect();
     let data = named.data.iter();
     match dtype {
@@ -56,15 +56,19 @@ fn stored_dtype(role: Role, dtype: Dtype) -> Dtype {
     if role == Role::Adapter { Dtype::Float32 } else { dtype }
 }
 
-/// Returns the inputs of each micro-batch: token ids as int32, inputs of the loss as f32, and the others as `dtype`. The
-/// inputs of an optimizer step are its fixed gradients.
-fn load_inputs(fixture: &Fixture, dtype: Dtype) -> Vec<Vec<Array>> {
-    let dtype_of = |name: &str| match name {
+/// Returns the type of an input: int32 for token ids, f32 for inputs of the loss, and `dtype` for others.
+pub fn input_dtype(name: &str, dtype: Dtype) -> Dtype {
+    match name {
         "tokens" | "next" => Dtype::Int32,
         // The loss is in f32 for every precision.
         "usefulness" => Dtype::Float32,
         _ => dtype,
-    };
+    }
+}
+
+/// Returns the inputs of each micro-batch. The inputs of an optimizer step are its fixed gradients.
+fn load_inputs(fixture: &Fixture, dtype: Dtype) -> Vec<Vec<Array>> {
+    let dtype_of = |name: &str| input_dtype(name, dtype);
     if fixture.case.workload == Workload::OptimizerStep {
         let role = if fixture.case.has_adapters() { Role::Adapter } else { Role::Trained };
         return vec![
@@ -212,7 +216,7 @@ impl Step {
 }
 
 /// Copies an array to the host as f32.
-fn read(name: String, array: &Array) -> Result<Named> {
+pub fn read(name: String, array: &Array) -> Result<Named> {
     let dims = array.shape().iter().map(|&d| d as usize).collect();
     let flat = array.as_dtype(Dtype::Float32)?.reshape(&[-1])?;
     // The addition writes a row-major copy if the array is strided.

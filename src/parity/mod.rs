@@ -1,9 +1,9 @@
 //! Checks that a backend computes the same function as the f64 reference, before a case is timed.
 //!
 //! [`ParityChecker::check_case`] drives steps of a case at the shape that is timed ([`steps`]), and compares them within
-//! the tolerance of [`tolerance`]. For cases with dropout it also checks the dropout masks ([`dropout`]). [`cache`] remembers passed
-//! checks, [`fault_injection`] verifies that the checks detect faults, and [`conformance`] has the other tests of a
-//! backend. README.md describes the method.
+//! the tolerance of [`tolerance`]. For cases with dropout it also checks the dropout masks ([`dropout`]). [`operations`]
+//! checks a single operation of a step. [`cache`] remembers passed checks, [`fault_injection`] verifies that the checks
+//! detect faults, and [`conformance`] has the other tests of a backend. README.md describes the method.
 
 pub mod cache;
 pub mod conformance;
@@ -12,6 +12,7 @@ pub mod dropout;
 mod fast_math;
 pub mod fault_injection;
 pub mod idle_steps;
+pub mod operations;
 mod steps;
 pub mod timed_work;
 pub mod tolerance;

@@ -6,6 +6,7 @@
 //! fast, and the variance of a small tensor is shrunk towards the variance of its layer (Smyth, *Stat. Appl. Genet.
 //! Mol. Biol.* 3, 2004).
 
+mod operation;
 mod update;
 
 use std::collections::HashMap;
@@ -15,6 +16,7 @@ use std::sync::Arc;
 use crate::fixture::{Fixture, Tensor};
 use crate::reference::{self, Accumulation, DropoutMasks, LOSS_TERMS, NamedValues, Rounding};
 use crate::suite::{Case, Device, Precision, Shape, Workload, cost};
+pub use operation::expected_operation;
 pub use update::{MatrixUpdate, Update, expected_update};
 
 /// Tolerance over the rounding error of the reference. Measured over all tensors, precisions and variants of both

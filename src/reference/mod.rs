@@ -7,6 +7,7 @@
 //! | --- | --- |
 //! | `batch.rs` | the results of a case, from those of its samples |
 //! | `network.rs`, `loss.rs` | the layers and the loss of one sample |
+//! | `operation.rs` | a single operation of a step |
 //! | `autograd.rs` | operations on matrices and their gradients |
 //! | `attention.rs`, `activation.rs` | larger operations of the graph, and functions of single numbers |
 //! | `adamw.rs`, `muon.rs` | the optimizers |
@@ -28,6 +29,7 @@ mod loss;
 mod matmul;
 pub mod muon;
 mod network;
+mod operation;
 mod rounding;
 pub mod test_data;
 
@@ -35,4 +37,5 @@ pub use adamw::adamw;
 pub use batch::{LOSS_TERMS, NamedValues, compute};
 pub use matmul::{Matrix, Real};
 pub use network::{DropoutMasks, Site};
+pub use operation::operation;
 pub use rounding::{Accumulation, Format, Rounding};

@@ -5,6 +5,7 @@
 mod apple;
 pub mod baseline;
 pub mod machine;
+pub mod operations;
 pub mod run;
 pub mod upgrade;
 pub mod validate;

@@ -5,6 +5,7 @@ mod case;
 pub mod cost;
 pub mod custom_model;
 mod dimensions;
+pub mod operations;
 mod shape;
 mod table;
 

@@ -23,9 +23,9 @@ use std::path::Path;
 use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor};
 use transformer_bench::backend::{
-    self, Accumulation, Backend, Backends, CompileReport, EnvVars, LoadedCase, Unsupported,
+    self, Accumulation, Backend, Backends, CompileReport, EnvVars, LoadedCase, LoadedOperation, Unsupported,
 };
-use transformer_bench::fixture::Fixture;
+use transformer_bench::fixture::{Fixture, OperationFixture};
 use transformer_bench::suite::{BackendId, Case, Method, Precision, Variant};
 
 /// PyTorch on one device.
@@ -118,6 +118,14 @@ impl Backend for Torch {
                 Variant::Compile => Box::new(compiled_step::CompiledStep::new(self.device, fixture)?),
                 _ => Box::new(step::Step::new(self.device, fixture)?) as Box<dyn LoadedCase>,
             })
+        })
+    }
+
+    fn load_operation(&self, fixture: &OperationFixture) -> Result<Box<dyn LoadedOperation>> {
+        extension::allow_tf32(fixture.step.case.method.precision == Precision::Tf32)?;
+        tch::manual_seed(1);
+        extension::catch_panics(|| {
+            Ok(Box::new(network::Operation::new(self.device, fixture)?) as Box<dyn LoadedOperation>)
         })
     }
 

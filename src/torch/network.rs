@@ -1,5 +1,7 @@
 //! The network in tch. Dimensions: B batch, N (T) tokens, D width, H heads, F feed-forward width, V vocabulary.
 
+mod operations;
+
 use tch::{Device, Kind, Reduction, Tensor};
 use transformer_bench::fixture::round_to;
 use transformer_bench::model::parameters::{
@@ -9,6 +11,8 @@ use transformer_bench::model::{
     Activation, AttentionKind, Dropout, Model, ModelId, NormKind, NormOrder, Output, Position, Rotary,
 };
 use transformer_bench::suite::Precision;
+
+pub use operations::Operation;
 
 /// Configuration of the layers.
 #[derive(Debug)]
@@ -191,42 +195,57 @@ impl Layers {
         let cache = &self.caches[m.attention_index(layer)];
         let [q, k, v] = self.heads(x, a);
         let (q, k) = (cache.rotate(q), cache.rotate(k));
-        let groups = (m.heads / m.key_value_heads) as i64;
         // The fused function has no soft cap of the scores.
         let context = if self.fused && m.cap.scores.is_none() {
-            let (p, mask, grouped) = (self.dropout.weights, cache.visible.as_ref(), groups > 1);
-            let causal = m.causal && mask.is_none();
-            Tensor::scaled_dot_product_attention(&q, &k, &v, mask, p, causal, m.scale.scores, grouped)
+            self.fused_attention(&q, &k, &v, cache)
         } else {
-            // Each key-value head serves a group of query heads.
-            let repeat =
-                |x: Tensor| if groups > 1 { x.repeat_interleave_self_int(groups, 1, None) } else { x };
-            let (k, v) = (repeat(k), repeat(v));
-            let scores = q.matmul(&k.transpose(-2, -1)); // [B, H, N, N]
-            let scores = match m.scale.scores {
-                Some(factor) => scores * factor,
-                None => scores / (m.head_width as f64).sqrt(),
-            };
-            let mut scores = soft_cap(scores, m.cap.scores);
-            if let Some(visible) = &cache.visible {
-                scores = scores.masked_fill(&visible.logical_not(), f64::NEG_INFINITY);
-            } else if m.causal {
-                let future = Tensor::ones([n, n], (Kind::Bool, x.device())).triu(1);
-                scores = scores.masked_fill(&future, f64::NEG_INFINITY);
-            }
-            dropout(scores.softmax(-1, None::<Kind>), self.dropout.weights).matmul(&v)
+            let weights = self.scores(&q, &k, cache).softmax(-1, None::<Kind>);
+            self.weighted_values(&dropout(weights, self.dropout.weights), &v)
         };
         self.linear(&context.transpose(1, 2).reshape([b, n, (m.heads * m.head_width) as i64]), &a.o)
     }
 
-    fn activate(&self, x: &Tensor) -> Tensor {
-        match self.model.activation {
-            Activation::Gelu => x.gelu("none"),
-            Activation::GeluTanh => x.gelu("tanh"),
-            Activation::Silu => x.silu(),
-            Activation::Relu => x.relu(),
-            Activation::ReluSquared => x.relu().square(),
+    /// Applies the fused function to queries, keys and values [B, H, N, d].
+    fn fused_attention(&self, q: &Tensor, k: &Tensor, v: &Tensor, cache: &AttentionCache) -> Tensor {
+        let m = &self.model;
+        let (p, mask) = (self.dropout.weights, cache.visible.as_ref());
+        let (causal, grouped) = (m.causal && mask.is_none(), m.heads > m.key_value_heads);
+        Tensor::scaled_dot_product_attention(q, k, v, mask, p, causal, m.scale.scores, grouped)
+    }
+
+    /// Repeats key or value heads: each serves a group of query heads.
+    fn repeat_heads(&self, x: &Tensor) -> Tensor {
+        let groups = (self.model.heads / self.model.key_value_heads) as i64;
+        if groups > 1 { x.repeat_interleave_self_int(groups, 1, None) } else { x.shallow_clone() }
+    }
+
+    /// Returns the masked attention scores [B, H, N, N] of queries and keys [B, H, N, d].
+    fn scores(&self, q: &Tensor, k: &Tensor, cache: &AttentionCache) -> Tensor {
+        let m = &self.model;
+        let scores = q.matmul(&self.repeat_heads(k).transpose(-2, -1));
+        let scores = match m.scale.scores {
+            Some(factor) => scores * factor,
+            None => scores / (m.head_width as f64).sqrt(),
+        };
+        let scores = soft_cap(scores, m.cap.scores);
+        if let Some(visible) = &cache.visible {
+            scores.masked_fill(&visible.logical_not(), f64::NEG_INFINITY)
+        } else if m.causal {
+            let n = scores.size()[3];
+            let future = Tensor::ones([n, n], (Kind::Bool, q.device())).triu(1);
+            scores.masked_fill(&future, f64::NEG_INFINITY)
+        } else {
+            scores
         }
+    }
+
+    /// Returns the values [B, H, N, d], weighted by [B, H, N, N].
+    fn weighted_values(&self, weights: &Tensor, v: &Tensor) -> Tensor {
+        weights.matmul(&self.repeat_heads(v))
+    }
+
+    fn activate(&self, x: &Tensor) -> Tensor {
+        activate(x, self.model.activation)
     }
 
     /// Applies the feed-forward block: x [.., D] → [.., D].
@@ -334,6 +353,16 @@ impl Layers {
             OutputHead::Tied => x.linear(p.token_table(), None::<&Tensor>),
         };
         vec![soft_cap(scale(logits, self.model.scale.logits), self.model.cap.logits)]
+    }
+}
+
+fn activate(x: &Tensor, kind: Activation) -> Tensor {
+    match kind {
+        Activation::Gelu => x.gelu("none"),
+        Activation::GeluTanh => x.gelu("tanh"),
+        Activation::Silu => x.silu(),
+        Activation::Relu => x.relu(),
+        Activation::ReluSquared => x.relu().square(),
     }
 }
 

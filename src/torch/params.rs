@@ -14,19 +14,23 @@ fn load(named: &Named, device: Device, kind: Kind) -> Tensor {
     Tensor::from_slice(&named.data).view(dims.as_slice()).to_device(device).to_kind(kind)
 }
 
-/// Returns the inputs of each micro-batch: token ids as int64, inputs of the loss as f32, and the others as `kind`. Each
-/// tensor has its own memory, as those of a data loader do.
-pub fn load_inputs(fixture: &Fixture, device: Device, kind: Kind) -> Vec<Vec<Tensor>> {
-    let kind_of = |name: &str| match name {
+/// Loads an input: token ids as int64, inputs of the loss as f32, and others as `kind`.
+pub fn load_input(named: &Named, device: Device, kind: Kind) -> Tensor {
+    let kind = match &*named.name {
         "tokens" | "next" => Kind::Int64,
         // The loss is in f32 for every precision.
         "usefulness" => Kind::Float,
         _ => kind,
     };
+    load(named, device, kind)
+}
+
+/// Returns the inputs of each micro-batch. Each tensor has its own memory, as those of a data loader do.
+pub fn load_inputs(fixture: &Fixture, device: Device, kind: Kind) -> Vec<Vec<Tensor>> {
     let count = fixture.case.shape.micro_batches() as i64;
     let mut micro_batches: Vec<Vec<Tensor>> = (0..count).map(|_| Vec::new()).collect();
     for named in fixture.inputs() {
-        let whole = load(named, device, kind_of(&named.name));
+        let whole = load_input(named, device, kind);
         if count == 1 {
             micro_batches[0].push(whole);
             continue;
@@ -50,7 +54,7 @@ pub fn copy_inputs(fixture: &Fixture, micro_batches: &[Vec<Tensor>]) {
 }
 
 /// Copies a tensor to the host as f32.
-fn read(name: String, tensor: &Tensor) -> Result<Named> {
+pub fn read(name: String, tensor: &Tensor) -> Result<Named> {
     let dims = tensor.size().iter().map(|&d| d as usize).collect();
     let flat = tensor.detach().to_device(Device::Cpu).to_kind(Kind::Float).contiguous().view([-1]);
     Ok(Named { name, dims, data: Vec::<f32>::try_from(flat)? })

@@ -16,10 +16,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context, Result};
 use transformer_bench::backend::{
-    Accumulation, Backend, Backends, CompileReport, EnvVars, LoadedCase, Rank, Unsupported, visible_gpu,
+    Accumulation, Backend, Backends, CompileReport, EnvVars, LoadedCase, LoadedOperation, Rank, Unsupported,
+    visible_gpu,
 };
 use transformer_bench::files::Scratch;
-use transformer_bench::fixture::Fixture;
+use transformer_bench::fixture::{Fixture, OperationFixture};
 use transformer_bench::suite::{BackendId, Case, Variant};
 use transformer_bench::text::variable;
 
@@ -103,6 +104,7 @@ impl Backend for DistributedBackend {
     forward! {
         fn id(&self) -> BackendId;
         fn versions(&self) -> Vec<(String, String)>;
+        fn load_operation(&self, fixture: &OperationFixture) -> Result<Box<dyn LoadedOperation>>;
         fn is_precompiled(&self, variant: Variant) -> bool;
         fn needs_compile(&self, case: &Case) -> bool;
         fn devices(&self) -> (usize, &'static str);

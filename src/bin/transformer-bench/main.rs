@@ -8,10 +8,12 @@ mod compare;
 mod compare_arguments;
 mod compare_baselines;
 mod compare_python;
+mod explain;
 mod fit;
 mod flamegraph;
 mod interleave;
 mod list;
+mod model_options;
 mod options;
 mod output;
 mod process_group;
@@ -51,6 +53,7 @@ enum Command {
     Baseline(baseline::Arguments),
     Compare(compare_arguments::Arguments),
     ComparePython(compare_python::Arguments),
+    Explain(explain::Arguments),
     Fit(fit::Arguments),
     Flamegraph(flamegraph::Arguments),
     List(list::Arguments),
@@ -113,6 +116,7 @@ fn check_arguments(command: &Command) -> anyhow::Result<()> {
     match command {
         Command::Bench(arguments) => arguments.selected().map(drop),
         Command::Compare(arguments) => arguments.check(),
+        Command::Explain(arguments) => arguments.check(),
         Command::Fit(arguments) => arguments.check(),
         Command::Flamegraph(arguments) => arguments.check(),
         Command::Calibrate(arguments) => arguments.check(),
@@ -128,7 +132,8 @@ fn check_arguments(command: &Command) -> anyhow::Result<()> {
 /// Reads the custom model, which ids may name. Returns messages for the user.
 fn read_model(command: &mut Command) -> anyhow::Result<Vec<String>> {
     match command {
-        Command::Bench(arguments) => arguments.export_model()?,
+        Command::Bench(arguments) => arguments.model.export()?,
+        Command::Explain(arguments) => arguments.model.export()?,
         Command::Fit(arguments) => arguments.export_model()?,
         _ => {}
     }
@@ -160,6 +165,7 @@ fn main() -> ExitCode {
         Command::Baseline(arguments) => ("baseline", baseline::run(arguments).map(|()| 0)),
         Command::Compare(arguments) => ("compare", compare::run(&arguments)),
         Command::ComparePython(arguments) => ("compare-python", compare_python::run(&arguments)),
+        Command::Explain(arguments) => ("explain", explain::run(&arguments).map(|()| 0)),
         Command::Fit(arguments) => ("fit", fit::run(&arguments).map(|()| 0)),
         Command::Flamegraph(arguments) => ("flamegraph", flamegraph::run(&arguments).map(|()| 0)),
         Command::List(arguments) => ("list", list::run(&arguments).map(|()| 0)),
