@@ -39,6 +39,14 @@ pub trait Backend {
     /// Returns the reason if it cannot.
     fn supports(&self, case: &Case) -> Result<(), Unsupported>;
 
+    /// Makes what [`Backend::load`] needs for a fixture and a cache saves for later processes.
+    ///
+    /// # Errors
+    /// Returns an error if a compiler fails.
+    fn make(&self, _fixture: &Fixture) -> Result<()> {
+        Ok(())
+    }
+
     /// Loads a fixture onto the device.
     fn load(&self, fixture: &Fixture) -> Result<Box<dyn LoadedCase>>;
 

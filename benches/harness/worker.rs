@@ -9,6 +9,7 @@
 //! | `prove ID` | the parity check at the case's shape: `now SHARE` if it passed, `before SHARE` if it passed in an earlier process, `wrong REASON` if it failed. SHARE is the largest error as a share of its tolerance |
 //! | `outputs ID FILE` | `written` once the inputs, parameters and results of the first parity step are in FILE |
 //! | `describe ID` | the case as JSON, from which a program in another language builds the same step |
+//! | `start ID` | the nanoseconds in which the case is made, is loaded, and does its first and its second step. What is in a cache is not made |
 //! | `operation NAME/PASS ID` | `ready SHARE` once a pass of an operation of a training step is loaded and agrees with the reference. A number then times it, and `verify` checks the last results |
 //! | `work ROUNDS` | the nanoseconds that ROUNDS of unrelated arithmetic take |
 //! | `gpu-busy N` | the share of N steps in which an NVIDIA GPU is busy |
@@ -115,6 +116,7 @@ impl<'a> Worker<'a> {
         }
         match line.split_once(' ').unwrap_or((line, "")) {
             ("case", id) => Ok(format!("ready {}", self.load(id)?.as_nanos())),
+            ("start", id) => self.start(id),
             ("operation", rest) => {
                 let (name, id) = rest.split_once(' ').context("usage: operation NAME/PASS ID")?;
                 Ok(format!("ready {}", self.load_operation(name, id)?))
@@ -239,6 +241,25 @@ impl<'a> Worker<'a> {
         Ok(first)
     }
 
+    /// Makes and loads a case, and runs two steps. Returns the nanoseconds of each part.
+    fn start(&mut self, id: &str) -> Result<String> {
+        self.loaded = None;
+        self.operation = None;
+        let (case, backend) = self.find(id)?;
+        let fixture = Fixture::new(case);
+        // A training program has its data and parameters anyway.
+        let _ = (fixture.inputs(), fixture.parameters());
+        let begin = Instant::now();
+        backend.make(&fixture)?;
+        let made = begin.elapsed();
+        let mut loaded = backend.load(&fixture)?;
+        let times = [made, begin.elapsed() - made, loaded.time(1)?, loaded.time(1)?];
+        process::wait_until_idle();
+        self.extra_rounds = extra_work(id)?.unwrap_or(0);
+        self.loaded = Some((case, loaded));
+        Ok(times.map(|time| time.as_nanos().to_string()).join(" "))
+    }
+
     /// Returns the share of the steps in which an NVIDIA GPU is busy.
     fn gpu_busy_share(&mut self, steps: &str) -> Result<String> {
         let steps = steps.parse().with_context(|| format!("'{steps}' is not a number"))?;
@@ -279,7 +300,8 @@ impl<'a> Worker<'a> {
         }
         let cpu = cpu_time() - cpu_before;
         let delay = scheduler_delay_ns().saturating_sub(delay_before);
-        if wall > LONG_STEPS {
+        // The other process of an operation is sampled next, on the same cores.
+        if wall > LONG_STEPS || self.operation.is_some() {
             process::wait_until_idle();
         }
         Ok(format!("{} {} {delay}", wall.as_nanos(), cpu.as_nanos()))

@@ -1,13 +1,11 @@
 //! Times of the operations of a training step on two backends. A process of each backend runs, and their samples alternate.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
-use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::{Rng, SeedableRng};
+use anyhow::{Context, Result, bail};
 
-use super::signals::check_interrupted;
-use super::worker::{BlockTiming, CheckOutcome, Side, Threads, Worker};
+use super::pair::WorkerPair;
+use super::worker::{BlockTiming, Side, Threads, Worker};
 use crate::interference::WAIT_THRESHOLD;
 use crate::model::ModelId;
 use crate::results::machine::{self, Machine};
@@ -16,12 +14,8 @@ use crate::statistics::median;
 use crate::suite::operations::{OperationPass, check_separable, operation_passes};
 use crate::suite::{BackendId, Case, Device, Framework, Method, Precision, Set, Shape, Workload, cost};
 
-/// Shortest duration of a sample. A request takes tens of microseconds.
-const SAMPLE: Duration = Duration::from_millis(2);
-/// Time in which both sides of an operation are sampled, if they have [`MIN_SAMPLES`] by then.
+/// Time in which both sides of an operation are sampled.
 const OPERATION_TIME: Duration = Duration::from_millis(600);
-const MIN_SAMPLES: usize = 5;
-const MAX_SAMPLES: usize = 60;
 /// Samples of whole steps before the operations, and again after them.
 const STEP_TIME: Duration = Duration::from_secs(3);
 /// Largest number of calls in a sample, and their memory in bytes: all backward passes of a sample are prepared before it.
@@ -31,8 +25,7 @@ const MAX_SAMPLE_BYTES: u64 = 256 << 20;
 /// Two processes that time the same operations.
 pub struct Explainer {
     cases: [Case; 2],
-    workers: [Worker; 2],
-    random: ChaCha8Rng,
+    pair: WorkerPair,
     /// Timings of the whole steps, in which the wait for cores is counted.
     steps: [Vec<BlockTiming>; 2],
 }
@@ -83,8 +76,7 @@ impl Explainer {
         for case in &cases {
             check_separable(case).map_err(anyhow::Error::msg)?;
         }
-        let random = ChaCha8Rng::seed_from_u64(0);
-        Ok(Self { cases, workers, random, steps: [Vec::new(), Vec::new()] })
+        Ok(Self { cases, pair: WorkerPair::new(workers), steps: [Vec::new(), Vec::new()] })
     }
 
     /// Returns the training steps that are explained.
@@ -146,24 +138,6 @@ impl Explainer {
         all
     }
 
-    /// Checks both cases, or recalls earlier checks.
-    fn check(&mut self, cases: &[Case; 2], progress: &dyn Fn(&str)) -> Result<()> {
-        for (worker, case) in self.workers.iter_mut().zip(cases) {
-            progress(&format!("checking {case}"));
-            if let CheckOutcome::Wrong(reason) = worker.check(case)? {
-                bail!("{reason}");
-            }
-        }
-        Ok(())
-    }
-
-    fn load(&mut self, cases: &[Case; 2]) -> Result<()> {
-        for (worker, case) in self.workers.iter_mut().zip(cases) {
-            worker.load(case).with_context(|| case.to_string())?;
-        }
-        Ok(())
-    }
-
     /// Returns the largest rate of both backends in a peak case, per second.
     fn peak(&mut self, workload: Workload, progress: &dyn Fn(&str)) -> Result<f64> {
         let cpu = self.cases[0].backend.is_cpu();
@@ -180,9 +154,9 @@ impl Explainer {
         };
         let method = Method::eager(precision);
         let cases = self.cases.map(|case| Case { workload, method, shape, ..case });
-        self.check(&cases, progress)?;
-        self.load(&cases)?;
-        let times = self.sample([true; 2], OPERATION_TIME, MAX_CALLS)?;
+        self.pair.check(&cases, progress)?;
+        self.pair.load(&cases)?;
+        let times = self.pair.sample([true; 2], OPERATION_TIME, MAX_CALLS)?;
         let amount = cost::work(&cases[0]).amount() as f64;
         let rate =
             |times: &Vec<BlockTiming>| amount / times.iter().map(|time| time.wall).fold(f64::MAX, f64::min);
@@ -191,11 +165,11 @@ impl Explainer {
 
     fn time_steps(&mut self, progress: &dyn Fn(&str)) -> Result<()> {
         let cases = self.cases;
-        self.check(&cases, progress)?;
+        self.pair.check(&cases, progress)?;
         progress("whole steps");
-        self.load(&cases)?;
-        let times = self.sample([true; 2], STEP_TIME, 1)?;
-        self.workers.iter_mut().try_for_each(Worker::verify)?;
+        self.pair.load(&cases)?;
+        let times = self.pair.sample([true; 2], STEP_TIME, 1)?;
+        self.pair.verify()?;
         self.steps.iter_mut().zip(times).for_each(|(all, times)| all.extend(times));
         Ok(())
     }
@@ -205,19 +179,19 @@ impl Explainer {
         let has = self.cases.map(|case| operation_passes(&case).contains(part));
         for side in (0..2).filter(|&side| has[side]) {
             let case = self.cases[side];
-            self.workers[side].load_operation(&case, part).with_context(|| case.to_string())?;
+            self.pair.workers[side].load_operation(&case, part).with_context(|| case.to_string())?;
         }
         let precision = self.cases[0].method.precision;
         let element = if precision == Precision::Mixed { 2 } else { precision.parameter_bytes() };
         let bytes = part.bytes(element);
         let times =
-            self.sample(has, OPERATION_TIME, (MAX_SAMPLE_BYTES / bytes.max(1)).clamp(1, MAX_CALLS))?;
+            self.pair.sample(has, OPERATION_TIME, (MAX_SAMPLE_BYTES / bytes.max(1)).clamp(1, MAX_CALLS))?;
         let mut ns = [None; 2];
         for side in (0..2).filter(|&side| has[side]) {
             let time = 1e9 * median(&times[side].iter().map(|time| time.wall).collect::<Vec<_>>());
             let ceiling = machine::flops_ceiling(self.cases[side].backend, precision, &Machine::read());
             machine::check_rate(part.flops(), time, ceiling)
-                .and_then(|()| self.workers[side].verify())
+                .and_then(|()| self.pair.workers[side].verify())
                 .with_context(|| format!("{part} of {}", self.cases[side]))?;
             ns[side] = Some(time);
         }
@@ -242,39 +216,14 @@ impl Explainer {
             let (workload, method) = (Workload::OptimizerStep, Method::eager(precision));
             Case { workload, method, shape: case.shape.undivided(), ..case }
         });
-        self.check(&cases, &|_| {})?;
-        self.load(&cases)?;
-        let times = self.sample([true; 2], OPERATION_TIME, MAX_CALLS)?;
-        self.workers.iter_mut().try_for_each(Worker::verify)?;
+        self.pair.check(&cases, &|_| {})?;
+        self.pair.load(&cases)?;
+        let times = self.pair.sample([true; 2], OPERATION_TIME, MAX_CALLS)?;
+        self.pair.verify()?;
         let ns =
             times.map(|times| Some(1e9 * median(&times.iter().map(|time| time.wall).collect::<Vec<_>>())));
         let (operation, pass) = ("optimizer".to_owned(), "update".to_owned());
         Ok(OperationTime { operation, pass, count: 1, flops: 0, bytes: cost::bytes(&cases[0]), ns })
-    }
-
-    /// Samples what both processes have loaded, in random order, with at most `max_calls` calls in a sample.
-    fn sample(&mut self, has: [bool; 2], time: Duration, max_calls: u64) -> Result<[Vec<BlockTiming>; 2]> {
-        let mut calls = [1; 2];
-        for side in (0..2).filter(|&side| has[side]) {
-            // The first call after a load is longer.
-            self.workers[side].time(1)?;
-            let one = self.workers[side].time(1)?.wall;
-            ensure!(one > 0.0, "{} takes no time", self.cases[side]);
-            calls[side] = ((SAMPLE.as_secs_f64() / one).ceil() as u64).clamp(1, max_calls);
-        }
-        let mut all = [Vec::new(), Vec::new()];
-        let start = Instant::now();
-        for count in 0..MAX_SAMPLES {
-            if count >= MIN_SAMPLES && start.elapsed() > time {
-                break;
-            }
-            check_interrupted()?;
-            let first = (self.random.next_u32() & 1) as usize;
-            for side in [first, 1 - first].into_iter().filter(|&side| has[side]) {
-                all[side].push(self.workers[side].time(calls[side])?);
-            }
-        }
-        Ok(all)
     }
 }
 

@@ -15,6 +15,8 @@
 //! | `fit.rs` | the search for the largest step that fits into memory |
 //! | `baseline_level.rs` | comparisons with a saved baseline |
 //! | `explain.rs` | the operations of a training step on two backends |
+//! | `first_step.rs` | times until the first step, with empty and filled caches |
+//! | `pair.rs` | two processes whose samples alternate |
 //! | `signals.rs` | interrupts |
 
 pub mod baseline_level;
@@ -23,7 +25,9 @@ pub mod builds;
 pub mod cores;
 pub mod decision;
 pub mod explain;
+pub mod first_step;
 pub mod fit;
+pub mod pair;
 mod release_builds;
 pub mod releases;
 pub mod revisions;

@@ -16,6 +16,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use super::cores::physical_cores;
 use super::signals::check_interrupted;
 use crate::files::Scratch;
+use crate::results::first_step::StartTimes;
 use crate::results::machine::Machine;
 use crate::results::{self, upgrade};
 use crate::statistics::lower_quartile;
@@ -295,6 +296,21 @@ impl Worker {
         let answer = self.ask(&format!("case {id}"), REQUEST_TIMEOUT)?;
         let first: Option<f64> = answer.strip_prefix("ready ").and_then(|time| time.parse().ok());
         Ok(first.map(|nanoseconds| nanoseconds * 1e-9))
+    }
+
+    /// Makes what a case needs and loads it. Returns the times of this and of the first two steps.
+    ///
+    /// # Errors
+    /// Returns an error if the process does not answer.
+    pub fn start_case(&mut self, case: &Case) -> Result<StartTimes> {
+        let answer = self.ask(&format!("start {case}"), REQUEST_TIMEOUT)?;
+        let times: Result<Vec<f64>, _> = answer.split_whitespace().map(str::parse).collect();
+        match times.as_deref() {
+            Ok(&[made_ns, loaded_ns, first_ns, second_ns]) => {
+                Ok(StartTimes { made_ns, loaded_ns, first_ns, second_ns })
+            }
+            _ => bail!("'{answer}' is not four times"),
+        }
     }
 
     /// Loads a pass of an operation of a training step, ready to be timed. Returns its largest error / tolerance.

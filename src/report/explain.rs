@@ -12,6 +12,9 @@ const MIN_DIFFERENCE: f64 = 0.05;
 const EXPLAINED: f64 = 0.8;
 const MAX_NAMED: usize = 3;
 
+/// Operations below this share of both steps have no row of their own.
+const SMALL_SHARE: f64 = 0.002;
+
 /// An operation with all its passes.
 struct Group<'a> {
     name: &'a str,
@@ -124,7 +127,11 @@ pub fn table(explanation: &Explanation) -> Table {
         cells.push(milliseconds(lost_ns(explanation, operation)));
         cells
     };
-    let mut rows: Vec<Vec<String>> = operations.iter().map(row).collect();
+    let is_small = |operation: &&OperationTime| {
+        (0..2).all(|side| operation.step_ns(side) < SMALL_SHARE * explanation.step_ns[side])
+    };
+    let (small, shown): (Vec<&OperationTime>, Vec<_>) = operations.into_iter().partition(is_small);
+    let mut rows: Vec<Vec<String>> = shown.iter().map(row).collect();
     let sums = [0, 1].map(|side| explanation.sum_ns(side));
     let total = |name: &str, ns: [f64; 2]| {
         let mut cells = vec![name.to_owned(), String::new(), String::new()];
@@ -134,6 +141,10 @@ pub fn table(explanation: &Explanation) -> Table {
         cells.push(milliseconds(ns[slower] - ns[1 - slower]));
         cells
     };
+    let of_small = [0, 1].map(|side| small.iter().map(|operation| operation.step_ns(side)).sum());
+    if !small.is_empty() {
+        rows.push(total(&format!("{} smaller ones", small.len()), of_small));
+    }
     rows.push(total("whole step", explanation.step_ns));
     rows.push(total("sum of the parts", sums));
     let [first, second] = &sides;
@@ -142,9 +153,10 @@ pub fn table(explanation: &Explanation) -> Table {
         sides[slower]
     );
     let note = format!(
-        "Times of all calls in a step. The roofline is the time at {}FLOP/s or {}B/s, the measured rates of a matrix product \
+        "{} Times of all calls in a step. The roofline is the time at {}FLOP/s or {}B/s, the measured rates of a matrix product \
          and of a copy, whichever is longer. Data in a cache can exceed it. The sum of the parts over the whole step shows \
          what fusion, launches and allocation change.",
+        sentence(explanation),
         super::format::prefixed(explanation.peak_flops),
         super::format::prefixed(explanation.peak_bytes)
     );

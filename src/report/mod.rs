@@ -2,6 +2,7 @@
 
 pub mod explain;
 pub mod export;
+pub mod first_step;
 pub mod format;
 pub mod headline;
 pub mod html;

@@ -4,8 +4,8 @@ use super::format::{count, digits, megabytes, or_dash, percent, range, significa
 use super::headline::{ALL_OPT, Headline, headlines};
 use super::table::{Table, cells, throughput};
 use super::{
-    Measured, Ratio, Sweep, ablation, all_measured, batches, find_measured, find_record, lengths,
-    measured_peak, rate, scaling,
+    Measured, Ratio, Sweep, ablation, all_measured, batches, explain, find_measured, find_record, first_step,
+    lengths, measured_peak, rate, scaling,
 };
 use crate::memory;
 use crate::results::{EnvEffect, LAUNCH_BOUND_SHARE, Record, Results, Status, machine};
@@ -241,8 +241,10 @@ pub fn all(results: &Results) -> Vec<Table> {
         lengths::table(&measured),
         scaling::table(&measured),
         language_models(results, &measured),
-        all_cases(results),
     ];
+    tables.extend(results.operations.iter().map(explain::table));
+    tables.push(first_step::table(&results.first_steps));
+    tables.push(all_cases(results));
     tables.retain(|table| !table.rows.is_empty());
     tables
 }

@@ -4,6 +4,7 @@
 
 mod apple;
 pub mod baseline;
+pub mod first_step;
 pub mod machine;
 pub mod operations;
 pub mod run;
@@ -24,7 +25,9 @@ use crate::model::{Model, ModelId, config};
 use crate::statistics::{REPORT_CONFIDENCE, trimmed_half_width};
 use crate::suite::{Case, CustomModel, HEADLINE_SHAPE, MAX_BATCH, Optimizer, Shape, custom_model};
 use crate::text;
+use first_step::FirstSteps;
 use machine::Machine;
+use operations::Explanation;
 pub use upgrade::VERSION;
 
 pub use crate::text::one_line;
@@ -249,6 +252,12 @@ pub struct Results {
     pub env_effects: Vec<EnvEffect>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub interleaved: Vec<InterleavedResult>,
+    /// Operations of training steps, from `scripts/explain`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub operations: Vec<Explanation>,
+    /// Starts of compiled training steps, from `scripts/first-step`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub first_steps: Vec<FirstSteps>,
 }
 
 impl Results {
@@ -260,6 +269,8 @@ impl Results {
             cases,
             env_effects: Vec::new(),
             interleaved: Vec::new(),
+            operations: Vec::new(),
+            first_steps: Vec::new(),
         }
     }
 

@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize};
 
 use super::machine::Machine;
 use super::{
-    Record, Results, RunModel, Status, VERSION, env_effects, interleaved_results, read_json, run_again,
-    validate,
+    Record, Results, RunModel, Status, VERSION, env_effects, first_step, interleaved_results, operations,
+    read_json, run_again, validate,
 };
 use crate::files::{executable_checksum, write_atomic};
 use crate::installation;
@@ -168,6 +168,12 @@ pub fn merge(folder: &Path) -> Result<(Results, Vec<ProcessRecord>)> {
     results.env_effects.retain(|s| s.commit == results.machine.commit);
     results.interleaved = interleaved_results(folder)?;
     results.interleaved.retain(|t| t.commit == results.machine.commit);
+    results.operations = operations::read(folder)?;
+    results.operations.retain(|explanation| explanation.commit == results.machine.commit);
+    results.first_steps = first_step::read(folder)?;
+    results.first_steps.retain(|steps| steps.commit == results.machine.commit);
+    validate::check_parts(&results)
+        .with_context(|| format!("a file in {} is damaged: remove it", folder.display()))?;
     validate::check_comparisons(&results.interleaved, &results.env_effects)
         .with_context(|| format!("a comparison in {} is damaged: remove it", folder.display()))?;
     Ok((results, parts))

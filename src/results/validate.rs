@@ -5,6 +5,7 @@ use std::collections::HashSet;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
+use super::first_step::StartTimes;
 use super::machine::Machine;
 use super::{EnvEffect, InterleavedResult, Record, Results, Status, VERSION, run_again, upgrade};
 use crate::suite::Case;
@@ -49,6 +50,7 @@ pub fn check_version(version: &Value, place: &str) -> Result<u64> {
 pub fn check_results(results: &Results) -> Result<()> {
     check_machine(&results.machine)?;
     check_cases(&results.cases)?;
+    check_parts(results)?;
     check_comparisons(&results.interleaved, &results.env_effects)
 }
 
@@ -92,6 +94,37 @@ fn times_divide_to_ratio(result: &InterleavedResult) -> bool {
     let (Some(base), Some(head)) = (result.base_ns, result.head_ns) else { return true };
     let rounds = result.round_ns.iter().flatten().copied();
     rounds.chain([base, head]).all(is_positive) && (head / base / result.ratio - 1.0).abs() < 1e-9
+}
+
+/// Checks the times of operations and of first steps.
+///
+/// # Errors
+/// Returns an error that names the case if a time or rate is impossible.
+pub fn check_parts(results: &Results) -> Result<()> {
+    let is_known = |ids: &[String; 2]| ids.iter().all(|id| id.parse::<Case>().is_ok());
+    let is_time = |time: f64| time.is_finite() && time >= 0.0;
+    for explanation in &results.operations {
+        let mut times = explanation.operations.iter().flat_map(|operation| operation.ns).flatten();
+        let [torch, mlx] = explanation.step_ns;
+        let positive = [torch, mlx, explanation.peak_flops, explanation.peak_bytes];
+        ensure!(
+            is_known(&explanation.ids) && positive.into_iter().all(is_positive) && times.all(is_positive),
+            "{}: its operations have a time that is not positive, or its id is unknown",
+            explanation.ids[0]
+        );
+    }
+    for steps in &results.first_steps {
+        let starts = steps.cold.iter().chain(&steps.warm);
+        let parts = |start: &StartTimes| [start.made_ns, start.loaded_ns, start.first_ns, start.second_ns];
+        ensure!(
+            is_known(&steps.ids)
+                && steps.step_ns.into_iter().all(is_positive)
+                && starts.flat_map(parts).all(is_time),
+            "{}: its first steps have a time that is negative, or its id is unknown",
+            steps.ids[0]
+        );
+    }
+    Ok(())
 }
 
 /// Checks the comparisons that are saved with a run.

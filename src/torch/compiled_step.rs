@@ -13,7 +13,7 @@ use crate::accumulation::GradientSums;
 use crate::checkpoint;
 use crate::distributed::{BucketSizes, GradientSync};
 use crate::extension::{self, Graph, PackageRunner};
-use crate::inductor::{self, Package};
+use crate::inductor;
 use crate::optimizer::OptimizerState;
 use crate::params::{self, ParameterLayout};
 
@@ -65,8 +65,7 @@ fn load_arguments(
 impl CompiledStep {
     pub fn new(device: Device, fixture: &Fixture) -> Result<Self> {
         let case = fixture.case;
-        let compiled_case = inductor::compiled_case(&case);
-        let library = Package::new(&compiled_case, fixture.dropout.weights).library()?;
+        let library = inductor::package_of(fixture).library()?;
         let package = PackageRunner::load(&library, device)?;
         let layout = ParameterLayout::new(case.shape, true);
         let (arguments, leaves) = load_arguments(fixture, device, &layout);

@@ -17,6 +17,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::{Value, json};
 use transformer_bench::backend::{CompileReport, Unsupported};
 use transformer_bench::files::{Scratch, cache_folder, checksum, lock_file, read_text, write_atomic};
+use transformer_bench::fixture::Fixture;
 use transformer_bench::installation;
 use transformer_bench::parity::dropout::Probe;
 use transformer_bench::process::is_running;
@@ -102,6 +103,11 @@ pub fn compiled_case(case: &Case) -> Case {
     // The optimizer is not a part of the package.
     let shape = case.shape.micro_batch().with_optimizer(Optimizer::Adamw);
     Case { workload, shape, ..*case }
+}
+
+/// Returns the package that a fixture runs.
+pub fn package_of(fixture: &Fixture) -> Package {
+    Package::new(&compiled_case(&fixture.case), fixture.dropout.weights)
 }
 
 /// Returns the packages that timing and checking a case need.

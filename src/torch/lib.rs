@@ -109,6 +109,13 @@ impl Backend for Torch {
         Err(Unsupported(reason.to_owned()))
     }
 
+    fn make(&self, fixture: &Fixture) -> Result<()> {
+        match fixture.case.method.variant {
+            Variant::Compile => inductor::package_of(fixture).build(),
+            _ => Ok(()),
+        }
+    }
+
     fn load(&self, fixture: &Fixture) -> Result<Box<dyn LoadedCase>> {
         let Method { precision, variant } = fixture.case.method;
         extension::allow_tf32(precision == Precision::Tf32)?;

@@ -104,6 +104,7 @@ impl Backend for DistributedBackend {
     forward! {
         fn id(&self) -> BackendId;
         fn versions(&self) -> Vec<(String, String)>;
+        fn make(&self, fixture: &Fixture) -> Result<()>;
         fn load_operation(&self, fixture: &OperationFixture) -> Result<Box<dyn LoadedOperation>>;
         fn is_precompiled(&self, variant: Variant) -> bool;
         fn needs_compile(&self, case: &Case) -> bool;

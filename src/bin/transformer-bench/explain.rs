@@ -82,8 +82,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         super::show(&format!("{}\n", serde_json::to_string_pretty(&explanation)?))?;
     } else {
         let table = explain::table(&explanation);
-        let shown = [explain::sentence(&explanation), markdown::table(&table), table.note];
-        super::show(&format!("{}\n", shown.join("\n\n")))?;
+        super::show(&format!("{}\n{}\n", markdown::table(&table), table.note))?;
     }
     operations::save(&results::folder(), explanation)
 }

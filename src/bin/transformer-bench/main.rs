@@ -9,6 +9,7 @@ mod compare_arguments;
 mod compare_baselines;
 mod compare_python;
 mod explain;
+mod first_step;
 mod fit;
 mod flamegraph;
 mod interleave;
@@ -54,6 +55,7 @@ enum Command {
     Compare(compare_arguments::Arguments),
     ComparePython(compare_python::Arguments),
     Explain(explain::Arguments),
+    FirstStep(first_step::Arguments),
     Fit(fit::Arguments),
     Flamegraph(flamegraph::Arguments),
     List(list::Arguments),
@@ -117,6 +119,7 @@ fn check_arguments(command: &Command) -> anyhow::Result<()> {
         Command::Bench(arguments) => arguments.selected().map(drop),
         Command::Compare(arguments) => arguments.check(),
         Command::Explain(arguments) => arguments.check(),
+        Command::FirstStep(arguments) => arguments.check(),
         Command::Fit(arguments) => arguments.check(),
         Command::Flamegraph(arguments) => arguments.check(),
         Command::Calibrate(arguments) => arguments.check(),
@@ -134,6 +137,7 @@ fn read_model(command: &mut Command) -> anyhow::Result<Vec<String>> {
     match command {
         Command::Bench(arguments) => arguments.model.export()?,
         Command::Explain(arguments) => arguments.model.export()?,
+        Command::FirstStep(arguments) => arguments.model.export()?,
         Command::Fit(arguments) => arguments.export_model()?,
         _ => {}
     }
@@ -166,6 +170,7 @@ fn main() -> ExitCode {
         Command::Compare(arguments) => ("compare", compare::run(&arguments)),
         Command::ComparePython(arguments) => ("compare-python", compare_python::run(&arguments)),
         Command::Explain(arguments) => ("explain", explain::run(&arguments).map(|()| 0)),
+        Command::FirstStep(arguments) => ("first-step", first_step::run(&arguments).map(|()| 0)),
         Command::Fit(arguments) => ("fit", fit::run(&arguments).map(|()| 0)),
         Command::Flamegraph(arguments) => ("flamegraph", flamegraph::run(&arguments).map(|()| 0)),
         Command::List(arguments) => ("list", list::run(&arguments).map(|()| 0)),

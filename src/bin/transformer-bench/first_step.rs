@@ -1,0 +1,76 @@
+//! `scripts/first-step`: the time until a compiled step runs, and when it pays.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use clap::Args;
+use transformer_bench::compare::first_step;
+use transformer_bench::report::{first_step as report, markdown};
+use transformer_bench::results::{self, first_step as records};
+use transformer_bench::suite::{Case, Set, Workload, parse_filter};
+
+use super::model_options::ModelOptions;
+use super::options::{self, Executables, print_progress};
+
+/// Longest wait for the lists of cases.
+const LIST_LIMIT: Duration = Duration::from_secs(120);
+
+/// Measures how long a compiled training step takes to start, and after how many steps it pays.
+///
+/// Each case starts in a new process with empty caches, and in another one with the caches that the first has filled. They
+/// are temporary folders, so your own caches stay unchanged. macOS caches the kernels of Metal itself.
+#[derive(Args)]
+#[command(after_help = "Examples:
+  scripts/first-step
+  scripts/first-step 'train-step/torch-cpu/f32-compile/'
+  scripts/first-step --model src/model/indicator.toml --batch 4")]
+pub struct Arguments {
+    /// Regular expression over ids of compiled training steps
+    #[arg(default_value = "/f32-(compile|tuned)/")]
+    filter: String,
+    /// Set of cases
+    #[arg(long, default_value = Set::Quick.id(), value_parser = options::set())]
+    set: Set,
+    #[command(flatten)]
+    pub model: ModelOptions,
+    /// Print the result as JSON
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    executables: Executables,
+}
+
+impl Arguments {
+    /// Checks the filter.
+    ///
+    /// # Errors
+    /// Returns an error if it is not a regular expression.
+    pub fn check(&self) -> Result<()> {
+        parse_filter(&self.filter).map(drop)
+    }
+}
+
+/// Measures the selected cases, prints and saves their times.
+///
+/// # Errors
+/// Returns an error if no case matches, a step is wrong or a process ends.
+pub fn run(arguments: &Arguments) -> Result<()> {
+    arguments.check()?;
+    let side = arguments.executables.build()?;
+    let mut cases = side.cases(arguments.set, &arguments.filter, Instant::now() + LIST_LIMIT)?;
+    // Only one process of a case with ranks would have the caches.
+    let starts_alone = |case: &Case| case.shape.ranks() == 1 && case.workload == Workload::TrainStep;
+    cases.retain(|case| case.method.variant.captures_full_step() && starts_alone(case));
+    ensure!(!cases.is_empty(), "no compiled training step that can run here matches '{}'", arguments.filter);
+    let mut all = Vec::new();
+    for case in &cases {
+        let steps = first_step::measure(&side, case, &print_progress)?;
+        records::save(&results::folder(), &steps)?;
+        all.push(steps);
+    }
+    if arguments.json {
+        return super::show(&format!("{}\n", serde_json::to_string_pretty(&all)?));
+    }
+    let table = report::table(&all);
+    super::show(&format!("{}\n{}\n", markdown::table(&table), table.note))
+}
