@@ -18,8 +18,9 @@
 //! | [`backend`], [`rendezvous`] | the traits that a framework implements, and how launched ranks find each other |
 //! | [`parity`] | checks against the reference, fault injection, conformance tests |
 //! | [`results`] | the record of a run, the machine, baselines |
-//! | [`compare`] | interleaved comparisons of revisions, and their decision rule |
+//! | [`compare`] | interleaved comparisons of revisions and their decision rule, operations, first steps |
 //! | [`profile`] | flamegraphs of CPU stacks and GPU kernels |
+//! | [`energy`] | counters of energy |
 //! | [`report`] | tables, pictures and text from results |
 //! | [`installation`] | the layout of an installed wheel, and the commands that messages name |
 //! | [`text`] | cleaning of text that is read, and escaping for each target |
@@ -32,6 +33,7 @@
 
 pub mod backend;
 pub mod compare;
+pub mod energy;
 pub mod files;
 pub mod fixture;
 pub mod installation;

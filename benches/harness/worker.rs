@@ -11,6 +11,7 @@
 //! | `describe ID` | the case as JSON, from which a program in another language builds the same step |
 //! | `start ID` | the nanoseconds in which the case is made, is loaded, and does its first and its second step. What is in a cache is not made |
 //! | `operation NAME/PASS ID` | `ready SHARE` once a pass of an operation of a training step is loaded and agrees with the reference. A number then times it, and `verify` checks the last results |
+//! | `energy SECONDS` | the energy of steps of the loaded case, and the idle power before them, as JSON |
 //! | `work ROUNDS` | the nanoseconds that ROUNDS of unrelated arithmetic take |
 //! | `gpu-busy N` | the share of N steps in which an NVIDIA GPU is busy |
 //! | `memory` | the peak bytes of the framework's allocator on a GPU, and of the process, or `-` |
@@ -28,6 +29,7 @@ use anyhow::{Context, Result, bail};
 use transformer_bench::backend::{
     Backend, Backends, LoadedCase, TF32_VARIABLE, is_tf32_process, needs_tf32_process,
 };
+use transformer_bench::energy::Counter;
 use transformer_bench::fixture::{Fixture, Tensor};
 use transformer_bench::interference::{cpu_time, scheduler_delay_ns};
 use transformer_bench::parity::cache::PassedChecks;
@@ -35,6 +37,7 @@ use transformer_bench::parity::idle_steps::{IdleCase, IdleStep};
 use transformer_bench::parity::operations::CheckedOperation;
 use transformer_bench::parity::{ParityChecker, timed_work};
 use transformer_bench::profile::gpu;
+use transformer_bench::results::energy::StepEnergy;
 use transformer_bench::results::{self, one_line, upgrade};
 use transformer_bench::suite::operations::{check_separable, operation_passes};
 use transformer_bench::suite::{Case, Framework, cases, parse_filter};
@@ -45,7 +48,7 @@ use super::protocol::{send_line, serve_requests, write_tensors};
 use super::ranks::{self, rank_worker};
 
 /// Slows steps down, to verify that comparisons find it: `ID=ROUNDS` of [`burn_cpu`] per step, separated by `;`. The id of
-/// an operation is `NAME/PASS`.
+/// an operation is `BACKEND/NAME/PASS`.
 const EXTRA_WORK: &str = "TRANSFORMER_BENCH_EXTRA_WORK";
 
 /// Makes the steps of a case stop computing, to verify that comparisons find it: the id of the case.
@@ -54,6 +57,13 @@ const IDLE_CASE: &str = "TRANSFORMER_BENCH_IDLE_CASE";
 /// Duration from which steps are followed by a wait for the threads of this process. Waits after shorter ones would
 /// take longer than the steps.
 const LONG_STEPS: Duration = Duration::from_millis(10);
+
+/// Time for which an operation runs before it is timed. The scheduler can leave the threads of OpenMP on one core for that
+/// long after they have slept: on two cores, norms took 30 times as long, and products 4 times.
+const OPERATION_WARM_UP: Duration = Duration::from_millis(20);
+
+/// Time over which idle power is measured.
+const IDLE_TIME: Duration = Duration::from_secs(3);
 
 const NO_CASE: &str = "no case is loaded: send 'case ID' first";
 
@@ -116,6 +126,7 @@ impl<'a> Worker<'a> {
         }
         match line.split_once(' ').unwrap_or((line, "")) {
             ("case", id) => Ok(format!("ready {}", self.load(id)?.as_nanos())),
+            ("energy", seconds) => self.energy(seconds),
             ("start", id) => self.start(id),
             ("operation", rest) => {
                 let (name, id) = rest.split_once(' ').context("usage: operation NAME/PASS ID")?;
@@ -219,8 +230,10 @@ impl<'a> Worker<'a> {
         check_separable(&case).map_err(anyhow::Error::msg)?;
         let found = operation_passes(&case).into_iter().find(|part| part.to_string() == name);
         let part = found.with_context(|| format!("{case} has no operation {name}"))?;
-        self.extra_rounds = extra_work(name)?.unwrap_or(0);
-        Ok(self.operation.insert(CheckedOperation::load(backend, case, part)?).share)
+        self.extra_rounds = extra_work(&format!("{}/{name}", case.backend))?.unwrap_or(0);
+        let share = self.operation.insert(CheckedOperation::load(backend, case, part)?).share;
+        process::wait_until_idle();
+        Ok(share)
     }
 
     /// Loads a case and runs a step. Returns the time of the step.
@@ -277,6 +290,27 @@ impl<'a> Worker<'a> {
         Ok(format!("{} {}", text(allocator), text(memory::resident_peak_bytes())))
     }
 
+    /// Measures the idle power, then the energy of steps for at least some seconds.
+    fn energy(&mut self, seconds: &str) -> Result<String> {
+        let seconds: u64 = seconds.parse().with_context(|| format!("'{seconds}' is not a number"))?;
+        let (case, loaded) = self.loaded.as_mut().context(NO_CASE)?;
+        let mut counter = Counter::open(case.backend.device())?;
+        let (before, start) = (counter.joules()?, Instant::now());
+        std::thread::sleep(IDLE_TIME);
+        let idle_watts = (counter.joules()? - before) / start.elapsed().as_secs_f64();
+        loaded.time(1)?;
+        let (before, start, mut steps) = (counter.joules()?, Instant::now(), 0);
+        while start.elapsed() < Duration::from_secs(seconds) {
+            loaded.time(1)?;
+            steps += 1;
+        }
+        let (joules, seconds) = (counter.joules()? - before, start.elapsed().as_secs_f64());
+        let (scope, limit_watts) = (counter.scope, counter.limit_watts);
+        let energy = StepEnergy { scope, joules, seconds, steps, idle_watts, limit_watts };
+        counter.check(energy.watts())?;
+        Ok(serde_json::to_string(&energy)?)
+    }
+
     /// Verifies that the steps of the loaded case still do their work.
     fn verify(&mut self) -> Result<()> {
         if let Some(operation) = &mut self.operation {
@@ -289,7 +323,13 @@ impl<'a> Worker<'a> {
     fn time(&mut self, steps: u64) -> Result<String> {
         let (delay_before, cpu_before) = (scheduler_delay_ns(), cpu_time());
         let mut wall = match (&mut self.operation, &mut self.loaded) {
-            (Some(operation), _) => operation.loaded.time(steps)?,
+            (Some(operation), _) => {
+                let start = Instant::now();
+                while start.elapsed() < OPERATION_WARM_UP {
+                    operation.loaded.time(1)?;
+                }
+                operation.loaded.time(steps)?
+            }
             (None, Some((_, loaded))) => loaded.time(steps)?,
             (None, None) => bail!(NO_CASE),
         };

@@ -16,6 +16,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use super::cores::physical_cores;
 use super::signals::check_interrupted;
 use crate::files::Scratch;
+use crate::results::energy::StepEnergy;
 use crate::results::first_step::StartTimes;
 use crate::results::machine::Machine;
 use crate::results::{self, upgrade};
@@ -311,6 +312,15 @@ impl Worker {
             }
             _ => bail!("'{answer}' is not four times"),
         }
+    }
+
+    /// Measures the energy of steps of the loaded case for at least `seconds`.
+    ///
+    /// # Errors
+    /// Returns an error if the device has no counter or counts an impossible power.
+    pub fn energy(&mut self, seconds: u64) -> Result<StepEnergy> {
+        let answer = self.ask(&format!("energy {seconds}"), REQUEST_TIMEOUT)?;
+        serde_json::from_str(&answer).with_context(|| format!("'{answer}' is not an energy"))
     }
 
     /// Loads a pass of an operation of a training step, ready to be timed. Returns its largest error / tolerance.

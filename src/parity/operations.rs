@@ -8,9 +8,10 @@ use super::tolerance::{Expected, expected_operation, norm};
 use super::{compare_tensors, find};
 use crate::backend::{Backend, LoadedOperation};
 use crate::fixture::{OperationFixture, Tensor, fill_hidden};
+use crate::model::{ModelId, OPTION_MODELS};
 use crate::reference::{Accumulation, Rounding};
-use crate::suite::Case;
-use crate::suite::operations::{Function, OperationPass, Pass};
+use crate::suite::operations::{Function, OperandRole, OperationPass, Pass, operation_passes};
+use crate::suite::{Case, Method, Precision, Shape, Variant, Workload};
 
 /// Largest score of a token to which another does not attend. Both frameworks write -30,000 or less.
 const HIDDEN_SCORE: f32 = -1e4;
@@ -39,13 +40,26 @@ impl CheckedOperation {
     /// # Errors
     /// Returns an error if the backend fails or a result is wrong.
     pub fn load(backend: &dyn Backend, case: Case, part: OperationPass) -> Result<Self> {
-        let fixture = OperationFixture::new(case, part);
+        let fixture = || OperationFixture::new(case, part.clone());
+        Self::load_as(backend, case, fixture(), &fixture())
+    }
+
+    /// Loads `backend_fixture`, and compares its results with the reference for `fixture`. They only differ in tests.
+    ///
+    /// # Errors
+    /// Returns an error if the backend fails or a result is wrong.
+    pub fn load_as(
+        backend: &dyn Backend,
+        case: Case,
+        fixture: OperationFixture,
+        backend_fixture: &OperationFixture,
+    ) -> Result<Self> {
         let expected = match fixture.part.operation.function {
             Function::Dropout(_) => Vec::new(),
             _ => expected_operation(&fixture, backend.accumulation()),
         };
         backend.reset_peak_memory()?;
-        let loaded = backend.load_operation(&fixture)?;
+        let loaded = backend.load_operation(backend_fixture)?;
         let mut checked = Self { loaded, case, fixture, expected, last_mask: Vec::new(), share: 0.0 };
         checked.loaded.time(1)?;
         checked.check()?;
@@ -119,4 +133,51 @@ fn check_dropout(fixture: &OperationFixture, p: f64, results: &[Tensor]) -> Resu
         }
     }
     Ok(factors)
+}
+
+/// Checks every operation of small models on a backend, and that a wrong operand of each is detected.
+///
+/// # Errors
+/// Returns the first operation that is wrong, or whose fault is not detected.
+pub fn operations_are_checked(backend: &dyn Backend) -> Result<()> {
+    let presets = ["indicator", "gpt2"].map(|name| ModelId::named(name).expect("a preset").miniature());
+    let models = presets.into_iter().chain(OPTION_MODELS.map(ModelId::intern));
+    let methods = [Precision::F32, Precision::Bf16, Precision::Mixed].map(Method::eager);
+    let fused = Method { precision: Precision::F32, variant: Variant::Sdpa };
+    let (mut worst, mut count) = (0.0_f64, 0);
+    for (model, method) in
+        models.flat_map(|model| methods.into_iter().chain([fused]).map(move |m| (model, m)))
+    {
+        let shape = Shape::for_model(model, 2);
+        let case = Case { workload: Workload::TrainStep, backend: backend.id(), method, shape };
+        if backend.supports(&case).is_err() {
+            continue;
+        }
+        for part in operation_passes(&case) {
+            let checked = CheckedOperation::load(backend, case, part.clone());
+            worst = worst.max(checked.with_context(|| case.to_string())?.share);
+            detects_faults(backend, case, &part).with_context(|| case.to_string())?;
+            count += 1;
+        }
+    }
+    println!("{}: error / tolerance of {count} operations at most {worst:.2}", backend.id());
+    Ok(())
+}
+
+/// Checks that wrong operands are detected, and a wrong probability of dropout.
+fn detects_faults(backend: &dyn Backend, case: Case, part: &OperationPass) -> Result<()> {
+    let fixture = || OperationFixture::new(case, part.clone());
+    for (index, operand) in part.operation.operands.iter().enumerate() {
+        let mut wrong = fixture();
+        match part.operation.function {
+            Function::Dropout(p) => wrong.part.operation.function = Function::Dropout(0.5 * p),
+            _ if operand.role == OperandRole::Input && wrong.operands[index].name != "x" => continue,
+            // A norm does not change if the same number is added to all values.
+            _ => wrong.operands[index].data.iter_mut().step_by(2).for_each(|v| *v += 0.5),
+        }
+        if CheckedOperation::load_as(backend, case, fixture(), &wrong).is_ok() {
+            bail!("{part}: a wrong {} is not detected", operand.name);
+        }
+    }
+    Ok(())
 }

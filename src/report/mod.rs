@@ -1,5 +1,6 @@
 //! Reports of a run. Tables, sentences and pictures are views of the data that this file computes.
 
+pub mod energy;
 pub mod explain;
 pub mod export;
 pub mod first_step;

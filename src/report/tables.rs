@@ -4,8 +4,8 @@ use super::format::{count, digits, megabytes, or_dash, percent, range, significa
 use super::headline::{ALL_OPT, Headline, headlines};
 use super::table::{Table, cells, throughput};
 use super::{
-    Measured, Ratio, Sweep, ablation, all_measured, batches, explain, find_measured, find_record, first_step,
-    lengths, measured_peak, rate, scaling,
+    Measured, Ratio, Sweep, ablation, all_measured, batches, energy, explain, find_measured, find_record,
+    first_step, lengths, measured_peak, rate, scaling,
 };
 use crate::memory;
 use crate::results::{EnvEffect, LAUNCH_BOUND_SHARE, Record, Results, Status, machine};
@@ -244,6 +244,7 @@ pub fn all(results: &Results) -> Vec<Table> {
     ];
     tables.extend(results.operations.iter().map(explain::table));
     tables.push(first_step::table(&results.first_steps));
+    tables.extend(energy::tables(&results.energy));
     tables.push(all_cases(results));
     tables.retain(|table| !table.rows.is_empty());
     tables

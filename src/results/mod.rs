@@ -4,6 +4,7 @@
 
 mod apple;
 pub mod baseline;
+pub mod energy;
 pub mod first_step;
 pub mod machine;
 pub mod operations;
@@ -25,6 +26,7 @@ use crate::model::{Model, ModelId, config};
 use crate::statistics::{REPORT_CONFIDENCE, trimmed_half_width};
 use crate::suite::{Case, CustomModel, HEADLINE_SHAPE, MAX_BATCH, Optimizer, Shape, custom_model};
 use crate::text;
+use energy::CaseEnergy;
 use first_step::FirstSteps;
 use machine::Machine;
 use operations::Explanation;
@@ -258,6 +260,9 @@ pub struct Results {
     /// Starts of compiled training steps, from `scripts/first-step`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub first_steps: Vec<FirstSteps>,
+    /// Energy of training steps, from `scripts/energy`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub energy: Vec<CaseEnergy>,
 }
 
 impl Results {
@@ -271,6 +276,7 @@ impl Results {
             interleaved: Vec::new(),
             operations: Vec::new(),
             first_steps: Vec::new(),
+            energy: Vec::new(),
         }
     }
 

@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize};
 
 use super::machine::Machine;
 use super::{
-    Record, Results, RunModel, Status, VERSION, env_effects, first_step, interleaved_results, operations,
-    read_json, run_again, validate,
+    Record, Results, RunModel, Status, VERSION, energy, env_effects, first_step, interleaved_results,
+    operations, read_json, run_again, validate,
 };
 use crate::files::{executable_checksum, write_atomic};
 use crate::installation;
@@ -170,6 +170,8 @@ pub fn merge(folder: &Path) -> Result<(Results, Vec<ProcessRecord>)> {
     results.interleaved.retain(|t| t.commit == results.machine.commit);
     results.operations = operations::read(folder)?;
     results.operations.retain(|explanation| explanation.commit == results.machine.commit);
+    results.energy = energy::read(folder)?;
+    results.energy.retain(|case| case.commit == results.machine.commit);
     results.first_steps = first_step::read(folder)?;
     results.first_steps.retain(|steps| steps.commit == results.machine.commit);
     validate::check_parts(&results)

@@ -5,6 +5,7 @@ use std::collections::HashSet;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
+use super::energy::CaseEnergy;
 use super::first_step::StartTimes;
 use super::machine::Machine;
 use super::{EnvEffect, InterleavedResult, Record, Results, Status, VERSION, run_again, upgrade};
@@ -111,6 +112,17 @@ pub fn check_parts(results: &Results) -> Result<()> {
             is_known(&explanation.ids) && positive.into_iter().all(is_positive) && times.all(is_positive),
             "{}: its operations have a time that is not positive, or its id is unknown",
             explanation.ids[0]
+        );
+    }
+    for CaseEnergy { id, batch, energy, .. } in &results.energy {
+        let rates = [energy.joules, energy.seconds, energy.limit_watts.unwrap_or(1.0)];
+        ensure!(
+            id.parse::<Case>().is_ok()
+                && rates.into_iter().all(is_positive)
+                && is_time(energy.idle_watts)
+                && energy.steps > 0
+                && *batch > 0,
+            "{id}: its energy is not positive, or its id is unknown"
         );
     }
     for steps in &results.first_steps {

@@ -8,6 +8,7 @@ mod compare;
 mod compare_arguments;
 mod compare_baselines;
 mod compare_python;
+mod energy;
 mod explain;
 mod first_step;
 mod fit;
@@ -54,6 +55,7 @@ enum Command {
     Baseline(baseline::Arguments),
     Compare(compare_arguments::Arguments),
     ComparePython(compare_python::Arguments),
+    Energy(energy::Arguments),
     Explain(explain::Arguments),
     FirstStep(first_step::Arguments),
     Fit(fit::Arguments),
@@ -118,6 +120,7 @@ fn check_arguments(command: &Command) -> anyhow::Result<()> {
     match command {
         Command::Bench(arguments) => arguments.selected().map(drop),
         Command::Compare(arguments) => arguments.check(),
+        Command::Energy(arguments) => arguments.check(),
         Command::Explain(arguments) => arguments.check(),
         Command::FirstStep(arguments) => arguments.check(),
         Command::Fit(arguments) => arguments.check(),
@@ -136,6 +139,7 @@ fn check_arguments(command: &Command) -> anyhow::Result<()> {
 fn read_model(command: &mut Command) -> anyhow::Result<Vec<String>> {
     match command {
         Command::Bench(arguments) => arguments.model.export()?,
+        Command::Energy(arguments) => arguments.model.export()?,
         Command::Explain(arguments) => arguments.model.export()?,
         Command::FirstStep(arguments) => arguments.model.export()?,
         Command::Fit(arguments) => arguments.export_model()?,
@@ -169,6 +173,7 @@ fn main() -> ExitCode {
         Command::Baseline(arguments) => ("baseline", baseline::run(arguments).map(|()| 0)),
         Command::Compare(arguments) => ("compare", compare::run(&arguments)),
         Command::ComparePython(arguments) => ("compare-python", compare_python::run(&arguments)),
+        Command::Energy(arguments) => ("energy", energy::run(&arguments).map(|()| 0)),
         Command::Explain(arguments) => ("explain", explain::run(&arguments).map(|()| 0)),
         Command::FirstStep(arguments) => ("first-step", first_step::run(&arguments).map(|()| 0)),
         Command::Fit(arguments) => ("fit", fit::run(&arguments).map(|()| 0)),

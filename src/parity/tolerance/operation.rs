@@ -10,8 +10,10 @@ use crate::reference::{self, Accumulation, Rounding};
 use crate::suite::Precision;
 use crate::suite::operations::Function;
 
-/// Number of rounded runs of the reference. An operation takes milliseconds.
-const ROUNDED_RUNS: usize = 3;
+/// Returns the number of rounded runs of the reference. One is enough for large products, which have many results.
+fn rounded_runs(fixture: &OperationFixture) -> usize {
+    if fixture.part.flops() < 100_000_000 { 3 } else { 1 }
+}
 
 /// Returns the expected results of an operation, which is not dropout.
 pub fn expected_operation(fixture: &OperationFixture, accumulation: Accumulation) -> Vec<Expected> {
@@ -25,7 +27,7 @@ pub fn expected_operation(fixture: &OperationFixture, accumulation: Accumulation
         fused_attention: fixture.part.operation.function == Function::Attention,
         ..Rounding::for_precision(precision, accumulation)
     };
-    let errors = rounding_errors(&exact, ROUNDED_RUNS, |seed| {
+    let errors = rounding_errors(&exact, rounded_runs(fixture), |seed| {
         reference::operation(fixture, Rounding { seed, ..rounding })
     });
     let min_scale = |name: &str| min_scale_tolerance(name, case.shape, accumulation);
