@@ -98,7 +98,8 @@ impl Optimizer {
         let is_tall = x.dim(-2) > x.dim(-1);
         let x = if is_tall { x.swap_axes(-1, -2)? } else { x.clone() };
         let wide = x.as_dtype(self.dtype)?.as_dtype(Dtype::Float32)?;
-        let norm = wide.square()?.sum_axes(&[-2, -1], true)?.sqrt()?;
+        // A CPU adds all numbers of a sum to one f32, whose error grows with their count. Two short sums have less.
+        let norm = wide.square()?.sum_axes(&[-1], true)?.sum_axes(&[-2], true)?.sqrt()?;
         let norm = mlx_rs::ops::maximum(norm, scalar(self.muon.eps, Dtype::Float32))?;
         let mut x = wide.divide(norm)?.as_dtype(self.dtype)?;
         let [a, b, c] = self.muon.coefficients.map(|v| v as f32);
