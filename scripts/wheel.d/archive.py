@@ -16,16 +16,18 @@ def digest(data):
     return base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
 
 
-def metadata(version, dependencies, extras):
-    """Returns the text of METADATA. `dependencies` and the values of `extras` are lists of requirements."""
+def metadata(version, licenses, dependencies, extras):
+    """Returns the text of METADATA. `licenses` are names of files.
+
+    `dependencies` and the values of `extras` are lists of requirements.
+    """
     lines = [
         "Metadata-Version: 2.4",
         "Name: transformer-bench",
         f"Version: {version}",
         "Summary: Measures how fast PyTorch and Apple MLX train a transformer on this machine",
         "License-Expression: MIT OR Apache-2.0",
-        "License-File: LICENSE-APACHE",
-        "License-File: LICENSE-MIT",
+        *(f"License-File: {name}" for name in sorted(licenses)),
         "Requires-Python: >=3.10",
         *(f"Requires-Dist: {requirement}" for requirement in dependencies),
     ]
@@ -35,16 +37,16 @@ def metadata(version, dependencies, extras):
     return "\n".join(lines) + "\n"
 
 
-def write(folder, version, tag, files, requirements, licenses):
+def write(folder, version, tag, files, requirements, licenses, compression=zipfile.ZIP_DEFLATED):
     """Writes a wheel into a folder and returns its path.
 
-    `files` has the content and the mode of each file by its name below the package. `requirements` are the arguments of
-    `metadata` after the version. `licenses` has the content of each license by its name.
+    `files` has the content and the mode of each file by its name below the package. `requirements` are the last
+    arguments of `metadata`. `licenses` has the content of each license by its name.
     """
     info = f"{NAME}-{version}.dist-info"
     entries = {f"{NAME}/{name}": entry for name, entry in files.items()}
     texts = {
-        "METADATA": metadata(version, *requirements),
+        "METADATA": metadata(version, licenses, *requirements),
         # The libraries of torch are in platlib, which some systems keep apart from purelib.
         "WHEEL": f"Wheel-Version: 1.0\nGenerator: {NAME} {version}\nRoot-Is-Purelib: false\nTag: {tag}\n",
         "entry_points.txt": f"[console_scripts]\ntransformer-bench = {NAME}:main\n",
@@ -61,5 +63,5 @@ def write(folder, version, tag, files, requirements, licenses):
             entry = zipfile.ZipInfo(name, FIRST_DATE)
             # The attributes are those of Unix, also if another system packs the same files.
             entry.create_system, entry.external_attr = 3, mode << 16
-            archive.writestr(entry, data, zipfile.ZIP_DEFLATED, 9)
+            archive.writestr(entry, data, compression, 9)
     return path

@@ -227,7 +227,7 @@ pub fn title(source: &Source) -> String {
             named.map_or_else(|| path.display().to_string(), |name| name.trim().to_owned())
         }
         Source::Worktree if let Some(own) = installation::find() => {
-            format!("this installation, {}", own.version())
+            format!("this installation ({}, commit {})", env!("CARGO_PKG_VERSION"), own.commit().0)
         }
         Source::Worktree => {
             let commit = git(&["rev-parse", "--short=12", "HEAD"]).unwrap_or_else(|| "no commit".to_owned());
