@@ -19,6 +19,8 @@ use transformer_bench::model::{
 
 pub use operations::Operation;
 
+use crate::recompute;
+
 /// Returns a scalar array. MLX promotes bf16 × f32 to f32, so a constant needs the type of the other operand.
 pub fn scalar(value: f64, dtype: Dtype) -> Array {
     match dtype {

@@ -37,6 +37,7 @@ impl Operation {
         let layers = Layers {
             model,
             caches: attention_caches(&model),
+            recomputes: false,
             fused: part.operation.function == Function::Attention,
             dropout: case.dropout(),
             random: RandomState::from_key(random::key(1)?),

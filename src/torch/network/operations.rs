@@ -10,7 +10,7 @@ use transformer_bench::model::parameters::{Linear, Norm};
 use transformer_bench::suite::operations::{Function, OperandRole, OperationPass, Pass};
 
 use super::{AttentionCache, Layers, activate, attention_caches, dropout, loss};
-use crate::{extension, params};
+use crate::{autograd, extension, params};
 
 /// A pass of an operation on a device.
 pub struct Operation {
@@ -118,7 +118,7 @@ impl Operation {
         let start = Instant::now();
         for output in outputs {
             self.results.clear();
-            let gradients = extension::grad(&output, self.upstream.as_ref(), &inputs)?;
+            let gradients = autograd::grad(&output, self.upstream.as_ref(), &inputs)?;
             self.results.push(output);
             self.results.extend(gradients);
         }
