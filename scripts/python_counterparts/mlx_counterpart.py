@@ -149,7 +149,7 @@ def build_step(case, variant):
     workload, precision, batch = case["workload"], case["precision"], case["batch"]
     compiled, s = variant == "compile", {**case["model"], "dropout": case["model"]["dropout"]["residual"]}
     model = s["name"]
-    if workload not in ("forward", "forward-backward", "train-step") or precision not in ("f32", "bf16", "f16", "mixed"):
+    if workload not in ("forward", "forward-backward", "optimizer-step", "train-step") or precision not in ("f32", "bf16", "f16", "mixed"):
         sys.exit(f"no Python counterpart of {workload} in {precision}")
     if s.get("lora"):
         sys.exit("no Python counterpart of adapters in MLX")
@@ -167,6 +167,7 @@ def build_step(case, variant):
     optimizer = build_optimizer(case)
     mx.eval(net.parameters(), data)
     state = [net.state, optimizer.state, mx.random.state]
+    fixed = tree_map(lambda p: (mx.random.normal(p.shape) / 100).astype(p.dtype), net.trainable_parameters())
 
     def loss(parameters, *data):
         if precision == "mixed":
@@ -178,6 +179,9 @@ def build_step(case, variant):
         return net.loss(*data)
 
     def train():
+        if workload == "optimizer-step":
+            optimizer.update(net, fixed)
+            return ()
         masters = net.trainable_parameters()
         value, gradients = mx.value_and_grad(loss)(masters, *data)
         net.update(masters)

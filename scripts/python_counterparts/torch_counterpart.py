@@ -107,7 +107,7 @@ def muon_updates(case, net, wide_net, fused):
 def check(case, variant):
     """Compares the results of a step without dropout with the same network in f64 on the CPU.
 
-    So are the updates of the matrices by Muon, if the case has it.
+    So are the updates of the matrices by Muon, if the case has it and iterates in f32.
     Returns the largest error as a share of its tolerance, and the name of that tensor.
     """
     check_workload(case)
@@ -128,7 +128,8 @@ def check(case, variant):
         wide_parameters = dict(wide_net.named_parameters())
         pairs = {name: (p.grad, wide_parameters[name].grad) for name, p in net.named_parameters() if p.grad is not None}
         pairs["loss"] = value.detach(), expected.detach()
-        if case["optimizes"] and case.get("optimizer") == "muon":
+        # In bf16, Muon raises rounding errors of a gradient of low rank to the size of its update.
+        if case["optimizes"] and case.get("optimizer") == "muon" and case["precision"] in TOLERANCES:
             pairs.update(muon_updates(case, net, wide_net, variant != "eager"))
     norms = {name: expected.double().norm().item() for name, (_, expected) in pairs.items()}
     least = SMALL * max(norms.values())

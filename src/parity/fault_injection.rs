@@ -327,19 +327,22 @@ impl Fault {
             Change::NoiseOutput(change) => check_noise(case, checker, |fixture| {
                 Ok(Box::new(FaultyCase::load(backend, &fixture, change)?))
             }),
-            Change::Rounding(rounding) => {
-                let results = reference::compute::<f32>(&fixture, rounding(), None);
-                let tensor = |values: NamedValues<f32>| Tensor {
-                    dims: vec![values.data.len()],
-                    name: values.name,
-                    data: values.data,
-                };
-                let results: Vec<Tensor> = results.into_iter().map(tensor).collect();
-                let expected = ReferenceCache::default().expected(&fixture, Accumulation::Wide);
-                Ok(compare_tensors(case, &expected, &results))
-            }
+            Change::Rounding(rounding) => Ok(check_rounding(&fixture, rounding())),
         }
     }
+}
+
+/// Checks the results of the reference with other number formats.
+fn check_rounding(fixture: &Fixture, rounding: Rounding) -> ParityResult {
+    let results = reference::compute::<f32>(fixture, rounding, None);
+    let tensor = |values: NamedValues<f32>| Tensor {
+        dims: vec![values.data.len()],
+        name: values.name,
+        data: values.data,
+    };
+    let results: Vec<Tensor> = results.into_iter().map(tensor).collect();
+    let expected = ReferenceCache::default().expected(fixture, Accumulation::Wide);
+    compare_tensors(fixture.case, &expected, &results)
 }
 
 #[cfg(test)]
