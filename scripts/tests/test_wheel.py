@@ -13,7 +13,7 @@ import unittest
 import zipfile
 from pathlib import Path
 
-from support import ROOT, TORCH_PYTHON, build, executables, needs_compile, run, temporary_folder, uses_all_cores
+from support import ROOT, TORCH_PYTHON, needs_compile, run, temporary_folder, uses_all_cores
 
 sys.path[:0] = [str(ROOT / "scripts" / name) for name in ("helpers", "setup.d", "wheel.d")]
 import linux  # noqa: E402
@@ -77,8 +77,6 @@ class Environment:
 class Wheel(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
-        build()
-        executables()
         cls.folder = Path(tempfile.mkdtemp(prefix="transformer-bench wheel-"))
         cls.addClassCleanup(shutil.rmtree, cls.folder)
         code, text = run("scripts/wheel", "--out", cls.folder / "first")
