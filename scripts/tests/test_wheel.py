@@ -43,9 +43,12 @@ def contents(folder):
 
 
 class Environment:
-    """A virtual environment with the wheel and links to torch and MLX."""
+    """A virtual environment with the wheel, torch and MLX.
 
-    def __init__(self, folder, wheel, torch=TORCH_PYTHON, mlx=None):
+    Python finds torch and MLX in their own folders, or in site-packages if `together` is true.
+    """
+
+    def __init__(self, folder, wheel, torch=TORCH_PYTHON, mlx=None, together=False):
         self.folder, self.home = folder / "an environment", folder / "home"
         self.home.mkdir(parents=True)
         self.variables = {}
@@ -57,7 +60,10 @@ class Environment:
         self.site = next((self.folder / "lib").glob("python*/site-packages"))
         self.package = self.site / "transformer_bench"
         for name, place in (("torch", torch), ("mlx", mlx)):
-            if place:
+            if place and together:
+                for path in place.resolve().glob(f"{name}*"):
+                    (self.site / path.name).symlink_to(path)
+            elif place:
                 (self.site / f"{name}.pth").write_text(f"{place.resolve()}\n")
 
     def run(self, *command, prefix=(), cwd=None, requests=None, **variables):
@@ -223,7 +229,11 @@ class Wheel(unittest.TestCase):
             self.assertIn(f"attention/{name}-cpu/f32", text)
 
     def test_mlx_calls_openblas(self):
-        own = self.environment()
+        own = self.environment(together=True)
+        # Other programs of a comparison have their own libraries.
+        code, text, error = own.run(own.python, "-c",
+                                    "import transformer_bench as t; print(t.environment().get('LD_LIBRARY_PATH'))")
+        self.assertEqual(text, "None\n", error)
         code, text, error = own.program("mlx", "--test", "^attention/mlx-cpu/f32/", LD_DEBUG="bindings")
         self.assertEqual(code, 0, text)
         for caller, library, symbol in (("libmlx.so", linux.BLAS, "cblas_sgemm"),

@@ -43,18 +43,28 @@ def platform_tag(found):
     return tags[0].rsplit("-", 1)[-1] if tags else ""
 
 
+def is_found(folder):
+    """Returns true if the programs find a package's libraries from their own folder.
+
+    They do not if they are links out of site-packages, or if Python takes the package from another folder.
+    """
+    site = Path(os.path.realpath(PROGRAM)).parents[2]
+    return os.path.realpath(folder) == os.path.realpath(site / folder.parent.name / folder.name)
+
+
 def environment():
     """Returns the variables of the programs (src/installation.rs), and where the loader finds their libraries.
 
-    The programs find them from their own folder too. That fails if a link leads out of site-packages, or if Python takes a
-    package from another folder.
+    The loader is only led if it must be, because a comparison also starts programs with other libraries.
     """
     variables = {"TRANSFORMER_BENCH_PYTHON": sys.executable}
-    folders = []
+    folders, found_by_programs = [], True
     for package, (library, names) in PACKAGES.items():
         folder = library_folder(package, library)
         found = distribution(names) if folder else None
-        folders += [str(folder)] if folder else []
+        if folder:
+            folders.append(str(folder))
+            found_by_programs &= is_found(folder)
         if package in ("torch", "mlx"):
             version = "" if folder is None else found.version if found else "of an unknown version"
             variables[f"TRANSFORMER_BENCH_{package.upper()}_VERSION"] = version
@@ -62,7 +72,8 @@ def environment():
             variables["TRANSFORMER_BENCH_MLX_WHEEL"] = platform_tag(found)
     name = "DYLD_LIBRARY_PATH" if MAC else "LD_LIBRARY_PATH"
     earlier = os.environ.get(name)
-    if folders:
+    # The libraries of the environment also come before those of a folder that the user has named.
+    if earlier or not found_by_programs:
         variables[name] = os.pathsep.join(folders + ([earlier] if earlier else []))
     return {**os.environ, **variables}
 
