@@ -15,9 +15,9 @@ use crate::suite::operations::{OperationPass, check_separable, operation_passes}
 use crate::suite::{BackendId, Case, Device, Framework, Method, Precision, Set, Shape, Workload, cost};
 
 /// Time in which both sides of an operation are sampled.
-const OPERATION_TIME: Duration = Duration::from_millis(600);
+const OPERATION_TIME: Duration = Duration::from_millis(500);
 /// Samples of whole steps before the operations, and again after them.
-const STEP_TIME: Duration = Duration::from_secs(3);
+const STEP_TIME: Duration = Duration::from_secs(2);
 /// Largest number of calls in a sample, and their memory in bytes: all backward passes of a sample are prepared before it.
 const MAX_CALLS: u64 = 64;
 const MAX_SAMPLE_BYTES: u64 = 256 << 20;

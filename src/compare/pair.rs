@@ -12,7 +12,7 @@ use crate::suite::Case;
 
 /// Shortest duration of a sample. A request and the start of sleeping threads take tens of microseconds.
 const SAMPLE: Duration = Duration::from_millis(20);
-const MIN_SAMPLES: usize = 5;
+const MIN_SAMPLES: usize = 4;
 const MAX_SAMPLES: usize = 60;
 
 /// Two processes, and the order of their samples.

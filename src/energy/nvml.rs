@@ -102,3 +102,24 @@ pub fn open() -> Result<Counter> {
     let limit_watts = limit.is_ok().then(|| f64::from(milliwatts) * 1e-3);
     Ok(Counter { scope: Scope::Board, limit_watts, read: Box::new(read) })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    #[test]
+    fn the_counter_of_a_gpu_advances() {
+        let mut counter = match open() {
+            Ok(counter) => counter,
+            Err(reason) => return println!("skipped: {reason:#}"),
+        };
+        let (before, start) = (counter.joules().unwrap(), Instant::now());
+        std::thread::sleep(Duration::from_secs(2));
+        let watts = (counter.joules().unwrap() - before) / start.elapsed().as_secs_f64();
+        println!("idle GPU: {watts:.1} W, limit {:?} W", counter.limit_watts);
+        counter.check(watts).unwrap();
+        assert!(counter.limit_watts.is_some_and(|limit| watts < limit));
+    }
+}

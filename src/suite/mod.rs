@@ -6,6 +6,8 @@ pub mod cost;
 pub mod custom_model;
 mod dimensions;
 pub mod operations;
+#[cfg(test)]
+mod operations_tests;
 mod shape;
 mod table;
 
