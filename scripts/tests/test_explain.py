@@ -62,7 +62,8 @@ class Explain(unittest.TestCase):
         cache = self.folder / "cache"
         code, text = self.measure("first-step", "/mlx-cpu/f32-tuned/", "--json", env={"XDG_CACHE_HOME": str(cache)})
         self.assertEqual(code, 0, text)
-        [steps] = json.loads(text[text.index("[\n"):])
+        # The progress follows on standard error.
+        [steps], _ = json.JSONDecoder().raw_decode(text[text.index("[\n"):])
         self.assertEqual(steps["ids"], [STEPS[1], STEPS[1].replace("f32", "f32-tuned")])
         for starts in (steps["cold"], steps["warm"]):
             for start in starts:

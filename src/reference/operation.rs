@@ -6,7 +6,7 @@ use super::batch::{LOSS_TERMS, NamedValues};
 use super::matmul::{Matrix, Real, cores};
 use super::network::{Batch, Sample};
 use super::rounding::Rounding;
-use crate::fixture::{OperationFixture, Tensor};
+use crate::fixture::{OperationFixture, Tensor, fill_hidden};
 use crate::model::parameters::Norm;
 use crate::model::{Model, Output, Position};
 use crate::suite::operations::{Function, OperandRole};
@@ -259,7 +259,10 @@ impl Computation<'_> {
             order.iter().flat_map(|&i| values(&samples[i]).iter().copied()).collect()
         };
         let named = |name: &str, data| NamedValues { name: name.to_owned(), data };
-        let output = concat(&|sample| &sample.output);
+        let mut output = concat(&|sample| &sample.output);
+        if part.operation.function == Function::Scores {
+            fill_hidden(part, &mut output, |_| R::zero());
+        }
         let mut all = match part.operation.function {
             Function::Loss => {
                 vec![named("loss", vec![output.iter().copied().sum()]), named(LOSS_TERMS, output)]
