@@ -56,21 +56,24 @@ pub fn verify(backend: &dyn Backend, case: Case, mut loaded: Box<dyn LoadedCase>
     // Two copies of a large case may not fit into memory.
     drop(loaded);
 
-    let mut fresh = backend.load(&Fixture::new(case)).context("the case could not be loaded again")?;
-    fresh.set_inputs(&inputs)?;
-    fresh.restore(&start, SEED)?;
-    drop(start);
     // Without state, the results of each step are the same.
     let count = if has_state(&case) { steps } else { steps.min(2) };
-    let mut read = Vec::new();
-    for step in 1..=count {
-        fresh.step()?;
-        if case.workload.optimizes() || step == count {
-            read = read_all(fresh.as_mut())?;
+    let run_and_read = || -> Result<Vec<Tensor>> {
+        let mut fresh = backend.load(&Fixture::new(case)).context("the case could not be loaded again")?;
+        fresh.set_inputs(&inputs)?;
+        fresh.restore(&start, SEED)?;
+        let mut read = Vec::new();
+        for step in 1..=count {
+            fresh.step()?;
+            if case.workload.optimizes() || step == count {
+                read = read_all(fresh.as_mut())?;
+            }
         }
-    }
+        Ok(read)
+    };
+    let read = run_and_read()?;
     check_finite(&timed)?;
-    match state_difference(&read, &timed, steps as usize) {
+    match state_difference(&read, &timed, steps as usize, run_and_read)? {
         Some(difference) => bail!("the timed steps did other work than steps that are read: {difference}"),
         None => Ok(()),
     }
