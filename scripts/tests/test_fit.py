@@ -7,7 +7,7 @@ from support import PROGRAM, build, executables, fake_worker, run, temporary_fol
 
 class Fit(unittest.TestCase):
     MODEL = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2,
-             "num_key_value_heads": 2, "num_hidden_layers": 8, "vocab_size": 4096, "max_position_embeddings": 2048}
+             "num_key_value_heads": 2, "num_hidden_layers": 6, "vocab_size": 4096, "max_position_embeddings": 512}
 
     def setUp(self):
         build()
@@ -33,17 +33,17 @@ class Fit(unittest.TestCase):
         self.assertEqual(code, 0, text)
         first = json.loads(text[text.index("{"):text.rindex("}") + 1])["methods"][0]
         self.assertEqual((first["batch"]["largest"], first["batch"]["limited_by"]), (6, "memory"))
-        self.assertEqual(first["tokens"]["largest"], 1536)
+        self.assertEqual((first["tokens"]["largest"], first["tokens"]["limited_by"]), (512, "size"))
         for point in first["batch"]["points"]:
             self.assertEqual(point["fits"], point["size"] <= 6, point)
 
     def test_an_error_that_is_not_about_memory_ends_the_search(self):
         code, text = self.fake('if word == "case" and batch > 3: print("failed: a wrong dimension", flush=True); continue')
         self.assertEqual(code, 2, text)
-        self.assertIn("train-step/torch-cpu/f32/small-b4-t256: a wrong dimension", text)
+        self.assertIn("train-step/torch-cpu/f32/small-b6-t256: a wrong dimension", text)
 
     def test_wrong_options_are_one_line(self):
-        for arguments, words in (([], "needs --model PATH"), (["--model", self.model, "--tokens", "4096"], "at most 2048")):
+        for arguments, words in (([], "needs --model PATH"), (["--model", self.model, "--tokens", "4096"], "at most 512")):
             code, text = self.fit(*arguments)
             self.assertEqual((code, len(text.splitlines())), (2, 1), text)
             self.assertIn(words, text)
@@ -55,7 +55,7 @@ class Fit(unittest.TestCase):
         sides.mkdir()
         for framework, path in found.items():
             (sides / framework).symlink_to(path)
-        code, text = self.fit("--executables", sides, "--model", self.model, "--tokens", "512", "--memory", "0.8", "--json")
+        code, text = self.fit("--executables", sides, "--model", self.model, "--tokens", "512", "--memory", "0.5", "--json")
         self.assertEqual(code, 0, text)
         methods = {(m["backend"], m["method"]): m for m in json.loads(text[text.index("{"):text.rindex("}") + 1])["methods"]}
         for backend in ("torch-cpu", "mlx-cpu"):
@@ -66,7 +66,7 @@ class Fit(unittest.TestCase):
                     self.assertLess(point["process_peak_bytes"], 1_000_000_000)
             less = methods[backend, "f32-checkpoint"]
             self.assertGreater(less["batch"]["largest"], plain["batch"]["largest"], text)
-            self.assertGreater(less["tokens"]["largest"], plain["tokens"]["largest"], text)
+            self.assertGreaterEqual(less["tokens"]["largest"], plain["tokens"]["largest"], text)
 
 
 if __name__ == "__main__":

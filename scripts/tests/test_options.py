@@ -12,7 +12,8 @@ class Options(unittest.TestCase):
     SIMILAR = {"bench": ("--ful", "--full"), "test": ("--halp", "--help"), "setup": ("--cpuu", "--cpu"),
                "check-mac": ("--lnk", "--link"), "compare-python": ("--round", "--rounds"), "baseline": ("--hlp", "--help"),
                "compare": ("--treshold", "--threshold"), "flamegraph": ("--secnds", "--seconds"),
-               "fit": ("--tokns", "--tokens"),
+               "fit": ("--tokns", "--tokens"), "explain": ("--jsn", "--json"), "energy": ("--secnds", "--seconds"),
+               "first-step": ("--jsn", "--json"),
                "report": ("--hlp", "--help"), "calibrate": ("--minuts", "--minutes"), "list": ("--flps", "--flops"),
                "publish": ("--chek", "--check"), "wheel": ("--targt", "--target")}
 

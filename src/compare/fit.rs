@@ -148,15 +148,16 @@ impl Prober<'_> {
     /// # Errors
     /// Returns an error if it fails for another reason than memory.
     pub fn attempt(&self, case: &Case, tokens: usize) -> Result<Outcome> {
-        let mut worker = self.start(case, tokens)?;
-        let watch = SwapWatch::start();
-        let first = match request(&mut worker, &format!("case {case}"), &watch)? {
+        let worker = self.start(case, tokens)?;
+        let mut process =
+            WatchedProcess { worker, watch: SwapWatch::start(), is_limited: self.memory_limit.is_some() };
+        let first = match process.request(&format!("case {case}"))? {
             Ok(answer) => answer.strip_prefix("ready ").and_then(|ns| ns.parse::<f64>().ok()),
             Err(reason) => return Ok(Outcome::DoesNotFit { reason }),
         };
         let mut seconds = first.context("the executable is older than this command")? * 1e-9;
         if seconds < REPEATED_STEP.as_secs_f64() {
-            match request(&mut worker, "1", &watch)? {
+            match process.request("1")? {
                 Ok(answer) => {
                     let ns = answer.split(' ').next().and_then(|ns| ns.parse::<f64>().ok());
                     seconds = ns.with_context(|| format!("'{answer}' is not a time"))? * 1e-9;
@@ -164,7 +165,7 @@ impl Prober<'_> {
                 Err(reason) => return Ok(Outcome::DoesNotFit { reason }),
             }
         }
-        Ok(match request(&mut worker, "memory", &watch)? {
+        Ok(match process.request("memory")? {
             Ok(answer) => Outcome::Fits { seconds, memory: parse_memory(&answer)? },
             Err(reason) => Outcome::DoesNotFit { reason },
         })
@@ -181,38 +182,52 @@ fn parse_memory(answer: &str) -> Result<Memory> {
     Ok(Memory { allocator: bytes(allocator)?, process: bytes(process)? })
 }
 
-/// Sends a request and returns the answer, or the reason why there was not enough memory. The process is ended if the
-/// system begins to swap.
-fn request(worker: &mut Worker, request: &str, watch: &SwapWatch) -> Result<Result<String, String>> {
-    worker.send(request)?;
-    let until = Instant::now() + STEP_TIMEOUT;
-    loop {
-        check_interrupted()?;
-        match worker.poll(Duration::from_millis(200)) {
-            Ok(Some(line)) => {
-                return match line.strip_prefix("failed: ") {
-                    Some(reason) if is_out_of_memory(reason) => Ok(Err(reason.to_owned())),
-                    Some(reason) => Err(anyhow!("{reason}")),
-                    None => Ok(Ok(line)),
-                };
+/// A worker whose memory is watched.
+struct WatchedProcess {
+    worker: Worker,
+    watch: SwapWatch,
+    /// True if its memory is limited.
+    is_limited: bool,
+}
+
+impl WatchedProcess {
+    /// Sends a request and returns the answer, or the reason why there was not enough memory. The process is ended if the
+    /// system begins to swap.
+    fn request(&mut self, request: &str) -> Result<Result<String, String>> {
+        self.worker.send(request)?;
+        let until = Instant::now() + STEP_TIMEOUT;
+        loop {
+            check_interrupted()?;
+            match self.worker.poll(Duration::from_millis(200)) {
+                Ok(Some(line)) => {
+                    return match line.strip_prefix("failed: ") {
+                        Some(reason) if is_out_of_memory(reason) => Ok(Err(reason.to_owned())),
+                        Some(reason) => Err(anyhow!("{reason}")),
+                        None => Ok(Ok(line)),
+                    };
+                }
+                Ok(None) => {}
+                Err(_) => {
+                    let ended = self.worker.end();
+                    let crashed = self.is_limited && has_crashed(&ended);
+                    return if was_killed(&ended) || crashed || is_out_of_memory(&ended) {
+                        Ok(Err(ended))
+                    } else {
+                        Err(anyhow!("{ended}"))
+                    };
+                }
             }
-            Ok(None) => {}
-            Err(_) => {
-                let ended = worker.end();
-                return if was_killed(&ended) || is_out_of_memory(&ended) {
-                    Ok(Err(ended))
-                } else {
-                    Err(anyhow!("{ended}"))
-                };
+            if let Some(bytes) = self.watch.swapped() {
+                self.worker.end();
+                return Ok(Err(format!(
+                    "the system swapped {} MB, so the step was stopped",
+                    bytes / 1_000_000
+                )));
             }
-        }
-        if let Some(bytes) = watch.swapped() {
-            worker.end();
-            return Ok(Err(format!("the system swapped {} MB, so the step was stopped", bytes / 1_000_000)));
-        }
-        if Instant::now() > until {
-            worker.end();
-            bail!("no answer to '{request}' in {} s; the process was ended", STEP_TIMEOUT.as_secs());
+            if Instant::now() > until {
+                self.worker.end();
+                bail!("no answer to '{request}' in {} s; the process was ended", STEP_TIMEOUT.as_secs());
+            }
         }
     }
 }
@@ -220,6 +235,11 @@ fn request(worker: &mut Worker, request: &str, watch: &SwapWatch) -> Result<Resu
 /// Returns true if the system ended a process with SIGKILL, as Linux and macOS do if memory runs out.
 fn was_killed(ended: &str) -> bool {
     ended.contains("signal: 9")
+}
+
+/// Returns true if a process ended with an invalid access. MLX writes to the null pointer of an allocation that failed.
+fn has_crashed(ended: &str) -> bool {
+    ended.contains("signal: 11") || ended.contains("signal: 7")
 }
 
 /// Returns true if a message of a framework or of the system is about missing memory.
@@ -285,6 +305,9 @@ mod tests {
             assert!(is_out_of_memory(reason), "{reason}");
         }
         assert!(was_killed("the process ended with signal: 9 (SIGKILL) "));
+        assert!(
+            has_crashed("the process ended with signal: 11 (SIGSEGV) ") && !has_crashed("exit status: 11")
+        );
         assert!(!is_out_of_memory("the shapes do not match") && !was_killed("exit status: 2"));
     }
 }
