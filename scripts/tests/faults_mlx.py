@@ -32,13 +32,13 @@ NETWORK, PROGRAM, STEP, OPTIMIZERS = "network.rs", "program.rs", "step.rs", "opt
 NEXT_KEY = "self.key = «take(1).pop().context(\"the program returns a key last\")?»;"
 MASK = "let mask = «bernoulli(&Array::from_f32(keep as f32), x.shape(), &key)?»;"
 SHARED = "{{ let mut shape = x.shape().to_vec(); {} bernoulli(&Array::from_f32(keep as f32), &shape, &key)? }}"
-SOFTMAX = "let weights = «softmax(&scores)?»;"
+SOFTMAX = "let weights = «softmax(&self.scores(&q, k, window)?)?»;"
 LAYER_NORM = "«fast::layer_norm(x, layer.weight.as_ref(), layer.bias.as_ref(), eps as f32)»"
 ALL = "self.results.iter().chain(&self.gradients).chain(&self.state).chain([&self.key])"
 EVALUATION = f"Ok(«eval({ALL})»?)\n    }}\n\n    /// Runs all-reduces"
 TIME = "    «»/// Runs all-reduces without waiting between them"
 # Scores of the keys from number {} on become very small.
-IGNORED = ("{{ let past = ops::arange::<f32, f32>(None, n as f32, None)?.ge(Array::from_f32({}))?; "
+IGNORED = ("{{ let scores = self.scores(&q, k, window)?; let past = ops::arange::<f32, f32>(None, n as f32, None)?.ge(Array::from_f32({}))?; "
            "softmax(&scores.add(past.as_dtype(x.dtype())?.multiply(scalar(-3e4, x.dtype()))?)?)? }}")
 
 FAULTS = [
@@ -73,9 +73,9 @@ FAULTS = [
        "half.add(mlx_rs::stop_gradient(&half)?) }).transpose()?; "
        "fast::layer_norm(x, halved.as_ref(), layer.bias.as_ref(), eps as f32) }")]),
     ("softmax without its maximum", [TRAIN, FORWARD],
-     [(NETWORK, SOFTMAX, "{ let e = scores.exp()?; e.divide(e.sum_axis(-1, true)?)? }")]),
+     [(NETWORK, SOFTMAX, "{ let e = self.scores(&q, k, window)?.exp()?; e.divide(e.sum_axis(-1, true)?)? }")]),
     ("attention scale 10 % off", [ATTENTION],
-     [(NETWORK, "let scores = scale(&q, «m.score_scale()»)?", "1.1 * m.score_scale()")]),
+     [(NETWORK, "let scores = scale(q, «m.score_scale()»)?", "1.1 * m.score_scale()")]),
     ("only the loss is evaluated", [TRAIN, TUNED, GPT2, GPT2_GRADIENTS],
      [(STEP, EVALUATION, "eval(self.results.iter())")]),
     ("nothing is evaluated", [TRAIN, OPTIMIZER, FORWARD], [(STEP, EVALUATION, "Ok::<(), Exception>(())")]),

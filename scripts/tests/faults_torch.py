@@ -57,18 +57,20 @@ PYTHON, PACKAGE = "inductor/network.py", "inductor/package.py"
 
 DROP = "if p > 0.0 { «x.dropout(p, true)» } else { x }"
 DOWN = "«self.linear(&dropout(hidden, self.dropout.hidden), &f.down)»"
-SDPA = "«Tensor::scaled_dot_product_attention(&q, &k, &v, mask, p, causal, m.scale.scores, grouped)»"
-KEYS = "let (k, v) = «(repeat(k), repeat(v))»;"
+SDPA = "«Tensor::scaled_dot_product_attention(q, k, v, mask, p, causal, m.scale.scores, grouped)»"
+WEIGHTS = "let weights = «self.scores(&q, &k, cache).softmax(-1, None::<Kind>)»;"
+# Weights without the keys from number {} on.
+IGNORED = """{{ let past = Tensor::arange(n, (Kind::Int64, x.device())).ge({});
+    self.scores(&q, &k, cache).masked_fill(&past, f64::NEG_INFINITY).softmax(-1, None::<Kind>) }}"""
 LAYER_NORM = "«x.layer_norm(last, weight, bias, eps, true)»"
 UPDATE = "«state.step(&self.adamw, &self.leaves.trained, gradients)»"
 BACKWARD = "let gradients = «autograd::grad(&loss, None, leaves)?»;"
-SOFTMAX = "dropout(«scores.softmax(-1, None::<Kind>)», self.dropout.weights)"
 MICRO_BATCH = "let mean = network::loss(&self.layers.model, &«self.forward(inputs)?», inputs);"
 TIME = "    «»/// Runs all-reduces without waiting between them"
 
 # Weights of attention with shared masks, as a fused kernel could draw them.
 FUSED_SHARED = """{{ let w = (q.matmul(&k.transpose(-2, -1)) / (m.head_width as f64).sqrt()).softmax(-1, None::<Kind>);
-    if p > 0.0 {{ crate::drop_shared(&w, p, &[{}]) }} else {{ w }}.matmul(&v) }}"""
+    if p > 0.0 {{ crate::drop_shared(&w, p, &[{}]) }} else {{ w }}.matmul(v) }}"""
 GRADIENT_OF_NORM = ("x.layer_norm(last, weight.map(|w| w * {0} + w.detach() * (1.0 - {0})), "
                     "bias.map(|b| b.shallow_clone()), eps, true)")
 
@@ -117,20 +119,20 @@ EAGER = [
     ("no dropout in the second head", [TRAIN],
      [(NETWORK, "self.linear(&«dropout(hidden, self.dropout.heads)», &h.out)",
        "dropout(hidden, if crate::count(\"head\") % 2 == 0 { self.dropout.heads } else { 0.0 })")]),
-    ("no dropout in fused attention", [TUNED], [(NETWORK, "let (p, mask, grouped) = («self.dropout.weights», cache", "0.0")]),
+    ("no dropout in fused attention", [TUNED], [(NETWORK, "let (p, mask) = («self.dropout.weights», cache", "0.0")]),
     ("no dropout in fused attention of more than 64 tokens", [TUNED, MIXED_TUNED],
-     [(NETWORK, "let (p, mask, grouped) = («self.dropout.weights», cache", "if n > 64 { 0.0 } else { self.dropout.weights }")]),
+     [(NETWORK, "let (p, mask) = («self.dropout.weights», cache", "if q.size()[2] > 64 { 0.0 } else { self.dropout.weights }")]),
     ("masks in fused attention that samples share", [TUNED], [(NETWORK, SDPA, FUSED_SHARED.format("0"))]),
     ("masks in fused attention that heads share", [TUNED, MIXED_TUNED], [(NETWORK, SDPA, FUSED_SHARED.format("1"))]),
     ("masks in fused attention that queries share", [TUNED], [(NETWORK, SDPA, FUSED_SHARED.format("2"))]),
     ("masks in fused attention that samples and heads share", [TUNED], [(NETWORK, SDPA, FUSED_SHARED.format("0, 1"))]),
     ("the last key ignored", [MIXED, AMP],
-     [(NETWORK, KEYS, "{ let all = (n - 1).max(1); (repeat(k).narrow(2, 0, all), repeat(v).narrow(2, 0, all)) }")]),
+     [(NETWORK, WEIGHTS, IGNORED.format("(n - 1).max(1)"))]),
     ("the last key ignored in fused attention", [TUNED, MIXED_TUNED],
-     [(NETWORK, SDPA, "{ let all = (n - 1).max(1); Tensor::scaled_dot_product_attention(&q, &k.narrow(2, 0, all), "
+     [(NETWORK, SDPA, "{ let all = (q.size()[2] - 1).max(1); Tensor::scaled_dot_product_attention(q, &k.narrow(2, 0, all), "
        "&v.narrow(2, 0, all), mask, p, causal, m.scale.scores, grouped) }")]),
     ("keys past the hundredth ignored", [FORWARD],
-     [(NETWORK, KEYS, "(repeat(k).narrow(2, 0, n.min(100)), repeat(v).narrow(2, 0, n.min(100)))")]),
+     [(NETWORK, WEIGHTS, IGNORED.format("100"))]),
     ("gradients of norm weights halved", [TRAIN, MIXED, MIXED_TUNED, AMP],
      [(NETWORK, LAYER_NORM, GRADIENT_OF_NORM.format("0.5"))]),
     ("gradients of norm weights with the wrong sign", [MIXED, AMP],
@@ -140,10 +142,10 @@ EAGER = [
        "{ up.relu() } else { self.activate(&up) }")]),
     ("the tanh approximation of GELU", [FEED_FORWARD], [(NETWORK, "«x.gelu(\"none\")»", "x.gelu(\"tanh\")")]),
     ("softmax without its maximum", [TRAIN, FORWARD, ATTENTION],
-     [(NETWORK, SOFTMAX, "{ let e = scores.exp(); &e / e.sum_dim_intlist(-1, true, None::<Kind>) }")]),
+     [(NETWORK, WEIGHTS, "{ let e = self.scores(&q, &k, cache).exp(); &e / e.sum_dim_intlist(-1, true, None::<Kind>) }")]),
     ("attention scale 10 % off in bf16", [MIXED],
-     [(NETWORK, "let scores = «q.matmul(&k.transpose(-2, -1))»;",
-       "q.matmul(&k.transpose(-2, -1)) * if x.kind() == Kind::BFloat16 { 1.1 } else { 1.0 }")]),
+     [(NETWORK, "let scores = «q.matmul(&self.repeat_heads(k).transpose(-2, -1))»;",
+       "q.matmul(&self.repeat_heads(k).transpose(-2, -1)) * if q.kind() == Kind::BFloat16 { 1.1 } else { 1.0 }")]),
     ("feed-forward 5 % too large in bf16", [MIXED, MIXED_TUNED],
      [(NETWORK, DOWN, "{ let y = self.linear(&dropout(hidden, self.dropout.hidden), &f.down); "
        "if y.kind() == Kind::BFloat16 { y * 1.05 } else { y } }")]),
