@@ -2,7 +2,7 @@
 import json
 import unittest
 
-from support import PROGRAM, build, executables, run, temporary_folder, uses_all_cores
+from support import PROGRAM, build, executables, needs_quiet_machine, run, temporary_folder, uses_all_cores
 
 BACKENDS = ("torch-cpu", "mlx-cpu")
 CONFIG = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
@@ -29,7 +29,7 @@ class Explain(unittest.TestCase):
         return run(PROGRAM, command, *arguments, "--model", self.folder / "small", "--batch", "2", "--tokens", "64",
                    "--executables", side, env={**self.env, **(env or {})})
 
-    @uses_all_cores
+    @needs_quiet_machine
     def test_the_sentence_names_a_planted_slow_operation(self):
         # About 20 ms each: longer than any operation of this model. The step has two calls of it.
         rounds = 5_000_000
