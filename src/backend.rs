@@ -357,7 +357,9 @@ pub fn check_supported(case: &Case) -> Result<(), Unsupported> {
             return no("one device has no communication: use the same case with -dp2");
         }
         variant if variant.reduces_memory() && !case.workload.has_loss() => {
-            return no("without a loss and its gradients, there is no memory of a backward pass to reduce");
+            return no(
+                "the variant reduces the memory of a backward pass from a loss, which this workload does not have",
+            );
         }
         Variant::ChunkedLoss if !case.is_language_model() => {
             return no("only a cross-entropy over a vocabulary can be computed in chunks");

@@ -71,7 +71,7 @@ struct Worker<'a> {
     backends: &'a Backends,
     framework: Framework,
     loaded: Option<(Case, Box<dyn LoadedCase>)>,
-    /// The loaded operation, if there is no loaded case.
+    /// The loaded operation, or `None` while a case is loaded.
     operation: Option<CheckedOperation>,
     /// Rounds of extra work per step of the loaded case or operation.
     extra_rounds: u64,

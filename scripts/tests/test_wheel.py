@@ -132,7 +132,8 @@ class Wheel(unittest.TestCase):
 
     @uses_all_cores
     def test_a_clean_machine_measures_and_writes_only_its_own_files(self):
-        """There is no checkout, no cargo and no cache, site-packages is read-only, and the user has a repository."""
+        """The machine has neither a checkout nor cargo nor a cache. site-packages is read-only, and the current folder is a
+        repository of the user."""
         namespace = mount_namespace()
         if namespace is None:
             self.skipTest("this system has no mount namespaces")

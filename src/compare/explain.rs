@@ -28,6 +28,12 @@ pub struct Explainer {
     pair: WorkerPair,
     /// Timings of the whole steps, in which the wait for cores is counted.
     steps: [Vec<BlockTiming>; 2],
+    machine: Machine,
+}
+
+/// Returns the median wall time in nanoseconds.
+fn median_ns(times: &[BlockTiming]) -> f64 {
+    1e9 * median(&times.iter().map(|time| time.wall).collect::<Vec<_>>())
 }
 
 /// Returns the backends of both frameworks on one device: a GPU, if both have it.
@@ -76,7 +82,8 @@ impl Explainer {
         for case in &cases {
             check_separable(case).map_err(anyhow::Error::msg)?;
         }
-        Ok(Self { cases, pair: WorkerPair::new(workers), steps: [Vec::new(), Vec::new()] })
+        let steps = [Vec::new(), Vec::new()];
+        Ok(Self { cases, pair: WorkerPair::new(workers), steps, machine: Machine::read() })
     }
 
     /// Returns the training steps that are explained.
@@ -99,18 +106,16 @@ impl Explainer {
         progress("optimizer");
         operations.push(self.time_optimizer()?);
         self.time_steps(progress)?;
-        let wall =
-            |steps: &Vec<BlockTiming>| 1e9 * median(&steps.iter().map(|step| step.wall).collect::<Vec<_>>());
         let model = self.cases[0].shape.model().map_or(ModelId::indicator(), |(model, _)| model);
         let activation = serde_json::to_value(model.activation)?;
         Ok(Explanation {
             ids: self.cases.map(|case| case.to_string()),
-            step_ns: [wall(&self.steps[0]), wall(&self.steps[1])],
+            step_ns: [median_ns(&self.steps[0]), median_ns(&self.steps[1])],
             activation: activation.as_str().unwrap_or_default().to_owned(),
             peak_flops: peaks[0],
             peak_bytes: peaks[1],
             operations,
-            commit: Machine::read().commit,
+            commit: self.machine.commit.clone(),
         })
     }
 
@@ -188,8 +193,8 @@ impl Explainer {
             self.pair.sample(has, OPERATION_TIME, (MAX_SAMPLE_BYTES / bytes.max(1)).clamp(1, MAX_CALLS))?;
         let mut ns = [None; 2];
         for side in (0..2).filter(|&side| has[side]) {
-            let time = 1e9 * median(&times[side].iter().map(|time| time.wall).collect::<Vec<_>>());
-            let ceiling = machine::flops_ceiling(self.cases[side].backend, precision, &Machine::read());
+            let time = median_ns(&times[side]);
+            let ceiling = machine::flops_ceiling(self.cases[side].backend, precision, &self.machine);
             machine::check_rate(part.flops(), time, ceiling)
                 .and_then(|()| self.pair.workers[side].verify())
                 .with_context(|| format!("{part} of {}", self.cases[side]))?;
@@ -220,8 +225,7 @@ impl Explainer {
         self.pair.load(&cases)?;
         let times = self.pair.sample([true; 2], OPERATION_TIME, MAX_CALLS)?;
         self.pair.verify()?;
-        let ns =
-            times.map(|times| Some(1e9 * median(&times.iter().map(|time| time.wall).collect::<Vec<_>>())));
+        let ns = times.map(|times| Some(median_ns(&times)));
         let (operation, pass) = ("optimizer".to_owned(), "update".to_owned());
         Ok(OperationTime { operation, pass, count: 1, flops: 0, bytes: cost::bytes(&cases[0]), ns })
     }

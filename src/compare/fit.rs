@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 
 use super::signals::check_interrupted;
-use super::worker::{Side, Threads, Worker};
+use super::worker::{CheckOutcome, Side, Threads, Worker};
 use crate::memory::{MEMORY_LIMIT_VARIABLE, SwapWatch};
 use crate::suite::Case;
 use crate::suite::custom_model::{BATCH_VARIABLE, TOKENS_VARIABLE};
@@ -138,7 +138,7 @@ impl Prober<'_> {
     pub fn check(&self, case: &Case, tokens: usize) -> Result<()> {
         let unlimited = Prober { memory_limit: None, ..*self };
         match unlimited.start(case, tokens)?.check(case)? {
-            super::worker::CheckOutcome::Wrong(reason) => Err(anyhow!("{case} computes wrongly: {reason}")),
+            CheckOutcome::Wrong(reason) => Err(anyhow!("{case} computes wrongly: {reason}")),
             _ => Ok(()),
         }
     }

@@ -6,7 +6,6 @@ use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
 use crate::energy::Scope;
-use crate::files::{lock_file, write_atomic};
 
 /// Energy of a stretch of steps.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -62,10 +61,5 @@ pub fn read(folder: &Path) -> Result<Vec<CaseEnergy>> {
 /// # Errors
 /// Returns an error if the file cannot be read or written.
 pub fn save(folder: &Path, new: &CaseEnergy) -> Result<()> {
-    let path = path(folder);
-    let _lock = lock_file(&path)?;
-    let mut all = read(folder)?;
-    all.retain(|old| old.id != new.id);
-    all.push(new.clone());
-    write_atomic(&path, &serde_json::to_string_pretty(&all)?)
+    super::save_into_list(&path(folder), vec![new.clone()], |old, new| old.id == new.id)
 }

@@ -5,8 +5,6 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
-use crate::files::{lock_file, write_atomic};
-
 /// Times in a new process, in nanoseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StartTimes {
@@ -82,12 +80,7 @@ pub fn read(folder: &Path) -> Result<Vec<FirstSteps>> {
 /// # Errors
 /// Returns an error if the file cannot be read or written.
 pub fn save(folder: &Path, new: &FirstSteps) -> Result<()> {
-    let path = path(folder);
-    let _lock = lock_file(&path)?;
-    let mut all = read(folder)?;
-    all.retain(|old| old.ids != new.ids);
-    all.push(new.clone());
-    write_atomic(&path, &serde_json::to_string_pretty(&all)?)
+    super::save_into_list(&path(folder), vec![new.clone()], |old, new| old.ids == new.ids)
 }
 
 #[cfg(test)]

@@ -212,14 +212,25 @@ fn read_list<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
     if path.exists() { read_json(path, "remove it and compare again") } else { Ok(Vec::new()) }
 }
 
+/// Adds `new` values to the list in a file. They replace the older ones that `replaces` selects.
+///
+/// # Errors
+/// Returns an error if the file is damaged or cannot be written.
+fn save_into_list<T: Serialize + DeserializeOwned>(
+    path: &Path,
+    new: Vec<T>,
+    replaces: impl Fn(&T, &T) -> bool,
+) -> Result<()> {
+    let _lock = lock_file(path)?;
+    let mut all: Vec<T> = read_list(path)?;
+    all.retain(|old| !new.iter().any(|new| replaces(old, new)));
+    all.extend(new);
+    write_atomic(path, &serde_json::to_string_pretty(&all)?)
+}
+
 /// Saves interleaved results. They replace older results of the same pairs.
 pub fn save_interleaved(folder: &Path, new: Vec<InterleavedResult>) -> Result<()> {
-    let path = turns_path(folder);
-    let _lock = lock_file(&path)?;
-    let mut all = interleaved_results(folder)?;
-    all.retain(|old| !new.iter().any(|n| (&n.base, &n.head) == (&old.base, &old.head)));
-    all.extend(new);
-    write_atomic(&path, &serde_json::to_string_pretty(&all)?)
+    save_into_list(&turns_path(folder), new, |old, new| (&new.base, &new.head) == (&old.base, &old.head))
 }
 
 fn settings_path(folder: &Path) -> PathBuf {
@@ -228,12 +239,9 @@ fn settings_path(folder: &Path) -> PathBuf {
 
 /// Saves effects of environment variables. They replace older ones of the same variables and cases.
 pub fn save_env_effects(folder: &Path, new: Vec<EnvEffect>) -> Result<()> {
-    let path = settings_path(folder);
-    let _lock = lock_file(&path)?;
-    let mut all = env_effects(folder)?;
-    all.retain(|old| !new.iter().any(|n| (&n.variables, &n.id) == (&old.variables, &old.id)));
-    all.extend(new);
-    write_atomic(&path, &serde_json::to_string_pretty(&all)?)
+    save_into_list(&settings_path(folder), new, |old, new| {
+        (&new.variables, &new.id) == (&old.variables, &old.id)
+    })
 }
 
 fn first_version() -> u64 {

@@ -5,8 +5,6 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
-use crate::files::{lock_file, write_atomic};
-
 /// A pass of an operation on two backends.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct OperationTime {
@@ -81,10 +79,5 @@ pub fn read(folder: &Path) -> Result<Vec<Explanation>> {
 /// # Errors
 /// Returns an error if the file cannot be read or written.
 pub fn save(folder: &Path, new: Explanation) -> Result<()> {
-    let path = path(folder);
-    let _lock = lock_file(&path)?;
-    let mut all = read(folder)?;
-    all.retain(|old| old.ids != new.ids);
-    all.push(new);
-    write_atomic(&path, &serde_json::to_string_pretty(&all)?)
+    super::save_into_list(&path(folder), vec![new], |old, new| old.ids == new.ids)
 }

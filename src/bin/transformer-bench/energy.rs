@@ -1,7 +1,5 @@
 //! `scripts/energy`: the energy of training steps.
 
-use std::time::{Duration, Instant};
-
 use anyhow::{Result, bail, ensure};
 use clap::Args;
 use transformer_bench::compare::worker::{CheckOutcome, Side, Threads, Worker};
@@ -9,14 +7,11 @@ use transformer_bench::report::{energy as report, markdown};
 use transformer_bench::results;
 use transformer_bench::results::energy::{self, CaseEnergy};
 use transformer_bench::results::machine::Machine;
-use transformer_bench::suite::{Case, Set, Workload, parse_filter};
+use transformer_bench::suite::{Case, Set, parse_filter};
 use transformer_bench::text::error_line;
 
 use super::model_options::ModelOptions;
 use super::options::{self, Executables, print_progress};
-
-/// Longest wait for the lists of cases.
-const LIST_LIMIT: Duration = Duration::from_secs(120);
 
 /// Measures the energy of a sample in training steps, and the idle power of the hardware.
 ///
@@ -75,9 +70,8 @@ fn measure(side: &Side, case: &Case, seconds: u64) -> Result<CaseEnergy> {
 pub fn run(arguments: &Arguments) -> Result<()> {
     arguments.check()?;
     let side = arguments.executables.build()?;
-    let mut cases = side.cases(arguments.set, &arguments.filter, Instant::now() + LIST_LIMIT)?;
-    // The counter of one device has no part of the others.
-    cases.retain(|case| case.workload == Workload::TrainStep && case.shape.ranks() == 1);
+    // The counter of one device has no part of those of other ranks.
+    let cases = options::list_training_steps(&side, arguments.set, &arguments.filter)?;
     ensure!(!cases.is_empty(), "no training step that can run here matches '{}'", arguments.filter);
     let mut all = Vec::new();
     for case in &cases {

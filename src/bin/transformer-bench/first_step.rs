@@ -1,19 +1,14 @@
 //! `scripts/first-step`: the time until a compiled step runs, and when it pays.
 
-use std::time::{Duration, Instant};
-
 use anyhow::{Result, ensure};
 use clap::Args;
 use transformer_bench::compare::first_step;
 use transformer_bench::report::{first_step as report, markdown};
 use transformer_bench::results::{self, first_step as records};
-use transformer_bench::suite::{Case, Set, Workload, parse_filter};
+use transformer_bench::suite::{Set, parse_filter};
 
 use super::model_options::ModelOptions;
 use super::options::{self, Executables, print_progress};
-
-/// Longest wait for the lists of cases.
-const LIST_LIMIT: Duration = Duration::from_secs(120);
 
 /// Measures how long a compiled training step takes to start, and after how many steps it pays.
 ///
@@ -57,10 +52,9 @@ impl Arguments {
 pub fn run(arguments: &Arguments) -> Result<()> {
     arguments.check()?;
     let side = arguments.executables.build()?;
-    let mut cases = side.cases(arguments.set, &arguments.filter, Instant::now() + LIST_LIMIT)?;
     // Only one process of a case with ranks would have the caches.
-    let starts_alone = |case: &Case| case.shape.ranks() == 1 && case.workload == Workload::TrainStep;
-    cases.retain(|case| case.method.variant.captures_full_step() && starts_alone(case));
+    let mut cases = options::list_training_steps(&side, arguments.set, &arguments.filter)?;
+    cases.retain(|case| case.method.variant.captures_full_step());
     ensure!(!cases.is_empty(), "no compiled training step that can run here matches '{}'", arguments.filter);
     let mut all = Vec::new();
     for case in &cases {

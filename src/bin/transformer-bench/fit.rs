@@ -4,10 +4,10 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
-use clap::builder::PossibleValuesParser;
-use clap::builder::TypedValueParser;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use serde_json::{Value, json};
 use transformer_bench::compare::fit::{self, LONGEST_STEP, Limit, Outcome, Point, Prober, Search};
+use transformer_bench::compare::signals::check_interrupted;
 use transformer_bench::memory;
 use transformer_bench::model::config::{self, MAX_SIZE};
 use transformer_bench::model::{Model, ModelId};
@@ -84,7 +84,7 @@ impl Arguments {
     /// this process starts a thread.
     ///
     /// # Errors
-    /// Returns an error if there is no model.
+    /// Returns an error if neither `--model` nor the environment names a model.
     pub fn export_model(&self) -> Result<()> {
         let known = variable(custom_model::MODEL_VARIABLE).is_ok_and(|path| path.is_some());
         ensure!(
@@ -160,8 +160,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     arguments.check()?;
     let lengths = Lengths::read()?;
     let side = arguments.executables.build()?;
-    let until = std::time::Instant::now() + std::time::Duration::from_secs(600);
-    let available = side.cases(Set::Quick, "^train-step/", until)?;
+    let available = options::list_training_steps(&side, Set::Quick, "^train-step/")?;
     let memory_limit = arguments.memory.or_else(memory::available_bytes);
     let mut all = Vec::new();
     for framework in Framework::ALL.iter().filter(|f| arguments.framework.is_none_or(|only| only == **f)) {
@@ -193,7 +192,7 @@ fn search(
     let checked = lengths.case(backend, method, 1, short);
     print_progress(&format!("{checked}: checking"));
     if let Err(reason) = prober.check(&checked, short) {
-        transformer_bench::compare::signals::check_interrupted()?;
+        check_interrupted()?;
         print_progress(&format!("{backend}/{method} skipped: {}", one_line(&format!("{reason:#}"))));
         return Ok(None);
     }

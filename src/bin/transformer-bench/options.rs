@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use clap::Args;
@@ -12,7 +12,7 @@ use transformer_bench::compare::releases::{self, Release};
 use transformer_bench::compare::revisions::{Source, with_release};
 use transformer_bench::compare::worker::Side;
 use transformer_bench::model::Lora;
-use transformer_bench::suite::{Framework, Optimizer, Set};
+use transformer_bench::suite::{Case, Framework, Optimizer, Set, Workload};
 
 /// Names the folder in which the user called a script. The scripts run this command in the project's root.
 const CALLER_FOLDER: &str = "TRANSFORMER_BENCH_CALLER_FOLDER";
@@ -127,6 +127,19 @@ impl Executables {
         ensure!(!side.executables.is_empty(), "{} has no executable torch or mlx", side.name);
         Ok(side)
     }
+}
+
+/// Longest wait for the lists of cases.
+const LIST_LIMIT: Duration = Duration::from_secs(120);
+
+/// Returns the training steps of a single process that a side can run here.
+///
+/// # Errors
+/// Returns an error if an executable does not start or answer.
+pub fn list_training_steps(side: &Side, set: Set, filter: &str) -> Result<Vec<Case>> {
+    let mut cases = side.cases(set, filter, Instant::now() + LIST_LIMIT)?;
+    cases.retain(|case| case.workload == Workload::TrainStep && case.shape.ranks() == 1);
+    Ok(cases)
 }
 
 /// Prints progress to standard error, apart from the results.
