@@ -153,7 +153,7 @@ mod options_tests {
     #[test]
     fn a_filter_without_a_match_is_an_error_with_a_hint() {
         let none = read("--bench train-stepp").unwrap_err().to_string();
-        assert!(none.contains("no case") && none.contains("--list"), "{none}");
+        assert!(none.contains("no case") && none.contains("/list prints them"), "{none}");
         let larger = read("--bench indicator-b64").unwrap_err().to_string();
         assert!(larger.contains("--full"), "{larger}");
         assert!(read("--bench [").unwrap_err().to_string().contains("regular expression"));
