@@ -10,7 +10,9 @@ import concurrent.futures
 import contextlib
 import io
 import multiprocessing
+import os
 import sys
+import tempfile
 import time
 import unittest
 from pathlib import Path
@@ -125,9 +127,11 @@ def main():
             print(f"run.py: the suite does not build: {error}", file=sys.stderr)
             return 1
         print(f"{time.monotonic() - start:7.1f} s  the build", flush=True)
-    run_all(report, groups["computing"], groups["waiting"])
-    for name in groups["quiet"]:
-        report.add(name, *run_test(name))
+    with tempfile.TemporaryDirectory(prefix="transformer-bench tests-") as folder:
+        os.environ[support.SHARED_FOLDER] = folder
+        run_all(report, groups["computing"], groups["waiting"])
+        for name in groups["quiet"]:
+            report.add(name, *run_test(name))
     return report.finish(time.monotonic() - start)
 
 

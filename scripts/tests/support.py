@@ -1,4 +1,6 @@
 """Helpers of the script tests: the built programs, and a worker that reports times instead of measuring them."""
+import atexit
+import fcntl
 import functools
 import importlib.machinery
 import importlib.util
@@ -16,6 +18,8 @@ PROGRAM = ROOT / "target/release/transformer-bench"
 # The Python torch that compiles steps. It is missing on Python 3.9, which torch does not support.
 TORCH_PYTHON = ROOT / ".deps" / "torch-python"
 sys.dont_write_bytecode = True
+# The variable that names the folder of `shared_folder`.
+SHARED_FOLDER = "TRANSFORMER_BENCH_TEST_FOLDER"
 # The request for a parity check. Workers of older revisions know it by this name.
 CHECK_PARITY = "prove"
 
@@ -63,6 +67,27 @@ def build():
 def executables():
     """Builds both bench targets, once per process, and returns their paths by framework."""
     return load("compare-python").executables()
+
+
+@functools.lru_cache(None)
+def shared_folder():
+    """Returns a folder that all tests of a run share. run.py names it to its processes."""
+    if os.environ.get(SHARED_FOLDER):
+        return Path(os.environ[SHARED_FOLDER])
+    folder = tempfile.TemporaryDirectory(prefix="transformer-bench tests-")
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
+
+
+def wheel():
+    """Builds the wheel, once per run of the tests, and returns its path."""
+    folder = shared_folder() / "wheel"
+    with open(shared_folder() / "wheel.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not list(folder.glob("*.whl")):
+            code, text = run("scripts/wheel", "--out", folder)
+            assert code == 0, text
+    return next(folder.glob("*.whl"))
 
 
 def process_ends(process):

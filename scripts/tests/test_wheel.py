@@ -13,7 +13,7 @@ import unittest
 import zipfile
 from pathlib import Path
 
-from support import ROOT, TORCH_PYTHON, needs_compile, run, temporary_folder, uses_all_cores
+from support import ROOT, TORCH_PYTHON, needs_compile, run, temporary_folder, uses_all_cores, wheel
 
 sys.path[:0] = [str(ROOT / "scripts" / name) for name in ("helpers", "setup.d", "wheel.d")]
 import linux  # noqa: E402
@@ -85,9 +85,7 @@ class Wheel(unittest.TestCase):
     def setUpClass(cls):
         cls.folder = Path(tempfile.mkdtemp(prefix="transformer-bench wheel-"))
         cls.addClassCleanup(shutil.rmtree, cls.folder)
-        code, text = run("scripts/wheel", "--out", cls.folder / "first")
-        assert code == 0, text
-        cls.wheel = next((cls.folder / "first").glob("*.whl"))
+        cls.wheel = wheel()
         with zipfile.ZipFile(cls.wheel) as archive:
             cls.record = json.loads(archive.read("transformer_bench/installation.json"))
         target = current_target()
