@@ -65,6 +65,22 @@ class Side:
         self.step = step
         return f"ready {elapsed}"
 
+    def start(self, case):
+        """Imports the framework, builds a step and runs it twice. Returns the nanoseconds of each part.
+
+        A compiled step is made by its first call, so the first part is 0.
+        """
+        self.step = None
+        times = [time.perf_counter_ns()]
+        step = self.counterpart().build_step(*self.arguments(case), warm_up=False)
+        times.append(time.perf_counter_ns())
+        for _ in range(2):
+            step()
+            times.append(time.perf_counter_ns())
+        wait_until_idle()
+        self.step = step
+        return " ".join(str(part) for part in [0, *(end - begin for begin, end in zip(times, times[1:]))])
+
     def check(self, case):
         """Compares the results of a step with the same network in f64, if the counterpart can."""
         counterpart = self.counterpart()
@@ -102,7 +118,7 @@ class Side:
                 pass
             return time.perf_counter_ns() - start
         requests = {"cases": lambda: " ".join(self.steps), "case": lambda: self.load(rest), CHECK: lambda: self.check(rest),
-                    "machine": self.machine, "version": lambda: VERSION}
+                    "start": lambda: self.start(rest), "machine": self.machine, "version": lambda: VERSION}
         if word not in requests:
             raise Refused(f"'{word}' is not a request")
         return requests[word]()

@@ -60,8 +60,8 @@ def check_workload(case):
         sys.exit(f"no Python counterpart of {case['workload']}")
 
 
-def build_step(case, variant):
-    """Returns the function that runs a step."""
+def build_step(case, variant, warm_up=True):
+    """Returns the function that runs a step. With `warm_up`, a compiled step has already run."""
     check_workload(case)
     tuned, device = variant != "eager", torch.device(case["device"])
     net, data = network.build(case, tuned), network.data(case)
@@ -85,7 +85,7 @@ def build_step(case, variant):
         if device.type != "cpu":
             getattr(torch, device.type).synchronize()
 
-    if is_compiled(variant):
+    if warm_up and is_compiled(variant):
         for _ in range(4):
             step()
     return step

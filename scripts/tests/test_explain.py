@@ -2,7 +2,7 @@
 import json
 import unittest
 
-from support import PROGRAM, build, executables, needs_quiet_machine, run, temporary_folder, uses_all_cores
+from support import PROGRAM, build, executables, needs_compile, needs_quiet_machine, run, temporary_folder, uses_all_cores
 
 BACKENDS = ("torch-cpu", "mlx-cpu")
 CONFIG = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
@@ -71,6 +71,22 @@ class Explain(unittest.TestCase):
         # The kernels of the tuned step are compiled once.
         self.assertGreater(steps["cold"][1]["loaded_ns"], 2 * steps["warm"][1]["loaded_ns"])
         self.assertFalse(cache.exists() and any(cache.rglob("compiled-*")))
+
+    @needs_compile
+    @uses_all_cores
+    def test_torch_compile_in_python_has_a_row_of_its_own(self):
+        # One layer, because its step is compiled three times.
+        (self.folder / "small" / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": 1}))
+        code, text = self.measure("first-step", "/torch-cpu/f32-compile/", "--json")
+        self.assertEqual(code, 0, text)
+        [suite, python], _ = json.JSONDecoder().raw_decode(text[text.index("[\n"):])
+        self.assertEqual(suite["ids"], python["ids"])
+        self.assertEqual([suite["python"], python["python"]], [False, True])
+        # The suite makes a package before the first step. torch.compile compiles in the first step.
+        self.assertGreater(suite["cold"][1]["made_ns"], 1e9)
+        self.assertEqual(python["cold"][1]["made_ns"], 0)
+        self.assertGreater(python["cold"][1]["first_ns"], 5 * python["cold"][0]["first_ns"])
+        self.assertLess(python["warm"][1]["first_ns"], python["cold"][1]["first_ns"])
 
     def test_steps_without_separate_parts_are_refused(self):
         for command, arguments, word in [

@@ -6,12 +6,13 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use super::pair::WorkerPair;
+use super::python_side::torch_side;
 use super::worker::{CheckOutcome, Side, Threads, Worker};
 use crate::files::Scratch;
 use crate::results::first_step::{FirstSteps, StartTimes};
 use crate::results::machine::Machine;
 use crate::statistics::median;
-use crate::suite::{Case, Method};
+use crate::suite::{Case, Method, Variant};
 
 /// Time in which later steps of both sides are sampled.
 const STEP_TIME: Duration = Duration::from_secs(4);
@@ -39,15 +40,36 @@ fn start(side: &Side, case: &Case) -> Result<(Worker, StartTimes)> {
     Ok((worker, times))
 }
 
-/// Measures a compiled case and its eager one. `progress` gets a line for each part.
+/// Measures a compiled case and its eager one. A case of PyTorch's compiler is then measured in Python too, where set-up
+/// prepared torch. `progress` gets a line for each part.
 ///
 /// # Errors
 /// Returns an error if a step is wrong or a process ends.
-pub fn measure(side: &Side, case: &Case, progress: &dyn Fn(&str)) -> Result<FirstSteps> {
+pub fn measure(side: &Side, case: &Case, progress: &dyn Fn(&str)) -> Result<Vec<FirstSteps>> {
     let cases = [eager(case), *case];
-    let folder = std::env::temp_dir().join(format!("transformer-bench-first-step-{}", std::process::id()));
-    let _ = fs::remove_dir_all(&folder);
-    let folder = Scratch(folder);
+    let mut all = vec![measure_side(side, &cases, progress)?];
+    if case.method.variant == Variant::Compile {
+        let folder = temporary_folder("python")?;
+        if let Some(python) = torch_side(side, &[(cases[0], "eager"), (cases[1], "compile")], &folder.0)? {
+            let progress = |line: &str| progress(&format!("in Python: {line}"));
+            all.push(FirstSteps { python: true, ..measure_side(&python, &cases, &progress)? });
+        }
+    }
+    Ok(all)
+}
+
+/// Creates an empty folder that is removed with its guard.
+fn temporary_folder(name: &str) -> Result<Scratch> {
+    let name = format!("transformer-bench-first-step-{name}-{}", std::process::id());
+    let folder = Scratch(std::env::temp_dir().join(name));
+    let _ = fs::remove_dir_all(&folder.0);
+    fs::create_dir_all(&folder.0).with_context(|| format!("{} could not be created", folder.0.display()))?;
+    Ok(folder)
+}
+
+/// Measures the eager and the compiled step of a side.
+fn measure_side(side: &Side, cases: &[Case; 2], progress: &dyn Fn(&str)) -> Result<FirstSteps> {
+    let folder = temporary_folder("caches")?;
     let mut cold = Vec::new();
     let mut warm = Vec::new();
     let mut workers = Vec::new();
@@ -72,7 +94,7 @@ pub fn measure(side: &Side, case: &Case, progress: &dyn Fn(&str)) -> Result<Firs
         warm.push(times);
         workers.push(worker);
     }
-    progress(&format!("{case}: later steps"));
+    progress(&format!("{}: later steps", cases[1]));
     let workers = <[Worker; 2]>::try_from(workers).unwrap_or_else(|_| unreachable!("two cases"));
     let mut pair = WorkerPair::new(workers);
     let times = pair.sample([true; 2], STEP_TIME, 1)?;
@@ -80,6 +102,7 @@ pub fn measure(side: &Side, case: &Case, progress: &dyn Fn(&str)) -> Result<Firs
     let both = |times: Vec<StartTimes>| [times[0], times[1]];
     Ok(FirstSteps {
         ids: cases.map(|case| case.to_string()),
+        python: false,
         cold: both(cold),
         warm: both(warm),
         step_ns: times.map(|times| 1e9 * median(&times.iter().map(|time| time.wall).collect::<Vec<_>>())),

@@ -16,6 +16,7 @@
 //! | `baseline_level.rs` | comparisons with a saved baseline |
 //! | `explain.rs` | the operations of a training step on two backends |
 //! | `first_step.rs` | times until the first step, with empty and filled caches |
+//! | `python_side.rs` | a side whose steps are written in Python |
 //! | `pair.rs` | two processes whose samples alternate |
 //! | `signals.rs` | interrupts |
 
@@ -28,6 +29,7 @@ pub mod explain;
 pub mod first_step;
 pub mod fit;
 pub mod pair;
+mod python_side;
 mod release_builds;
 pub mod releases;
 pub mod revisions;

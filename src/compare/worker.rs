@@ -333,6 +333,14 @@ impl Worker {
         share.with_context(|| format!("'{answer}' is not an outcome of a check"))
     }
 
+    /// Returns a case as JSON, from which a program in another language builds the same step.
+    ///
+    /// # Errors
+    /// Returns an error if the case has no such description.
+    pub fn describe(&mut self, case: &Case) -> Result<String> {
+        self.ask(&format!("describe {case}"), STARTUP_TIMEOUT)
+    }
+
     /// Checks the parity of a case, or recalls an earlier check.
     pub fn check(&mut self, case: &Case) -> Result<CheckOutcome> {
         let id = self.id_of(case)?;

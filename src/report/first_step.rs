@@ -30,8 +30,9 @@ pub fn table(all: &[FirstSteps]) -> Table {
             [(0, "empty", &steps.cold), (1, "empty", &steps.cold), (1, "filled", &steps.warm)]
         {
             let start = &starts[side];
+            let program = if steps.python { " in Python" } else { "" };
             rows.push(vec![
-                steps.ids[side].clone(),
+                format!("{}{program}", steps.ids[side]),
                 caches.to_owned(),
                 if start.made_ns >= 1e6 { time(start.made_ns) } else { String::new() },
                 time(start.loaded_ns),
@@ -42,13 +43,18 @@ pub fn table(all: &[FirstSteps]) -> Table {
             ]);
         }
     }
+    let python = if all.iter().any(|steps| steps.python) {
+        " In Python, loading imports torch and builds the model, and the first step compiles."
+    } else {
+        ""
+    };
     let is_mlx = |steps: &FirstSteps| {
         steps.ids[1].parse::<Case>().is_ok_and(|case| case.backend.framework() == Framework::Mlx)
     };
     let kernels = if all.iter().any(is_mlx) { " MLX compiles its kernels while it loads." } else { "" };
     let note = format!(
         "Each start is a new process. Compiling pays from the number of steps on at which the whole run, with its start, is as \
-         long as an eager one.{kernels}"
+         long as an eager one.{kernels}{python}"
     );
     let header = "case|caches|make|load|first step|second step|later steps|compiling pays after";
     Table::new("First steps", &note, header, rows)
@@ -66,13 +72,17 @@ mod tests {
             cold: [start(0.0), start(6e10)],
             warm: [start(0.0), start(0.0)],
             step_ns: [4e8, 3e8],
+            python: false,
             commit: String::new(),
         };
         let table = table(std::slice::from_ref(&steps));
         let last = |row: usize| table.rows[row].last().unwrap().as_str();
         // 60 s over 0.1 s a step, after two steps: 602 steps. They take 62.8 s and 600 · 0.3 s.
         assert_eq!([last(0), last(1), last(2)], ["", "602 steps (4.05 min)", "2 steps (2.80 s)"]);
-        assert!(!table.note.contains("MLX"));
+        assert!(!table.note.contains("MLX") && !table.note.contains("Python"));
+        let python = super::table(&[FirstSteps { python: true, ..steps.clone() }]);
+        assert!(python.rows[1][0].ends_with("f32-compile/indicator-b16 in Python"));
+        assert!(python.note.contains("imports torch"));
         let slow = FirstSteps { step_ns: [3e8, 4e8], ..steps };
         assert!(super::table(&[slow]).rows[1].last().unwrap().starts_with("never"));
     }

@@ -34,6 +34,9 @@ pub struct FirstSteps {
     pub warm: [StartTimes; 2],
     /// Median times of later steps, measured interleaved.
     pub step_ns: [f64; 2],
+    /// True if both steps were written in Python.
+    #[serde(default)]
+    pub python: bool,
     pub commit: String,
 }
 
@@ -80,7 +83,9 @@ pub fn read(folder: &Path) -> Result<Vec<FirstSteps>> {
 /// # Errors
 /// Returns an error if the file cannot be read or written.
 pub fn save(folder: &Path, new: &FirstSteps) -> Result<()> {
-    super::save_into_list(&path(folder), vec![new.clone()], |old, new| old.ids == new.ids)
+    super::save_into_list(&path(folder), vec![new.clone()], |old, new| {
+        (&old.ids, old.python) == (&new.ids, new.python)
+    })
 }
 
 #[cfg(test)]
