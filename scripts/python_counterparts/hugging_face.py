@@ -9,11 +9,15 @@ import numpy as np
 from families import FAMILIES, Rows
 from protocol import serve
 
+# The linear layers of a block that have an adapter.
+QUERIES_VALUES = ("attention.q", "attention.v")
+ALL_LINEAR = (*(f"attention.{part}" for part in "qkvo"), *(f"feed-forward.{part}" for part in ("gate", "up", "down")))
+
 
 def run(compare_outputs, build_step):
-    """Runs the function that the command line selects: --parity CONFIG FILE..., or DESCRIPTION VARIANT CONFIG."""
+    """Runs the function that the command line selects: --parity CONFIG DESCRIPTION FILE..., or DESCRIPTION VARIANT CONFIG."""
     if sys.argv[1] == "--parity":
-        compare_outputs(sys.argv[2], sys.argv[3:])
+        compare_outputs(sys.argv[2], json.loads(sys.argv[3])["model"], sys.argv[4:])
         return
     serve(build_step(json.loads(sys.argv[1]), *sys.argv[2:]))
 
@@ -21,12 +25,33 @@ def run(compare_outputs, build_step):
 def check_workload(case):
     if case["workload"] != "train-step" or case["precision"] not in ("f32", "bf16"):
         sys.exit(f"no Python counterpart of {case['workload']} in {case['precision']}")
+    if case.get("optimizer", "adamw") != "adamw":
+        sys.exit(f"no counterpart in a library with the optimizer {case['optimizer']}")
+
+
+def adapted_modules(family, lora, names):
+    """Yields those of Hugging Face's `names` of modules that have an adapter."""
+    parts = QUERIES_VALUES if lora["layers"] == "queries-values" else ALL_LINEAR
+    wanted = set()
+    for part in parts:
+        entry = FAMILIES.get(family, {}).get(f"blocks.L.{part}.weight")
+        if isinstance(entry, Rows):
+            sys.exit(f"{family} has one layer for several projections, so its adapters are not those of the suite")
+        wanted.add(str(entry).removesuffix(".weight"))
+    yield from (name for name in names if re.sub(r"\.\d+\.", ".L.", name, count=1) in wanted)
+
+
+def is_adapter(name):
+    return name.endswith((".lora-a", ".lora-b"))
 
 
 def entry(family, name):
     """Returns Hugging Face's name of a parameter, and its rows there."""
     if family not in FAMILIES:
         sys.exit(f"the names of the parameters of {family} are unknown (scripts/python_counterparts/families.py)")
+    if is_adapter(name):
+        module, part = name.rsplit(".", 1)
+        return Rows(f"{entry(family, module + '.weight').name.removesuffix('.weight')}.{part}")
     layer = re.search(r"blocks\.(\d+)\.", name)
     found = FAMILIES[family].get(re.sub(r"blocks\.\d+\.", "blocks.L.", name))
     if found is None:

@@ -1,10 +1,10 @@
 """The Python counterpart of a custom model with mlx-lm.
 
-mlx_lm_counterpart.py --parity CONFIG FILE...  compares loss, logits and gradients with FILE..., which the
-                                               suite's worker wrote
+mlx_lm_counterpart.py --parity CONFIG DESCRIPTION FILE...  compares loss, logits and gradients with FILE..., which
+                                                           the suite's worker wrote
 mlx_lm_counterpart.py DESCRIPTION VARIANT CONFIG  times the training step
 
-Variants: eager, compile (mx.compile over the whole step).
+Variants: eager, compile (mx.compile over the whole step). Adapters are mlx-lm's LoRALinear.
 """
 import os
 import re
@@ -40,12 +40,31 @@ def build(path, tokens):
     return family, module.Model(module.ModelArgs.from_dict({**defaults, **fields}))
 
 
+def add_adapters(family, net, lora):
+    """Freezes a network, and gives the linear layers of its blocks adapters."""
+    from mlx_lm.tuner.lora import LoRALinear
+
+    net.freeze()
+    modules = dict(net.named_modules())
+    adapted = hugging_face.adapted_modules(family, lora, modules)
+    scale = lora["alpha"] / lora["rank"]
+    net.update_modules(tree_unflatten([(name, LoRALinear.from_base(modules[name], r=lora["rank"], scale=scale))
+                                       for name in adapted]))
+
+
+def adapters_in_suite_layout(parameters):
+    """Yields the adapters among named parameters, or gradients, as the suite has them: A [rank, in], B [out, rank]."""
+    for name, data in parameters.items():
+        if name.endswith((".lora_a", ".lora_b")):
+            yield f"{name[:-7]}.lora-{name[-1]}", data.T
+
+
 def loss_of(net, tokens, following):
     logits = net(tokens)
     return nn.losses.cross_entropy(logits.astype(mx.float32), following, reduction="mean")
 
 
-def compare_outputs(path, files):
+def compare_outputs(path, model, files):
     mx.set_default_device(mx.cpu)
     suite = hugging_face.read_outputs(files)
     tokens, following = (mx.array(suite[f"input/{name}"].astype("int32")) for name in ("tokens", "next"))
@@ -56,10 +75,15 @@ def compare_outputs(path, files):
     known = dict(tree_flatten(net.parameters()))
     parameters = [(mlx_lm_name(name), mx.array(data.copy())) for name, data in stacked.items()]
     net.update(tree_unflatten([(name, data) for name, data in parameters if name in known]))
+    if model.get("lora"):
+        add_adapters(family, net, model["lora"])
+        net.update(tree_unflatten([(name.replace(".lora-", ".lora_"), mx.array(data.T.copy()))
+                                   for name, data in stacked.items() if hugging_face.is_adapter(name)]))
     logits = net(tokens)
     loss, gradients = nn.value_and_grad(net, lambda net: loss_of(net, tokens, following))(net)
     mx.eval(logits, loss, gradients)
     gradients = {name: np.array(g) for name, g in tree_flatten(gradients)}
+    gradients.update(list(adapters_in_suite_layout(gradients)))
     by_hf_name = {name: gradients[mlx_lm_name(name)] for name in stacked if mlx_lm_name(name) in gradients}
     hugging_face.report(family, suite, loss.item(), np.array(logits), by_hf_name, heads)
 
@@ -69,8 +93,10 @@ def build_step(case, variant, path):
     hugging_face.check_workload(case)
     batch, tokens = case["batch"], case["model"]["tokens"]
     mx.set_default_device(mx.cpu if case["device"] == "cpu" else mx.gpu)
-    _, net = build(path, tokens)
+    family, net = build(path, tokens)
     net.set_dtype(mx.bfloat16 if case["precision"] == "bf16" else mx.float32)
+    if case["model"].get("lora"):
+        add_adapters(family, net, case["model"]["lora"])
     net.train()
     vocabulary = hugging_face.read_config(path)["vocab_size"]
     data = [mx.random.randint(0, vocabulary, (batch, tokens)) for _ in range(2)]

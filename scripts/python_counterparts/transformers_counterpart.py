@@ -1,10 +1,10 @@
 """The Python counterpart of a custom model with Hugging Face's transformers.
 
-transformers_counterpart.py --parity CONFIG FILE...  compares loss, logits and gradients with FILE..., which
-                                                     the suite's worker wrote
+transformers_counterpart.py --parity CONFIG DESCRIPTION FILE...  compares loss, logits and gradients with FILE...,
+                                                                 which the suite's worker wrote
 transformers_counterpart.py DESCRIPTION VARIANT CONFIG  times the training step
 
-Variants: eager, tuned (scaled_dot_product_attention, fused AdamW).
+Variants: eager, tuned (scaled_dot_product_attention, fused AdamW). Adapters are those of PEFT.
 """
 import re
 
@@ -45,6 +45,19 @@ def build(path, tokens, attention, dropout):
     return family, net
 
 
+def add_adapters(family, net, lora):
+    """Gives the linear layers of the blocks adapters, in place."""
+    from peft import LoraConfig, get_peft_model
+
+    modules = hugging_face.adapted_modules(family, lora, (name for name, _ in net.named_modules()))
+    get_peft_model(net, LoraConfig(r=lora["rank"], lora_alpha=lora["alpha"], target_modules=list(modules)))
+
+
+def adapter_name(name):
+    """Returns PEFT's name of an adapter."""
+    return name.replace(".lora-a", ".lora_A.default.weight").replace(".lora-b", ".lora_B.default.weight")
+
+
 def loss_of(net, tokens, following):
     options = {}
     if first := ENCODERS.get(net.config.model_type):
@@ -53,7 +66,7 @@ def loss_of(net, tokens, following):
     return logits, F.cross_entropy(logits.flatten(0, 1).float(), following.flatten())
 
 
-def compare_outputs(path, files):
+def compare_outputs(path, model, files):
     suite = hugging_face.read_outputs(files)
     tokens, following = (torch.from_numpy(suite[f"input/{name}"].astype("int64")) for name in ("tokens", "next"))
     family, net = build(path, tokens.shape[1], "eager", False)
@@ -63,8 +76,12 @@ def compare_outputs(path, files):
     # GPT-2's Conv1D has weights [in, out].
     is_conv = lambda name: family == "gpt2" and re.search(r"\.c_(attn|proj|fc)\.weight$", name)
     out_in = lambda name, a: a.T if is_conv(name) else a
+    stacked = hugging_face.stack(family, hugging_face.of_kind(suite, "parameter"), heads)
+    if model.get("lora"):
+        add_adapters(family, net, model["lora"])
+        named.update((name, net.get_parameter(adapter_name(name))) for name in stacked if hugging_face.is_adapter(name))
     with torch.no_grad():
-        for name, data in hugging_face.stack(family, hugging_face.of_kind(suite, "parameter"), heads).items():
+        for name, data in stacked.items():
             target = out_in(name, named[name])
             # BERT's row for the type of a second sentence has no counterpart in the suite.
             target[:len(data)].copy_(torch.from_numpy(data.copy()))
@@ -79,10 +96,13 @@ def build_step(case, variant, path):
     hugging_face.check_workload(case)
     batch, tokens, tuned = case["batch"], case["model"]["tokens"], variant == "tuned"
     device = torch.device(case["device"])
-    _, net = build(path, tokens, "sdpa" if tuned else "eager", True)
+    family, net = build(path, tokens, "sdpa" if tuned else "eager", True)
     net = net.to(device, torch.bfloat16 if case["precision"] == "bf16" else torch.float32)
+    if case["model"].get("lora"):
+        add_adapters(family, net, case["model"]["lora"])
     data = [torch.randint(net.config.vocab_size, (batch, tokens), device=device) for _ in range(2)]
-    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-4, weight_decay=1e-5, fused=True if tuned else None)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=1e-5, fused=True if tuned else None)
 
     def step():
         optimizer.zero_grad(set_to_none=True)

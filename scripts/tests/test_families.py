@@ -1,6 +1,6 @@
-"""Models of six families have the results of `transformers`.
+"""Models of six families, and one with adapters, have the results of `transformers` and PEFT.
 
-The test runs if TRANSFORMERS_PYTHON names an interpreter with `torch` and `transformers`, and is skipped otherwise.
+The test runs if TRANSFORMERS_PYTHON names an interpreter with `torch`, `transformers` and `peft`, and is skipped otherwise.
 """
 import json
 import os
@@ -34,14 +34,15 @@ class Families(unittest.TestCase):
         for framework, executable in executables().items():
             (folder / framework).symlink_to(executable)
         for family, fields in FAMILIES.items():
-            with self.subTest(family):
-                path = folder / family / "config.json"
-                path.parent.mkdir()
-                path.write_text(json.dumps(miniature.miniature({"model_type": family, **fields})))
-                code, text = run("scripts/compare-python", "--executables", folder, "--parity", "--model", path, "--tokens", "16",
-                                 "--batch", "2", "--python", PYTHON)
-                self.assertEqual(code, 0, text)
-                self.assertIn("tensors compared with transformers", text)
+            path = folder / family / "config.json"
+            path.parent.mkdir()
+            path.write_text(json.dumps(miniature.miniature({"model_type": family, **fields})))
+            for adapters in ([], ["--lora", "4"], ["--lora", "4:qv"]) if family == "llama" else ([],):
+                with self.subTest(family, adapters=adapters):
+                    code, text = run("scripts/compare-python", "--executables", folder, "--parity", "--model", path, "--tokens",
+                                     "16", "--batch", "2", "--python", PYTHON, *adapters)
+                    self.assertEqual(code, 0, text)
+                    self.assertIn("tensors compared with transformers", text)
 
 
 if __name__ == "__main__":
