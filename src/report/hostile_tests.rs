@@ -188,6 +188,9 @@ pub fn baseline() -> Baseline {
         cases: IDS[..2].iter().map(|id| saved(id)).collect(),
         interleaved: vec![interleaved()],
         env_effects: Vec::new(),
+        operations: Vec::new(),
+        first_steps: Vec::new(),
+        energy: Vec::new(),
     }
 }
 

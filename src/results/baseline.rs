@@ -11,7 +11,10 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::energy::CaseEnergy;
+use super::first_step::FirstSteps;
 use super::machine::Machine;
+use super::operations::Explanation;
 use super::run::{self, ProcessRecord};
 use super::upgrade::{self, VERSION};
 use super::validate;
@@ -72,6 +75,12 @@ pub struct Baseline {
     pub interleaved: Vec<InterleavedResult>,
     #[serde(default)]
     pub env_effects: Vec<EnvEffect>,
+    #[serde(default)]
+    pub operations: Vec<Explanation>,
+    #[serde(default)]
+    pub first_steps: Vec<FirstSteps>,
+    #[serde(default)]
+    pub energy: Vec<CaseEnergy>,
 }
 
 impl Baseline {
@@ -115,6 +124,9 @@ impl Baseline {
             cases,
             interleaved: merged.interleaved,
             env_effects: merged.env_effects,
+            operations: merged.operations,
+            first_steps: merged.first_steps,
+            energy: merged.energy,
         })
     }
 
@@ -130,11 +142,16 @@ impl Baseline {
         fn lines<T: Serialize>(of: &[T]) -> Result<String> {
             Ok(of.iter().map(serde_json::to_string).collect::<Result<Vec<_>, _>>()?.join(",\n"))
         }
-        if !self.interleaved.is_empty() {
-            body.push_str(&format!("\"interleaved\": [\n{}\n],\n", lines(&self.interleaved)?));
-        }
-        if !self.env_effects.is_empty() {
-            body.push_str(&format!("\"env_effects\": [\n{}\n],\n", lines(&self.env_effects)?));
+        for (name, lines) in [
+            ("interleaved", lines(&self.interleaved)?),
+            ("env_effects", lines(&self.env_effects)?),
+            ("operations", lines(&self.operations)?),
+            ("first_steps", lines(&self.first_steps)?),
+            ("energy", lines(&self.energy)?),
+        ] {
+            if !lines.is_empty() {
+                body.push_str(&format!("\"{name}\": [\n{lines}\n],\n"));
+            }
         }
         body.push_str(&format!("\"cases\": [\n{}\n]\n}}\n", lines(&self.cases)?));
         Ok(format!(
@@ -186,6 +203,9 @@ impl Baseline {
             model: self.model.clone(),
             interleaved: self.interleaved.clone(),
             env_effects: self.env_effects.clone(),
+            operations: self.operations.clone(),
+            first_steps: self.first_steps.clone(),
+            energy: self.energy.clone(),
             ..Results::new(self.machine.clone(), records)
         }
     }

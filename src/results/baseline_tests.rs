@@ -1,5 +1,8 @@
 use super::*;
 use crate::files::tests::scratch;
+use crate::results::first_step::StartTimes;
+
+const START: StartTimes = StartTimes { made_ns: 1e9, loaded_ns: 2e9, first_ns: 3e8, second_ns: 2e8 };
 
 fn baseline() -> Baseline {
     let case: Case = "forward/torch-cpu/f32/indicator-b16".parse().unwrap();
@@ -38,6 +41,16 @@ fn baseline() -> Baseline {
             commit: "a".to_owned(),
         }],
         env_effects: Vec::new(),
+        operations: Vec::new(),
+        first_steps: vec![FirstSteps {
+            ids: ["f32", "f32-compile"].map(|method| format!("train-step/torch-cpu/{method}/indicator-b16")),
+            cold: [START; 2],
+            warm: [START; 2],
+            step_ns: [2e8, 1e8],
+            python: true,
+            commit: "a".to_owned(),
+        }],
+        energy: Vec::new(),
     }
 }
 

@@ -5,7 +5,7 @@ use clap::Args;
 use transformer_bench::compare::first_step;
 use transformer_bench::report::{first_step as report, markdown};
 use transformer_bench::results::{self, first_step as records};
-use transformer_bench::suite::{Set, parse_filter};
+use transformer_bench::suite::{BackendId, Case, Framework, Set, Variant, parse_filter};
 
 use super::model_options::ModelOptions;
 use super::options::{self, Executables, print_progress};
@@ -46,6 +46,14 @@ impl Arguments {
     }
 }
 
+/// Returns true if a step is compiled or captured before it runs. PyTorch's `-tuned` is a recorded graph on CUDA and eager
+/// elsewhere.
+fn is_compiled(case: &Case) -> bool {
+    let variant = case.method.variant;
+    let is_eager = case.backend.framework() == Framework::Torch && case.backend != BackendId::TorchCuda;
+    variant == Variant::Compile || (variant.captures_full_step() && !is_eager)
+}
+
 /// Measures the selected cases, prints and saves their times.
 ///
 /// # Errors
@@ -55,7 +63,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let side = arguments.executables.build()?;
     // Only one process of a case with ranks would have the caches.
     let mut cases = options::list_training_steps(&side, arguments.set, &arguments.filter)?;
-    cases.retain(|case| case.method.variant.captures_full_step());
+    cases.retain(is_compiled);
     ensure!(!cases.is_empty(), "no compiled training step that can run here matches '{}'", arguments.filter);
     let mut all = Vec::new();
     for case in &cases {
