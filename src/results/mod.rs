@@ -12,6 +12,7 @@ pub mod run;
 pub mod upgrade;
 pub mod validate;
 
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -201,10 +202,10 @@ pub fn env_effects(folder: &Path) -> Result<Vec<EnvEffect>> {
 
 /// Reads the interleaved results of every commit.
 pub fn interleaved_results(folder: &Path) -> Result<Vec<InterleavedResult>> {
-    read_list(&turns_path(folder))
+    read_list(&rounds_path(folder))
 }
 
-fn turns_path(folder: &Path) -> PathBuf {
+fn rounds_path(folder: &Path) -> PathBuf {
     folder.join("interleaved.json")
 }
 
@@ -228,9 +229,25 @@ fn save_into_list<T: Serialize + DeserializeOwned>(
     write_atomic(path, &serde_json::to_string_pretty(&all)?)
 }
 
+/// Removes the last run with its interleaved rounds, so that the next report has no figure of it.
+///
+/// # Errors
+/// Returns an error if a file cannot be removed.
+pub fn remove_last_run(folder: &Path) -> Result<()> {
+    let run = folder.join("run");
+    if run.exists() {
+        fs::remove_dir_all(&run).with_context(|| format!("{} could not be removed", run.display()))?;
+    }
+    let rounds = rounds_path(folder);
+    if rounds.exists() {
+        fs::remove_file(&rounds).with_context(|| format!("{} could not be removed", rounds.display()))?;
+    }
+    Ok(())
+}
+
 /// Saves interleaved results. They replace older results of the same pairs.
 pub fn save_interleaved(folder: &Path, new: Vec<InterleavedResult>) -> Result<()> {
-    save_into_list(&turns_path(folder), new, |old, new| (&new.base, &new.head) == (&old.base, &old.head))
+    save_into_list(&rounds_path(folder), new, |old, new| (&new.base, &new.head) == (&old.base, &old.head))
 }
 
 fn settings_path(folder: &Path) -> PathBuf {

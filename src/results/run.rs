@@ -228,7 +228,9 @@ pub fn command(parts: &[ProcessRecord]) -> String {
 mod tests {
     use super::*;
     use crate::files::tests::scratch;
-    use crate::results::{EnvEffect, save_env_effects, settings_path};
+    use crate::results::{
+        EnvEffect, InterleavedResult, remove_last_run, save_env_effects, save_interleaved, settings_path,
+    };
 
     fn part(framework: Framework, id: &str) -> ProcessRecord {
         let case: Case = id.parse().unwrap();
@@ -297,6 +299,34 @@ mod tests {
         assert!(merge(&folder).unwrap().0.env_effects.is_empty());
         write_atomic(&settings_path(&folder), "[").unwrap();
         assert!(merge(&folder).unwrap_err().to_string().contains("damaged"));
+        fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[test]
+    fn a_new_run_has_no_rounds_of_the_last_one() {
+        let folder = scratch("last-run");
+        let case = "train-step/torch-cpu/f32/indicator-b16";
+        let text = serde_json::to_string(&part(Framework::Torch, case)).unwrap();
+        let write = || write_atomic(&part_path(&folder, Framework::Torch, false), &text).unwrap();
+        write();
+        let rounds = InterleavedResult {
+            base: case.to_owned(),
+            head: case.to_owned(),
+            base_ns: None,
+            head_ns: None,
+            ratio: 1.5,
+            ratio_ci: [1.4, 1.6],
+            rounds: 3,
+            round_ns: Vec::new(),
+            commit: String::new(),
+        };
+        save_interleaved(&folder, vec![rounds]).unwrap();
+        assert_eq!(merge(&folder).unwrap().0.interleaved.len(), 1);
+        remove_last_run(&folder).unwrap();
+        remove_last_run(&folder).unwrap();
+        assert!(merge(&folder).is_err());
+        write();
+        assert!(merge(&folder).unwrap().0.interleaved.is_empty());
         fs::remove_dir_all(folder).unwrap();
     }
 

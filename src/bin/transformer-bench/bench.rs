@@ -86,14 +86,12 @@ pub fn run(arguments: &Arguments) -> Result<u8> {
         installation::find()
             .map_or_else(String::new, |own| format!(": {}", own.install_command(Framework::ALL)))
     );
-    let last_run = folder.join("run");
     // A filtered run adds to the last run.
-    if filter.is_none() && last_run.exists() {
-        fs::remove_dir_all(&last_run)
-            .with_context(|| format!("{} could not be removed", last_run.display()))?;
+    if filter.is_none() {
+        results::remove_last_run(&folder)?;
     }
     let mut code = u8::from(!measure(arguments, &side, set, &group)?);
-    if !last_run.exists() {
+    if !folder.join("run").exists() {
         return Ok(code);
     }
     // A failure of either step does not affect the run.
