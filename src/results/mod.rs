@@ -229,7 +229,7 @@ fn save_into_list<T: Serialize + DeserializeOwned>(
     write_atomic(path, &serde_json::to_string_pretty(&all)?)
 }
 
-/// Removes the last run with its interleaved rounds, so that the next report has no figure of it.
+/// Removes the last run with its interleaved rounds, so that the next report has no result of it.
 ///
 /// # Errors
 /// Returns an error if a file cannot be removed.
