@@ -167,7 +167,8 @@ def build_step(case, variant):
     optimizer = build_optimizer(case)
     mx.eval(net.parameters(), data)
     state = [net.state, optimizer.state, mx.random.state]
-    fixed = tree_map(lambda p: (mx.random.normal(p.shape) / 100).astype(p.dtype), net.trainable_parameters())
+    if workload == "optimizer-step":
+        fixed = tree_map(lambda p: (mx.random.normal(p.shape) / 100).astype(p.dtype), net.trainable_parameters())
 
     def loss(parameters, *data):
         if precision == "mixed":
