@@ -4,13 +4,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use super::pair::WorkerPair;
+use super::pair::{WorkerPair, median_ns};
 use super::worker::{BlockTiming, Side, Threads, Worker};
 use crate::interference::WAIT_THRESHOLD;
 use crate::model::ModelId;
 use crate::results::machine::{self, Machine};
 use crate::results::operations::{Explanation, OperationTime};
-use crate::statistics::median;
 use crate::suite::operations::{OperationPass, check_separable, operation_passes};
 use crate::suite::{BackendId, Case, Device, Framework, Method, Precision, Set, Shape, Workload, cost};
 
@@ -29,11 +28,6 @@ pub struct Explainer {
     /// Timings of the whole steps, in which the wait for cores is counted.
     steps: [Vec<BlockTiming>; 2],
     machine: Machine,
-}
-
-/// Returns the median wall time in nanoseconds.
-fn median_ns(times: &[BlockTiming]) -> f64 {
-    1e9 * median(&times.iter().map(|time| time.wall).collect::<Vec<_>>())
 }
 
 /// Returns the backends of both frameworks on one device: a GPU, if both have it.

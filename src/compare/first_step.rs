@@ -5,13 +5,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use super::pair::WorkerPair;
+use super::pair::{WorkerPair, median_ns};
 use super::python_side::torch_side;
 use super::worker::{CheckOutcome, Side, Threads, Worker};
 use crate::files::Scratch;
 use crate::results::first_step::{FirstSteps, StartTimes};
 use crate::results::machine::Machine;
-use crate::statistics::median;
 use crate::suite::{Case, Method, Variant};
 
 /// Time in which later steps of both sides are sampled.
@@ -105,7 +104,7 @@ fn measure_side(side: &Side, cases: &[Case; 2], progress: &dyn Fn(&str)) -> Resu
         python: false,
         cold: both(cold),
         warm: both(warm),
-        step_ns: times.map(|times| 1e9 * median(&times.iter().map(|time| time.wall).collect::<Vec<_>>())),
+        step_ns: times.map(|times| median_ns(&times)),
         commit: Machine::read().commit,
     })
 }

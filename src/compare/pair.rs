@@ -8,12 +8,18 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 
 use super::signals::check_interrupted;
 use super::worker::{BlockTiming, CheckOutcome, Worker};
+use crate::statistics::median;
 use crate::suite::Case;
 
 /// Shortest duration of a sample. A request and the start of sleeping threads take tens of microseconds.
 const SAMPLE: Duration = Duration::from_millis(20);
 const MIN_SAMPLES: usize = 4;
 const MAX_SAMPLES: usize = 60;
+
+/// Returns the median wall time in nanoseconds.
+pub(super) fn median_ns(times: &[BlockTiming]) -> f64 {
+    1e9 * median(&times.iter().map(|time| time.wall).collect::<Vec<_>>())
+}
 
 /// Two processes, and the order of their samples.
 pub struct WorkerPair {
